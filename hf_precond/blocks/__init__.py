@@ -1,0 +1,26 @@
+"""What ``model`` finds in a module and ``optim`` steps: plain values and module handles.
+
+This package imports torch only. It knows no optimizer and no architecture.
+"""
+
+from hf_precond.blocks.attention import AttentionBlock, Heads
+from hf_precond.blocks.found import Blocks
+from hf_precond.blocks.matrix import LayerMatrix, RowSelection
+from hf_precond.blocks.norm import NormParameter
+from hf_precond.blocks.routing import Route, RoutingTable
+from hf_precond.blocks.statistics import CurvatureRequest, MomentRequest, Statistic, StatisticsSource
+
+__all__ = [
+    "AttentionBlock",
+    "Blocks",
+    "CurvatureRequest",
+    "Heads",
+    "LayerMatrix",
+    "MomentRequest",
+    "NormParameter",
+    "Route",
+    "RoutingTable",
+    "RowSelection",
+    "Statistic",
+    "StatisticsSource",
+]

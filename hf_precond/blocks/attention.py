@@ -1,0 +1,71 @@
+"""An attention of a model: which matrices are its q, k, v and o, and its heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from hf_precond.blocks.matrix import LayerMatrix
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of an attention.
+
+    Args:
+        query: number of query heads H.
+        key_value: number of key-value heads, a divisor of H.
+        size: width d_h of a query or key head.
+        value_size: width of a value head (``size`` in most models).
+    """
+
+    query: int
+    key_value: int
+    size: int
+    value_size: int
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key-value head."""
+        return self.query // self.key_value
+
+
+@dataclass(eq=False)
+class AttentionBlock:
+    """One attention module.
+
+    A matrix that is frozen is still listed (its siblings' factors need its
+    weight); ``trainable`` names those that are stepped.
+
+    Args:
+        name: module path of the attention.
+        module: the attention module: the one that ``transformers``' attention
+            functions receive as their first argument.
+        q, k, v, o: the matrices; ``o`` is ``None`` where the model has none.
+        heads: head counts and widths.
+        trainable: the roles (``"q"``, ``"k"``, ``"v"``, ``"o"``) that train.
+        rotary: queries and keys are rotated by position (RoPE).
+        normed: queries and keys pass a norm of their own (QK-norm).
+        cross: keys and values read another sequence than the queries.
+        note: what the routing table should say of this block (an
+            approximation, say), or the empty string.
+    """
+
+    name: str
+    module: nn.Module
+    q: LayerMatrix
+    k: LayerMatrix
+    v: LayerMatrix
+    o: LayerMatrix | None
+    heads: Heads
+    trainable: frozenset[str]
+    rotary: bool = False
+    normed: bool = False
+    cross: bool = False
+    note: str = ""
+
+    def roles(self) -> dict[str, LayerMatrix]:
+        """Role to matrix, for the roles this attention has."""
+        roles = {"q": self.q, "k": self.k, "v": self.v}
+        return roles if self.o is None else roles | {"o": self.o}

@@ -1,0 +1,35 @@
+"""Everything an optimizer is given about a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from hf_precond.blocks.attention import AttentionBlock
+from hf_precond.blocks.matrix import LayerMatrix
+from hf_precond.blocks.norm import NormParameter
+from hf_precond.blocks.routing import RoutingTable
+from hf_precond.blocks.statistics import CurvatureRequest, MomentRequest, StatisticsSource
+
+Request = MomentRequest | CurvatureRequest
+
+
+@dataclass(eq=False)
+class Blocks:
+    """What was found in a model for one optimizer.
+
+    Args:
+        matrices: the matrices to precondition, in model order. Those of
+            ``attention`` that are in scope are among them.
+        attention: the attention blocks that have a matrix in scope.
+        norms: the channel-wise parameters to precondition.
+        routing: the routing table.
+        open: makes the source of the statistics that are asked for, its hooks
+            installed; ``None`` where there is no model to read (a deep copy).
+    """
+
+    matrices: list[LayerMatrix] = field(default_factory=list)
+    attention: list[AttentionBlock] = field(default_factory=list)
+    norms: list[NormParameter] = field(default_factory=list)
+    routing: RoutingTable = field(default_factory=RoutingTable)
+    open: Callable[[Sequence[Request]], StatisticsSource] | None = None

@@ -1,0 +1,96 @@
+"""What an optimizer may ask a model for, and how the answer comes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from hf_precond.blocks.attention import AttentionBlock
+from hf_precond.blocks.matrix import LayerMatrix
+from hf_precond.blocks.norm import NormParameter
+
+
+@dataclass(frozen=True)
+class MomentRequest:
+    """A second moment to collect from the model's forward and backward passes.
+
+    ``input``: ``sum over tokens of x̂ x̂ᵀ`` of what enters ``matrix`` (with the
+    constant 1 behind it where the matrix has a bias), ``[in(+1), in(+1)]``.
+    ``output_grad``: ``sum of δ δᵀ``, δ the loss gradient of what leaves
+    ``matrix``, ``[out, out]``.
+    ``query`` / ``key``: per head, of the queries or keys as they meet in the
+    logits (normed and rotated), ``[H or H_kv, d_h, d_h]``; ``attention`` is set.
+
+    Requests whose ``source`` module is the same share one collection.
+
+    Args:
+        key: the name under which the statistic is handed over; unique.
+        kind: what is collected.
+        matrix: the matrix whose input or output gradient it is.
+        attention: the attention whose queries or keys they are.
+        average_rotation: for ``query`` / ``key`` under RoPE: return the
+            average of ``R_iᵀ C R_i`` over the positions seen, C the moment of
+            the rotated vectors, instead of C.
+        center: for ``key`` and ``input``: subtract each sequence's mean first.
+    """
+
+    key: str
+    kind: Literal["input", "output_grad", "query", "key"]
+    matrix: LayerMatrix
+    attention: AttentionBlock | None = None
+    average_rotation: bool = False
+    center: bool = False
+
+
+@dataclass(frozen=True)
+class CurvatureRequest:
+    """Hessian-vector products of the training loss on norm parameters.
+
+    The statistic under ``key`` is the estimate of the Hessian diagonal of one
+    parameter: ``z ∘ Hz`` (``rademacher``), ``Hz`` with ``z`` of ones inside
+    the probed tensors and zeros elsewhere (``ones``), or the diagonal itself
+    (``exact``), shaped like the parameter, summed over micro-batches.
+
+    Args:
+        key: the name under which the statistic is handed over; unique.
+        norm: the parameter.
+        probe: the estimator.
+    """
+
+    key: str
+    norm: NormParameter
+    probe: Literal["rademacher", "ones", "exact"]
+
+
+@dataclass
+class Statistic:
+    """A staged sum.
+
+    Args:
+        sum: the sum, in float32 (float64 for float64 models), detached.
+        count: what it is to be divided by for a mean: tokens (weighted by the
+            attention mask) or passes; a 0-d tensor on the sum's device.
+        passes: forward-backward passes that contributed.
+    """
+
+    sum: Tensor
+    count: Tensor
+    passes: int = 1
+
+
+class StatisticsSource(Protocol):
+    """Where an optimizer's statistics come from. Made by ``Blocks.open``."""
+
+    def enable(self, due: bool, step: int) -> None:
+        """Collect (or not) in the passes before the optimizer's step number ``step``."""
+
+    def take(self) -> dict[str, Statistic]:
+        """What was staged since the last call, by request key; the stage is empty afterwards."""
+
+    def drop(self) -> None:
+        """Forget what was staged (a skipped step)."""
+
+    def close(self) -> None:
+        """Remove every hook."""

@@ -1,0 +1,421 @@
+"""One frozen dataclass per optimizer: fields, legal ranges, parsing and JSON.
+
+A config is plain data. It is validated when it is made, so a value that is
+out of range never reaches an optimizer, and it holds only what JSON can hold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, TypeVar, Union
+
+import torch
+
+ConfigT = TypeVar("ConfigT", bound="OptimizerConfig")
+
+STATE_DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
+_NONE = {"none", "null"}
+
+
+def bounded(default: Any, low: float, high: float = math.inf, *, open_low: bool = False,
+            open_high: bool = False) -> Any:
+    """A field whose number (or whose pair of numbers) lies between ``low`` and ``high``."""
+    return field(default=default, metadata={"bounds": (low, high, open_low, open_high)})
+
+
+def positive(default: float) -> Any:
+    """A field whose number is greater than zero."""
+    return bounded(default, 0.0, open_low=True)
+
+
+def interval(default: int) -> Any:
+    """A field that counts steps: an integer of at least 1."""
+    return bounded(default, 1)
+
+
+def decay(default: Any) -> Any:
+    """A field in [0, 1): the decay of a running average."""
+    return bounded(default, 0.0, 1.0, open_high=True)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The fields every optimizer has.
+
+    Args:
+        lr: learning rate of all groups, > 0 or 0.
+        weight_decay: decoupled weight decay of the decay group, >= 0.
+        head_lr_scale: learning rate of a newly initialised head over the
+            body's, > 0.
+        betas: decay rates of the AdamW rule's two moments, each in [0, 1).
+        eps: the AdamW rule's epsilon, >= 0.
+        state_dtype: dtype of the Kronecker factors kept between steps, one of
+            ``float32``, ``float64``, ``bfloat16``, ``float16``; ``None`` is
+            float32, and float64 for float64 parameters.
+
+    Raises:
+        ValueError: naming the field, its legal range and, for an unknown
+            field, the nearest legal one.
+    """
+
+    name: ClassVar[str] = ""
+
+    lr: float = bounded(1e-3, 0.0)
+    weight_decay: float = bounded(0.0, 0.0)
+    head_lr_scale: float = positive(1.0)
+    betas: tuple[float, float] = decay((0.9, 0.999))
+    eps: float = bounded(1e-8, 0.0)
+    state_dtype: str | None = field(default=None, metadata={"choices": tuple(STATE_DTYPES)})
+
+    def __post_init__(self) -> None:
+        hints = _hints(type(self))
+        for item in fields(self):
+            value = _conform(type(self), item, hints[item.name], getattr(self, item.name))
+            object.__setattr__(self, item.name, value)
+
+    @classmethod
+    def create(cls: type[ConfigT], **values: Any) -> ConfigT:
+        """A config from keyword values, unknown names refused with the nearest legal one."""
+        for key in values:
+            cls._check_name(key)
+        return cls(**values)
+
+    @classmethod
+    def from_strings(cls: type[ConfigT], values: Mapping[str, str]) -> ConfigT:
+        """A config from ``key=value`` strings, as ``--optim_args`` hands them over."""
+        return cls.create(**cls.parse(values))
+
+    @classmethod
+    def parse(cls, values: Mapping[str, str]) -> dict[str, Any]:
+        """Turn strings into the fields' types; a pair is written ``0.9:0.99``."""
+        hints = _hints(cls)
+        parsed: dict[str, Any] = {}
+        for key, text in values.items():
+            cls._check_name(key)
+            parsed[key] = _from_text(cls, key, hints[key], str(text).strip())
+        return parsed
+
+    @classmethod
+    def from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+        """A config from :meth:`to_dict`'s output, lists standing for pairs."""
+        values = dict(values)
+        name = values.pop("optimizer", cls.name)
+        values.pop("hf_precond_version", None)
+        if name != cls.name:
+            raise ValueError(
+                f"optimizer: this config is for {name!r}, and {cls.__name__} reads {cls.name!r}; "
+                "use the config class of that optimizer."
+            )
+        return cls.create(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, with the optimizer's name under ``optimizer``."""
+        values = dataclasses.asdict(self)
+        return {"optimizer": self.name} | {
+            k: list(v) if isinstance(v, tuple) else v for k, v in values.items()
+        }
+
+    def replace(self: ConfigT, **values: Any) -> ConfigT:
+        """The same config with some fields changed, validated again."""
+        for key in values:
+            self._check_name(key)
+        return dataclasses.replace(self, **values)
+
+    def factor_dtype(self, parameter_dtype: torch.dtype) -> torch.dtype:
+        """The dtype of kept factors for a parameter of ``parameter_dtype``."""
+        if self.state_dtype is not None:
+            return STATE_DTYPES[self.state_dtype]
+        return compute_dtype(parameter_dtype)
+
+    @classmethod
+    def _check_name(cls, key: str) -> None:
+        names = [item.name for item in fields(cls)]
+        if key in names:
+            return
+        near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"{key}: {cls.name} has no such field; {hint}Its fields are {', '.join(names)}."
+        )
+
+
+def compute_dtype(parameter_dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64 parameters, float32 for all others."""
+    return torch.float64 if parameter_dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class AFOptConfig(OptimizerConfig):
+    """AFOpt: the gradient step of attention taken in the space of its logits.
+
+    Args:
+        momentum: M's decay in the spectral direction and the SGD rule's
+            momentum, in [0, 1).
+        base: the rule for every parameter outside ``scope``: ``adamw``,
+            ``sgd``, ``adamr`` or ``muon``.
+        scope: which matrices are preconditioned: ``query_key``,
+            ``attention`` (q, k, v, o) or ``all_linear`` (MLP linears too).
+        direction: ``spectral`` (msign between the inverse square roots of the
+            factors), ``inverse`` or ``inverse_sqrt``.
+        scaling: ``rms``, ``logit_rms``, ``cap``, ``graft`` or
+            ``norm_recovery``.
+        lr_scale: multiplier of ``lr`` for the preconditioned matrices, > 0.
+        rho: the rms logit change per unit of lr of ``logit_rms`` and ``cap``,
+            > 0.
+        damping: multiple of a factor's mean eigenvalue added to its diagonal,
+            > 0.
+        covariant_damping: damp the per-head factors through the input factor
+            (keeps the invariance to W_q -> W_q M, W_k -> W_k M^-T).
+        stat_decay: decay of the factors' running average, in [0, 1).
+        stat_interval: steps between two statistics, >= 1.
+        inverse_interval: steps between two refreshes of the roots, >= 1.
+        max_dim: a wider input side is treated in diagonal blocks of this
+            size, >= 1.
+        nesterov: Nesterov form of the momentum of the spectral direction.
+        space: ``logits`` (factors of features) or ``product`` (of weights).
+        joint: the joint least-squares correction of ``inverse``.
+        center: leave row constants of the logits out of the metric.
+        rope: the factor of rotated keys and queries: ``averaged`` over
+            positions, or ``ignored``.
+        precision: precision of large products on GPUs: ``highest``, ``tf32``
+            or ``bf16``.
+    """
+
+    name: ClassVar[str] = "afopt"
+
+    momentum: float = decay(0.9)
+    base: Literal["adamw", "sgd", "adamr", "muon"] = "adamw"
+    scope: Literal["query_key", "attention", "all_linear"] = "attention"
+    direction: Literal["spectral", "inverse", "inverse_sqrt"] = "spectral"
+    scaling: Literal["rms", "logit_rms", "cap", "graft", "norm_recovery"] = "rms"
+    lr_scale: float = positive(4.0)
+    rho: float = positive(10.0)
+    damping: float = positive(1.0)
+    covariant_damping: bool = False
+    stat_decay: float = decay(0.95)
+    stat_interval: int = interval(5)
+    inverse_interval: int = interval(20)
+    max_dim: int = bounded(1024, 1)
+    nesterov: bool = True
+    space: Literal["logits", "product"] = "logits"
+    joint: bool = False
+    center: bool = False
+    rope: Literal["averaged", "ignored"] = "averaged"
+    precision: Literal["highest", "tf32", "bf16"] = "highest"
+
+
+@dataclass(frozen=True)
+class AdamRConfig(OptimizerConfig):
+    """AdamR: Adam in the eigenbasis of the gradient's Kronecker second moments.
+
+    Args:
+        basis: ``auto`` (two-sided while cheap, else one-sided), ``two_sided``,
+            ``one_sided`` (the smaller side) or ``identity`` (AdamW).
+        basis_source: second moments of the ``gradient``, or of the layer's
+            inputs and output gradients (``feature``).
+        transport: how the second moment follows a new basis: ``overlap`` or
+            ``permute``.
+        floor: smallest denominator, relative to the rms of the square roots
+            of the second moment, >= 0.
+        stat_decay: decay of the factors' running average, in [0, 1).
+        stat_interval: steps between two updates of the factors, >= 1.
+        basis_interval: steps between two refreshes of the basis, >= 1.
+        max_dim: a wider side is not rotated, >= 1.
+        precision: precision of the rotations on GPUs: ``highest``, ``tf32``
+            or ``bf16``.
+    """
+
+    name: ClassVar[str] = "adamr"
+
+    basis: Literal["auto", "two_sided", "one_sided", "identity"] = "auto"
+    basis_source: Literal["gradient", "feature"] = "gradient"
+    transport: Literal["overlap", "permute"] = "overlap"
+    floor: float = bounded(1e-4, 0.0)
+    stat_decay: float = decay(0.95)
+    stat_interval: int = interval(1)
+    basis_interval: int = interval(10)
+    max_dim: int = bounded(2048, 1)
+    precision: Literal["highest", "tf32", "bf16"] = "highest"
+
+
+@dataclass(frozen=True)
+class NKFACConfig(OptimizerConfig):
+    """NKFAC: K-FAC whose inverses follow by Newton's iteration from the previous ones.
+
+    Args:
+        momentum: the SGD rule's momentum, in [0, 1).
+        base: the rule that takes the preconditioned gradient: ``adamw``,
+            ``sgd`` or ``adamr``.
+        damping: multiple of a factor's largest eigenvalue added to its
+            diagonal, > 0.
+        stat_decay: decay of the factors' running average, in [0, 1).
+        stat_interval: steps between two statistics, >= 1.
+        inverse_interval: steps between two refreshes of the inverses, >= 1.
+        newton_steps: Newton iterations per refresh, >= 1.
+        exact_interval: every this many refreshes the inverse is computed
+            exactly, >= 1.
+        max_dim: a wider side is not preconditioned, >= 1.
+        reference: reproduce the authors' published code step by step.
+        precision: precision of large products on GPUs: ``highest``, ``tf32``
+            or ``bf16``.
+    """
+
+    name: ClassVar[str] = "nkfac"
+
+    momentum: float = decay(0.9)
+    base: Literal["adamw", "sgd", "adamr"] = "adamw"
+    damping: float = positive(0.01)
+    stat_decay: float = decay(0.95)
+    stat_interval: int = interval(10)
+    inverse_interval: int = interval(100)
+    newton_steps: int = interval(1)
+    exact_interval: int = interval(500)
+    max_dim: int = bounded(4096, 1)
+    reference: bool = False
+    precision: Literal["highest", "tf32", "bf16"] = "highest"
+
+
+@dataclass(frozen=True)
+class SGDPHConfig(OptimizerConfig):
+    """SGD-PH: norm parameters stepped by their Hessian diagonal, the rest by a base rule.
+
+    Args:
+        momentum: the SGD rule's momentum, in [0, 1).
+        base: the rule for all other parameters: ``sgd`` (the thesis) or
+            ``adamw`` (our extension for transformers).
+        probe: ``rademacher`` (unbiased estimate of the diagonal), ``ones``
+            (the authors': row sums) or ``exact`` (one product a channel).
+        probe_interval: steps between two probes, >= 1.
+        stat_decay: decay of the probe's running average, in [0, 1).
+        tau: second-order learning rate of ``base="sgd"``, > 0.
+        curvature_eps: added to the curvature under ``base="sgd"``, > 0.
+        gamma: curvature multiplier in the denominator of ``base="adamw"``,
+            > 0.
+        include_bias: treat biases as channel-wise parameters too.
+        reference: reproduce the authors' published code step by step.
+    """
+
+    name: ClassVar[str] = "sgdph"
+
+    momentum: float = decay(0.9)
+    base: Literal["adamw", "sgd"] = "adamw"
+    probe: Literal["rademacher", "ones", "exact"] = "rademacher"
+    probe_interval: int = interval(20)
+    stat_decay: float = decay(0.9)
+    tau: float = positive(1e-3)
+    curvature_eps: float = positive(1e-4)
+    gamma: float = positive(0.01)
+    include_bias: bool = False
+    reference: bool = False
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type alone."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _choices(item: dataclasses.Field[Any], hint: Any) -> tuple[str, ...] | None:
+    if typing.get_origin(hint) is Literal:
+        return typing.get_args(hint)
+    return item.metadata.get("choices")
+
+
+def _legal(item: dataclasses.Field[Any], hint: Any) -> str:
+    """The legal range of a field in words."""
+    choices = _choices(item, hint)
+    optional = " or None" if type(None) in _alternatives(hint) else ""
+    if choices:
+        return "one of " + ", ".join(map(repr, choices)) + optional
+    if hint is bool:
+        return "True or False"
+    low, high, open_low, open_high = item.metadata["bounds"]
+    kind = "an integer" if hint is int else "a number"
+    if typing.get_origin(hint) is tuple:
+        kind = "two numbers, each"
+    left = f"{'(' if open_low else '['}{low:g}"
+    right = "infinity)" if high == math.inf else f"{high:g}{')' if open_high else ']'}"
+    return f"{kind} in {left}, {right}{optional}"
+
+
+def _conform(cls: type[OptimizerConfig], item: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
+    """``value`` in the field's own type, or a ValueError that names the legal range."""
+
+    def refuse() -> ValueError:
+        near = ""
+        choices = _choices(item, hint)
+        if choices and isinstance(value, str):
+            match = difflib.get_close_matches(value, choices, n=1)
+            near = f" (did you mean {match[0]!r}?)" if match else ""
+        return ValueError(
+            f"{item.name}={value!r}: {cls.name} takes {_legal(item, hint)}{near}; "
+            f"the default is {item.default!r}."
+        )
+
+    if item.name == "state_dtype" and isinstance(value, torch.dtype):
+        value = str(value).removeprefix("torch.")
+    if value is None and type(None) in _alternatives(hint):
+        return None
+    choices = _choices(item, hint)
+    if choices:
+        if value not in choices:
+            raise refuse()
+        return value
+    if hint is bool:
+        if not isinstance(value, bool):
+            raise refuse()
+        return value
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, (tuple, list)) or len(value) != len(typing.get_args(hint)):
+            raise refuse()
+        if not all(_in_bounds(v, item, float) for v in value):
+            raise refuse()
+        return tuple(float(v) for v in value)
+    if not _in_bounds(value, item, hint):
+        raise refuse()
+    return float(value) if hint is float else value
+
+
+def _in_bounds(value: Any, item: dataclasses.Field[Any], kind: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
+        return False
+    low, high, open_low, open_high = item.metadata["bounds"]
+    above = value > low if open_low else value >= low
+    below = value < high if open_high or high == math.inf else value <= high
+    return above and below
+
+
+def _from_text(cls: type[OptimizerConfig], key: str, hint: Any, text: str) -> Any:
+    item = next(f for f in fields(cls) if f.name == key)
+    refusal = ValueError(
+        f"{key}={text!r}: {cls.name} takes {_legal(item, hint)}; the default is {item.default!r}."
+    )
+    if type(None) in _alternatives(hint) and text.lower() in _NONE:
+        return None
+    if hint is bool:
+        if text.lower() not in _TRUE | _FALSE:
+            raise refusal
+        return text.lower() in _TRUE
+    if _choices(item, hint):
+        return text
+    try:
+        if typing.get_origin(hint) is tuple:
+            return tuple(float(part) for part in text.strip("()[]").replace(";", ":").split(":"))
+        return int(text) if hint is int else float(text)
+    except ValueError:
+        raise refusal from None
