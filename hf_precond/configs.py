@@ -353,7 +353,9 @@ def _legal(item: dataclasses.Field[Any], hint: Any) -> str:
     return f"{kind} in {left}, {right}{optional}"
 
 
-def _conform(cls: type[OptimizerConfig], item: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
+def _conform(
+    cls: type[OptimizerConfig], item: dataclasses.Field[Any], hint: Any, value: Any
+) -> Any:
     """``value`` in the field's own type, or a ValueError that names the legal range."""
 
     def refuse() -> ValueError:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_precond.blocks.matrix import LayerMatrix
 
@@ -32,6 +32,21 @@ class Heads:
 
 
 @dataclass(eq=False)
+class Adapter:
+    """A low-rank update ``scaling · up @ down`` of a matrix of an attention (LoRA).
+
+    Args:
+        down: LoRA's A, ``[r, in]``; one object for all roles of a fused weight.
+        up: LoRA's B, ``[out, r]``; the role's rows where the weight is fused.
+        scaling: factor of the product.
+    """
+
+    down: LayerMatrix
+    up: LayerMatrix
+    scaling: float
+
+
+@dataclass(eq=False)
 class AttentionBlock:
     """One attention module.
 
@@ -47,7 +62,10 @@ class AttentionBlock:
         trainable: the roles (``"q"``, ``"k"``, ``"v"``, ``"o"``) that train.
         rotary: queries and keys are rotated by position (RoPE).
         normed: queries and keys pass a norm of their own (QK-norm).
-        cross: keys and values read another sequence than the queries.
+        cross: keys and values may read another sequence than the queries.
+        observed: ``query`` and ``key`` moments can be asked for: the module
+            calls ``transformers``' attention look-up.
+        adapters: role to its LoRA pair, where it has one that trains.
         note: what the routing table should say of this block (an
             approximation, say), or the empty string.
     """
@@ -64,8 +82,21 @@ class AttentionBlock:
     normed: bool = False
     cross: bool = False
     note: str = ""
+    observed: bool = False
+    adapters: dict[str, Adapter] = field(default_factory=dict)
 
     def roles(self) -> dict[str, LayerMatrix]:
         """Role to matrix, for the roles this attention has."""
         roles = {"q": self.q, "k": self.k, "v": self.v}
         return roles if self.o is None else roles | {"o": self.o}
+
+    def effective(self, role: str) -> Tensor:
+        """``[W | b]`` of a role as the forward pass sees it: with its adapter, if any, merged."""
+        matrix = self.roles()[role].read()
+        adapter = self.adapters.get(role)
+        if adapter is None:
+            return matrix
+        update = adapter.up.read() @ adapter.down.read()
+        matrix = matrix.clone()
+        matrix[:, : update.shape[1]] += adapter.scaling * update.to(matrix.dtype)
+        return matrix

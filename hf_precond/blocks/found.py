@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
 
 from hf_precond.blocks.attention import AttentionBlock
 from hf_precond.blocks.matrix import LayerMatrix
@@ -26,6 +29,8 @@ class Blocks:
         routing: the routing table.
         open: makes the source of the statistics that are asked for, its hooks
             installed; ``None`` where there is no model to read (a deep copy).
+        find: reads another model in the same way (a deep copy is attached to
+            its own model with it).
     """
 
     matrices: list[LayerMatrix] = field(default_factory=list)
@@ -33,3 +38,8 @@ class Blocks:
     norms: list[NormParameter] = field(default_factory=list)
     routing: RoutingTable = field(default_factory=RoutingTable)
     open: Callable[[Sequence[Request]], StatisticsSource] | None = None
+    find: Callable[[nn.Module], Blocks] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy reads no model until it is attached to one."""
+        return self.__dict__ | {"open": None}

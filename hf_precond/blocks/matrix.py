@@ -35,6 +35,19 @@ class RowSelection:
         """Number of rows selected."""
         return self.groups * (self.span[1] - self.span[0])
 
+    @staticmethod
+    def complement(selections: list[RowSelection]) -> list[RowSelection]:
+        """The rows of one fused weight that none of ``selections`` holds."""
+        first = selections[0]
+        width, start, rest = first.total // first.groups, 0, []
+        for begin, end in sorted(selection.span for selection in selections):
+            if begin > start:
+                rest.append(RowSelection(first.groups, (start, begin), first.total))
+            start = max(start, end)
+        if start < width:
+            rest.append(RowSelection(first.groups, (start, width), first.total))
+        return rest
+
     def view(self, rows: Tensor) -> Tensor:
         """A view of the selected rows: ``[out, …] -> [groups, rows per group, …]``."""
         grouped = rows.unflatten(0, (self.groups, self.total // self.groups))
@@ -69,6 +82,11 @@ class LayerMatrix:
     layout: Layout = "linear"
     rows: RowSelection | None = None
     groups: int = 1
+
+    @property
+    def part(self) -> str:
+        """``"q"`` of the name ``"attn.c_attn[q]"``; empty where the weight is not fused."""
+        return self.name[self.name.rindex("[") + 1 : -1] if self.name.endswith("]") else ""
 
     @property
     def weight_parameter(self) -> Tensor:
@@ -133,13 +151,21 @@ class LayerMatrix:
             column = self.bias_view(bias).reshape(-1, 1).to(matrix.dtype)
         return torch.cat([matrix, column], dim=1)
 
+    def target(self, weight: Tensor) -> Tensor:
+        """What a step of this matrix changes in place: the weight, or its rows of a fused one."""
+        return weight if self.rows is None else self.weight_view(weight)
+
     def split(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The parts of an ``[out, in(+1)]`` tensor, shaped like the views of weight and bias."""
-        weight_shape = self.weight_view(self.weight_parameter).shape
+        """``[out, in(+1)]`` as weight and bias parts, shaped like :meth:`target` and the bias."""
+        weight = matrix if self.bias is None else matrix[:, :-1]
+        target = self.target(self.weight_parameter)
+        if self.layout == "transposed" and self.rows is None:
+            weight = weight.mT
+        weight = weight.reshape(target.shape).contiguous()
         if self.bias is None:
-            return matrix.reshape(weight_shape), None
-        weight = matrix[:, :-1].reshape(weight_shape)
-        return weight, matrix[:, -1].reshape(weight_shape[:-1])
+            return weight, None
+        bias = matrix[:, -1].contiguous()
+        return weight, bias if self.rows is None else bias.reshape(target.shape[:-1])
 
     def read(self) -> Tensor:
         """``[W | b]`` as it stands now, ``[out, in(+1)]``, detached."""

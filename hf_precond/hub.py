@@ -1,0 +1,255 @@
+"""Configs on disk and on the Hub: ``optimizer_config.json``.
+
+``huggingface_hub.ModelHubMixin`` is made for models: it writes ``config.json``
+and ``README.md`` into the folder and deletes the ``config.json`` it finds
+there, which beside a checkpoint is the model's own. So the methods keep its
+names and arguments, and are built on ``huggingface_hub``'s public functions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from hf_precond.configs import OptimizerConfig
+
+CONFIG_FILE = "optimizer_config.json"
+
+ConfigT = TypeVar("ConfigT", bound="HubMixin")
+
+
+class HubMixin:
+    """``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` of a config."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> str:
+        """Write ``optimizer_config.json`` into a folder, which is made if need be.
+
+        The file appears whole or not at all.
+
+        Args:
+            save_directory: the folder.
+
+        Returns:
+            The file's path.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / CONFIG_FILE
+        handle, draft = tempfile.mkstemp(prefix=f".{CONFIG_FILE}.", dir=folder)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(self.to_json())
+            os.chmod(draft, 0o666 & ~_umask())
+            os.replace(draft, target)
+        except BaseException:
+            Path(draft).unlink(missing_ok=True)
+            raise
+        return str(target)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[ConfigT],
+        pretrained_name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        **fields: Any,
+    ) -> ConfigT:
+        """Read a config from a folder or from a repository on the Hub.
+
+        The file is data: nothing in it is executed, and a field that the
+        config class does not have is refused. On ``OptimizerConfig`` itself
+        the class is chosen by the file's ``optimizer``.
+
+        Args:
+            pretrained_name_or_path: a folder that holds
+                ``optimizer_config.json``, that file itself, or a repository's
+                id on the Hub.
+            revision: branch, tag or commit on the Hub.
+            token: access token; ``None`` uses the one of ``hf auth login``.
+            cache_dir: the Hub's cache folder.
+            force_download: download even when cached.
+            local_files_only: never ask the Hub.
+            **fields: fields that replace the saved ones.
+
+        Raises:
+            FileNotFoundError: there is no such folder, repository or file.
+            ValueError: the file is no config, is another optimizer's, or has
+                a field or value that is not legal.
+        """
+        path = _locate(
+            pretrained_name_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
+        values = read_config(path)
+        chosen: Any = cls
+        if not getattr(cls, "name", ""):
+            chosen = _class_for(cls, values.get("optimizer"), path)
+        try:
+            config = chosen.from_dict(values)
+            return config.replace(**fields) if fields else config
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload optimizer config",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        branch: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload ``optimizer_config.json`` to a repository, which is made if need be.
+
+        Args:
+            repo_id: ``user/name`` or ``name``.
+            commit_message: message of the commit.
+            private: make a new repository private.
+            token: access token; ``None`` uses the one of ``hf auth login``.
+            branch: branch to commit to, ``main`` by default.
+            create_pr: open a pull request instead of committing.
+
+        Returns:
+            The commit's URL.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repo_id = str(api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
+        commit = api.upload_file(
+            path_or_fileobj=self.to_json().encode(),
+            path_in_repo=CONFIG_FILE,
+            repo_id=repo_id,
+            commit_message=commit_message,
+            revision=branch,
+            create_pr=create_pr,
+        )
+        return str(commit.commit_url)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values (the config class says how)."""
+        raise NotImplementedError
+
+    def to_json(self) -> str:
+        """:meth:`to_dict` and the package's version, as JSON."""
+        return json.dumps(self.to_dict() | {"hf_precond_version": version()}, indent=2) + "\n"
+
+
+def load_config(pretrained_name_or_path: str | os.PathLike[str], **kwargs: Any) -> OptimizerConfig:
+    """The config saved in a folder or Hub repository, in the class its ``optimizer`` names.
+
+    Args:
+        pretrained_name_or_path: as for :meth:`HubMixin.from_pretrained`.
+        **kwargs: as for :meth:`HubMixin.from_pretrained`.
+    """
+    from hf_precond.configs import OptimizerConfig
+
+    return OptimizerConfig.from_pretrained(pretrained_name_or_path, **kwargs)
+
+
+def version() -> str:
+    """The package's version, ``"unknown"`` in a source tree that was not installed."""
+    try:
+        return metadata.version("hf_precond")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON object in a config file, refused with a sentence when it is none."""
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is not a number that JSON has")
+
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a JSON file of an optimizer config ({error}).") from error
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{path}: holds a JSON {type(values).__name__}, and a config is an object of fields."
+        )
+    return values
+
+
+def _locate(source: str | os.PathLike[str], **download: Any) -> Path:
+    """The config file that a folder, a path or a Hub id means."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if (path / CONFIG_FILE).is_file():
+            return path / CONFIG_FILE
+        raise FileNotFoundError(
+            f"{path}: this folder holds no {CONFIG_FILE}; config.save_pretrained(folder) writes one."
+        )
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(hf_hub_download(str(source), CONFIG_FILE, **download))
+    except HFValidationError as error:
+        raise FileNotFoundError(
+            f"{source}: there is no such folder, and it is no repository id of the Hub "
+            "(user/name) either."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{source}: there is no such folder, and {CONFIG_FILE} of a Hub repository of that "
+            "name is not in the local cache and could not be downloaded (offline?)."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{source}: there is no such folder and no such repository on the Hub (a private one "
+            "needs a token)."
+        ) from error
+    except EntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{source}: this repository holds no {CONFIG_FILE}; config.push_to_hub(repo_id) "
+            "uploads one."
+        ) from error
+    except HfHubHTTPError as error:
+        raise FileNotFoundError(f"{source}: the Hub refused {CONFIG_FILE}: {error}") from error
+
+
+def _class_for(base: type, name: Any, path: Path) -> type:
+    classes = {cls.name: cls for cls in _subclasses(base) if cls.name}
+    if name not in classes:
+        raise ValueError(
+            f"{path}: optimizer={name!r}: hf_precond knows {', '.join(sorted(classes))}."
+        )
+    return classes[name]
+
+
+def _subclasses(base: type) -> Iterator[Any]:
+    for cls in base.__subclasses__():
+        yield cls
+        yield from _subclasses(cls)
+
+
+def _umask() -> int:
+    """The process's file mode mask, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,189 @@
+"""How attention modules name their projections: the built-in table and the public hook."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from torch import nn
+
+Fusion = Literal["sectioned", "interleaved"]
+
+
+@dataclass(frozen=True)
+class Convention:
+    """Names of the projections of an attention module, relative to it.
+
+    A name is a dotted path; ``..`` in front of it starts at the parent. A
+    fused projection stands under ``fused``; with ``query`` beside it (the
+    cross-attention of GPT-2) it holds keys and values alone.
+
+    Args:
+        query, key, value: the projections, where they are separate.
+        fused: the projection that holds several of them.
+        layout: ``sectioned`` (all query rows, then all key rows, then all
+            value rows) or ``interleaved`` (per key-value head: its query
+            rows, its key rows, its value rows).
+        outputs: names under which the output projection may be found.
+    """
+
+    query: str | None = None
+    key: str | None = None
+    value: str | None = None
+    fused: str | None = None
+    layout: Fusion = "sectioned"
+    outputs: tuple[str, ...] = ()
+
+
+_OUTPUTS = (
+    "o_proj",
+    "out_proj",
+    "proj",
+    "dense",
+    "out_lin",
+    "o",
+    "Wo",
+    "wo",
+    "c_proj",
+    "to_out.0",
+    "to_out",
+    "linear_out",
+    "projection_layer",
+    "..output.dense",
+)
+
+
+def _separate(query: str, key: str, value: str) -> Convention:
+    return Convention(query, key, value, outputs=_OUTPUTS)
+
+
+CONVENTIONS: tuple[Convention, ...] = (
+    _separate("q_proj", "k_proj", "v_proj"),
+    _separate("query", "key", "value"),
+    _separate("query_proj", "key_proj", "value_proj"),
+    _separate("q_lin", "k_lin", "v_lin"),
+    _separate("q", "k", "v"),
+    _separate("wq", "wk", "wv"),
+    _separate("to_q", "to_k", "to_v"),
+    _separate("linear_q", "linear_k", "linear_v"),
+    Convention("q_attn", fused="c_attn", outputs=_OUTPUTS),
+    Convention(fused="c_attn", outputs=_OUTPUTS),
+    Convention(fused="Wqkv", outputs=_OUTPUTS),
+    Convention(fused="qkv_proj", outputs=_OUTPUTS),
+    Convention(fused="qkv", outputs=_OUTPUTS),
+    Convention(fused="query_key_value", layout="interleaved", outputs=_OUTPUTS),
+)
+
+# Attention classes that share a name above but order their rows in another way.
+UNREADABLE = frozenset(
+    {"CodeGenAttention", "GPTBigCodeAttention", "FalconAttention", "FalconFlashAttention2"}
+)
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What :func:`declare_attention` was told."""
+
+    target: str | type[nn.Module]
+    convention: Convention
+    heads: int | str
+    key_value_heads: int | str | None
+    head_size: int | str | None
+    cross: bool
+    rotary: bool
+    normed: bool
+
+    def matches(self, path: str, module: nn.Module) -> bool:
+        """Whether a module at ``path`` is meant."""
+        if isinstance(self.target, type):
+            return isinstance(module, self.target)
+        names = {cls.__name__ for cls in type(module).__mro__}
+        return self.target in names or fnmatchcase(path, self.target)
+
+
+_DECLARED: list[Declaration] = []
+
+
+def declare_attention(
+    target: str | type[nn.Module],
+    *,
+    heads: int | str,
+    query: str | None = None,
+    key: str | None = None,
+    value: str | None = None,
+    output: str | None = None,
+    fused: str | None = None,
+    layout: Fusion = "sectioned",
+    key_value_heads: int | str | None = None,
+    head_size: int | str | None = None,
+    cross: bool = False,
+    rotary: bool = False,
+    normed: bool = False,
+) -> Declaration:
+    """Say which modules of an unknown model are attentions, and what is what in them.
+
+    ::
+
+        declare_attention("MyMixer", query="a", key="b", value="c", output="d", heads="n_heads")
+        declare_attention("layers.*.mix", fused="abc", output="out", heads=8)
+
+    Args:
+        target: the module's class, its class name, or a pattern of module
+            paths (``*`` as in file names).
+        heads: number of query heads, or the attribute (dotted, from the
+            module) that holds it.
+        query, key, value: names of the projections, relative to the module
+            (dotted; ``..`` in front starts at the parent).
+        output: name of the output projection; ``None`` when there is none.
+        fused: name of a projection that holds query, key and value rows (or,
+            beside ``query``, key and value rows) in one weight.
+        layout: row order of ``fused``: ``sectioned`` or ``interleaved``
+            (per key-value head).
+        key_value_heads: number of key-value heads where it is not ``heads``,
+            or the attribute that holds it.
+        head_size: width of a head where it is not query rows / ``heads``, or
+            the attribute that holds it.
+        cross: keys and values read another sequence than the queries.
+        rotary: queries and keys are rotated by position.
+        normed: queries and keys pass a norm of their own.
+
+    Returns:
+        The declaration, for :func:`forget_attention`. Later declarations win
+        over earlier ones, and all of them over the built-in table.
+
+    Raises:
+        ValueError: when the names name neither three projections nor a fused
+            one.
+    """
+    separate = query is not None and key is not None and value is not None
+    if not (separate and fused is None) and not (fused is not None and key is None is value):
+        raise ValueError(
+            "declare_attention: give query, key and value, or fused (alone, or with query when "
+            f"fused holds keys and values); got query={query!r}, key={key!r}, value={value!r}, "
+            f"fused={fused!r}."
+        )
+    if layout not in ("sectioned", "interleaved"):
+        raise ValueError(
+            f"layout={layout!r}: declare_attention takes 'sectioned' or 'interleaved'."
+        )
+    outputs = () if output is None else (output,)
+    convention = Convention(query, key, value, fused, layout, outputs)
+    declaration = Declaration(
+        target, convention, heads, key_value_heads, head_size, cross, rotary, normed
+    )
+    _DECLARED.append(declaration)
+    return declaration
+
+
+def forget_attention(declaration: Declaration) -> None:
+    """Undo one :func:`declare_attention`."""
+    _DECLARED.remove(declaration)
+
+
+def declared(path: str, module: nn.Module) -> Declaration | None:
+    """The latest declaration that means this module."""
+    for declaration in reversed(_DECLARED):
+        if declaration.matches(path, module):
+            return declaration
+    return None

@@ -1,0 +1,1 @@
+"""The optimizers. They see matrices and statistics, never a model."""

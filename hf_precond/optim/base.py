@@ -1,0 +1,383 @@
+"""The step that all optimizers of this package share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_precond import distributed
+from hf_precond.blocks import Blocks, LayerMatrix, Route, RoutingTable, Statistic, StatisticsSource
+from hf_precond.blocks.found import Request
+from hf_precond.blocks.matrix import RowSelection
+from hf_precond.blocks.statistics import CurvatureRequest
+from hf_precond.configs import OptimizerConfig, compute_dtype
+from hf_precond.optim.leaf import Leaf
+from hf_precond.optim.placed import PlacedMatrix, Slot
+from hf_precond.optim.rules import Rule, descend, make_rule
+
+
+@dataclass(eq=False)
+class Preconditioned:
+    """What a preconditioner made of one matrix's gradient.
+
+    Args:
+        placed: the matrix.
+        matrix: ``[out, in(+1)]``.
+        finished: a direction to descend along (decay decoupled) instead of a
+            gradient for the base rule.
+    """
+
+    placed: PlacedMatrix
+    matrix: Tensor
+    finished: bool = False
+
+
+class PrecondOptimizer(torch.optim.Optimizer):
+    """Commit statistics, refresh preconditioners, precondition, base rule, tick.
+
+    A subclass says which statistics it needs (:meth:`requests`, :meth:`due`),
+    what it does with them (:meth:`commit`), when and how its preconditioners
+    are refreshed (:meth:`refresh`) and what a gradient becomes
+    (:meth:`precondition`); all other parameters go through the base rule.
+
+    Args:
+        param_groups: as for any torch optimizer.
+        blocks: what was found in the model.
+        config: the validated config.
+
+    Raises:
+        ValueError: for complex parameters.
+        RuntimeError: at a step, for sparse gradients.
+    """
+
+    finishes = False
+    """Whether :meth:`precondition` yields finished directions (the base rule keeps no state)."""
+
+    def __init__(
+        self, param_groups: Iterable[Any], blocks: Blocks, config: OptimizerConfig
+    ) -> None:
+        self.config = config
+        self.blocks = blocks
+        self.statistics: StatisticsSource | None = None
+        self.counters: dict[str, int] = {}
+        self.device_counters: dict[str, Tensor] = {}
+        self.rule: Rule = self.make_rule()
+        defaults: dict[str, Any] = {
+            "lr": config.lr,
+            "weight_decay": config.weight_decay,
+            "betas": config.betas,
+            "eps": config.eps,
+            "step": 0,
+        }
+        if hasattr(config, "momentum"):
+            defaults["momentum"] = config.momentum
+        super().__init__(param_groups, defaults)
+        self._bind()
+        self._open()
+
+    # What a subclass says -------------------------------------------------
+
+    def make_rule(self) -> Rule:
+        """The rule for parameters without a preconditioner, and under one."""
+        return make_rule(getattr(self.config, "base", "adamw"), self.config)
+
+    def requests(self) -> Sequence[Request]:
+        """The statistics this optimizer needs from the model."""
+        return ()
+
+    def due(self, step: int) -> bool:
+        """Whether the passes before step number ``step`` (from 0) are to be collected."""
+        return False
+
+    def allocate(self, placed: PlacedMatrix) -> None:
+        """Make all state of one matrix that this class keeps itself, where it is missing."""
+
+    def commit(self, statistics: Mapping[str, Statistic]) -> None:
+        """Put this step's statistics, summed over ranks, into running moments."""
+
+    def refresh(self) -> None:
+        """Recompute the preconditioners that are due at step :attr:`steps`."""
+
+    def precondition(self, placed: Sequence[PlacedMatrix]) -> Iterable[Preconditioned]:
+        """The gradients of these matrices (each has one), preconditioned.
+
+        A matrix left out goes through the base rule with its raw gradient.
+        """
+        return ()
+
+    def step_others(self, leaves: Sequence[Leaf]) -> None:
+        """Step every leaf that is not a finished direction, by the base rule."""
+        self.rule.update(leaves)
+
+    def allocate_rule(self, leaves: Sequence[Leaf]) -> None:
+        """Make the base rule's state of these leaves, where it is missing."""
+        for leaf in leaves:
+            self.rule.allocate(leaf)
+
+    # The step ---------------------------------------------------------------
+
+    @property
+    def steps(self) -> int:
+        """Steps taken so far; the number of the step under way while in :meth:`step`."""
+        return self.param_groups[0]["step"]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What ``closure`` returned, or ``None``.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._refuse_sparse()
+        for placed in self.placed:
+            self.allocate(placed)
+        if self._only_allocates():
+            self.allocate_rule(self._raw_leaves(set(self.placed) if self.finishes else set()))
+            return loss
+        self._commit_staged()
+        self.refresh()
+        self._apply()
+        for group in self.param_groups:
+            group["step"] += 1
+        self._announce()
+        return loss
+
+    def _apply(self) -> None:
+        ready = [placed for placed in self.placed if placed.weight.grad is not None]
+        done: set[PlacedMatrix] = set()
+        finished: list[Leaf] = []
+        others: list[Leaf] = []
+        for item in self.precondition(ready):
+            leaves = item.placed.leaves(item.matrix, self.param_groups, self.state)
+            (finished if item.finished else others).extend(leaves)
+            done.add(item.placed)
+        others.extend(self._raw_leaves(done))
+        if others:
+            self.step_others(others)
+        if finished:
+            descend(finished)
+
+    def _raw_leaves(self, done: set[PlacedMatrix]) -> list[Leaf]:
+        """Everything with a gradient outside ``done``, to be stepped by its raw gradient.
+
+        A fused weight is always split in its parts, so that its state has one
+        layout whatever its parts' treatment; any other parameter is one leaf.
+        """
+        taken = {placed.weight_slot for placed in done} | {placed.bias_slot for placed in done}
+        leaves: list[Leaf] = []
+        for placed in self.placed + self._rest:
+            if placed.matrix.rows is None:
+                continue
+            taken |= {placed.weight_slot, placed.bias_slot}
+            raw = None if placed in done else placed.gradient()
+            if raw is not None:
+                leaves.extend(placed.leaves(raw, self.param_groups, self.state))
+        leaves.extend(
+            Leaf(parameter, parameter.grad, self.state[parameter], "", group)
+            for number, group in enumerate(self.param_groups)
+            for index, parameter in enumerate(group["params"])
+            if parameter.grad is not None and (number, index) not in taken
+        )
+        return leaves
+
+    def _commit_staged(self) -> None:
+        if self.statistics is None or not self.due(self.steps):
+            return
+        staged = self.statistics.take()
+        if distributed.world_size() > 1:
+            first = self.param_groups[0]["params"][0]
+            staged = distributed.all_reduce_statistics(
+                staged, self._shapes(), compute_dtype(first.dtype), first.device
+            )
+        self.commit(staged)
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {request.key: request_shape(request) for request in self.requests()}
+
+    def _only_allocates(self) -> bool:
+        """Checkpointing allocates state by a step with zero gradients and lr 0."""
+        if any(isinstance(g["lr"], Tensor) or g["lr"] != 0 for g in self.param_groups):
+            return False
+        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        return not any(bool(grad.count_nonzero()) for grad in grads)
+
+    def _refuse_sparse(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and parameter.grad.is_sparse:
+                    raise RuntimeError(
+                        f"{self.config.name}: sparse gradients are not supported (a parameter of "
+                        f"shape {tuple(parameter.shape)} has one); build its nn.Embedding with "
+                        "sparse=False."
+                    )
+
+    # Binding to parameter groups and to the model ----------------------------
+
+    def _bind(self) -> None:
+        """Find every matrix's place in the parameter groups."""
+        slots: dict[int, Slot] = {
+            id(parameter): (number, index)
+            for number, group in enumerate(self.param_groups)
+            for index, parameter in enumerate(group["params"])
+        }
+        self.placed: list[PlacedMatrix] = []
+        for matrix in self.blocks.matrices:
+            slot = slots.get(id(matrix.weight_parameter))
+            if slot is None:
+                raise ValueError(
+                    f"{matrix.name}: its weight is in none of the parameter groups; pass every "
+                    "trainable parameter of the model, or build with create_optimizer(model, …)."
+                )
+            bias = matrix.bias_parameter
+            bias_slot = None if bias is None else slots.get(id(bias))
+            self.placed.append(PlacedMatrix(matrix, slot, bias_slot))
+        self._rest = self._fused_rests()
+
+    def _fused_rests(self) -> list[PlacedMatrix]:
+        """The rows of fused weights that no matrix in scope holds: the base rule's."""
+        fused: dict[Slot, list[PlacedMatrix]] = {}
+        for placed in self.placed:
+            if placed.matrix.rows is not None:
+                fused.setdefault(placed.weight_slot, []).append(placed)
+        rests = []
+        for parts in fused.values():
+            selections = [part.matrix.rows for part in parts if part.matrix.rows is not None]
+            for number, rows in enumerate(RowSelection.complement(selections)):
+                owner = parts[0].matrix
+                name = f"{owner.name.split('[')[0]}[rest{number}]"
+                rest = LayerMatrix(
+                    name, owner.module, owner.weight, owner.bias, owner.layout, rows
+                )
+                rests.append(PlacedMatrix(rest, parts[0].weight_slot, parts[0].bias_slot))
+        return rests
+
+    def _open(self) -> None:
+        requests = self.requests()
+        if requests and self.blocks.open is not None:
+            self.statistics = self.blocks.open(requests)
+        self._announce()
+
+    def _announce(self) -> None:
+        if self.statistics is not None:
+            self.statistics.enable(self.due(self.steps), self.steps)
+
+    def attach(self, model: nn.Module) -> None:
+        """Read ``model`` (whose parameters this optimizer holds) and install the hooks.
+
+        A deep copy of an optimizer has none until this is called.
+        """
+        if self.blocks.find is None:
+            raise RuntimeError(
+                "attach: these blocks were made by hand; build the optimizer with "
+                "create_optimizer(model, …) instead."
+            )
+        self.close()
+        self.blocks = self.blocks.find(model)
+        self._bind()
+        self._open()
+
+    def close(self) -> None:
+        """Remove every hook. The optimizer can still step, with the preconditioners it has."""
+        if self.statistics is not None:
+            self.statistics.close()
+            self.statistics = None
+
+    # What torch optimizers have -----------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; without a block of theirs they go through the base rule."""
+        param_group.setdefault("step", self.param_groups[0]["step"] if self.param_groups else 0)
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            if hasattr(self, "placed"):
+                name = f"(added) group {len(self.param_groups) - 1}"
+                self.routing.routes.append(
+                    Route(name, tuple(parameter.shape), "base", "added after creation")
+                )
+            if parameter.is_complex():
+                raise ValueError(
+                    f"{self.config.name}: complex parameters are not supported (shape "
+                    f"{tuple(parameter.shape)}); store real and imaginary parts as two tensors."
+                )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients, and the statistics staged for a step that did not come."""
+        super().zero_grad(set_to_none)
+        if self.statistics is not None:
+            self.statistics.drop()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`'s output; every tensor keeps its own dtype."""
+        super().load_state_dict(state_dict)
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        held = [parameter for group in self.param_groups for parameter in group["params"]]
+        for index, parameter in zip(saved, held, strict=True):
+            if index in state_dict["state"]:
+                self.state[parameter] = {
+                    name: _restored(name, value, parameter)
+                    for name, value in state_dict["state"][index].items()
+                }
+        self._announce()
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("config", "blocks", "rule", "counters", "device_counters", "placed", "_rest")
+        state: dict[str, Any] = super().__getstate__()
+        return state | {name: self.__dict__[name] for name in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("statistics", None)
+
+    # What a person sees ---------------------------------------------------------
+
+    @property
+    def routing(self) -> RoutingTable:
+        """Every parameter, how it is treated, and why."""
+        return self.blocks.routing
+
+    def count(self, name: str, by: int | Tensor = 1) -> None:
+        """Add to a counter that :meth:`diagnostics` shows; a tensor is added on its device."""
+        if isinstance(by, Tensor):
+            held = self.device_counters.get(name)
+            self.device_counters[name] = by.clone() if held is None else held + by
+        else:
+            self.counters[name] = self.counters.get(name, 0) + by
+
+    def diagnostics(self) -> dict[str, float]:
+        """Counters and norms as plain numbers. Reads from the device: call it when logging."""
+        values = {name: float(value) for name, value in self.counters.items()}
+        for name, value in self.device_counters.items():
+            values[name] = values.get(name, 0.0) + float(value)
+        return values
+
+
+def request_shape(request: Request) -> tuple[int, ...]:
+    """The shape of the statistic that answers a request."""
+    if isinstance(request, CurvatureRequest):
+        return tuple(request.norm.parameter.shape)
+    if request.kind == "output_grad":
+        return (request.matrix.shape[0],) * 2
+    if request.kind == "input" or request.attention is None:
+        return (request.matrix.columns,) * 2
+    heads = request.attention.heads
+    count = heads.query if request.kind == "query" else heads.key_value
+    return (count, heads.size, heads.size)
+
+
+def _restored(name: str, value: Any, parameter: Tensor) -> Any:
+    if not isinstance(value, Tensor):
+        return copy.deepcopy(value)
+    device = value.device if name.endswith("step") and value.dim() == 0 else parameter.device
+    return value.detach().clone().to(device=device)

@@ -1,0 +1,65 @@
+"""A tensor that a base rule steps: a parameter, or the rows of a fused one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from hf_precond.configs import compute_dtype
+
+Item = TypeVar("Item")
+
+
+@dataclass(eq=False)
+class Leaf:
+    """What a rule needs to step one tensor.
+
+    Args:
+        param: the tensor to change in place; a view where a parameter is
+            fused.
+        grad: its gradient, or the preconditioned gradient that stands for it.
+        state: the optimizer's state of the parameter.
+        prefix: put before the names of the state (``"q."`` of a fused weight).
+        group: the parameter group: lr, weight_decay and the rule's constants.
+    """
+
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Any]
+    prefix: str
+    group: dict[str, Any]
+
+    def __contains__(self, name: str) -> bool:
+        return self.prefix + name in self.state
+
+    def __getitem__(self, name: str) -> Any:
+        return self.state[self.prefix + name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.state[self.prefix + name] = value
+
+    def zeros(self, name: str) -> None:
+        """Allocate state ``name`` like the parameter, in float32 (float64 for float64)."""
+        if name not in self:
+            self[name] = torch.zeros_like(
+                self.param,
+                dtype=compute_dtype(self.param.dtype),
+                memory_format=torch.contiguous_format,
+            )
+
+
+def grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> list[list[Item]]:
+    """Lists of the items with equal ``key``, in order of first appearance."""
+    lists: dict[Any, list[Item]] = {}
+    for item in items:
+        lists.setdefault(key(item), []).append(item)
+    return list(lists.values())
+
+
+def by_group(leaves: Sequence[Leaf]) -> list[list[Leaf]]:
+    """Leaves of one parameter group and one dtype together."""
+    return grouped(leaves, lambda leaf: (id(leaf.group), leaf.param.dtype, leaf.param.device))

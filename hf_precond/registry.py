@@ -1,0 +1,153 @@
+"""Name -> config, optimizer and how it reads a model; ``create_optimizer``."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from hf_precond.blocks import Blocks, RoutingTable
+from hf_precond.configs import (
+    AdamRConfig,
+    AFOptConfig,
+    NKFACConfig,
+    OptimizerConfig,
+    SGDPHConfig,
+)
+from hf_precond.model.groups import parameter_groups
+from hf_precond.model.routing import (
+    attention_matrices,
+    every_matrix,
+    layer_matrices,
+    norm_parameters,
+)
+from hf_precond.optim.adamr import AdamR
+from hf_precond.optim.afopt import AFOpt
+from hf_precond.optim.base import PrecondOptimizer
+from hf_precond.optim.nkfac import NKFAC
+from hf_precond.optim.sgdph import SGDPH
+
+
+@dataclass(frozen=True)
+class OptimizerInfo:
+    """One optimizer of the package.
+
+    Args:
+        name: what stands behind ``--optim``.
+        config_cls: its fields.
+        optimizer_cls: built as ``optimizer_cls(param_groups, blocks, config)``.
+        select: reads a model: which of its parameters are preconditioned.
+        description: one line.
+    """
+
+    name: str
+    config_cls: type[OptimizerConfig]
+    optimizer_cls: type[PrecondOptimizer]
+    select: Callable[[nn.Module, Any], Blocks]
+    description: str
+
+
+_OPTIMIZERS = {
+    info.name: info
+    for info in (
+        OptimizerInfo(
+            "adamr",
+            AdamRConfig,
+            AdamR,
+            every_matrix,
+            "Adam's step in the eigenbasis of the gradient's Kronecker second moments",
+        ),
+        OptimizerInfo(
+            "afopt",
+            AFOptConfig,
+            AFOpt,
+            attention_matrices,
+            "attention's gradient step taken in logit space, from its features",
+        ),
+        OptimizerInfo(
+            "nkfac",
+            NKFACConfig,
+            NKFAC,
+            layer_matrices,
+            "K-FAC whose inverses follow by Newton's iteration from the previous ones",
+        ),
+        OptimizerInfo(
+            "sgdph",
+            SGDPHConfig,
+            SGDPH,
+            norm_parameters,
+            "norm parameters stepped by their Hessian diagonal, the rest by a base rule",
+        ),
+    )
+}
+
+
+def list_optimizers() -> list[str]:
+    """The names that ``--optim`` and :func:`create_optimizer` take."""
+    return sorted(_OPTIMIZERS)
+
+
+def get_info(name: str) -> OptimizerInfo:
+    """The entry of an optimizer.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest known one.
+    """
+    if name not in _OPTIMIZERS:
+        near = difflib.get_close_matches(str(name), _OPTIMIZERS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"optimizer {name!r} is unknown; {hint}The names are {', '.join(list_optimizers())}."
+        )
+    return _OPTIMIZERS[name]
+
+
+def make_config(name_or_config: str | OptimizerConfig, **values: Any) -> OptimizerConfig:
+    """A validated config from a name and fields, or a config with some fields changed."""
+    if isinstance(name_or_config, OptimizerConfig):
+        return name_or_config.replace(**values)
+    return get_info(name_or_config).config_cls.create(**values)
+
+
+def create_optimizer(
+    model: nn.Module, name_or_config: str | OptimizerConfig, **values: Any
+) -> PrecondOptimizer:
+    """Build an optimizer for a model.
+
+    Weight decay applies by the Trainer's rule: not to biases and norms. With
+    ``head_lr_scale`` other than 1 the newly initialised head has groups of its
+    own. The routing table (``print(optimizer.routing)``) says what becomes of
+    every parameter.
+
+    Args:
+        model: any ``nn.Module``; attention is found in the families of
+            transformers, or declared.
+        name_or_config: ``"afopt"``, ``"adamr"``, ``"nkfac"``, ``"sgdph"``, or
+            a config.
+        **values: fields of the config.
+
+    Raises:
+        ValueError: an unknown name or field, a value out of range, complex
+            parameters, or a model in which nothing would be preconditioned.
+    """
+    config = make_config(name_or_config, **values)
+    info = get_info(config.name)
+    blocks = read_blocks(model, config)
+    groups, labels = parameter_groups(
+        model, config.lr, config.weight_decay, config.head_lr_scale
+    )
+    blocks.routing = RoutingTable(
+        [replace(route, group=labels.get(route.name, "")) for route in blocks.routing]
+    )
+    return info.optimizer_cls(groups, blocks, config)
+
+
+def read_blocks(model: nn.Module, config: OptimizerConfig) -> Blocks:
+    """What the optimizer of ``config`` would precondition in ``model``."""
+    blocks = get_info(config.name).select(model, config)
+    blocks.find = functools.partial(read_blocks, config=config)
+    return blocks
