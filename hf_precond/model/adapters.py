@@ -1,0 +1,85 @@
+"""Reads PEFT's wrappers, told by their looks: LoRA layers and saved modules."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from hf_precond.blocks import Adapter, LayerMatrix, RowSelection
+from hf_precond.model.matrices import is_linear, is_readable, layer_matrix
+
+
+def unwrap(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The layer inside PEFT's wrappers (tuner layers, saved modules), and its path."""
+    while True:
+        if isinstance(getattr(module, "base_layer", None), nn.Module):
+            module, name = module.base_layer, f"{name}.base_layer"
+        elif isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict):
+            saved = module.modules_to_save
+            active = getattr(module, "active_adapters", None) or list(saved)
+            chosen = next((key for key in active if key in saved), None)
+            if chosen is None:
+                return module, name
+            module, name = saved[chosen], f"{name}.modules_to_save.{chosen}"
+        else:
+            return module, name
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The model inside a PEFT model, or the model itself."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if hasattr(model, "peft_config") and get_base_model else model
+
+
+def wrappers_of(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Each wrapped base layer to the tuner layer around it."""
+    return {
+        module.base_layer: module
+        for module in model.modules()
+        if isinstance(getattr(module, "base_layer", None), nn.Module)
+    }
+
+
+def find_adapter(
+    wrapper: nn.Module, name: str, rows: RowSelection | None = None
+) -> Adapter | None:
+    """The LoRA pair of a tuner layer that trains, or ``None``.
+
+    Only the plain form ``W + scaling · B A`` counts: a DoRA or otherwise
+    varied pair is not one.
+
+    Args:
+        wrapper: the tuner layer.
+        name: its path.
+        rows: the rows of B, where the wrapped weight is fused.
+    """
+    downs, ups = getattr(wrapper, "lora_A", None), getattr(wrapper, "lora_B", None)
+    if not isinstance(downs, nn.ModuleDict) or not isinstance(ups, nn.ModuleDict):
+        return None
+    for key in getattr(wrapper, "active_adapters", None) or list(downs):
+        if key not in downs or key not in ups or _is_varied(wrapper, key):
+            continue
+        down, up = downs[key], ups[key]
+        if not (is_linear(down) and is_linear(up) and is_readable(down) and is_readable(up)):
+            continue
+        if not (down.weight.requires_grad or up.weight.requires_grad):
+            continue
+        upper = layer_matrix(up, f"{name}.lora_B.{key}")
+        if rows is not None:
+            upper.rows = rows
+        return Adapter(
+            down=layer_matrix(down, f"{name}.lora_A.{key}", bias=False),
+            up=upper,
+            scaling=float(getattr(wrapper, "scaling", {}).get(key, 1.0)),
+        )
+    return None
+
+
+def _is_varied(wrapper: nn.Module, key: str) -> bool:
+    dora = getattr(wrapper, "use_dora", {})
+    variants = getattr(wrapper, "lora_variant", {})
+    return bool(dora.get(key)) or key in variants
+
+
+def trains(matrix: LayerMatrix) -> bool:
+    """Whether a matrix's weight trains."""
+    return matrix.weight_parameter.requires_grad
