@@ -1,0 +1,53 @@
+"""Precision of large matrix products on GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Precision = Literal["highest", "tf32", "bf16"]
+
+
+def matmul(a: Tensor, b: Tensor, precision: Precision = "highest") -> Tensor:
+    """``a @ b`` in a chosen precision, the result in ``a``'s dtype.
+
+    On a CPU, and for float64 operands, every setting is the plain product:
+    nothing is gained there by a lower precision. On a GPU ``highest`` is
+    float32 throughout, ``tf32`` rounds the operands to 10 bits of mantissa
+    and ``bf16`` to 7; both accumulate in float32. The process-wide setting of
+    torch is left as it was found.
+
+    Args:
+        a: ``[…, m, k]``.
+        b: ``[…, k, n]``.
+        precision: ``highest``, ``tf32`` or ``bf16``.
+
+    Returns:
+        ``[…, m, n]``.
+    """
+    if not a.is_cuda or a.dtype == torch.float64:
+        return a @ b
+    if precision == "bf16":
+        return (a.bfloat16() @ b.bfloat16()).to(a.dtype)
+    with float32_products(tf32=precision == "tf32"):
+        return a @ b
+
+
+@contextmanager
+def float32_products(tf32: bool) -> Iterator[None]:
+    """Inside, float32 products on GPUs are rounded to TF32 (or not); restored at the end."""
+    setting = torch.backends.cuda.matmul
+    if hasattr(setting, "fp32_precision"):
+        name, value = "fp32_precision", "tf32" if tf32 else "ieee"
+    else:
+        name, value = "allow_tf32", tf32  # type: ignore[assignment]
+    before = getattr(setting, name)
+    setattr(setting, name, value)
+    try:
+        yield
+    finally:
+        setattr(setting, name, before)
