@@ -17,6 +17,8 @@ from typing import Any, ClassVar, Literal, TypeVar, Union
 
 import torch
 
+from hf_precond.hub import HubMixin
+
 ConfigT = TypeVar("ConfigT", bound="OptimizerConfig")
 
 STATE_DTYPES = {
@@ -51,7 +53,7 @@ def decay(default: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(HubMixin):
     """The fields every optimizer has.
 
     Args:

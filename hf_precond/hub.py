@@ -196,7 +196,7 @@ def _locate(source: str | os.PathLike[str], **download: Any) -> Path:
         if (path / CONFIG_FILE).is_file():
             return path / CONFIG_FILE
         raise FileNotFoundError(
-            f"{path}: this folder holds no {CONFIG_FILE}; config.save_pretrained(folder) writes one."
+            f"{path}: the folder holds no {CONFIG_FILE}; config.save_pretrained(folder) writes it."
         )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
@@ -234,7 +234,7 @@ def _locate(source: str | os.PathLike[str], **download: Any) -> Path:
 
 
 def _class_for(base: type, name: Any, path: Path) -> type:
-    classes = {cls.name: cls for cls in _subclasses(base) if cls.name}
+    classes: dict[str, Any] = {cls.name: cls for cls in _subclasses(base) if cls.name}
     if name not in classes:
         raise ValueError(
             f"{path}: optimizer={name!r}: hf_precond knows {', '.join(sorted(classes))}."

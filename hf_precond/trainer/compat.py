@@ -105,7 +105,7 @@ def add_handlers(module: ModuleType, names: tuple[str, ...], handler: Callable[.
 def wrap_lookup(
     module: ModuleType, names: tuple[str, ...], look_up: Callable[[Any], tuple[Any, dict[str, Any]]]
 ) -> None:
-    """Send ``Trainer.get_optimizer_cls_and_kwargs(args, model)`` to ``look_up(args)`` for ``names``.
+    """Send ``Trainer.get_optimizer_cls_and_kwargs`` to ``look_up(args)`` for ``names``.
 
     Args:
         module: ``transformers.trainer``.
@@ -212,10 +212,15 @@ def _distributed_type() -> str:
     return str(getattr(kind, "value", kind))
 
 
-def unwrap(optimizer: Any) -> Any:
-    """The innermost optimizer under accelerate's wrappers."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
+def own_optimizer(optimizer: Any) -> Any:
+    """This package's optimizer under accelerate's wrapper, or ``None`` if it is another's."""
+    base = sys.modules.get("hf_precond.optim.base")
+    if base is None:
+        return None
+    while not isinstance(optimizer, base.PrecondOptimizer):
+        optimizer = getattr(optimizer, "optimizer", None)
+        if optimizer is None:
+            return None
     return optimizer
 
 

@@ -1,0 +1,87 @@
+"""``hf-precond explain MODEL --optim NAME``: the routing table, without weights or training."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+
+def add_command(commands: Any) -> None:
+    """Add the command to ``hf-precond``'s parser."""
+    parser = commands.add_parser(
+        "explain", help="how an optimizer would treat every parameter of a model"
+    )
+    parser.add_argument("model", help="folder or Hub id of a model, or of its config.json alone")
+    parser.add_argument("--optim", required=True, help="an optimizer's name")
+    parser.add_argument("--optim_args", default=None, help="key=value,… as for training")
+    parser.add_argument(
+        "--auto_class",
+        default=None,
+        metavar="CLASS",
+        help="AutoModelForSequenceClassification and the like; by default the architecture that "
+        "the model was saved with",
+    )
+    parser.set_defaults(act=act)
+
+
+def act(arguments: argparse.Namespace) -> int:
+    """Print the routing table.
+
+    Returns:
+        0; 2 when the model, the name or a field cannot be used.
+    """
+    try:
+        print(routing(arguments.model, arguments.optim, arguments.optim_args, arguments.auto_class))
+    except (ValueError, OSError) as error:
+        print(f"hf_precond: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def routing(
+    model: str, name: str, optim_args: str | None = None, auto_class: str | None = None
+) -> Any:
+    """The routing table of an optimizer on a model built from its config, on the meta device.
+
+    Args:
+        model: folder or Hub id.
+        name: the optimizer's name.
+        optim_args: ``key=value,…``.
+        auto_class: name of an auto class of transformers.
+
+    Raises:
+        ValueError: an unknown name, field or auto class, or nothing would be
+            preconditioned.
+        OSError: there is no such model.
+    """
+    import torch
+
+    from hf_precond.registry import create_optimizer, get_info
+    from hf_precond.trainer.arguments import config_from_pairs
+
+    config = config_from_pairs(get_info(name).config_cls, optim_args)
+    with torch.device("meta"):
+        built = _build(model, auto_class)
+    optimizer = create_optimizer(built, config)
+    optimizer.close()
+    return optimizer.routing
+
+
+def _build(model: str, auto_class: str | None) -> Any:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(model)
+    if auto_class is not None:
+        chosen: Any = getattr(transformers, auto_class, None)
+        if not auto_class.startswith("AutoModel") or not hasattr(chosen, "from_config"):
+            raise ValueError(
+                f"--auto_class {auto_class}: transformers has no such auto class; "
+                "AutoModelForSequenceClassification is one."
+            )
+        return chosen.from_config(config)
+    for architecture in getattr(config, "architectures", None) or []:
+        found = getattr(transformers, architecture, None)
+        if found is not None:
+            return found(config)
+    return transformers.AutoModel.from_config(config)

@@ -1,0 +1,59 @@
+"""``hf-precond`` and ``python -m hf_precond``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from hf_precond.cli import explain, listing, run
+
+COMMANDS = ("run", "list", "explain")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script ``hf-precond``.
+
+    Args:
+        argv: the arguments, ``sys.argv[1:]`` by default.
+
+    Returns:
+        The exit code.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["run"] and words[1:2] not in (["-h"], ["--help"]):
+        # argparse would take the script's own options for ours.
+        return run.run(words[1:])
+    arguments = _parser().parse_args(words)
+    return int(arguments.act(arguments))
+
+
+def launch(argv: Sequence[str]) -> int:
+    """``python -m hf_precond SCRIPT.py …``; the commands of ``hf-precond`` work here too.
+
+    Args:
+        argv: the arguments.
+
+    Returns:
+        The exit code.
+    """
+    words = list(argv)
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: python -m hf_precond SCRIPT.py [the script's arguments]\n")
+        _parser().print_help()
+        return 0 if words else 2
+    if words[0] in COMMANDS and not os.path.exists(words[0]):
+        return main(words)
+    return run.run(words)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-precond",
+        description="Preconditioned optimizers for Hugging Face Transformers, by --optim NAME.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for module in (run, listing, explain):
+        module.add_command(commands)
+    return parser
