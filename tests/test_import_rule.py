@@ -1,0 +1,64 @@
+"""Imports go one way, so that each layer can be read without those above it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "hf_precond"
+MAY_IMPORT = {
+    "linalg": set(),
+    "hub": set(),
+    "configs": {"hub"},
+    "blocks": set(),
+    "distributed": {"blocks", "linalg"},
+    "optim": {"linalg", "configs", "blocks", "distributed"},
+    "model": {"blocks", "linalg", "distributed"},
+    "registry": {"optim", "model", "configs", "blocks", "distributed", "linalg"},
+    "trainer": {"registry", "configs", "hub", "optim", "model", "blocks", "distributed"},
+    "cli": {"trainer", "registry", "configs", "hub", "model", "blocks", "optim"},
+    "__main__": {"cli"},
+    "__init__": {"configs", "hub", "model", "optim", "registry", "trainer"},
+}
+
+
+def layer(module: str) -> str:
+    """``optim`` of ``hf_precond.optim.base``; ``__init__`` of the package itself."""
+    return (module.split(".") + ["__init__"])[1]
+
+
+def imports(path: Path) -> set[str]:
+    """The layers that a file imports, at its top, in functions and for typing alike."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the layer"
+            names = [node.module]
+            if node.module == "hf_precond":
+                names = [f"hf_precond.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found |= {layer(name) for name in names if name.split(".")[0] == "hf_precond"}
+    return found
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(f.relative_to(PACKAGE)) for f in FILES])
+def test_imports_go_one_way(path):
+    own = layer(".".join(("hf_precond", *path.relative_to(PACKAGE).with_suffix("").parts)))
+    allowed = MAY_IMPORT[own] | {own}
+    assert imports(path) <= allowed, f"{own} may import {sorted(allowed)} only"
+
+
+def test_optim_linalg_and_blocks_do_not_know_transformers():
+    for name in ("optim", "linalg", "blocks"):
+        for path in (PACKAGE / name).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom):
+                    assert node.module.split(".")[0] != "transformers", path
+                elif isinstance(node, ast.Import):
+                    assert all(a.name.split(".")[0] != "transformers" for a in node.names), path
