@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "model": {"blocks", "linalg", "distributed"},
     "registry": {"optim", "model", "configs", "blocks", "distributed", "linalg"},
     "trainer": {"registry", "configs", "hub", "optim", "model", "blocks", "distributed"},
-    "cli": {"trainer", "registry", "configs", "hub", "model", "blocks", "optim"},
+    "cli": {"__init__", "trainer", "registry", "configs", "hub", "model", "blocks", "optim"},
     "__main__": {"cli"},
     "__init__": {"configs", "hub", "model", "optim", "registry", "trainer"},
 }
