@@ -51,12 +51,12 @@ _WHERE = {
 }
 
 __all__ = [
+    "NKFAC",
     "SGDPH",
     "AFOpt",
     "AFOptConfig",
     "AdamR",
     "AdamRConfig",
-    "NKFAC",
     "NKFACConfig",
     "OptimizerConfig",
     "PrecondSeq2SeqTrainer",
