@@ -18,8 +18,8 @@ if TYPE_CHECKING:
         NKFACConfig,
         OptimizerConfig,
         SGDPHConfig,
+        load_config,
     )
-    from hf_precond.hub import load_config
     from hf_precond.model.attention import declare_attention
     from hf_precond.optim.adamr import AdamR
     from hf_precond.optim.afopt import AFOpt
@@ -46,7 +46,7 @@ _WHERE = {
     "create_optimizer": "registry",
     "declare_attention": "model.attention",
     "list_optimizers": "registry",
-    "load_config": "hub",
+    "load_config": "configs",
     "register": "trainer.register",
 }
 

@@ -153,6 +153,10 @@ class OptimizerConfig(HubMixin):
         )
 
 
+# The config saved in a folder or on the Hub, in the class that its "optimizer" names.
+load_config = OptimizerConfig.from_pretrained
+
+
 def compute_dtype(parameter_dtype: torch.dtype) -> torch.dtype:
     """float64 for float64 parameters, float32 for all others."""
     return torch.float64 if parameter_dtype == torch.float64 else torch.float32

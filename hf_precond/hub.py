@@ -14,10 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-
-if TYPE_CHECKING:
-    from hf_precond.configs import OptimizerConfig
+from typing import Any, TypeVar
 
 CONFIG_FILE = "optimizer_config.json"
 
@@ -148,18 +145,6 @@ class HubMixin:
     def to_json(self) -> str:
         """:meth:`to_dict` and the package's version, as JSON."""
         return json.dumps(self.to_dict() | {"hf_precond_version": version()}, indent=2) + "\n"
-
-
-def load_config(pretrained_name_or_path: str | os.PathLike[str], **kwargs: Any) -> OptimizerConfig:
-    """The config saved in a folder or Hub repository, in the class its ``optimizer`` names.
-
-    Args:
-        pretrained_name_or_path: as for :meth:`HubMixin.from_pretrained`.
-        **kwargs: as for :meth:`HubMixin.from_pretrained`.
-    """
-    from hf_precond.configs import OptimizerConfig
-
-    return OptimizerConfig.from_pretrained(pretrained_name_or_path, **kwargs)
 
 
 def version() -> str:

@@ -7,6 +7,7 @@ import os
 import runpy
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -70,9 +71,7 @@ def _take_first_place(folder: str) -> None:
     The entry replaced is the working directory (``-m``) or the console
     script's folder. It goes to the end if this package was found through it.
     """
-    import hf_precond
-
-    home = os.path.dirname(os.path.dirname(os.path.abspath(hf_precond.__file__)))
+    home = str(Path(__file__).resolve().parents[2])
     replaced = None if sys.flags.safe_path or not sys.path else sys.path.pop(0)
     sys.path.insert(0, folder)
     known = {os.path.abspath(entry) for entry in sys.path}

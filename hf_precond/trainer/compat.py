@@ -21,9 +21,10 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 LOWEST, BEYOND = (5, 4), (6, 0)
 SUPPORTED = "transformers>=5.4,<6"
