@@ -10,6 +10,7 @@ from hf_precond.blocks.norm import NormParameter
 from hf_precond.blocks.routing import Route, RoutingTable
 from hf_precond.blocks.statistics import (
     CurvatureRequest,
+    CurvatureSource,
     MomentRequest,
     Statistic,
     StatisticsSource,
@@ -20,6 +21,7 @@ __all__ = [
     "AttentionBlock",
     "Blocks",
     "CurvatureRequest",
+    "CurvatureSource",
     "Heads",
     "LayerMatrix",
     "MomentRequest",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -51,17 +53,25 @@ class CurvatureRequest:
     The statistic under ``key`` is the estimate of the Hessian diagonal of one
     parameter: ``z ∘ Hz`` (``rademacher``), ``Hz`` with ``z`` of ones inside
     the probed tensors and zeros elsewhere (``ones``), or the diagonal itself
-    (``exact``), shaped like the parameter, summed over micro-batches.
+    (``exact``), shaped like the parameter, summed over micro-batches; its
+    count is 1, so that sum over count averages over ranks.
+
+    Requests that fall on the same step are probed together, in one product.
 
     Args:
         key: the name under which the statistic is handed over; unique.
         norm: the parameter.
         probe: the estimator.
+        period: of the steps that are collected, probe those whose number is
+            ``phase`` modulo ``period``.
+        phase: see ``period``; in [0, period).
     """
 
     key: str
     norm: NormParameter
     probe: Literal["rademacher", "ones", "exact"]
+    period: int = 1
+    phase: int = 0
 
 
 @dataclass
@@ -94,3 +104,19 @@ class StatisticsSource(Protocol):
 
     def close(self) -> None:
         """Remove every hook."""
+
+
+@runtime_checkable
+class CurvatureSource(StatisticsSource, Protocol):
+    """A source that needs to see the loss itself, for Hessian-vector products."""
+
+    def context(self) -> AbstractContextManager[None]:
+        """Around forward and backward: what runs inside can be differentiated twice."""
+
+    def observe(
+        self,
+        loss: Tensor | Callable[[], Tensor],
+        weight: float = 1.0,
+        scale: Tensor | float | None = None,
+    ) -> bool:
+        """Stage the products of ``weight * loss`` if they are due; whether they were."""
