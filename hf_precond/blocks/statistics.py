@@ -35,7 +35,11 @@ class MomentRequest:
         average_rotation: for ``query`` / ``key`` under RoPE: return the
             average of ``R_iᵀ C R_i`` over the positions seen, C the moment of
             the rotated vectors, instead of C.
-        center: for ``key`` and ``input``: subtract each sequence's mean first.
+        center: for ``key`` and ``input``: subtract each sequence's mean first
+            (the constant 1 of ``input`` becomes 0).
+        blocks: for ``input``: collect only the ``blocks`` diagonal blocks of
+            ``width = ceil(columns / blocks)`` columns each, as
+            ``[blocks, width, width]``; columns beyond the last are zeros.
     """
 
     key: str
@@ -44,6 +48,7 @@ class MomentRequest:
     attention: AttentionBlock | None = None
     average_rotation: bool = False
     center: bool = False
+    blocks: int = 1
 
 
 @dataclass(frozen=True)

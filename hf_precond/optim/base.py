@@ -370,7 +370,11 @@ def request_shape(request: Request) -> tuple[int, ...]:
     if request.kind == "output_grad":
         return (request.matrix.shape[0],) * 2
     if request.kind == "input" or request.attention is None:
-        return (request.matrix.columns,) * 2
+        columns = request.matrix.columns
+        if request.blocks > 1:
+            width = -(-columns // request.blocks)
+            return (request.blocks, width, width)
+        return (columns, columns)
     heads = request.attention.heads
     count = heads.query if request.kind == "query" else heads.key_value
     return (count, heads.size, heads.size)
