@@ -1,0 +1,46 @@
+"""The shipped data: what its README says, and small."""
+
+import collections
+import json
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.examples.scripts import EXAMPLES
+
+DATA = EXAMPLES / "data"
+
+
+@pytest.mark.parametrize(("split", "per_class"), [("train", 600), ("test", 200)])
+def test_fashion_mnist_is_balanced_png(split, per_class):
+    table = pq.read_table(DATA / "fashion_mnist" / f"{split}-00000-of-00001.parquet")
+    counts = collections.Counter(table["label"].to_pylist())
+    assert counts == dict.fromkeys(range(10), per_class)
+    assert all(
+        image["bytes"].startswith(b"\x89PNG") and image["path"] is None
+        for image in table["image"].to_pylist()
+    )
+
+
+@pytest.mark.parametrize(("split", "per_class"), [("train", 20), ("test", 10)])
+def test_banking77_has_all_intents(split, per_class):
+    lines = (DATA / "banking77" / f"{split}.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    counts = collections.Counter(row["label"] for row in rows)
+    assert len(counts) == 77 and set(counts.values()) == {per_class}
+    assert all(set(row) == {"text", "label"} and row["text"].strip() for row in rows)
+
+
+def test_no_text_in_both_splits():
+    texts = [
+        {json.loads(line)["text"] for line in (DATA / "banking77" / name).read_text().splitlines()}
+        for name in ("train.jsonl", "test.jsonl")
+    ]
+    assert not texts[0] & texts[1]
+
+
+def test_at_most_four_megabytes_and_licences_named():
+    assert sum(file.stat().st_size for file in DATA.rglob("*") if file.is_file()) <= 4_000_000
+    assert "MIT" in (DATA / "fashion_mnist" / "LICENSE").read_text()
+    readme = (DATA / "README.md").read_text()
+    assert "CC BY 4.0" in readme and "MIT" in readme
