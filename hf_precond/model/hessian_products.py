@@ -1,0 +1,134 @@
+"""Estimates of a Hessian's diagonal from Hessian-vector products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hf_precond.configs import compute_dtype
+
+Probe = Literal["rademacher", "ones", "exact"]
+Product = Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+def probe_vectors(parameters: Sequence[Tensor], probe: Probe, step: int) -> list[Tensor]:
+    """What the Hessian is multiplied by: ones, or random signs that depend on ``step`` alone.
+
+    The same on every rank and in a resumed run. Drawn for all parameters, on
+    the CPU, so that neither the device nor a parameter that is left out
+    changes the signs of another.
+    """
+    if probe != "rademacher":
+        return [torch.ones_like(p, dtype=compute_dtype(p.dtype)) for p in parameters]
+    generator = torch.Generator().manual_seed(step)
+    total = sum(p.numel() for p in parameters)
+    signs = torch.randint(0, 2, (total,), generator=generator).mul_(2).sub_(1)
+    parts = signs.split([p.numel() for p in parameters])
+    return [
+        part.view(p.shape).to(device=p.device, dtype=compute_dtype(p.dtype))
+        for part, p in zip(parts, parameters, strict=True)
+    ]
+
+
+def diagonal_estimates(
+    product: Product, parameters: Sequence[Tensor], probe: Probe, vectors: Sequence[Tensor]
+) -> list[Tensor]:
+    """The estimate of the diagonal of H's block of each parameter.
+
+    ``rademacher``: ``z ∘ Hz``; ``ones``: ``H 1``; ``exact``: the diagonal,
+    one product a channel.
+
+    Args:
+        product: v, shaped like the parameters, to H v.
+        parameters: what H is the Hessian in.
+        probe: the estimator.
+        vectors: z or ones, from :func:`probe_vectors`.
+    """
+    if probe == "exact":
+        return _exact_diagonal(product, parameters)
+    products = product(vectors)
+    if probe == "ones":
+        return products
+    return [z * hz for z, hz in zip(vectors, products, strict=True)]
+
+
+def _exact_diagonal(product: Product, parameters: Sequence[Tensor]) -> list[Tensor]:
+    units = [torch.zeros_like(p, dtype=compute_dtype(p.dtype)) for p in parameters]
+    diagonals = [torch.zeros_like(unit) for unit in units]
+    for number, (unit, diagonal) in enumerate(zip(units, diagonals, strict=True)):
+        for channel in range(unit.numel()):
+            unit.view(-1)[channel] = 1
+            diagonal.view(-1)[channel] = product(units)[number].view(-1)[channel]
+            unit.view(-1)[channel] = 0
+    return diagonals
+
+
+class GraphProduct:
+    """``v ↦ H v`` through the graph of a loss, which stays usable for its own ``backward``.
+
+    Both derivatives are restricted to ``parameters``; no ``.grad`` is touched.
+
+    Args:
+        loss: a scalar with its graph.
+        parameters: what H is the Hessian in.
+        scale: loss scale: products are computed on ``scale * loss`` and
+            divided by it, against underflow in float16.
+
+    Attributes:
+        reached: of each parameter, whether the loss depends on it.
+    """
+
+    def __init__(
+        self, loss: Tensor, parameters: Sequence[Tensor], scale: Tensor | float | None = None
+    ) -> None:
+        self.parameters = parameters
+        self.scale = scale
+        self.gradients = torch.autograd.grad(
+            loss if scale is None else loss * scale,
+            parameters,
+            create_graph=True,
+            allow_unused=True,
+        )
+        self.reached = [gradient is not None for gradient in self.gradients]
+
+    def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """H v, in the dtype of v. Zero where the loss does not depend on a parameter."""
+        pairs = [
+            (gradient, v.to(gradient.dtype))
+            for gradient, v in zip(self.gradients, vectors, strict=True)
+            if gradient is not None and gradient.requires_grad
+        ]
+        if not pairs:
+            return [torch.zeros_like(v) for v in vectors]
+        products = torch.autograd.grad(
+            [gradient for gradient, _ in pairs],
+            self.parameters,
+            grad_outputs=[v for _, v in pairs],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        return [
+            torch.zeros_like(v) if hv is None else self._unscaled(hv.detach().to(v.dtype))
+            for hv, v in zip(products, vectors, strict=True)
+        ]
+
+    def _unscaled(self, product: Tensor) -> Tensor:
+        return product if self.scale is None else product / self.scale
+
+
+def depends_on(loss: Tensor, parameters: Iterable[Tensor]) -> bool:
+    """Whether one of the parameters is a leaf of the loss's graph. Computes nothing."""
+    wanted = {id(parameter) for parameter in parameters}
+    pending, known = [loss.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in known:
+            continue
+        known.add(node)
+        if id(getattr(node, "variable", None)) in wanted:
+            return True
+        pending.extend(function for function, _ in node.next_functions)
+    return False

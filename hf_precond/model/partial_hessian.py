@@ -1,0 +1,266 @@
+"""Curvature of the norm parameters by Hessian-vector products of the training loss."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_precond.blocks import CurvatureRequest, Statistic
+from hf_precond.model import backward_hook
+from hf_precond.model.double_backward import DoubleBackward
+from hf_precond.model.hessian_products import (
+    GraphProduct,
+    depends_on,
+    diagonal_estimates,
+    probe_vectors,
+)
+
+NO_LOSS = (
+    "sgdph: step {step} is due for a Hessian-vector product, and no loss of this model was seen "
+    "since the last step. In a plain loop run forward and backward inside "
+    "`with optimizer.curvature_context():` and call optimizer.probe(loss) before loss.backward(); "
+    "zero_grad() must not come between probe and step. With Accelerate call "
+    "accelerator.backward(loss)."
+)
+NOT_TWICE = (
+    "sgdph: the training graph cannot be differentiated twice ({error}). Fused attention: load the "
+    "model with attn_implementation='sdpa' or 'eager', and run the forward pass inside "
+    "optimizer.curvature_context(). Reentrant checkpointing: pass use_reentrant=False. Compiled or "
+    "fused kernels: switch them off, or in a plain loop give optimizer.probe a function that "
+    "returns the loss: optimizer.probe(lambda: loss_function(model(x), y))."
+)
+SHARDED = (
+    "sgdph: {name} is sharded by FSDP2, whose backward pass cannot be differentiated; train with "
+    "DDP (torchrun), or choose afopt or adamr."
+)
+
+
+def open_probe(model: nn.Module, requests: Sequence[CurvatureRequest]) -> CurvatureProbe:
+    """The source of the curvature of norm parameters, its hooks installed.
+
+    Args:
+        model: the root of what is trained, inside any wrapper.
+        requests: what to probe.
+    """
+    return CurvatureProbe(model, requests)
+
+
+class _RootHook:
+    """Forward pre-hook of the root model. Holds its source weakly; a copy is inert."""
+
+    def __init__(self, source: CurvatureProbe) -> None:
+        self.source: Callable[[], CurvatureProbe | None] = weakref.ref(source)
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        source = self.source()
+        if source is not None and source.model is module:
+            source.before_forward()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _RootHook:
+        return self.__class__.__new__(self.__class__)._inert()
+
+    def __reduce__(self) -> Any:
+        return _inert_hook, ()
+
+    def _inert(self) -> _RootHook:
+        self.source = _nothing
+        return self
+
+
+def _nothing() -> None:
+    return None
+
+
+def _inert_hook() -> _RootHook:
+    return _RootHook.__new__(_RootHook)._inert()
+
+
+def _leave(handle: Any, switches: DoubleBackward) -> None:
+    """What :meth:`CurvatureProbe.close` undoes, also when it is collected as garbage."""
+    handle.remove()
+    switches.release()
+    backward_hook.stop()
+
+
+class CurvatureProbe:
+    """Stages estimates of the Hessian diagonal on the steps that are due.
+
+    It sees the loss through ``Accelerator.backward`` or :meth:`observe`. On
+    the steps that are due, the root model's forward pass switches attention
+    to a kernel that can be differentiated twice, until the backward pass is
+    done.
+
+    Args:
+        model: the root of what is trained.
+        requests: what to probe; one estimator for all.
+    """
+
+    def __init__(self, model: nn.Module, requests: Sequence[CurvatureRequest]) -> None:
+        self.model = model
+        self.requests = list(requests)
+        self.due = False
+        self.step = 0
+        self.staged: dict[str, Statistic] = {}
+        self.vectors: dict[str, Tensor] = {}
+        self.seen: list[weakref.ref[Any]] = []
+        self.switches = DoubleBackward(model)
+        handle = model.register_forward_pre_hook(_RootHook(self))
+        backward_hook.listen(self)
+        self._leave = weakref.finalize(self, _leave, handle, self.switches)
+        self._leave.atexit = False
+
+    # What the optimizer calls -------------------------------------------------
+
+    def enable(self, due: bool, step: int) -> None:
+        """Collect (or not) in the passes before step number ``step``."""
+        self.due = due and any(step % r.period == r.phase for r in self.requests)
+        self.step = step
+        self.vectors = {}
+        self.switches.release()
+        if self.due:
+            self.switches.expect()
+
+    def take(self) -> dict[str, Statistic]:
+        """What was staged; the stage is empty afterwards.
+
+        Raises:
+            RuntimeError: products were due and no loss was seen.
+        """
+        self.switches.release()
+        if self.due and not self.seen and self._requests():
+            raise RuntimeError(NO_LOSS.format(step=self.step))
+        staged = self.staged
+        self.drop()
+        return staged
+
+    def drop(self) -> None:
+        """Forget what was staged."""
+        self.staged = {}
+        self.seen = []
+
+    def close(self) -> None:
+        """Remove every hook."""
+        self.due = False
+        self.drop()
+        backward_hook.stop(self)
+        self._leave()
+
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        """Around forward and backward: what runs inside can be differentiated twice."""
+        if not self.due:
+            yield
+            return
+        self.switches.acquire()
+        try:
+            yield
+        finally:
+            self.switches.release()
+
+    # What sees the training ---------------------------------------------------
+
+    def before_forward(self) -> None:
+        """The root model is about to run."""
+        if self.due and torch.is_grad_enabled():
+            self.switches.acquire()
+
+    def release(self) -> None:
+        """The backward pass is done."""
+        self.switches.release()
+        if self.due:
+            self.switches.expect()
+
+    def observe(
+        self,
+        loss: Tensor | Callable[[], Tensor],
+        weight: float = 1.0,
+        scale: Tensor | float | None = None,
+    ) -> bool:
+        """Stage the estimates for ``weight * loss`` if they are due.
+
+        A loss that depends on no parameter of this model is not ours and is
+        left alone; the same loss tensor is taken once.
+
+        Args:
+            loss: a scalar with its graph.
+            weight: factor of the loss that is trained.
+            scale: loss scale to compute under.
+
+        Returns:
+            Whether the loss is this model's.
+        """
+        if not self.due:
+            return False
+        if any(known() is loss for known in self.seen):
+            return True
+        requests = self._requests()
+        if not isinstance(loss, Tensor) or not loss.requires_grad or not requests:
+            return False
+        parameters = [self._parameter(request) for request in requests]
+        with torch.autocast(loss.device.type, enabled=False):
+            ours = self._stage(loss, requests, parameters, weight, scale)
+        if not ours:
+            ours = depends_on(loss, self.model.parameters())
+        if ours:
+            self.seen.append(weakref.ref(loss))
+        return ours
+
+    def _requests(self) -> list[CurvatureRequest]:
+        """Whose turn it is, frozen parameters left out."""
+        return [
+            request
+            for request in self.requests
+            if self.step % request.period == request.phase and request.norm.parameter.requires_grad
+        ]
+
+    def _stage(
+        self,
+        loss: Tensor,
+        requests: Sequence[CurvatureRequest],
+        parameters: Sequence[Tensor],
+        weight: float,
+        scale: Tensor | float | None,
+    ) -> bool:
+        vectors = self._vectors(requests)
+        try:
+            product = GraphProduct(loss, parameters, scale)
+            if not any(product.reached):
+                return False
+            estimates = diagonal_estimates(product, parameters, requests[0].probe, vectors)
+        except RuntimeError as error:
+            raise RuntimeError(NOT_TWICE.format(error=str(error).splitlines()[0])) from error
+        for request, estimate, reached in zip(requests, estimates, product.reached, strict=True):
+            if reached:
+                self._add(request.key, estimate * weight)
+        return True
+
+    def _add(self, key: str, estimate: Tensor) -> None:
+        held = self.staged.get(key)
+        if held is None:
+            self.staged[key] = Statistic(estimate, estimate.new_ones(()))
+        else:
+            held.sum += estimate
+            held.passes += 1
+
+    def _vectors(self, requests: Sequence[CurvatureRequest]) -> list[Tensor]:
+        """z of the step, drawn once for all its micro-batches."""
+        if not self.vectors:
+            parameters = [request.norm.parameter for request in self.requests]
+            drawn = probe_vectors(parameters, self.requests[0].probe, self.step)
+            self.vectors = {r.key: z for r, z in zip(self.requests, drawn, strict=True)}
+        return [self.vectors[request.key] for request in requests]
+
+    def _parameter(self, request: CurvatureRequest) -> Tensor:
+        parameter = request.norm.parameter
+        sharding = sys.modules.get("torch.distributed.tensor")
+        if sharding is not None and isinstance(parameter, sharding.DTensor):
+            raise RuntimeError(SHARDED.format(name=request.norm.name))
+        return parameter

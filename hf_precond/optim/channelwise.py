@@ -1,0 +1,163 @@
+"""Directions of channel-wise parameters from their gradient and curvature.
+
+All tensors of a batch are laid end to end, so that a step takes a fixed
+number of kernels however many norms a model has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hf_precond.configs import SGDPHConfig
+from hf_precond.optim.leaf import Leaf, by_group
+
+CAP = 10.0
+"""κ: the most that ``base="sgd"`` multiplies a momentum by, the authors' ``tau / eps``."""
+
+
+def allocate(leaf: Leaf, base: str) -> None:
+    """Make the state of a channel-wise parameter, where it is missing.
+
+    ``curvature``: D, the running average of the probes, shaped like the
+    parameter. ``probes``: how many it holds, a 0-d float32 tensor. And the
+    moments of the base rule.
+    """
+    leaf.zeros("curvature")
+    if "probes" not in leaf:
+        leaf["probes"] = torch.zeros((), dtype=torch.float32, device=leaf.param.device)
+    if base == "adamw":
+        leaf.zeros("exp_avg")
+        leaf.zeros("exp_avg_sq")
+        if "step" not in leaf:
+            device = leaf.param.device if leaf.param.is_cuda else None
+            leaf["step"] = torch.zeros((), dtype=torch.float32, device=device)
+    elif leaf.group["momentum"] != 0:
+        leaf.zeros("momentum_buffer")
+
+
+def average_probe(
+    leaf: Leaf, estimate: Tensor, present: Tensor, decay: float, absolute: bool
+) -> Tensor:
+    """``D ← b D + (1 - b) ĥ`` in place; an estimate that is absent or not finite changes nothing.
+
+    Args:
+        leaf: the parameter; its ``curvature`` and ``probes`` are changed.
+        estimate: ĥ, shaped like the parameter.
+        present: whether any rank staged it, a 0-d tensor.
+        decay: b in [0, 1).
+        absolute: average ``|ĥ|`` (the authors') instead of ĥ.
+
+    Returns:
+        1 where a present estimate was dropped, else 0: a 0-d tensor.
+    """
+    curvature = leaf["curvature"]
+    estimate = estimate.to(curvature.dtype).view_as(curvature)
+    finite = torch.isfinite(estimate).all()
+    usable = finite & present
+    estimate = torch.where(usable, estimate.abs() if absolute else estimate, curvature)
+    curvature.lerp_(estimate, 1 - decay)
+    leaf["probes"] += usable
+    return (present & ~finite).to(torch.int64)
+
+
+def advance_moments(leaves: Sequence[Leaf], base: str) -> None:
+    """Put the gradients into the moments of the base rule."""
+    for batch in by_group(leaves):
+        grads = [leaf.grad.to(leaf["curvature"].dtype) for leaf in batch]
+        group = batch[0].group
+        if base == "adamw":
+            beta1, beta2 = group["betas"]
+            first = [leaf["exp_avg"] for leaf in batch]
+            second = [leaf["exp_avg_sq"] for leaf in batch]
+            torch._foreach_lerp_(first, grads, 1 - beta1)
+            torch._foreach_mul_(second, beta2)
+            torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
+            torch._foreach_add_([leaf["step"] for leaf in batch], 1)
+        elif group["momentum"] != 0:
+            buffers = [leaf["momentum_buffer"] for leaf in batch]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, grads)
+
+
+def adamw_directions(leaves: Sequence[Leaf], config: SGDPHConfig) -> tuple[Tensor, Tensor]:
+    """``u = clip(m̂ / (γ D̂ + ε), -1, 1)``; AdamW's ``m̂ / (√v̂ + ε)`` before the first probe.
+
+    Args:
+        leaves: of one parameter group and dtype, their moments up to date.
+        config: ``gamma`` and ``stat_decay``.
+
+    Returns:
+        u of all leaves end to end, and AdamW's own direction likewise.
+    """
+    beta1, beta2 = leaves[0].group["betas"]
+    eps = leaves[0].group["eps"]
+    sizes = [leaf["curvature"].numel() for leaf in leaves]
+    steps = torch.stack([leaf["step"] for leaf in leaves])
+    probes = torch.stack([leaf["probes"] for leaf in leaves])
+    first = _flat(leaves, "exp_avg") / _spread(1 - beta1**steps, sizes)
+    second = _flat(leaves, "exp_avg_sq") / _spread(1 - beta2**steps, sizes)
+    plain = first / second.sqrt_().add_(eps)
+    curvature = _flat(leaves, "curvature").abs_() / _spread(
+        1 - config.stat_decay**probes, sizes
+    )
+    bounded = (first / curvature.mul_(config.gamma).add_(eps)).clamp_(-1, 1)
+    return torch.where(_spread(probes > 0, sizes), bounded, plain), plain
+
+
+def sgd_multipliers(
+    leaves: Sequence[Leaf], config: SGDPHConfig, cycle: int | None = None
+) -> Tensor:
+    """``min(τ / (D̂ + ε_c), κ)``, and 1 before the first probe; all leaves end to end.
+
+    The authors' rule, with ``cycle``: ``τ (1 - μⁿ) / (D + ε_c)``.
+
+    Args:
+        leaves: of one parameter group and dtype.
+        config: ``tau``, ``curvature_eps`` and ``stat_decay``.
+        cycle: n, the number of the cycle under way, for the authors' rule.
+    """
+    sizes = [leaf["curvature"].numel() for leaf in leaves]
+    curvature = _flat(leaves, "curvature").abs_()
+    if cycle is not None:
+        factor = config.tau * (1 - leaves[0].group["momentum"] ** cycle)
+        return factor / curvature.add_(config.curvature_eps)
+    probes = torch.stack([leaf["probes"] for leaf in leaves])
+    curvature = curvature / _spread(1 - config.stat_decay**probes, sizes)
+    multipliers = (config.tau / curvature.add_(config.curvature_eps)).clamp_(max=CAP)
+    return torch.where(_spread(probes > 0, sizes), multipliers, 1.0)
+
+
+def sgd_directions(
+    leaves: Sequence[Leaf], config: SGDPHConfig, cycle: int | None = None
+) -> list[Tensor]:
+    """``u = v · multiplier``, the momentum v up to date; arguments as :func:`sgd_multipliers`."""
+    multipliers = sgd_multipliers(leaves, config, cycle)
+    if leaves[0].group["momentum"] != 0:
+        velocity = _flat(leaves, "momentum_buffer")
+    else:
+        velocity = torch.cat([leaf.grad.reshape(-1) for leaf in leaves]).to(multipliers.dtype)
+    return apart(velocity * multipliers, leaves)
+
+
+def with_directions(leaves: Sequence[Leaf], directions: Sequence[Tensor]) -> list[Leaf]:
+    """The leaves with a finished direction in place of the gradient."""
+    return [replace(leaf, grad=u) for leaf, u in zip(leaves, directions, strict=True)]
+
+
+def apart(joined: Tensor, leaves: Sequence[Leaf]) -> list[Tensor]:
+    """What lies end to end as one tensor a leaf, in its shape."""
+    parts = joined.split([leaf.param.numel() for leaf in leaves])
+    return [part.view(leaf.param.shape) for part, leaf in zip(parts, leaves, strict=True)]
+
+
+def _flat(leaves: Sequence[Leaf], name: str) -> Tensor:
+    return torch.cat([leaf[name].reshape(-1) for leaf in leaves])
+
+
+def _spread(values: Tensor, sizes: Sequence[int]) -> Tensor:
+    """One value a tensor, repeated over that tensor's entries."""
+    return torch.cat([v.expand(n) for v, n in zip(values.unbind(), sizes, strict=True)])
