@@ -25,6 +25,7 @@ from hf_precond.blocks import (
 from hf_precond.blocks.found import Request
 from hf_precond.model.adapters import trains
 from hf_precond.model.attention import HOW_TO_DECLARE, find_attention
+from hf_precond.model.capture import Capture
 from hf_precond.model.matrices import CONVOLUTIONS, find_matrices, is_linear
 from hf_precond.model.norms import channel_parameters
 from hf_precond.model.survey import Survey, add_reason
@@ -46,8 +47,6 @@ def open_statistics(model: nn.Module, requests: Sequence[Request]) -> Statistics
         return open_probe(model, curvature)
     if curvature:
         raise ValueError("curvature and second moments come from two sources: open each by itself.")
-    from hf_precond.model.capture import Capture
-
     return Capture(model, [r for r in requests if not isinstance(r, CurvatureRequest)])
 
 

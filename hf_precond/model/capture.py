@@ -1,0 +1,338 @@
+"""Collects second moments from a model's passes: inputs, output gradients, queries and keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from hf_precond.blocks import AttentionBlock, LayerMatrix, MomentRequest, Statistic
+from hf_precond.model.adapters import trains, wrappers_of
+from hf_precond.model.heads import HeadMoments
+from hf_precond.model.hooks import Hook
+from hf_precond.model.matrices import CONVOLUTIONS, is_linear
+from hf_precond.model.rows import (
+    input_of,
+    multihead_inner,
+    multihead_role,
+    multihead_weights,
+    output_rows,
+    patches,
+    select_outputs,
+)
+from hf_precond.model.stage import Part, Stage, centred, count_of, moment, no_autocast
+from hf_precond.model.tokens import Reader, TokenWeights
+
+
+@dataclass
+class _Collection:
+    """One sum, which may serve several requests."""
+
+    name: str
+    kind: str
+    matrix: LayerMatrix
+    constant: bool
+    center: bool
+
+
+@dataclass
+class _Point:
+    """A module that is hooked, and what is collected from its calls."""
+
+    module: nn.Module
+    layer: nn.Module
+    reader: Reader
+    collections: dict[str, _Collection] = field(default_factory=dict)
+
+
+class Capture:
+    """A :class:`~hf_precond.blocks.StatisticsSource` of second moments.
+
+    A forward hook takes the moment of a layer's input, and a hook on its
+    output tensor stages that moment when the output's gradient arrives,
+    together with the gradient's own. So a pass counts once and only if it is
+    trained: passes in ``eval()``, under ``no_grad`` or without a backward
+    bring nothing, checkpointed ones (either mode) are counted once, and a
+    module that is called several times brings the sum of its calls.
+
+    Rows are weighted by the attention mask (see :class:`TokenWeights`).
+    Moments are float32, float64 in float64 models, whatever autocast says.
+    Nothing is read from the device.
+
+    ``input`` of a grouped convolution is the sum over its groups too, and so
+    is its count. ``output_grad`` of an embedding is ``[d, d]``.
+
+    Args:
+        model: the model.
+        requests: what is asked for.
+
+    Raises:
+        ValueError: for a request that cannot be served, saying why.
+    """
+
+    def __init__(self, model: nn.Module, requests: Sequence[MomentRequest]) -> None:
+        keys = [request.key for request in requests]
+        if len(set(keys)) != len(keys):
+            raise ValueError("Capture: two requests have the same key; give each its own.")
+        self.requests = list(requests)
+        self.stage = Stage()
+        self.enabled = False
+        self.step = -1
+        self.paths = {module: path for path, module in model.named_modules()}
+        self.wrappers = wrappers_of(model)
+        self.projections = {
+            m.out_proj: m for m in model.modules() if isinstance(m, nn.MultiheadAttention)
+        }
+        self.tokens = TokenWeights(model)
+        self.points: dict[nn.Module, _Point] = {}
+        self.served: dict[str, str] = {}
+        heads = [request for request in self.requests if request.kind in ("query", "key")]
+        for request in self.requests:
+            if request.kind in ("input", "output_grad"):
+                self._add(request)
+        self.heads = HeadMoments(model, heads, self.tokens, self.paths, self.stage)
+        self.handles: list[RemovableHandle] = [
+            point.module.register_forward_hook(
+                Hook(self._make_hook(point)), with_kwargs=True
+            )
+            for point in self.points.values()
+        ]
+
+    # What is hooked -----------------------------------------------------------
+
+    def _add(self, request: MomentRequest) -> None:
+        """Find the collection that serves a request, or make it."""
+        matrix = self._source(request)
+        layer = matrix.module
+        if request.kind == "input" and not (
+            is_linear(layer) or isinstance(layer, (*CONVOLUTIONS, nn.MultiheadAttention))
+        ):
+            raise ValueError(
+                f"{request.key}: the input of {matrix.name} ({type(layer).__name__}) has no second "
+                "moment; ask for those of linear layers and convolutions."
+            )
+        if request.kind == "output_grad" and isinstance(layer, nn.MultiheadAttention):
+            raise ValueError(
+                f"{request.key}: the projections of {matrix.name} are inside "
+                "nn.MultiheadAttention, which calls no layer whose output gradient could be read."
+            )
+        module = self.projections.get(layer) or self.wrappers.get(layer, layer)
+        if module not in self.paths:
+            raise ValueError(f"{request.key}: {matrix.name} is not a layer of this model.")
+        point = self.points.get(module)
+        if point is None:
+            memory = _is_memory(request)
+            reader = self.tokens.reader(self.paths[module], memory=memory)
+            point = self.points[module] = _Point(module, layer, reader)
+        name = f"{self.paths[module]}:{request.kind}{_variant(request, matrix)}"
+        constant = request.kind == "input" and request.matrix.bias is not None
+        collection = point.collections.get(name)
+        if collection is None:
+            collection = _Collection(name, request.kind, matrix, constant, request.center)
+            point.collections[name] = collection
+        collection.constant |= constant
+        self.served[request.key] = name
+
+    def _source(self, request: MomentRequest) -> LayerMatrix:
+        """The matrix whose calls answer a request.
+
+        Below the first layer that trains, a frozen layer's output has no
+        gradient; a sibling that trains has the same input.
+        """
+        block, matrix = request.attention, request.matrix
+        if request.kind != "input" or block is None or trains(matrix):
+            return matrix
+        role = next((r for r, m in block.roles().items() if m is matrix), None)
+        if role is None or role == "o" or role in block.adapters or (block.cross and role == "q"):
+            return matrix
+        siblings = ("k", "v") if block.cross else ("q", "k", "v")
+        for sibling in siblings:
+            if sibling in block.trainable or sibling in block.adapters:
+                return block.roles()[sibling]
+        return matrix
+
+    # What is seen -------------------------------------------------------------
+
+    def _make_hook(self, point: _Point) -> Callable[..., None]:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> None:
+            if not self.enabled or not module.training or not torch.is_grad_enabled():
+                return
+            result = output[0] if isinstance(output, (tuple, list)) else output
+            if isinstance(result, Tensor) and result.requires_grad:
+                self._observe(point, args, kwargs, result)
+
+        return hook
+
+    def _observe(
+        self, point: _Point, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor
+    ) -> None:
+        """Take the input moments of a call, to be staged when its gradient comes."""
+        in_pass = self.tokens.passes
+        dtype = moment_dtype(point)
+        with torch.no_grad(), no_autocast(result.device):
+            parts = [
+                self._input_part(point, collection, args, kwargs, dtype)
+                for collection in point.collections.values()
+                if collection.kind == "input"
+            ]
+            gradients = [c for c in point.collections.values() if c.kind == "output_grad"]
+            count = _output_count(point, result, dtype) if gradients else None
+        done: list[bool] = []
+
+        def stage(gradient: Tensor) -> None:
+            if done:
+                return
+            done.append(True)
+            for part in parts:
+                if part is not None:
+                    self.stage.add(part, in_pass)
+            if count is None:
+                return
+            with torch.no_grad(), no_autocast(gradient.device):
+                rows = output_rows(point.layer, gradient.detach()).to(dtype)
+                for collection in gradients:
+                    chosen = select_outputs(collection.matrix, rows)
+                    total = moment(chosen, None, constant=False)
+                    self.stage.add(Part(collection.name, total, count), in_pass)
+
+        result.register_hook(stage)
+
+    def _input_part(
+        self,
+        point: _Point,
+        collection: _Collection,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        dtype: torch.dtype,
+    ) -> Part | None:
+        layer, module = point.layer, point.module
+        weights: Tensor | None = None
+        if isinstance(module, nn.MultiheadAttention):
+            role = "o" if layer is not module else multihead_role(collection.matrix)
+            weights = multihead_weights(module, role, args, kwargs)
+            inputs = (
+                multihead_inner(module, args, kwargs)
+                if role == "o"
+                else input_of(module, collection.matrix, args, kwargs)
+            )
+        else:
+            inputs = input_of(module, collection.matrix, args, kwargs)
+        if inputs is None:
+            return None
+        if isinstance(layer, CONVOLUTIONS):
+            rows = patches(layer, inputs.detach().to(dtype)).flatten(0, 1)
+        else:
+            rows = inputs.detach().to(dtype)
+            if weights is None:
+                weights = point.reader.read(tuple(inputs.shape), dtype)
+            else:
+                weights = weights.to(dtype)
+        return input_part(collection.name, rows, weights, collection.constant, collection.center)
+
+    # The StatisticsSource -----------------------------------------------------
+
+    def enable(self, due: bool, step: int) -> None:
+        """Collect (or not) in the passes before the optimizer's step number ``step``.
+
+        What was staged for another step is forgotten.
+        """
+        if step != self.step:
+            self.stage.clear()
+        self.step = step
+        self.enabled = self.tokens.enabled = self.heads.enabled = due
+        if not due:
+            self.tokens.forget()
+
+    def take(self) -> dict[str, Statistic]:
+        """What was staged since the last call, by request key; the stage is empty afterwards."""
+        taken: dict[str, Statistic] = {}
+        for request in self.requests:
+            if request.kind in ("query", "key"):
+                found = self.heads.get(request)
+            else:
+                found = self.stage.get(self.served[request.key])
+                if found is not None and request.kind == "input":
+                    size = request.matrix.columns
+                    found = Statistic(found.sum[:size, :size], found.count, found.passes)
+            if found is not None:
+                taken[request.key] = found
+        self.stage.clear()
+        self.tokens.forget()
+        return taken
+
+    def drop(self) -> None:
+        """Forget what was staged (a skipped step)."""
+        self.stage.clear()
+
+    def close(self) -> None:
+        """Remove every hook."""
+        self.enabled = False
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        self.tokens.close()
+        self.heads.close()
+        self.stage.clear()
+
+
+def moment_dtype(point: _Point) -> torch.dtype:
+    """float64 where the layer's weight is, float32 elsewhere."""
+    for parameter in point.layer.parameters():
+        return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    return torch.float32
+
+
+def input_part(
+    collection: str, rows: Tensor, weights: Tensor | None, constant: bool, center: bool
+) -> Part:
+    """The moment of an input ``[…, T, d]``, each leading index a sequence."""
+    count = count_of(rows[..., 0].numel(), weights, rows)
+    if center:
+        rows = centred(rows, weights)
+        total = moment(rows.flatten(0, -2), _flat(weights), constant=False)
+        if constant:  # the constant less its mean is zero
+            total = torch.nn.functional.pad(total, (0, 1, 0, 1))
+        return Part(collection, total, count)
+    return Part(collection, moment(rows.flatten(0, -2), _flat(weights), constant=constant), count)
+
+
+def _flat(weights: Tensor | None) -> Tensor | None:
+    return None if weights is None else weights.flatten()
+
+
+def _output_count(point: _Point, result: Tensor, dtype: torch.dtype) -> Tensor:
+    rows = result.numel() // result.shape[_channel(point.layer, result)]
+    like = result.new_empty((), dtype=dtype)
+    if isinstance(point.layer, CONVOLUTIONS):
+        return count_of(rows, None, like)
+    return count_of(rows, point.reader.read(tuple(result.shape), dtype), like)
+
+
+def _channel(layer: nn.Module, result: Tensor) -> int:
+    if isinstance(layer, CONVOLUTIONS):
+        return result.dim() - len(layer.kernel_size) - 1
+    return -1
+
+
+def _is_memory(request: MomentRequest) -> bool:
+    """Whether a request's matrix reads the other sequence of a cross-attention."""
+    block: AttentionBlock | None = request.attention
+    if block is None or not block.cross:
+        return False
+    return request.matrix is block.k or request.matrix is block.v
+
+
+def _variant(request: MomentRequest, matrix: LayerMatrix) -> str:
+    """What tells collections of one module and kind apart."""
+    if request.kind == "output_grad":
+        return f":{matrix.rows}" if matrix.rows is not None else ""
+    role = (
+        f":{multihead_role(matrix)}" if isinstance(matrix.module, nn.MultiheadAttention) else ""
+    )
+    return role + (":centred" if request.center else "")

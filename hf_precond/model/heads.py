@@ -1,0 +1,214 @@
+"""Second moments of queries and keys per head, as they meet in the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from hf_precond.blocks import AttentionBlock, MomentRequest, Statistic
+from hf_precond.model.hooks import Hook
+from hf_precond.model.lookup import observe
+from hf_precond.model.rotation import Layout, average, read_layout, tables
+from hf_precond.model.stage import Part, Stage, centred, count_of, moment, no_autocast
+from hf_precond.model.tokens import Reader, TokenWeights
+
+
+@dataclass
+class _Head:
+    """An attention whose queries or keys are collected."""
+
+    block: AttentionBlock
+    path: str
+    requests: list[MomentRequest]
+    queries: Reader
+    memory: Reader
+    layout: Layout | None = None
+    rotation: tuple[Tensor, Tensor] | None = None
+    seen: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def averaged(self) -> bool:
+        """Whether a request wants the average over rotations."""
+        return any(request.average_rotation for request in self.requests)
+
+
+class HeadMoments:
+    """Collects the ``query`` and ``key`` requests of a :class:`Capture`.
+
+    Args:
+        model: the model.
+        requests: of kind ``query`` or ``key``.
+        tokens: the masks of the passes.
+        paths: module to path.
+        stage: where sums are staged.
+
+    Raises:
+        ValueError: when an attention's queries and keys cannot be observed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        requests: Sequence[MomentRequest],
+        tokens: TokenWeights,
+        paths: dict[nn.Module, str],
+        stage: Stage,
+    ) -> None:
+        self.enabled = False
+        self.tokens = tokens
+        self.stage = stage
+        self.heads: dict[nn.Module, _Head] = {}
+        self.handles: list[RemovableHandle] = []
+        self.release: Callable[[], Any] | None = None
+        for request in requests:
+            self._add(request, paths)
+        if not self.heads:
+            return
+        for head in self.heads.values():
+            if head.averaged:
+                self._watch_rotation(head)
+        self.release = observe(list(self.heads), self._observe)
+
+    def _add(self, request: MomentRequest, paths: dict[nn.Module, str]) -> None:
+        block = request.attention
+        if block is None or not block.observed or block.module not in paths:
+            raise ValueError(
+                f"{request.key}: the queries and keys of "
+                f"{block.name if block else request.matrix.name} cannot be observed: it does not "
+                "call transformers' attention look-up; use rope='ignored'."
+            )
+        head = self.heads.get(block.module)
+        if head is None:
+            path = paths[block.module]
+            readers = self.tokens.reader(path), self.tokens.reader(path, memory=block.cross)
+            head = self.heads[block.module] = _Head(block, path, [], *readers)
+        head.requests.append(request)
+
+    def _watch_rotation(self, head: _Head) -> None:
+        """See the cosines and sines that an attention is called with, or that its child makes."""
+
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.enabled:
+                given = kwargs.get("position_embeddings")
+                found = (given, *args)
+                head.rotation = next((pair for pair in found if _is_rotation(pair)), None)
+
+        def see_child(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if self.enabled and _is_rotation(output):
+                head.rotation = output
+
+        module = head.block.module
+        self.handles.append(module.register_forward_pre_hook(Hook(see), with_kwargs=True))
+        for child in module.modules():
+            if child is not module and "rotary" in type(child).__name__.lower():
+                self.handles.append(child.register_forward_hook(Hook(see_child)))
+
+    def _observe(self, module: nn.Module, query: Tensor, key: Tensor, output: Tensor) -> None:
+        """Take the moments of one attention call, to be staged when its gradient comes."""
+        if not self.enabled or not module.training or not torch.is_grad_enabled():
+            return
+        head = self.heads.get(module)
+        if head is None or not output.requires_grad:
+            return
+        in_pass = self.tokens.passes
+        with torch.no_grad(), no_autocast(output.device):
+            parts = self._parts(head, query.detach(), key.detach())
+        done: list[bool] = []
+
+        def stage(gradient: Tensor) -> None:
+            if not done:
+                done.append(True)
+                for part in parts:
+                    self.stage.add(part, in_pass)
+
+        output.register_hook(stage)
+
+    def _parts(self, head: _Head, query: Tensor, key: Tensor) -> list[Part]:
+        double = query.dtype == torch.float64
+        dtype = torch.float64 if double else torch.float32
+        heads = head.block.heads
+        if key.shape[1] == heads.query:
+            key = key[:, :: heads.group]
+        parts = []
+        for kind, vectors, reader in (("query", query, head.queries), ("key", key, head.memory)):
+            for center in sorted({r.center for r in head.requests if r.kind == kind}):
+                batch, _, length, size = vectors.shape
+                weights = reader.read((batch, length, size), dtype)
+                rows = vectors.to(dtype)
+                spread = None if weights is None else weights[:, None].expand(rows.shape[:-1])
+                if center:
+                    rows = centred(rows, spread)
+                total = moment(rows, spread, constant=False).sum(0)
+                count = count_of(batch * length, weights, rows)
+                parts.append(Part(_name(head, kind, center), total, count))
+        if head.averaged:
+            parts.append(self._rotation_part(head, query, dtype))
+        return parts
+
+    def _rotation_part(self, head: _Head, query: Tensor, dtype: torch.dtype) -> Part:
+        """Sums over the query positions of products of cosines and sines."""
+        if head.rotation is None:
+            raise RuntimeError(
+                f"{head.path}: the rotation of its queries and keys was not seen (no "
+                "position_embeddings and no rotary module of its own); use rope='ignored'."
+            )
+        cos, sin = (_lead(part.detach(), query.shape[2]) for part in head.rotation)
+        if head.layout is None:
+            layout = read_layout(head.block.module, query.shape[-1], cos)
+            head.layout = layout.to(cos.device)
+        batch, _, length, size = query.shape
+        cos, sin = cos.to(dtype).expand(batch, -1, -1), sin.to(dtype).expand(batch, -1, -1)
+        if cos.shape[1] < length:  # tokens in front that are not rotated (class tokens)
+            front = length - cos.shape[1]
+            cos = torch.nn.functional.pad(cos, (0, 0, front, 0), value=1.0)
+            sin = torch.nn.functional.pad(sin, (0, 0, front, 0))
+        weights = head.queries.read((batch, length, size), dtype)
+        total = tables(head.layout, cos, sin, weights)
+        return Part(f"{head.path}:rotation", total, count_of(batch * length, weights, total))
+
+    def get(self, request: MomentRequest) -> Statistic | None:
+        """The staged answer to a request."""
+        assert request.attention is not None
+        head = self.heads[request.attention.module]
+        found = self.stage.get(_name(head, request.kind, request.center))
+        if found is None or not request.average_rotation:
+            return found
+        rotation = self.stage.get(f"{head.path}:rotation")
+        assert rotation is not None and head.layout is not None
+        mean = rotation.sum / rotation.count.clamp(min=1)
+        return Statistic(average(head.layout, found.sum, mean), found.count, found.passes)
+
+    def close(self) -> None:
+        """Remove the hooks, and the observer of the attention look-up."""
+        self.enabled = False
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        if self.release is not None:
+            self.release()
+            self.release = None
+
+
+def _name(head: _Head, kind: str, center: bool) -> str:
+    return f"{head.path}:{kind}{':centred' if center else ''}"
+
+
+def _is_rotation(value: Any) -> bool:
+    return (
+        isinstance(value, tuple)
+        and len(value) == 2
+        and all(isinstance(part, Tensor) and part.dim() in (2, 3, 4) for part in value)
+        and value[0].shape == value[1].shape
+    )
+
+
+def _lead(part: Tensor, length: int) -> Tensor:
+    """Cosines or sines as ``[B or 1, positions, width]``."""
+    if part.dim() == 4:  # [B, 1, N, width] or [B, N, 1, width]
+        part = part.squeeze(1) if part.shape[1] == 1 else part.squeeze(2)
+    return part.unsqueeze(0) if part.dim() == 2 else part

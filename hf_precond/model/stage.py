@@ -1,0 +1,96 @@
+"""Second moments of rows, and the stage where their sums wait for the optimizer's step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_precond.blocks import Statistic
+
+
+def weigh(rows: Tensor, weights: Tensor | None) -> Tensor:
+    """Rows times their weights."""
+    return rows if weights is None else rows * weights.unsqueeze(-1)
+
+
+def moment(rows: Tensor, weights: Tensor | None, *, constant: bool) -> Tensor:
+    """``sum of w x̂ x̂ᵀ`` over the second-last dimension.
+
+    Args:
+        rows: ``[…, n, d]``.
+        weights: ``[…, n]``, or ``None`` for ones.
+        constant: put a 1 behind every row: ``[…, d + 1, d + 1]``.
+    """
+    weighted = weigh(rows, weights)
+    product = weighted.mT @ rows
+    if not constant:
+        return product
+    size = rows.shape[-1]
+    result = product.new_empty(*product.shape[:-2], size + 1, size + 1)
+    result[..., :size, :size] = product
+    total = weighted.sum(-2)
+    result[..., size, :size] = total
+    result[..., :size, size] = total
+    result[..., size, size] = rows.shape[-2] if weights is None else weights.sum(-1)
+    return result
+
+
+def centred(rows: Tensor, weights: Tensor | None) -> Tensor:
+    """``[…, n, d]`` less the (weighted) mean over each sequence of n."""
+    if weights is None:
+        return rows - rows.mean(-2, keepdim=True)
+    total = weights.sum(-1, keepdim=True).clamp(min=1).unsqueeze(-1)
+    return rows - weigh(rows, weights).sum(-2, keepdim=True) / total
+
+
+def count_of(rows: int, weights: Tensor | None, like: Tensor) -> Tensor:
+    """Number of rows, weighted, as a 0-d tensor; nothing is read from the device."""
+    return like.new_full((), rows) if weights is None else weights.sum().to(like.dtype)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one call of a layer adds to a collection's sum and count."""
+
+    collection: str
+    sum: Tensor
+    count: Tensor
+
+
+class Stage:
+    """Sums by collection, and the number of passes that added to each."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}
+        self.passes: dict[str, set[int]] = {}
+
+    def add(self, part: Part, in_pass: int) -> None:
+        """Add a part that the pass numbered ``in_pass`` brought."""
+        if part.collection in self.sums:
+            self.sums[part.collection].add_(part.sum)
+            self.counts[part.collection].add_(part.count)
+        else:
+            self.sums[part.collection] = part.sum
+            self.counts[part.collection] = part.count.clone()
+        self.passes.setdefault(part.collection, set()).add(in_pass)
+
+    def get(self, collection: str) -> Statistic | None:
+        """What was added to a collection, or ``None`` when nothing was."""
+        if collection not in self.sums:
+            return None
+        passes = len(self.passes[collection])
+        return Statistic(self.sums[collection], self.counts[collection], passes)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.sums.clear()
+        self.counts.clear()
+        self.passes.clear()
+
+
+def no_autocast(device: torch.device) -> torch.autocast:
+    """Moments are summed in their own dtype, whatever autocast says."""
+    return torch.autocast(device.type, enabled=False)

@@ -1,0 +1,153 @@
+"""Which rows of a layer's input are real tokens: weights from the attention masks of a pass."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from hf_precond.model.adapters import base_of
+from hf_precond.model.hooks import Hook
+
+_KEPT = 8  # masks of passes whose backward may still recompute them (checkpointing)
+_NAMES = ("attention_mask", "encoder_attention_mask", "decoder_attention_mask", "labels")
+
+
+@dataclass
+class _Owner:
+    """A (sub)model that takes masks, and those of its last passes, latest last."""
+
+    path: str
+    pairs: bool
+    blind: bool
+    masks: list[dict[str, Tensor]] = field(default_factory=list)
+
+
+class TokenWeights:
+    """Reads the masks that a model and the models in it are called with.
+
+    A layer's tokens are weighted by the mask of the innermost model around it
+    that was called with one of the layer's batch and length. Anything else
+    (no mask, packed or unpadded sequences, images) weighs 1.
+
+    Args:
+        model: the root model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.enabled = False
+        self.passes = 0
+        self.root = base_of(model)
+        self.owners: list[_Owner] = []
+        self.handles: list[RemovableHandle] = []
+        root_path = ""
+        for path, module in model.named_modules():
+            if module is self.root:
+                root_path = path
+            if module is model or module is self.root or hasattr(module, "base_model_prefix"):
+                self._watch(path, module, counts=module is model)
+        self.root_path = root_path
+
+    def _watch(self, path: str, module: nn.Module, *, counts: bool) -> None:
+        config = getattr(module, "config", None)
+        owner = _Owner(
+            path,
+            pairs=bool(getattr(config, "is_encoder_decoder", False)) and _takes_pairs(module),
+            blind=getattr(module, "main_input_name", "input_ids") == "pixel_values",
+        )
+        self.owners.append(owner)
+        names = _positions(module)
+
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not self.enabled:
+                return
+            self.passes += counts
+            given = {names[i]: value for i, value in enumerate(args) if i in names} | {
+                name: kwargs[name] for name in _NAMES if name in kwargs
+            }
+            masks = {name: v for name, v in given.items() if isinstance(v, Tensor) and v.dim() == 2}
+            owner.masks = [*owner.masks[1 - _KEPT :], masks]
+
+        self.handles.append(module.register_forward_pre_hook(Hook(see), with_kwargs=True))
+
+    def forget(self) -> None:
+        """Let go of the masks that are held."""
+        for owner in self.owners:
+            owner.masks.clear()
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        self.forget()
+
+    def reader(self, path: str, *, memory: bool = False) -> Reader:
+        """The weights as a layer at ``path`` needs them.
+
+        Args:
+            path: module path of the layer.
+            memory: its input is the other sequence of a cross-attention.
+        """
+        around = [o for o in self.owners if not o.path or f"{path}.".startswith(f"{o.path}.")]
+        return Reader(sorted(around, key=lambda o: -len(o.path)), path, memory)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Finds the token weights of one layer."""
+
+    owners: list[_Owner]
+    path: str
+    memory: bool
+
+    def read(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """Weights ``[B, T]`` for an input of ``shape`` ``[B, T, …]``; ``None``: all ones."""
+        if len(shape) < 3:
+            return None
+        for owner in self.owners:
+            name = self._name(owner)
+            for masks in reversed(owner.masks):
+                mask = masks.get(name)
+                if mask is None and name == "decoder_attention_mask" and "labels" in masks:
+                    mask = _up_to_last_label(masks["labels"])
+                if mask is not None and tuple(mask.shape) == tuple(shape[:2]):
+                    return mask.to(dtype)
+            if owner.blind:
+                return None
+        return None
+
+    def _name(self, owner: _Owner) -> str:
+        below = self.path[len(owner.path) :].strip(".").split(".")
+        if owner.pairs:
+            decoding = "decoder" in below
+            return "decoder_attention_mask" if decoding and not self.memory else "attention_mask"
+        return "encoder_attention_mask" if self.memory else "attention_mask"
+
+
+def _positions(module: nn.Module) -> dict[int, str]:
+    """Place of each mask among the positional arguments of a module's forward."""
+    try:
+        names = list(inspect.signature(module.forward).parameters)
+    except (TypeError, ValueError):
+        return {}
+    return {index: name for index, name in enumerate(names) if name in _NAMES}
+
+
+def _takes_pairs(module: nn.Module) -> bool:
+    """Whether a model's forward takes both sequences of an encoder and a decoder."""
+    names = inspect.signature(module.forward).parameters
+    return any(name.startswith("decoder_") for name in names)
+
+
+def _up_to_last_label(labels: Tensor) -> Tensor:
+    """Ones up to the last position that has a label.
+
+    Behind it a decoder's positions are padding: they have no loss, and no
+    position before them sees them.
+    """
+    return (labels != -100).flip(-1).cumsum(-1).clamp(max=1).flip(-1)
