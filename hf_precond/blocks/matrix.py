@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from hf_precond.blocks.sharding import full
 
 Layout = Literal["linear", "transposed", "conv"]
 
@@ -105,7 +108,7 @@ class LayerMatrix:
         if self.layout == "transposed":
             columns, out = weight.shape[0], weight.shape[1]
         else:
-            out, columns = weight.shape[0], weight[0].numel()
+            out, columns = weight.shape[0], math.prod(weight.shape[1:])
         return (self.rows.rows if self.rows else out, columns)
 
     @property
@@ -158,16 +161,20 @@ class LayerMatrix:
     def split(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
         """``[out, in(+1)]`` as weight and bias parts, shaped like :meth:`target` and the bias."""
         weight = matrix if self.bias is None else matrix[:, :-1]
-        target = self.target(self.weight_parameter)
-        if self.layout == "transposed" and self.rows is None:
-            weight = weight.mT
-        weight = weight.reshape(target.shape).contiguous()
+        out: tuple[int, ...] = (-1,)
+        if self.rows is None:
+            weight = weight.mT if self.layout == "transposed" else weight
+            weight = weight.reshape(self.weight_parameter.shape)
+        elif self.rows.groups > 1:
+            out = (self.rows.groups, -1)
+            weight = weight.reshape(*out, matrix.shape[1] - (self.bias is not None))
         if self.bias is None:
-            return weight, None
-        bias = matrix[:, -1].contiguous()
-        return weight, bias if self.rows is None else bias.reshape(target.shape[:-1])
+            return weight.contiguous(), None
+        return weight.contiguous(), matrix[:, -1].reshape(out).contiguous()
 
     def read(self) -> Tensor:
-        """``[W | b]`` as it stands now, ``[out, in(+1)]``, detached."""
+        """``[W | b]`` as it stands now, ``[out, in(+1)]``, detached, gathered if sharded."""
         bias = self.bias_parameter
-        return self.join(self.weight_parameter.detach(), None if bias is None else bias.detach())
+        return self.join(
+            full(self.weight_parameter.detach()), None if bias is None else full(bias.detach())
+        )

@@ -14,6 +14,7 @@ from hf_precond import distributed
 from hf_precond.blocks import Blocks, LayerMatrix, Route, RoutingTable, Statistic, StatisticsSource
 from hf_precond.blocks.found import Request
 from hf_precond.blocks.matrix import RowSelection
+from hf_precond.blocks.sharding import like
 from hf_precond.blocks.statistics import CurvatureRequest
 from hf_precond.configs import OptimizerConfig, compute_dtype
 from hf_precond.optim.leaf import Leaf
@@ -144,7 +145,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
         for placed in self.placed:
             self.allocate(placed)
         if self._only_allocates():
-            self.allocate_rule(self._raw_leaves(set(self.placed) if self.finishes else set()))
+            self.allocate_rule(self._raw_leaves(set(self.placed) if self.finishes else set(), {}))
             return loss
         self._commit_staged()
         self.refresh()
@@ -159,17 +160,22 @@ class PrecondOptimizer(torch.optim.Optimizer):
         done: set[PlacedMatrix] = set()
         finished: list[Leaf] = []
         others: list[Leaf] = []
+        gathered: dict[Tensor, Tensor] = {}
         for item in self.precondition(ready):
-            leaves = item.placed.leaves(item.matrix, self.param_groups, self.state)
+            leaves = item.placed.leaves(item.matrix, self.param_groups, self.state, gathered)
             (finished if item.finished else others).extend(leaves)
             done.add(item.placed)
-        others.extend(self._raw_leaves(done))
+        others.extend(self._raw_leaves(done, gathered))
         if others:
             self.step_others(others)
         if finished:
             descend(finished)
+        for parameter, whole in gathered.items():
+            parameter.copy_(like(parameter, whole))
 
-    def _raw_leaves(self, done: set[PlacedMatrix]) -> list[Leaf]:
+    def _raw_leaves(
+        self, done: set[PlacedMatrix], gathered: dict[Tensor, Tensor]
+    ) -> list[Leaf]:
         """Everything with a gradient outside ``done``, to be stepped by its raw gradient.
 
         A fused weight is always split in its parts, so that its state has one
@@ -183,7 +189,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
             taken |= {placed.weight_slot, placed.bias_slot}
             raw = None if placed in done else placed.gradient()
             if raw is not None:
-                leaves.extend(placed.leaves(raw, self.param_groups, self.state))
+                leaves.extend(placed.leaves(raw, self.param_groups, self.state, gathered))
         leaves.extend(
             Leaf(parameter, parameter.grad, self.state[parameter], "", group)
             for number, group in enumerate(self.param_groups)

@@ -61,5 +61,13 @@ def grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> list[list[Item
 
 
 def by_group(leaves: Sequence[Leaf]) -> list[list[Leaf]]:
-    """Leaves of one parameter group and one dtype together."""
-    return grouped(leaves, lambda leaf: (id(leaf.group), leaf.param.dtype, leaf.param.device))
+    """Leaves of one parameter group, dtype, device and mesh together."""
+    return grouped(
+        leaves,
+        lambda leaf: (
+            id(leaf.group),
+            leaf.param.dtype,
+            leaf.param.device,
+            getattr(leaf.param, "device_mesh", None),
+        ),
+    )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_precond.blocks import LayerMatrix
+from hf_precond.blocks.sharding import full, is_sharded, like
 from hf_precond.configs import compute_dtype
 from hf_precond.optim.leaf import Leaf
 
@@ -45,35 +46,40 @@ class PlacedMatrix:
         return compute_dtype(self.weight.dtype)
 
     def gradient(self) -> Tensor | None:
-        """``[dW | db]``, ``[out, in(+1)]`` in ``dtype``; ``None`` without a gradient."""
+        """``[dW | db]``, ``[out, in(+1)]`` in ``dtype``, gathered; ``None`` without a gradient."""
         if self.weight.grad is None:
             return None
         bias = self.matrix.bias_parameter
-        joined = self.matrix.join(self.weight.grad, None if bias is None else bias.grad)
-        return joined.to(self.dtype)
+        bias_grad = None if bias is None or bias.grad is None else full(bias.grad)
+        return self.matrix.join(full(self.weight.grad), bias_grad).to(self.dtype)
 
     def leaves(
         self,
         matrix: Tensor,
         groups: list[dict[str, Any]],
         state: dict[Tensor, dict[str, Any]],
+        gathered: dict[Tensor, Tensor],
     ) -> list[Leaf]:
-        """``matrix`` ([out, in(+1)]) as the leaves of weight and bias, each with its group."""
+        """``matrix`` ([out, in(+1)]) as the leaves of weight and bias, each with its group.
+
+        Rows of a sharded fused weight have no view in the shards: their leaf
+        steps a copy gathered into ``gathered``, to be scattered afterwards.
+        """
         weight_part, bias_part = self.matrix.split(matrix)
         weight = self.weight
-        leaves = [
-            Leaf(
-                self.matrix.target(weight),
-                weight_part,
-                state[weight],
-                self.prefix,
-                groups[self.weight_slot[0]],
-            )
-        ]
+        found = [(weight, weight_part, self.weight_slot)]
         bias = self.matrix.bias_parameter
         if bias is not None and bias_part is not None and self.bias_slot is not None:
-            view = self.matrix.bias_view(bias)
+            found.append((bias, bias_part, self.bias_slot))
+        leaves = []
+        for parameter, part, slot in found:
+            held: Tensor = parameter
+            if self.matrix.rows is not None and is_sharded(parameter):
+                if parameter not in gathered:
+                    gathered[parameter] = full(parameter).clone()
+                held = gathered[parameter]
+            view = self.matrix.target(held) if parameter is weight else self.matrix.bias_view(held)
             leaves.append(
-                Leaf(view, bias_part, state[bias], self.prefix, groups[self.bias_slot[0]])
+                Leaf(view, like(view, part), state[parameter], self.prefix, groups[slot[0]])
             )
         return leaves
