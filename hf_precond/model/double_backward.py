@@ -92,9 +92,8 @@ class DoubleBackward:
             if isinstance(function, functools.partial) and function.keywords.get("use_reentrant"):
                 keywords = function.keywords | {"use_reentrant": False}
                 self.checkpoints.append((module, function))
-                setattr(
-                    module, _CHECKPOINT, functools.partial(function.func, *function.args, **keywords)
-                )
+                twice = functools.partial(function.func, *function.args, **keywords)
+                setattr(module, _CHECKPOINT, twice)
 
     def release(self) -> None:
         """Undo everything."""

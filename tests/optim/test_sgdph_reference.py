@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors import safe_open
 from torch import nn
 
@@ -30,7 +29,7 @@ def network():
 
 def read():
     with safe_open(GOLDEN, "pt") as file:
-        return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+        return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def golden_optimizer(model, values):
