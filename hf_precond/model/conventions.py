@@ -98,8 +98,10 @@ class Declaration:
         """Whether a module at ``path`` is meant."""
         if isinstance(self.target, type):
             return isinstance(module, self.target)
-        names = {cls.__name__ for cls in type(module).__mro__}
-        return self.target in names or fnmatchcase(path, self.target)
+        if self.target in {cls.__name__ for cls in type(module).__mro__}:
+            return True
+        parts, patterns = path.split("."), self.target.split(".")
+        return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
 
 
 _DECLARED: list[Declaration] = []
@@ -130,7 +132,7 @@ def declare_attention(
 
     Args:
         target: the module's class, its class name, or a pattern of module
-            paths (``*`` as in file names).
+            paths (``*`` stands for anything within one part of the path).
         heads: number of query heads, or the attribute (dotted, from the
             module) that holds it.
         query, key, value: names of the projections, relative to the module

@@ -1,0 +1,235 @@
+"""Which modules are q, k, v and o, and what their heads are, family by family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from hf_precond.blocks import Heads, MomentRequest
+from hf_precond.model import lookup
+from hf_precond.model.attention import declare_attention, find_attention, forget_attention
+from hf_precond.model.capture import Capture
+from tests.model.families import FAMILIES, build, loss_of
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family_is_read(name: str) -> None:
+    family = FAMILIES[name]
+    blocks = find_attention(build(name, torch.float32))
+    assert len(blocks) == family.attentions
+    assert sum(block.cross for block in blocks) == family.cross
+    for block in blocks:
+        assert block.q.name.endswith(family.query)
+        assert block.o is not None and block.o.name.endswith(family.output)
+        if name != "swin":
+            assert block.heads == Heads(4, family.key_value, family.size, family.size)
+        heads = block.heads
+        assert block.q.shape[0] == heads.query * heads.size
+        assert block.k.shape[0] == heads.key_value * heads.size
+        assert block.v.shape[0] == heads.key_value * heads.value_size
+        assert block.o.shape[1] == heads.query * heads.value_size
+        assert block.trainable == {"q", "k", "v", "o"}
+        assert (block.rotary, block.normed) == (family.rotary, family.normed)
+        assert block.observed == family.observed
+
+
+def test_swin_heads_grow_with_the_stages() -> None:
+    blocks = find_attention(build("swin", torch.float32))
+    assert [block.heads for block in blocks] == [Heads(4, 4, 4, 4), Heads(8, 8, 4, 4)]
+
+
+def test_deberta_says_that_position_terms_are_left_out() -> None:
+    assert "content" in find_attention(build("deberta-v2", torch.float32))[0].note
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "gpt-neox", "modernbert", "t5", "qwen3"])
+def test_heads_of_the_matrices_are_those_that_the_kernel_sees(name: str) -> None:
+    """Rows of q, k found here, times the input, are the queries and keys of the kernel."""
+    model = build(name).eval()
+    blocks = {block.module: block for block in find_attention(model)}
+    seen: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+    inputs: dict[nn.Module, torch.Tensor] = {}
+    for block in blocks.values():
+        for role in ("q", "k"):
+            matrix = block.roles()[role]
+            matrix.module.register_forward_pre_hook(
+                lambda module, args, key=(block.module, role): inputs.__setitem__(key, args[0])
+            )
+    class Watcher:
+        def see(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, _: object) -> None:
+            seen[module] = (query, key)
+
+    watcher = Watcher()
+    end = lookup.observe(list(blocks), watcher.see)
+    with torch.no_grad():
+        loss_of(model, FAMILIES[name].batch())
+    end()
+    assert set(seen) == set(blocks)
+    for module, block in blocks.items():
+        for role, vectors, heads in (
+            ("q", seen[module][0], block.heads.query),
+            ("k", seen[module][1], block.heads.key_value),
+        ):
+            matrix = block.roles()[role]
+            weight = matrix.read()
+            x = inputs[module, role]
+            if matrix.bias is not None:
+                x = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
+            mine = (x @ weight.T).unflatten(-1, (heads, -1)).transpose(1, 2)
+            if block.normed:
+                norm = getattr(module, f"{role}_norm")
+                mine = norm(mine)
+            # A rotation keeps the norm of every vector, and leaves position 0 as it is.
+            torch.testing.assert_close(mine.norm(dim=-1), vectors.norm(dim=-1))
+            torch.testing.assert_close(mine[:, :, 0], vectors[:, :, 0])
+            if not block.rotary:
+                torch.testing.assert_close(mine, vectors)
+
+
+class GatedMLP(nn.Module):
+    """Names and sizes of an attention, and none in it."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.num_heads = 4
+        self.q_proj, self.k_proj = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.v_proj, self.o_proj = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.o_proj(self.q_proj(x).sigmoid() * self.k_proj(x) + self.v_proj(x))
+
+
+class AttentionMLP(GatedMLP):
+    """Even its class is called so."""
+
+
+class Mixer(nn.Module):
+    """An attention that nobody could know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups_of_heads = 4
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 8)
+        self.c, self.d = nn.Linear(16, 8), nn.Linear(16, 16)
+        self.abc = nn.Linear(16, 32)
+
+
+def test_an_mlp_with_the_names_is_not_an_attention() -> None:
+    assert find_attention(nn.Sequential(GatedMLP(), AttentionMLP())) == []
+
+
+def test_shapes_must_fit_the_heads() -> None:
+    class SomeAttention(nn.Module):
+        __init__ = GatedMLP.__init__
+
+    good, bad = SomeAttention(), SomeAttention()
+    bad.num_heads = 5
+    assert len(find_attention(nn.Sequential(good, bad))) == 1
+
+
+@pytest.mark.parametrize("target", ["Mixer", Mixer, "layers.*"])
+def test_declared_attention_is_found(target: object) -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList([Mixer()])})
+    assert find_attention(model) == []
+    declaration = declare_attention(
+        target, query="a", key="b", value="c", output="d", heads="groups_of_heads",
+        key_value_heads=2, rotary=True,
+    )
+    try:
+        (block,) = find_attention(model)
+    finally:
+        forget_attention(declaration)
+    assert block.name == "layers.0"
+    assert block.heads == Heads(4, 2, 4, 4)
+    assert [m.name for m in block.roles().values()] == [f"layers.0.{x}" for x in "abcd"]
+    assert block.rotary and not block.normed and not block.cross
+    assert find_attention(model) == []
+
+
+def test_declared_fused_attention_is_split() -> None:
+    model = Mixer()
+    declaration = declare_attention(
+        "Mixer", fused="abc", output="d", heads=4, key_value_heads=2, layout="interleaved"
+    )
+    try:
+        (block,) = find_attention(model)
+    finally:
+        forget_attention(declaration)
+    rows = model.abc.weight.detach().view(2, 16, 16)
+    weight = block.q.weight_view(model.abc.weight).reshape(16, 16)
+    torch.testing.assert_close(weight, rows[:, :8].reshape(16, 16))
+    torch.testing.assert_close(
+        block.v.weight_view(model.abc.weight).reshape(8, 16), rows[:, 12:].reshape(8, 16)
+    )
+
+
+def test_wrong_declarations_say_what_is_missing() -> None:
+    with pytest.raises(ValueError, match="give query, key and value, or fused"):
+        declare_attention("Mixer", query="a", key="b", heads=4)
+    declaration = declare_attention("Mixer", query="a", key="b", value="nope", heads=4)
+    try:
+        with pytest.raises(ValueError, match=r"Its children are a, b, c, d, abc"):
+            find_attention(Mixer())
+    finally:
+        forget_attention(declaration)
+
+
+def test_lora_pairs_are_adapters_of_the_frozen_matrices() -> None:
+    model = get_peft_model(
+        build("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=2)
+    )
+    for block in find_attention(model):
+        assert block.trainable == frozenset()
+        assert set(block.adapters) == {"q", "v"}
+        pair = block.adapters["q"]
+        assert pair.down.shape == (2, 16) and pair.up.shape == (16, 2)
+        torch.nn.init.normal_(pair.up.weight_parameter)
+        wrapper = model.get_submodule(block.q.name.removesuffix(".base_layer"))
+        torch.testing.assert_close(
+            block.effective("q"), wrapper.base_layer.weight + wrapper.get_delta_weight("default")
+        )
+        torch.testing.assert_close(block.effective("k"), block.k.read())
+
+
+def test_lora_on_a_fused_weight_has_one_down_and_the_rows_of_up() -> None:
+    model = get_peft_model(
+        build("gpt2"), LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], r=2)
+    )
+    block = find_attention(model)[0]
+    pairs = [block.adapters[role] for role in "qkv"]
+    assert pairs[0].down is pairs[1].down is pairs[2].down
+    up = pairs[0].up.weight_parameter
+    torch.nn.init.normal_(up)
+    torch.testing.assert_close(torch.cat([pair.up.read() for pair in pairs]), up.detach())
+    merged = model.get_submodule(block.q.name.partition("[")[0].removesuffix(".base_layer"))
+    whole = merged.base_layer.weight.T + (
+        merged.scaling["default"] * up @ merged.lora_A["default"].weight
+    )
+    torch.testing.assert_close(block.effective("k")[:, :-1], whole[16:32])
+
+
+def test_dora_is_not_a_plain_adapter() -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2, use_dora=True)
+    assert find_attention(get_peft_model(build("llama"), config))[0].adapters == {}
+
+
+def test_multihead_attention_of_torch() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerDecoderLayer(16, 4, 24, batch_first=True).double().eval()
+    inner, outer = find_attention(layer)
+    assert (inner.name, inner.cross) == ("self_attn", False)
+    assert (outer.name, outer.cross) == ("multihead_attn", True)
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    weights = inner.module(x, x, x, average_attn_weights=False)[1]
+    rows = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
+    q, k = ((rows @ m.read().T).unflatten(-1, (4, 4)).transpose(1, 2) for m in (inner.q, inner.k))
+    torch.testing.assert_close((q @ k.mT / 2).softmax(-1), weights)
+
+
+def test_requests_for_unobservable_heads_say_what_to_do() -> None:
+    model = build("mpnet", torch.float32)
+    block = find_attention(model)[0]
+    with pytest.raises(ValueError, match="rope='ignored'"):
+        Capture(model, [MomentRequest("k", "key", block.k, block)])
