@@ -310,7 +310,14 @@ class SGDPHConfig(OptimizerConfig):
         gamma: curvature multiplier in the denominator of ``base="adamw"``,
             > 0.
         include_bias: treat biases as channel-wise parameters too.
-        reference: reproduce the authors' published code step by step.
+        reference: reproduce the authors' published code step by step, with
+            ``base="sgd"`` and ``probe="ones"``: every one-dimensional
+            parameter, one probed a step, averaged with ``momentum``
+            (``probe_interval``, ``stat_decay`` and ``include_bias`` say
+            nothing then).
+
+    Raises:
+        ValueError: ``reference`` with another base or probe.
     """
 
     name: ClassVar[str] = "sgdph"
@@ -325,6 +332,14 @@ class SGDPHConfig(OptimizerConfig):
     gamma: float = positive(0.01)
     include_bias: bool = False
     reference: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reference and (self.base, self.probe) != ("sgd", "ones"):
+            raise ValueError(
+                f"reference=True: the authors' code is base='sgd' and probe='ones', not "
+                f"base={self.base!r} and probe={self.probe!r}; set both, or leave reference out."
+            )
 
 
 def _hints(cls: type) -> dict[str, Any]:

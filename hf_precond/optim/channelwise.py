@@ -6,6 +6,7 @@ number of kernels however many norms a model has.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -96,13 +97,13 @@ def adamw_directions(leaves: Sequence[Leaf], config: SGDPHConfig) -> tuple[Tenso
     beta1, beta2 = leaves[0].group["betas"]
     eps = leaves[0].group["eps"]
     sizes = [leaf["curvature"].numel() for leaf in leaves]
-    steps = torch.stack([leaf["step"] for leaf in leaves])
-    probes = torch.stack([leaf["probes"] for leaf in leaves])
-    first = _flat(leaves, "exp_avg") / _spread(1 - beta1**steps, sizes)
-    second = _flat(leaves, "exp_avg_sq") / _spread(1 - beta2**steps, sizes)
+    steps = _stack(leaves, "step")
+    probes = _stack(leaves, "probes")
+    first = _flat(leaves, "exp_avg") / _spread(_remainder(beta1, steps), sizes)
+    second = _flat(leaves, "exp_avg_sq") / _spread(_remainder(beta2, steps), sizes)
     plain = first / second.sqrt_().add_(eps)
     curvature = _flat(leaves, "curvature").abs_() / _spread(
-        1 - config.stat_decay**probes, sizes
+        _remainder(config.stat_decay, probes), sizes
     )
     bounded = (first / curvature.mul_(config.gamma).add_(eps)).clamp_(-1, 1)
     return torch.where(_spread(probes > 0, sizes), bounded, plain), plain
@@ -125,8 +126,8 @@ def sgd_multipliers(
     if cycle is not None:
         factor = config.tau * (1 - leaves[0].group["momentum"] ** cycle)
         return factor / curvature.add_(config.curvature_eps)
-    probes = torch.stack([leaf["probes"] for leaf in leaves])
-    curvature = curvature / _spread(1 - config.stat_decay**probes, sizes)
+    probes = _stack(leaves, "probes")
+    curvature = curvature / _spread(_remainder(config.stat_decay, probes), sizes)
     multipliers = (config.tau / curvature.add_(config.curvature_eps)).clamp_(max=CAP)
     return torch.where(_spread(probes > 0, sizes), multipliers, 1.0)
 
@@ -156,6 +157,17 @@ def apart(joined: Tensor, leaves: Sequence[Leaf]) -> list[Tensor]:
 
 def _flat(leaves: Sequence[Leaf], name: str) -> Tensor:
     return torch.cat([leaf[name].reshape(-1) for leaf in leaves])
+
+
+def _stack(leaves: Sequence[Leaf], name: str) -> Tensor:
+    return torch.stack([leaf[name] for leaf in leaves]).to(leaves[0]["curvature"].dtype)
+
+
+def _remainder(decay: float, counts: Tensor) -> Tensor:
+    """``1 - decay ** counts``, without its cancellation at decays near 1; 1 for decay 0."""
+    if decay == 0:
+        return torch.ones_like(counts)
+    return torch.expm1(counts * math.log(decay)).neg_()
 
 
 def _spread(values: Tensor, sizes: Sequence[int]) -> Tensor:
