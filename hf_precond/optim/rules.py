@@ -179,4 +179,8 @@ def make_rule(name: str, config: Any) -> Rule:
         return AdamWRule(decay_in_step=reference)
     if name == "sgd":
         return SGDRule(coupled=reference)
+    if name == "adamr":
+        from hf_precond.optim.rotation import RotatedAdamRule
+
+        return RotatedAdamRule.under(config)
     raise ValueError(f"base={name!r}: no such rule; the rules are 'adamw' and 'sgd'.")

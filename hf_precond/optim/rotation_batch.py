@@ -1,0 +1,160 @@
+"""Leaves of equal shape, their state stacked so that one product serves them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_precond.blocks import LayerMatrix
+from hf_precond.blocks.sharding import full, like
+from hf_precond.configs import compute_dtype
+from hf_precond.optim.leaf import Leaf, grouped
+from hf_precond.optim.rotation_plan import RotationPlan
+from hf_precond.optim.rules import descend
+
+CPU_ELEMENTS = 1 << 18
+"""Elements of a batch on a CPU: its matrices stay in the cache from one product to the next."""
+GPU_ELEMENTS = 1 << 25
+"""Elements of a batch on a GPU: bounds the memory of the products' results."""
+
+
+@dataclass(eq=False)
+class MatrixLeaf(Leaf):
+    """A leaf with what the model says of its matrix."""
+
+    matrix: LayerMatrix | None = None
+
+
+@dataclass(eq=False)
+class Batch:
+    """Leaves of one plan, one parameter group and one history.
+
+    State is stacked ``[leaves · tiles, …]`` and shared with the leaves' own:
+    their tensors are views of the stack.
+
+    Args:
+        leaves: the leaves.
+        plan: how each of them is seen.
+    """
+
+    leaves: list[Leaf]
+    plan: RotationPlan
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """The parameter group."""
+        return self.leaves[0].group
+
+    @property
+    def sides(self) -> list[str]:
+        """The rotated sides."""
+        return [side for side in ("left", "right") if getattr(self.plan, side)]
+
+    def __getitem__(self, name: str) -> Tensor:
+        """State ``name``, stacked; the leaves' state becomes views of it where it is not yet."""
+        parts = [leaf[name] for leaf in self.leaves]
+        stack = adjacent(parts)
+        if stack is None:
+            stack = torch.cat(parts)
+            for leaf, view in zip(self.leaves, stack.split(self.plan.tiles), strict=True):
+                leaf[name] = view
+        return stack
+
+    def read(self, name: str) -> Tensor:
+        """State ``name``, stacked; a copy where the leaves are not neighbours in memory."""
+        parts = [leaf[name] for leaf in self.leaves]
+        stack = adjacent(parts)
+        return torch.cat(parts) if stack is None else stack
+
+    def write(self, name: str, value: Tensor) -> None:
+        """Copy a stack into the leaves' state."""
+        parts = [leaf[name] for leaf in self.leaves]
+        stack = adjacent(parts)
+        if stack is not None:
+            stack.copy_(value)
+        else:
+            torch._foreach_copy_(parts, list(value.split(self.plan.tiles)))
+
+    def set(self, name: str, value: int) -> None:
+        """Set a plain number of every leaf."""
+        for leaf in self.leaves:
+            leaf[name] = value
+
+    def part(self, chosen: Sequence[int]) -> Batch:
+        """Some of the leaves."""
+        if len(chosen) == len(self.leaves):
+            return self
+        return Batch([self.leaves[index] for index in chosen], self.plan)
+
+    def replaced(
+        self, stack: Tensor, chosen: Sequence[int], change: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """``stack`` with ``change`` applied to the tiles of some leaves (in place, if not all)."""
+        if len(chosen) == len(self.leaves):
+            return change(stack)
+        tiles = stack.split(self.plan.tiles)
+        changed = change(torch.cat([tiles[index] for index in chosen]))
+        torch._foreach_copy_(
+            [tiles[index] for index in chosen], list(changed.split(self.plan.tiles))
+        )
+        return stack
+
+    def gradient(self) -> Tensor:
+        """``[leaves · tiles, rows, columns]`` in the dtype of the state."""
+        dtype = compute_dtype(self.leaves[0].param.dtype)
+        tiles = [self._tiled(full(leaf.grad)).to(dtype) for leaf in self.leaves]
+        return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
+
+    def descend(self, directions: Tensor) -> None:
+        """``p ← (1 - lr·wd) p - lr · u``."""
+        steps = []
+        for leaf, tiles in zip(self.leaves, directions.split(self.plan.tiles), strict=True):
+            untiled = tiles.transpose(0, 1) if self.plan.split == "columns" else tiles
+            step = like(leaf.param, untiled.reshape(leaf.param.shape))
+            steps.append(Leaf(leaf.param, step, leaf.state, leaf.prefix, leaf.group))
+        descend(steps)
+
+    def _tiled(self, tensor: Tensor) -> Tensor:
+        plan = self.plan
+        if plan.split == "columns":
+            return tensor.reshape(plan.rows, plan.tiles, plan.columns).transpose(0, 1)
+        return tensor.reshape(plan.tiles, plan.rows, plan.columns)
+
+
+def batches(planned: Sequence[tuple[Leaf, RotationPlan]]) -> Iterator[Batch]:
+    """Leaves that take the same step together, in batches of a bounded size."""
+    for same in grouped(planned, _history):
+        plan, leaves = same[0][1], [leaf for leaf, _ in same]
+        bound = CPU_ELEMENTS if leaves[0].param.device.type == "cpu" else GPU_ELEMENTS
+        size = max(1, bound // (plan.tiles * plan.rows * plan.columns))
+        for start in range(0, len(leaves), size):
+            yield Batch(leaves[start : start + size], plan)
+
+
+def _history(planned: tuple[Leaf, RotationPlan]) -> tuple[Any, ...]:
+    leaf, plan = planned
+    param = leaf.param
+    mesh = getattr(param, "device_mesh", None)
+    return (
+        plan, id(leaf.group), param.dtype, param.device, mesh, leaf["step"], leaf["updates"],
+    )  # fmt: skip
+
+
+def adjacent(parts: Sequence[Tensor]) -> Tensor | None:
+    """The stack that ``parts`` are consecutive views of, or ``None``; copies nothing."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    start, size = first.data_ptr(), first.numel() * first.element_size()
+    storage = first.untyped_storage().data_ptr()
+    for number, part in enumerate(parts):
+        if part.data_ptr() != start + number * size:
+            return None
+        if part.untyped_storage().data_ptr() != storage:
+            return None
+    shape = (len(parts) * first.shape[0], *first.shape[1:])
+    return first.as_strided(shape, first.stride(), first.storage_offset())

@@ -1,0 +1,136 @@
+"""Which sides of a weight AdamR rotates, and what that keeps in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from hf_precond.blocks import LayerMatrix
+from hf_precond.configs import AdamRConfig
+
+Split = Literal["rows", "columns"]
+
+ELONGATED = 2
+"""``basis="auto"`` rotates one side where the other is over this many times as long."""
+
+
+@dataclass(frozen=True)
+class RotationPlan:
+    """A weight seen as ``tiles`` matrices of ``rows x columns``, each with bases of its own.
+
+    Args:
+        tiles: number of matrices: 1, the groups of a grouped convolution, or
+            the blocks of a side wider than ``max_dim``.
+        rows: rows of a tile.
+        columns: columns of a tile.
+        split: the side of the weight that the tiles divide.
+        left: whether rows are rotated.
+        right: whether columns are rotated.
+    """
+
+    tiles: int
+    rows: int
+    columns: int
+    split: Split
+    left: bool
+    right: bool
+
+    @property
+    def rotated(self) -> bool:
+        """Whether any side is rotated; otherwise the weight is stepped by AdamW."""
+        return self.left or self.right
+
+    @property
+    def state_elements(self) -> int:
+        """Numbers kept: two moments, and a factor and a basis of each rotated side."""
+        sides = self.left * self.rows**2 + self.right * self.columns**2
+        return 2 * self.tiles * (self.rows * self.columns + sides)
+
+    @property
+    def refresh_cost(self) -> dict[str, int]:
+        """Multiplications of a refresh of each rotated side, to the leading order."""
+        other = {"left": self.columns, "right": self.rows}
+        size = {"left": self.rows, "right": self.columns}
+        sides = [side for side in ("left", "right") if getattr(self, side)]
+        return {s: self.tiles * size[s] ** 2 * (6 * size[s] + 3 * other[s]) for s in sides}
+
+
+def plan_rotation(
+    shape: Sequence[int], config: AdamRConfig, matrix: LayerMatrix | None = None
+) -> RotationPlan:
+    """How ``config`` treats a weight.
+
+    ``auto`` rotates both sides of a matrix that is at most :data:`ELONGATED`
+    times as long as wide, and the smaller side of others. ``one_sided``
+    rotates the smaller side of every matrix. A side wider than ``max_dim`` is
+    not rotated; where both are, the smaller one is divided into blocks of at
+    most ``max_dim``, as equal as they come. Embeddings are rotated on the
+    hidden side only, depthwise convolutions on the right, and each group of a
+    grouped convolution by itself.
+
+    Args:
+        shape: the weight's; more than two dimensions are ``[out, rest]``.
+        config: ``basis`` and ``max_dim`` are read.
+        matrix: what the model says of the weight, where it is known.
+    """
+    out, rest = shape[0], math.prod(shape[1:])
+    groups = 1 if matrix is None else matrix.groups
+    if len(shape) < 2 or config.basis == "identity" or 0 in (out, rest):
+        return RotationPlan(1, out, rest, "rows", False, False)
+    if matrix is not None and isinstance(matrix.module, (nn.Embedding, nn.EmbeddingBag)):
+        return _one_side(out, rest, "right", config.max_dim)
+    if groups > 1:
+        if out == groups:
+            return _one_side(out, rest, "right", config.max_dim)
+        rows = out // groups
+        left, right = _sides(rows, rest, config)
+        return RotationPlan(groups, rows, rest, "rows", left, right)
+    left, right = _sides(out, rest, config)
+    if left or right or min(out, rest) == 1:
+        return RotationPlan(1, out, rest, "rows", left, right)
+    return _one_side(out, rest, "left" if out <= rest else "right", config.max_dim)
+
+
+def _sides(rows: int, columns: int, config: AdamRConfig) -> tuple[bool, bool]:
+    """Which sides of one matrix are rotated."""
+    left, right = 1 < rows <= config.max_dim, 1 < columns <= config.max_dim
+    elongated = max(rows, columns) > ELONGATED * min(rows, columns)
+    one_sided = config.basis == "one_sided" or (config.basis == "auto" and elongated)
+    if one_sided and left and right:
+        left, right = rows <= columns, rows > columns
+    return left, right
+
+
+def _one_side(rows: int, columns: int, side: str, max_dim: int) -> RotationPlan:
+    """One side rotated, in blocks where it is wider than ``max_dim``."""
+    size = rows if side == "left" else columns
+    tiles = next(n for n in range(math.ceil(size / max_dim), size + 1) if size % n == 0)
+    block = size // tiles
+    if block == 1:
+        return RotationPlan(1, rows, columns, "rows", False, False)
+    if side == "left":
+        return RotationPlan(tiles, block, columns, "rows", True, False)
+    return RotationPlan(tiles, rows, block, "columns", False, True)
+
+
+def state_elements(
+    shape: Sequence[int], config: AdamRConfig, matrix: LayerMatrix | None = None
+) -> int:
+    """Numbers that AdamR keeps for one parameter.
+
+    ``2 m n`` for the two moments, as AdamW, and ``2 m²`` (``2 n²``) for the
+    factor and the basis of a rotated left (right) side: at two rotated sides
+    three times AdamW's state for a square matrix, 1.25 times for one of
+    ``d x 4d`` with its smaller side rotated.
+
+    Args:
+        shape: the parameter's.
+        config: the optimizer's.
+        matrix: what the model says of the weight, where it is known.
+    """
+    plan = plan_rotation(shape, config, matrix)
+    return plan.state_elements if plan.rotated else 2 * math.prod(shape)
