@@ -37,7 +37,9 @@ def mean_eigenvalue(moment: Tensor) -> Tensor:
     return moment.diagonal(dim1=-2, dim2=-1).mean(-1)
 
 
-def damp(moment: Tensor, damping: float | Tensor, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def damp(
+    moment: Tensor, damping: float, mean: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """``A + max(λ·tr(A)/n, floor)·I``, symmetrised; the identity where A is zero or not finite.
 
     Args:
@@ -82,7 +84,9 @@ def inverse(moment: Tensor, damping: float, mean: Tensor | None = None) -> Refre
     return Refreshed(torch.cholesky_inverse(lower), usable, identity)
 
 
-def inverse_sqrt(moment: Tensor, damping: float, mean: Tensor | None = None) -> Refreshed:
+def inverse_sqrt(
+    moment: Tensor, damping: float, mean: Tensor | None = None, blocks: int = 1
+) -> Refreshed:
     """``(A + λ·tr(A)/n·I)^(-1/2)``, symmetric, by the coupled Newton–Schulz iteration.
 
     ``T = (3I - Z Y)/2, Y ← Y T, Z ← T Z`` from ``Y = A/‖A‖_F, Z = I`` (Higham,
@@ -94,13 +98,14 @@ def inverse_sqrt(moment: Tensor, damping: float, mean: Tensor | None = None) -> 
         moment: A, ``[…, n, n]``.
         damping: λ, > 0.
         mean: see :func:`damp`.
+        blocks: how many blocks share ``mean``.
     """
     damped, identity = damp(moment, damping, mean)
     shape, size = damped.shape, damped.shape[-1]
     scale = torch.linalg.matrix_norm(damped, keepdim=True)
     y = (damped / scale).reshape(-1, size, size)
     z = torch.eye(size, dtype=y.dtype, device=y.device).expand_as(y).contiguous()
-    for _ in range(root_steps(size, damping)):
+    for _ in range(root_steps(size * blocks, damping)):
         t = torch.bmm(z, y).mul_(-0.5)
         t.diagonal(dim1=-2, dim2=-1).add_(1.5)
         y, z = torch.bmm(y, t), torch.bmm(t, z)
@@ -112,11 +117,11 @@ def inverse_sqrt(moment: Tensor, damping: float, mean: Tensor | None = None) -> 
 def root_steps(size: int, damping: float) -> int:
     """Steps until the smallest eigenvalue of a damped matrix of this size has converged.
 
-    It is at least ``λ/(n + λ)`` of the Frobenius norm (divided by at most
-    ``√n``) and grows by 9/4 a step while small; five more make it exact.
+    It is at least ``λ/(n + λ√n)`` of the Frobenius norm, and grows by 9/4 a
+    step while small; six more make it exact.
     """
-    smallest = damping / ((size + damping) * math.sqrt(size))
-    return math.ceil(-math.log(smallest) / math.log(2.25)) + 5
+    smallest = damping / (size + damping * math.sqrt(size))
+    return math.ceil(-math.log(smallest) / math.log(2.25)) + 6
 
 
 def _cholesky(

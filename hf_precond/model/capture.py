@@ -24,7 +24,15 @@ from hf_precond.model.rows import (
     patches,
     select_outputs,
 )
-from hf_precond.model.stage import Part, Stage, centred, count_of, moment, no_autocast
+from hf_precond.model.stage import (
+    Part,
+    Stage,
+    block_moment,
+    centred,
+    count_of,
+    moment,
+    no_autocast,
+)
 from hf_precond.model.tokens import Reader, TokenWeights
 
 
@@ -37,6 +45,7 @@ class _Collection:
     matrix: LayerMatrix
     constant: bool
     center: bool
+    blocks: int = 1
 
 
 @dataclass
@@ -132,7 +141,9 @@ class Capture:
         constant = request.kind == "input" and request.matrix.bias is not None
         collection = point.collections.get(name)
         if collection is None:
-            collection = _Collection(name, request.kind, matrix, constant, request.center)
+            collection = _Collection(
+                name, request.kind, matrix, constant, request.center, request.blocks
+            )
             point.collections[name] = collection
         collection.constant |= constant
         self.served[request.key] = name
@@ -233,7 +244,7 @@ class Capture:
                 weights = point.reader.read(tuple(inputs.shape), dtype)
             else:
                 weights = weights.to(dtype)
-        return input_part(collection.name, rows, weights, collection.constant, collection.center)
+        return input_part(collection, rows, weights)
 
     # The StatisticsSource -----------------------------------------------------
 
@@ -257,7 +268,7 @@ class Capture:
                 found = self.heads.get(request)
             else:
                 found = self.stage.get(self.served[request.key])
-                if found is not None and request.kind == "input":
+                if found is not None and request.kind == "input" and request.blocks == 1:
                     size = request.matrix.columns
                     found = Statistic(found.sum[:size, :size], found.count, found.passes)
             if found is not None:
@@ -288,18 +299,20 @@ def moment_dtype(point: _Point) -> torch.dtype:
     return torch.float32
 
 
-def input_part(
-    collection: str, rows: Tensor, weights: Tensor | None, constant: bool, center: bool
-) -> Part:
+def input_part(collection: _Collection, rows: Tensor, weights: Tensor | None) -> Part:
     """The moment of an input ``[…, T, d]``, each leading index a sequence."""
     count = count_of(rows[..., 0].numel(), weights, rows)
-    if center:
+    if collection.center:
         rows = centred(rows, weights)
-        total = moment(rows.flatten(0, -2), _flat(weights), constant=False)
-        if constant:  # the constant less its mean is zero
-            total = torch.nn.functional.pad(total, (0, 1, 0, 1))
-        return Part(collection, total, count)
-    return Part(collection, moment(rows.flatten(0, -2), _flat(weights), constant=constant), count)
+    constant = collection.constant and not collection.center
+    flat, weights = rows.flatten(0, -2), _flat(weights)
+    if collection.constant and collection.center:  # the constant less its mean is zero
+        flat = torch.nn.functional.pad(flat, (0, 1))
+    if collection.blocks > 1:
+        total = block_moment(flat, weights, constant=constant, blocks=collection.blocks)
+    else:
+        total = moment(flat, weights, constant=constant)
+    return Part(collection.name, total, count)
 
 
 def _flat(weights: Tensor | None) -> Tensor | None:
@@ -335,4 +348,5 @@ def _variant(request: MomentRequest, matrix: LayerMatrix) -> str:
     role = (
         f":{multihead_role(matrix)}" if isinstance(matrix.module, nn.MultiheadAttention) else ""
     )
-    return role + (":centred" if request.center else "")
+    blocks = f":{request.blocks} of {request.matrix.columns}" if request.blocks > 1 else ""
+    return role + (":centred" if request.center else "") + blocks

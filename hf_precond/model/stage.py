@@ -37,6 +37,33 @@ def moment(rows: Tensor, weights: Tensor | None, *, constant: bool) -> Tensor:
     return result
 
 
+def block_moment(
+    rows: Tensor, weights: Tensor | None, *, constant: bool, blocks: int
+) -> Tensor:
+    """The diagonal blocks of :func:`moment`, and nothing else computed.
+
+    Args:
+        rows: ``[n, d]``.
+        weights: ``[n]``, or ``None`` for ones.
+        constant: put a 1 behind every row.
+        blocks: their number.
+
+    Returns:
+        ``[blocks, w, w]``, ``w = ceil(columns / blocks)``, zeros beyond the
+        last column.
+    """
+    columns = rows.shape[-1] + constant
+    width = -(-columns // blocks)
+    result = rows.new_zeros(blocks, width, width)
+    for number in range(blocks):
+        start, stop = number * width, min((number + 1) * width, columns)
+        part = rows[:, start : min(stop, rows.shape[-1])]
+        last = constant and stop == columns
+        size = stop - start
+        result[number, :size, :size] = moment(part, weights, constant=last)
+    return result
+
+
 def centred(rows: Tensor, weights: Tensor | None) -> Tensor:
     """``[…, n, d]`` less the (weighted) mean over each sequence of n."""
     if weights is None:

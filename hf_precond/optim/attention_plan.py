@@ -1,0 +1,372 @@
+"""Which factors stand left and right of each matrix's gradient, and what they are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hf_precond.blocks import AttentionBlock, Blocks, LayerMatrix, MomentRequest
+from hf_precond.configs import AFOptConfig
+from hf_precond.optim.placed import PlacedMatrix
+
+State = dict[Tensor, dict[str, Any]]
+FactorKind = Literal["inverse", "factor", "root"]
+Form = Literal["rows", "columns", "square"]
+
+
+@dataclass(eq=False)
+class Moment:
+    """A running second moment, in the state of its anchor.
+
+    Args:
+        request: what is asked of the model.
+        anchor: the matrix whose state holds it.
+        name: its name there.
+    """
+
+    request: MomentRequest
+    anchor: PlacedMatrix
+    name: str
+
+    @property
+    def blocks(self) -> int:
+        """Diagonal blocks that are kept of it."""
+        return self.request.blocks
+
+    def held(self, state: State) -> dict[str, Any]:
+        return state[self.anchor.weight]
+
+    def tensor(self, state: State) -> Tensor:
+        return self.held(state)[self.anchor.prefix + self.name]
+
+    def updates(self, state: State) -> Tensor:
+        return self.held(state)[f"{self.anchor.prefix}{self.name}_updates"]
+
+    def read(self, state: State) -> Tensor:
+        """The moment in the dtype of the mathematics."""
+        return self.tensor(state).to(self.anchor.dtype)
+
+    def allocate(self, state: State, shape: Sequence[int], config: AFOptConfig) -> None:
+        held, name = self.held(state), self.anchor.prefix + self.name
+        if name not in held:
+            weight = self.anchor.weight
+            dtype = config.factor_dtype(weight.dtype)
+            held[name] = torch.zeros(*shape, dtype=dtype, device=weight.device)
+            held[f"{name}_updates"] = torch.zeros((), dtype=torch.int64, device=weight.device)
+
+
+@dataclass(eq=False)
+class RightFactor:
+    """A function of the second moment of a layer's input; siblings share one.
+
+    Args:
+        moment: the moment.
+        columns: columns of the gradients it is applied to; the leading block
+            of a wider moment (a key without bias beside a query with one).
+        anchor: the matrix whose state holds it.
+        kind: ``inverse``; ``factor``, W with ``W Wᵀ`` the inverse; or
+            ``root``, the symmetric inverse square root.
+        down: LoRA's A, where the input is ``A x``: the moment is ``A A_X Aᵀ``.
+        phase: when in the refresh interval it is due.
+    """
+
+    moment: Moment
+    columns: int
+    anchor: PlacedMatrix
+    kind: FactorKind
+    down: LayerMatrix | None = None
+    phase: int = 0
+
+    @property
+    def key(self) -> str:
+        return f"{self.anchor.prefix}{self.moment.name}_{self.kind}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if self.down is None and self.moment.blocks > 1:
+            request = self.moment.request
+            width = -(-request.matrix.columns // request.blocks)
+            return (request.blocks, width, width)
+        return (self.columns, self.columns)
+
+    def tensor(self, state: State) -> Tensor:
+        return state[self.anchor.weight][self.key]
+
+
+@dataclass(eq=False)
+class Treatment:
+    """How one matrix is stepped.
+
+    Args:
+        placed: the matrix.
+        role: ``q``, ``k``, ``v``, ``o``, or ``linear`` outside attention.
+        heads: row groups that have a left factor and a matrix sign each.
+        form: which product the matrix sign is computed from: of rows, of
+            columns, or neither.
+        block: the attention, if any.
+        side: ``down`` or ``up`` where the matrix is LoRA's A or B.
+        right: the factor of its input; ``None`` for the identity.
+        left: kind of its left factor; ``None`` for the identity.
+        phase: when in the refresh interval its left factor is due.
+    """
+
+    placed: PlacedMatrix
+    role: str
+    heads: int
+    form: Form
+    block: AttentionBlock | None = None
+    side: Literal["", "down", "up"] = ""
+    right: RightFactor | None = None
+    left: FactorKind | None = None
+    phase: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of one head."""
+        return self.placed.matrix.shape[0] // self.heads
+
+    @property
+    def in_logits(self) -> bool:
+        """Whether a step of this matrix moves logits in a way that is predicted."""
+        return self.role in "qk" and not self.side
+
+    def name(self, name: str) -> str:
+        return self.placed.prefix + name
+
+    def held(self, state: State) -> dict[str, Any]:
+        return state[self.placed.weight]
+
+
+def observes(block: AttentionBlock, config: AFOptConfig) -> bool:
+    """Whether A_K and A_Q are collected, instead of following from A_X and the weights.
+
+    Queries and keys that are rotated or normed on their way to the logits are
+    no linear functions of the input.
+    """
+    if block.rotary:
+        return block.observed and config.rope == "averaged"
+    return block.observed and block.normed
+
+
+class Plan:
+    """Every treatment, and every moment they need.
+
+    Args:
+        placed: the matrices in scope, in model order.
+        blocks: what was found in the model.
+        config: the config.
+    """
+
+    def __init__(
+        self, placed: Sequence[PlacedMatrix], blocks: Blocks, config: AFOptConfig
+    ) -> None:
+        self.config = config
+        self.placed = {item.matrix: item for item in placed}
+        self.treatments: list[Treatment] = []
+        self.moments: list[Moment] = []
+        self.rights: list[RightFactor] = []
+        self.known: dict[AttentionBlock, dict[str, Moment]] = {}
+        self.features = config.space == "logits"
+        for number, block in enumerate(blocks.attention):
+            _Attention(self, block, f"a{number}").plan_members()
+        attended = {treatment.placed for treatment in self.treatments}
+        for item in placed:
+            if item not in attended:
+                self._add_linear(item)
+        order = {item: place for place, item in enumerate(placed)}
+        self.treatments.sort(key=lambda treatment: order[treatment.placed])
+        self._stagger()
+        self.by_placed = {treatment.placed: treatment for treatment in self.treatments}
+
+    def moment(
+        self, kind: Any, matrix: LayerMatrix, anchor: PlacedMatrix, name: str, key: str, **more: Any
+    ) -> Moment:
+        """Ask for a moment."""
+        blocks = 1
+        if kind == "input":
+            blocks = -(-matrix.shape[1] // self.config.max_dim)
+        request = MomentRequest(key, kind, matrix, blocks=blocks, **more)
+        self.moments.append(Moment(request, anchor, name))
+        return self.moments[-1]
+
+    def right(
+        self, moment: Moment, placed: PlacedMatrix, kind: FactorKind, down: LayerMatrix | None
+    ) -> RightFactor:
+        """The factor for a matrix: a sibling's, or a new one in its own state."""
+        columns = placed.matrix.columns
+        for known in self.rights:
+            if (known.moment, known.columns, known.kind) == (moment, columns, kind) and (
+                down is None and known.down is None
+            ):
+                return known
+        self.rights.append(RightFactor(moment, columns, placed, kind, down))
+        return self.rights[-1]
+
+    def kinds(self, form: Form) -> tuple[FactorKind, FactorKind]:
+        """Kinds of the left and right factors."""
+        if self.config.direction == "inverse":
+            return "inverse", "inverse"
+        if self.config.direction == "inverse_sqrt":
+            return "root", "root"
+        return {
+            "rows": ("factor", "inverse"),
+            "columns": ("inverse", "factor"),
+            "square": ("factor", "factor"),
+        }[form]  # type: ignore[return-value]
+
+    def _add_linear(self, placed: PlacedMatrix) -> None:
+        form = form_of(*placed.matrix.shape)
+        right = None
+        if self.features:
+            key = f"l{len(self.treatments)}"
+            moment = self.moment("input", placed.matrix, placed, "input_moment", key)
+            right = self.right(moment, placed, self.kinds(form)[1], None)
+        self.treatments.append(Treatment(placed, "linear", 1, form, right=right))
+
+    def _stagger(self) -> None:
+        """Spread the layers over the statistics steps of one refresh interval."""
+        config = self.config
+        phases = max(1, config.inverse_interval // config.stat_interval)
+        owners: dict[Any, int] = {}
+        for treatment in self.treatments:
+            owner = treatment.block or treatment.placed
+            number = owners.setdefault(owner, len(owners))
+            treatment.phase = number % phases * config.stat_interval
+            if treatment.right is not None:
+                treatment.right.phase = treatment.phase
+
+
+def form_of(rows: int, columns: int) -> Form:
+    """Which Gram matrix is small enough to work in."""
+    if columns >= 2 * rows:
+        return "rows"
+    return "columns" if rows >= 2 * columns else "square"
+
+
+class _Attention:
+    """Plans the matrices of one attention."""
+
+    def __init__(self, plan: Plan, block: AttentionBlock, key: str) -> None:
+        self.plan, self.block, self.key = plan, block, key
+        self.members: list[tuple[str, Literal["", "down", "up"], LayerMatrix]] = []
+        downs: set[LayerMatrix] = set()
+        for role, matrix in block.roles().items():
+            if matrix in plan.placed:
+                self.members.append((role, "", matrix))
+            adapter = block.adapters.get(role)
+            if adapter is None:
+                continue
+            if adapter.up in plan.placed:
+                self.members.append((role, "up", adapter.up))
+            if adapter.down in plan.placed and adapter.down not in downs:
+                downs.add(adapter.down)
+                self.members.append((role, "down", adapter.down))
+        self.known: dict[str, Moment] = plan.known.setdefault(block, {})
+
+    def plan_members(self) -> None:
+        if not self.members:
+            return
+        order = list(self.plan.placed)
+        first = min((matrix for _, _, matrix in self.members), key=order.index)
+        self.anchor = self.plan.placed[first]
+        for role, side, matrix in self.members:
+            self._add(role, side, matrix)
+
+    def _add(self, role: str, side: Literal["", "down", "up"], matrix: LayerMatrix) -> None:
+        plan, block = self.plan, self.block
+        placed = plan.placed[matrix]
+        heads = 1
+        if side != "down" and role != "o":
+            heads = block.heads.query if role == "q" else block.heads.key_value
+        form = form_of(matrix.shape[0] // heads, matrix.shape[1])
+        left, right = plan.kinds(form)
+        has_left = role in "qk" or (role == "v" and block.o is not None) or side == "down"
+        treatment = Treatment(
+            placed, role, heads, form, block, side, left=left if has_left else None
+        )
+        if plan.features:
+            down = block.adapters[role].down if side == "up" else None
+            treatment.right = plan.right(self._input(role), placed, right, down)
+            self._ask_for_left(role)
+        plan.treatments.append(treatment)
+
+    def _input(self, role: str) -> Moment:
+        """The moment of what enters the matrix of a role."""
+        if role == "k" and self.plan.config.center:
+            return self.centered()
+        return self.feature({"q": "x", "k": "context", "v": "context", "o": "o"}[role])
+
+    def feature(self, which: str) -> Moment:
+        """``x``: what enters q; ``context``: what enters k and v; ``o``: what enters o."""
+        if which == "context" and not self.block.cross:
+            which = "x"
+        if which not in self.known:
+            name = {"x": "input_moment", "context": "context_moment", "o": "output_moment"}[which]
+            self.known[which] = self.plan.moment(
+                "input",
+                self._widest(which),
+                self.anchor,
+                name,
+                f"{self.key}.{which}",
+                attention=self.block,
+            )
+        return self.known[which]
+
+    def centered(self) -> Moment:
+        """The moment of k's input about each sequence's mean."""
+        if "centered" not in self.known:
+            self.known["centered"] = self.plan.moment(
+                "input",
+                self._widest("context" if self.block.cross else "x"),
+                self.anchor,
+                "centered_moment",
+                f"{self.key}.centered",
+                attention=self.block,
+                center=True,
+            )
+        return self.known["centered"]
+
+    def _widest(self, which: str) -> LayerMatrix:
+        """The matrix that reads an input with the constant 1 behind it, if one does."""
+        block = self.block
+        if which == "o":
+            assert block.o is not None
+            return block.o
+        roles = {"x": "q" if block.cross else "qkv", "context": "kv"}[which]
+        matrices = [block.roles()[role] for role in roles]
+        return max(matrices, key=lambda m: (m.columns, m.weight_parameter.requires_grad))
+
+    def _ask_for_left(self, role: str) -> None:
+        """Ask for what the left factor of a role is made from."""
+        config = self.plan.config
+        wanted = {"q": ["key"], "k": ["query"]}.get(role, [])
+        if config.joint and wanted:
+            wanted = ["query", "key"]
+        for which in wanted:
+            if observes(self.block, config):
+                self._vectors(which)
+            elif which == "query":
+                self.feature("x")
+            elif config.center:
+                self.centered()
+            else:
+                self.feature("context")
+
+    def _vectors(self, which: str) -> None:
+        if which in self.known:
+            return
+        block, config = self.block, self.plan.config
+        self.known[which] = self.plan.moment(
+            which,
+            block.q if which == "query" else block.k,
+            self.anchor,
+            f"{which}_moment",
+            f"{self.key}.{which}",
+            attention=block,
+            average_rotation=block.rotary,
+            center=config.center and which == "key",
+        )

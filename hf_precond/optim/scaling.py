@@ -1,0 +1,86 @@
+"""How long AFOpt's step is: scalings of a direction, and the logit change it makes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hf_precond.configs import compute_dtype
+from hf_precond.optim.directions import times_right
+from hf_precond.optim.leaf import Leaf
+from hf_precond.optim.rules import AdamWRule, Rule, SGDRule
+
+RMS = 0.2
+"""Root mean square of a step's entries per unit of learning rate: what AdamW's usually is."""
+
+
+def norms(matrices: Tensor) -> Tensor:
+    """Frobenius norms, ``[n, out, c] -> [n, 1, 1]``, never zero."""
+    value = torch.linalg.matrix_norm(matrices, keepdim=True)
+    return value.clamp(min=torch.finfo(value.dtype).tiny)
+
+
+def to_rms(directions: Tensor) -> Tensor:
+    """``0.2·√numel / ‖U‖_F``: the factor that makes each entry's rms 0.2, ``[n, 1, 1]``."""
+    return RMS * math.sqrt(directions[0].numel()) / norms(directions)
+
+
+def logit_change(
+    steps: Tensor,
+    left: Tensor,
+    moments: Sequence[Tensor],
+    heads: int,
+    scale: float,
+) -> Tensor:
+    """Mean squares of the logits' change that steps of W_q or of W_k make, from moments.
+
+    ``mean over i, j of (s x̂_iᵀ δŴ_hᵀ k_j)² = s² tr(A_K,h δŴ_h A_X δŴ_hᵀ)`` for
+    W_q, over all pairs of a query and a key; with A_Q for W_k. Exact for one
+    unmasked sequence, up to the independence of queries and keys for several,
+    and to first order in the step.
+
+    Args:
+        steps: ``[n, out, c]``.
+        left: A_K or A_Q per head, ``[n · heads, rows, rows]``, undamped.
+        moments: A_X of each matrix, ``[c, c]`` or blocks.
+        heads: heads of the matrix.
+        scale: s, what the logits are multiplied with.
+
+    Returns:
+        ``[n, heads]``; under grouped queries each key head's sum over its
+        query heads.
+    """
+    moved = times_right(steps, moments)
+    count, rows, columns = steps.shape[0], steps.shape[1] // heads, steps.shape[2]
+    parts = steps.reshape(-1, rows, columns)
+    gram = torch.bmm(moved.view(-1, rows, columns), parts.mT)
+    return (gram * left).sum((-2, -1)).view(count, heads).clamp(min=0) * scale**2
+
+
+def base_step_norm(rule: Rule, leaves: Sequence[Leaf]) -> Tensor:
+    """Norm of the step per unit of learning rate that the base rule would take; a 0-d tensor.
+
+    Its moments advance, nothing is stepped.
+
+    Args:
+        rule: AdamW's or SGD's.
+        leaves: weight and bias of one matrix, with their raw gradients.
+    """
+    if isinstance(rule, AdamWRule):
+        parts = [
+            first / (root + leaf.group["eps"])
+            for leaf, (first, root) in zip(leaves, rule.directions(leaves), strict=True)
+        ]
+    else:
+        assert isinstance(rule, SGDRule)
+        parts = []
+        for leaf in leaves:
+            rule.allocate(leaf)
+            gradient = leaf.grad.to(compute_dtype(leaf.param.dtype))
+            if leaf.group["momentum"] != 0:
+                gradient = leaf["momentum_buffer"].mul_(leaf.group["momentum"]).add_(gradient)
+            parts.append(gradient)
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p) for p in parts]))
