@@ -125,5 +125,6 @@ def _tell_unused(args: Any, config: OptimizerConfig, fields: list[str]) -> None:
             used = used if len(FOLLOWS[field]) == 1 else used[number]
             if value not in (used, defaults.get(name)):
                 logger.warning(
-                    "--%s %s is not used: --optim_args sets %s=%s.", name, value, field, used
+                    "--%s %s is not used: --optim_args sets %s=%s.",
+                    name, value, field, getattr(config, field),
                 )

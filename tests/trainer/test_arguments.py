@@ -1,0 +1,104 @@
+"""``--optim_args`` and the Trainer's own arguments become a config."""
+
+import logging
+
+import pytest
+from transformers import Trainer, TrainingArguments
+
+from hf_precond import AFOptConfig, NKFACConfig
+from hf_precond.trainer.arguments import config_from_arguments, parse_pairs
+from tests.trainer.tiny import bert
+
+
+def arguments(optim="afopt", optim_args=None, **own):
+    return TrainingArguments("out", optim=optim, optim_args=optim_args, use_cpu=True, **own)
+
+
+def test_defaults_are_the_trainers_then_the_configs():
+    config = config_from_arguments(arguments())
+    assert config == AFOptConfig(lr=5e-5)
+
+
+def test_the_trainers_own_arguments_act():
+    config = config_from_arguments(
+        arguments(
+            learning_rate=3e-4, weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-6
+        )
+    )
+    assert config == AFOptConfig(lr=3e-4, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-6)
+
+
+def test_optim_args_come_first_and_have_the_fields_types(caplog):
+    text = (
+        "lr=1e-2, betas=0.7:0.95,scope=all_linear , inverse_interval=7,nesterov=false,"
+        "state_dtype=none,weight_decay=0"
+    )
+    with caplog.at_level(logging.WARNING):
+        config = config_from_arguments(arguments("afopt", text, learning_rate=3e-4))
+    assert config == AFOptConfig(
+        lr=1e-2, betas=(0.7, 0.95), scope="all_linear", inverse_interval=7, nesterov=False
+    )
+    assert [r.getMessage() for r in caplog.records] == [
+        "--learning_rate 0.0003 is not used: --optim_args sets lr=0.01."
+    ]
+
+
+def test_a_saved_config_stands_before_the_trainers_and_behind_the_other_pairs(tmp_path, caplog):
+    folder = tmp_path / "a folder with spaces"
+    NKFACConfig(lr=0.1, damping=0.5, base="sgd", betas=(0.5, 0.6)).save_pretrained(folder)
+    with caplog.at_level(logging.WARNING):
+        config = config_from_arguments(
+            arguments("nkfac", f"damping=0.25,config={folder}", weight_decay=0.3, adam_beta2=0.9)
+        )
+    assert config == NKFACConfig(lr=0.1, damping=0.25, base="sgd", betas=(0.5, 0.6))
+    assert [r.getMessage() for r in caplog.records] == [
+        "--weight_decay 0.3 is not used: --optim_args sets weight_decay=0.0.",
+        "--adam_beta2 0.9 is not used: --optim_args sets betas=(0.5, 0.6).",
+    ]
+
+
+def test_another_optimizers_config_is_refused(tmp_path):
+    NKFACConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="this config is for 'nkfac', and AFOptConfig reads"):
+        config_from_arguments(arguments("afopt", f"config={tmp_path}"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dampin=1.0", "--optim_args: dampin: afopt has no such field; did you mean 'damping'"),
+        ("damping=-1", r"damping=-1.0: afopt takes a number in \(0, infinity\)"),
+        ("damping=much", "damping='much': afopt takes a number"),
+        ("inverse_interval=2.5", "inverse_interval='2.5': afopt takes an integer"),
+        ("scope=atention", "did you mean 'attention'"),
+        ("nesterov=maybe", "nesterov='maybe': afopt takes True or False"),
+        ("betas=0.9", "betas.*two numbers, each"),
+        ("damping", "damping is not of the form key=value"),
+        ("damping=1=2", "damping=1=2 is not of the form key=value"),
+        ("damping=1,", "an empty piece"),
+        ("damping=,lr=1", "damping= is not of the form key=value"),
+        ("=1", "=1 is not of the form key=value"),
+        ("damping=1,damping=2", "damping stands twice"),
+        ("betas=(0.9,0.99)", "betas=0.9:0.99"),
+    ],
+)
+def test_bad_optim_args_get_a_sentence_when_the_trainer_is_made(text, message):
+    with pytest.raises(ValueError, match=message):
+        Trainer(bert(), arguments("afopt", text))
+    with pytest.raises(ValueError, match=message):
+        Trainer.get_optimizer_cls_and_kwargs(arguments("afopt", text))
+
+
+def test_a_bad_argument_of_the_trainer_gets_a_sentence():
+    with pytest.raises(ValueError, match=r"betas=\(1.5, 0.999\): afopt takes two numbers"):
+        Trainer(bert(), arguments(adam_beta1=1.5))
+
+
+def test_a_missing_config_gets_a_sentence(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no optimizer_config\.json"):
+        Trainer(bert(), arguments("afopt", f"config={tmp_path}"))
+
+
+@pytest.mark.parametrize("text", [None, "", "  "])
+def test_no_pairs(text):
+    assert parse_pairs(text) == {}
