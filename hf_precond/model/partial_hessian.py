@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hf_precond.blocks import CurvatureRequest, Statistic
 from hf_precond.model import backward_hook
 from hf_precond.model.double_backward import DoubleBackward
+from hf_precond.model.finite_difference import DifferenceProduct
 from hf_precond.model.hessian_products import (
     GraphProduct,
     depends_on,
@@ -110,7 +111,8 @@ class CurvatureProbe:
         self.step = 0
         self.staged: dict[str, Statistic] = {}
         self.vectors: dict[str, Tensor] = {}
-        self.seen: list[weakref.ref[Any]] = []
+        self.seen: list[Callable[[], Any]] = []
+        self.by_differences = False
         self.switches = DoubleBackward(model)
         handle = model.register_forward_pre_hook(_RootHook(self))
         backward_hook.listen(self)
@@ -145,6 +147,7 @@ class CurvatureProbe:
         """Forget what was staged."""
         self.staged = {}
         self.seen = []
+        self.by_differences = False
 
     def close(self) -> None:
         """Remove every hook."""
@@ -187,26 +190,30 @@ class CurvatureProbe:
         """Stage the estimates for ``weight * loss`` if they are due.
 
         A loss that depends on no parameter of this model is not ours and is
-        left alone; the same loss tensor is taken once.
+        left alone; the same loss tensor is taken once, and none after a
+        function was given.
 
         Args:
-            loss: a scalar with its graph.
+            loss: a scalar with its graph, or a function that returns the
+                loss, for products by differences of gradients.
             weight: factor of the loss that is trained.
             scale: loss scale to compute under.
 
         Returns:
             Whether the loss is this model's.
         """
-        if not self.due:
+        requests = self._requests() if self.due else []
+        if not requests:
             return False
-        if any(known() is loss for known in self.seen):
+        if not isinstance(loss, Tensor):
+            self._stage_differences(loss, requests, weight)
             return True
-        requests = self._requests()
-        if not isinstance(loss, Tensor) or not loss.requires_grad or not requests:
+        if self.by_differences or any(known() is loss for known in self.seen):
+            return True
+        if not loss.requires_grad:
             return False
-        parameters = [self._parameter(request) for request in requests]
         with torch.autocast(loss.device.type, enabled=False):
-            ours = self._stage(loss, requests, parameters, weight, scale)
+            ours = self._stage_products(loss, requests, weight, scale)
         if not ours:
             ours = depends_on(loss, self.model.parameters())
         if ours:
@@ -221,26 +228,48 @@ class CurvatureProbe:
             if self.step % request.period == request.phase and request.norm.parameter.requires_grad
         ]
 
-    def _stage(
+    def _stage_products(
         self,
         loss: Tensor,
         requests: Sequence[CurvatureRequest],
-        parameters: Sequence[Tensor],
         weight: float,
         scale: Tensor | float | None,
     ) -> bool:
-        vectors = self._vectors(requests)
+        """By the graph of the loss; whether it reaches any of the parameters."""
+        parameters = [self._parameter(request) for request in requests]
         try:
             product = GraphProduct(loss, parameters, scale)
             if not any(product.reached):
                 return False
-            estimates = diagonal_estimates(product, parameters, requests[0].probe, vectors)
+            self._stage(product, requests, parameters, weight)
         except RuntimeError as error:
             raise RuntimeError(NOT_TWICE.format(error=str(error).splitlines()[0])) from error
+        return True
+
+    def _stage_differences(
+        self,
+        loss_function: Callable[[], Tensor],
+        requests: Sequence[CurvatureRequest],
+        weight: float,
+    ) -> None:
+        parameters = [self._parameter(request) for request in requests]
+        product = DifferenceProduct(loss_function, self.model, parameters)
+        self._stage(product, requests, parameters, weight)
+        self.by_differences = True
+        self.seen.append(_nothing)
+
+    def _stage(
+        self,
+        product: GraphProduct | DifferenceProduct,
+        requests: Sequence[CurvatureRequest],
+        parameters: Sequence[Tensor],
+        weight: float,
+    ) -> None:
+        vectors = self._vectors(requests)
+        estimates = diagonal_estimates(product, parameters, requests[0].probe, vectors)
         for request, estimate, reached in zip(requests, estimates, product.reached, strict=True):
             if reached:
                 self._add(request.key, estimate * weight)
-        return True
 
     def _add(self, key: str, estimate: Tensor) -> None:
         held = self.staged.get(key)
