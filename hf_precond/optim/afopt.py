@@ -195,7 +195,8 @@ class AFOpt(PrecondOptimizer):
         moments = torch.stack([factors.left(treatment) for treatment in treatments])
         kind = treatments[0].left
         assert kind is not None
-        found = _root(kind, moments.flatten(0, 1), factors.damping)
+        damping = factors.damping(moments.dtype)
+        found = _root(kind, moments.flatten(0, 1), damping)
         held = [(t.held(self.state), t) for t in treatments]
         self._keep([state[t.name("left")] for state, t in held], found, moments.shape)
         if self._predicts and treatments[0].in_logits:
@@ -203,8 +204,8 @@ class AFOpt(PrecondOptimizer):
                 state[treatment.name("left_moment")].copy_(factors.left(treatment, damped=False))
         if self.config.joint and treatments[0].in_logits:
             for state, treatment in held:
-                own = self._own_moment(treatment)
-                found = _root("inverse", own, factors.damping)
+                own = self._own_moment(treatment).to(moments.dtype)
+                found = _root("inverse", own, damping)
                 self._keep([state[treatment.name("own")]], found, own[None].shape)
 
     def _own_moment(self, treatment: Treatment) -> Tensor:

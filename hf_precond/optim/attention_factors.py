@@ -24,8 +24,8 @@ from hf_precond.configs import AFOptConfig
 from hf_precond.linalg.roots import mean_eigenvalue
 from hf_precond.optim.attention_plan import Moment, Plan, State, Treatment
 
-COVARIANT_JITTER = 1e-6
-"""Damping beside the covariant one, in units of the mean eigenvalue."""
+JITTER = 8
+"""Damping beside the covariant one, in units of rounding times the mean eigenvalue (1e-6)."""
 
 
 def heads_of(matrix: Tensor, heads: int) -> Tensor:
@@ -74,10 +74,10 @@ class AttentionFactors:
     def __init__(self, plan: Plan, state: State, config: AFOptConfig) -> None:
         self.plan, self.state, self.config = plan, state, config
 
-    @property
-    def damping(self) -> float:
+    def damping(self, dtype: torch.dtype) -> float:
         """λ of left factors: a jitter where they are damped through the input's moment."""
-        return COVARIANT_JITTER if self.config.covariant_damping else self.config.damping
+        covariant = self.config.covariant_damping
+        return JITTER * torch.finfo(dtype).eps if covariant else self.config.damping
 
     def left(self, treatment: Treatment, damped: bool = True) -> Tensor:
         """The left moment of a treatment, ``[heads, rows, rows]``.
