@@ -272,10 +272,17 @@ class NKFACConfig(OptimizerConfig):
         newton_steps: Newton iterations per refresh, >= 1.
         exact_interval: every this many refreshes the inverse is computed
             exactly, >= 1.
+        solver: how inverses are refreshed: ``newton`` (from the previous
+            ones), ``cholesky`` (exactly, always), or ``auto``, the cheaper
+            for a factor's size and device.
         max_dim: a wider side is not preconditioned, >= 1.
-        reference: reproduce the authors' published code step by step.
+        reference: reproduce the authors' published code step by step:
+            NKFAC with ``base="sgd"``, AdaNKFAC with ``base="adamw"``.
         precision: precision of large products on GPUs: ``highest``, ``tf32``
             or ``bf16``.
+
+    Raises:
+        ValueError: ``reference`` with another base or with a solver.
     """
 
     name: ClassVar[str] = "nkfac"
@@ -288,9 +295,20 @@ class NKFACConfig(OptimizerConfig):
     inverse_interval: int = interval(100)
     newton_steps: int = interval(1)
     exact_interval: int = interval(500)
+    solver: Literal["auto", "newton", "cholesky"] = "auto"
     max_dim: int = bounded(4096, 1)
     reference: bool = False
     precision: Literal["highest", "tf32", "bf16"] = "highest"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reference and (self.base not in ("sgd", "adamw") or self.solver != "auto"):
+            raise ValueError(
+                f"reference=True: the authors' code is base='sgd' (NKFAC) or base='adamw' "
+                f"(AdaNKFAC) with its own schedule of solvers, not base={self.base!r} and "
+                f"solver={self.solver!r}; choose such a base and leave solver out, or leave "
+                "reference out."
+            )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,142 @@
+"""Kronecker-factored curvature of a layer: its two factors, their running averages, the block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hf_precond.blocks import MomentRequest
+from hf_precond.linalg.precision import Precision, matmul
+from hf_precond.optim.placed import PlacedMatrix
+
+Side = Literal["input", "output"]
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One factor of one layer: ``R`` of its inputs or ``L`` of its output gradients.
+
+    Its state sits in the optimizer's state of the layer's weight: ``factor``
+    (the running average, ``[n, n]``), ``inverse`` (of the damped factor,
+    ``[n, n]``), ``updates`` (statistics averaged so far, a 0-d tensor) and
+    ``refreshes`` (inverses made so far, a number), each name behind the side.
+
+    Args:
+        placed: the layer.
+        side: ``input`` or ``output``.
+    """
+
+    placed: PlacedMatrix
+    side: Side
+
+    @property
+    def size(self) -> int:
+        """n: ``in(+1)`` or ``out``."""
+        matrix = self.placed.matrix
+        return matrix.columns if self.side == "input" else matrix.shape[0]
+
+    @property
+    def key(self) -> str:
+        """Name of the statistic, and of the factor in messages."""
+        return f"{self.placed.matrix.name}.{self.side}"
+
+    @property
+    def request(self) -> MomentRequest:
+        """The second moment that this factor averages."""
+        kind: Literal["input", "output_grad"] = "input" if self.side == "input" else "output_grad"
+        return MomentRequest(self.key, kind, self.placed.matrix)
+
+    def name(self, what: str) -> str:
+        """The name of a piece of its state."""
+        return f"{self.placed.prefix}{self.side}_{what}"
+
+    def allocate(self, state: dict[str, Any], dtype: torch.dtype) -> None:
+        """Make the state where it is missing: no factor yet, the identity for its inverse."""
+        if self.name("factor") in state:
+            return
+        like = {"device": self.placed.weight.device}
+        state[self.name("factor")] = torch.zeros(self.size, self.size, dtype=dtype, **like)
+        state[self.name("inverse")] = torch.eye(self.size, dtype=self.placed.dtype, **like)
+        state[self.name("updates")] = torch.zeros((), dtype=torch.int64, **like)
+        state[self.name("refreshes")] = 0
+
+
+def factors_of(placed: PlacedMatrix, max_dim: int) -> list[Factor]:
+    """The factors that a layer has: of each side that is at most ``max_dim`` wide."""
+    sides: tuple[Side, Side] = ("output", "input")
+    factors = [Factor(placed, side) for side in sides]
+    return [factor for factor in factors if factor.size <= max_dim]
+
+
+def average_unit_moment(moment: Tensor, updates: Tensor, total: Tensor, decay: float) -> Tensor:
+    """``A ← b A + (1 - b) S / ‖S‖_F`` in place, ``b = min(decay, 1 - 1/k)``, k counting updates.
+
+    The first update sets A, the second averages two, and so on until the decay
+    rules: no start-up bias. The unit norm takes the loss's scale and the
+    number of rows out. A sum that is not finite, or zero (no rows, no
+    gradient), says nothing of A's shape: it changes and counts nothing. No
+    host synchronisation.
+
+    Args:
+        moment: A, ``[n, n]``, changed in place.
+        updates: k so far, a 0-d tensor, changed in place.
+        total: S, a sum of outer products, ``[n, n]``.
+        decay: in [0, 1).
+
+    Returns:
+        1 where S was not finite, else 0: a 0-d tensor.
+    """
+    # No entry exceeds the diagonal's; divided by it, the squares stay within float32.
+    largest = total.diagonal().amax()
+    total = total / largest
+    norm = torch.linalg.vector_norm(total)
+    usable = torch.isfinite(norm)
+    updates += usable
+    keep = torch.clamp(1 - 1 / updates.clamp(min=1).to(total.dtype), max=decay)
+    kept = moment.to(total.dtype)
+    unit = torch.where(usable, total.div_(norm), kept)
+    moment.copy_(kept.lerp_(unit, torch.where(usable, 1 - keep, 0.0)))
+    return ~usable & (largest != 0)
+
+
+def norm_recovered(gradient: Tensor, direction: Tensor) -> Tensor:
+    """``direction`` scaled to the Frobenius norm of ``gradient``, in place."""
+    wanted, found = torch.linalg.vector_norm(gradient), torch.linalg.vector_norm(direction)
+    return direction.mul_(torch.where(found > 0, wanted / found, 1.0))
+
+
+@dataclass(frozen=True)
+class KroneckerBlock:
+    """``L ⊗ R``, acting on ``[W | b]`` (rows stacked) as ``L X R``.
+
+    Args:
+        output: L, ``[out, out]``, symmetric; ``None`` for the identity.
+        input: R, ``[in(+1), in(+1)]``, symmetric; ``None`` for the identity.
+    """
+
+    output: Tensor | None
+    input: Tensor | None
+
+    def apply(self, matrix: Tensor, precision: Precision = "highest") -> Tensor:
+        """``L X R``, ``[out, in(+1)]``; X itself where both are the identity."""
+        if self.output is not None:
+            matrix = matmul(self.output, matrix, precision)
+        if self.input is not None:
+            matrix = matmul(matrix, self.input, precision)
+        return matrix
+
+    def to_matrix(self, out: int, columns: int) -> Tensor:
+        """The block as a dense matrix, ``[out · columns, out · columns]``.
+
+        Args:
+            out: rows of the layer's matrix.
+            columns: its columns, the bias included.
+        """
+        known = self.output if self.output is not None else self.input
+        like = {} if known is None else {"dtype": known.dtype, "device": known.device}
+        left = torch.eye(out, **like) if self.output is None else self.output
+        right = torch.eye(columns, **like) if self.input is None else self.input
+        return torch.kron(left, right)

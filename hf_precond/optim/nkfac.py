@@ -1,0 +1,223 @@
+"""NKFAC: Kronecker-factored curvature whose inverses follow by Newton's iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_precond import distributed
+from hf_precond.blocks import MomentRequest, Statistic
+from hf_precond.configs import NKFACConfig
+from hf_precond.linalg.fallback import strikes
+from hf_precond.linalg.precision import float32_products
+from hf_precond.optim import inverses, kronecker
+from hf_precond.optim import nkfac_reference as reference
+from hf_precond.optim.base import Preconditioned, PrecondOptimizer
+from hf_precond.optim.inverses import batches, choose_solver, stacked
+from hf_precond.optim.kronecker import Factor, KroneckerBlock, factors_of
+from hf_precond.optim.leaf import grouped
+from hf_precond.optim.placed import PlacedMatrix
+
+FLOOR = 1e-4
+"""Smallest damping of a factor of unit Frobenius norm (the authors' value)."""
+
+
+class NKFAC(PrecondOptimizer):
+    """K-FAC with unit-norm factors, lazily refreshed inverses and the gradient's own norm.
+
+    For a layer with weight and bias ``[W | b]`` (``[out, in + 1]``), inputs a
+    (a 1 behind them) and output gradients δ, one row a token or position::
+
+        R ← EMA of  Σ a aᵀ / ‖Σ a aᵀ‖_F         every stat_interval steps
+        L ← EMA of  Σ δ δᵀ / ‖Σ δ δᵀ‖_F
+        R̂ ≈ (R + λ_R I)⁻¹,  L̂ ≈ (L + λ_L I)⁻¹   every inverse_interval steps,
+            λ = max(1e-4, damping · λmax)
+        Ĝ = L̂ [∇W | ∇b] R̂                        every step
+        G̃ = Ĝ ‖G‖_F / ‖Ĝ‖_F                      jointly over weight and bias
+
+    and the base rule (AdamW, SGD with momentum, AdamR) takes G̃ for the
+    gradient; its weight decay is decoupled. The averages start without bias,
+    and count an optimizer step once however many micro-batches it has. The
+    unit norms take out the loss's scale and the batch's size.
+
+    The first three inverses of a factor and then every ``exact_interval``-th
+    are exact (Cholesky). The others take ``newton_steps`` scaled and
+    safeguarded Newton steps from the previous inverse
+    (:func:`~hf_precond.linalg.newton.newton_step`) where that is cheaper
+    (``solver="auto"``), and Cholesky elsewhere. A side wider than ``max_dim``
+    has no factor. Kept per layer in float32:
+    ``2 · 4 · (n_in² + n_out²)`` bytes.
+
+    ``reference=True`` reproduces the authors' published code: NKFAC with
+    ``base="sgd"``, AdaNKFAC with ``base="adamw"``
+    (:mod:`~hf_precond.optim.nkfac_reference`); its weight decay is coupled
+    there, and inside the bias-corrected step here.
+
+    Start from the learning rate of the base rule. Signs of trouble:
+    ``newton_restarts`` of :meth:`diagnostics` at every refresh (the curvature
+    changes faster than it is followed: lower ``inverse_interval``), a loss
+    that jumps after a refresh (raise ``damping``), ``dropped_statistics``
+    growing (activations or gradients overflow).
+
+    Args:
+        param_groups: as for any torch optimizer.
+        blocks: ``matrices`` are linear layers and convolutions.
+        config: the fields.
+
+    Source: Ying Sun, "Designing effective preconditioned optimizers for deep
+    neural network training", PolyU 2024; Martens and Grosse, "Optimizing
+    neural networks with Kronecker-factored approximate curvature", 2015.
+    """
+
+    config: NKFACConfig
+
+    # What it needs, and keeps ---------------------------------------------------
+
+    def factors(self, placed: PlacedMatrix) -> list[Factor]:
+        """The factors of a layer."""
+        return factors_of(placed, self.config.max_dim)
+
+    def requests(self) -> Sequence[MomentRequest]:
+        """The second moments of every factor."""
+        return [factor.request for placed in self.placed for factor in self.factors(placed)]
+
+    def due(self, step: int) -> bool:
+        """Every ``stat_interval`` steps."""
+        return step % self.config.stat_interval == 0
+
+    def allocate(self, placed: PlacedMatrix) -> None:
+        """Make the factors' state, where it is missing."""
+        for factor in self.factors(placed):
+            dtype = self.config.factor_dtype(placed.weight.dtype)
+            factor.allocate(self.state[placed.weight], dtype)
+
+    def _read(self, factor: Factor, what: str) -> Any:
+        return self.state[factor.placed.weight][factor.name(what)]
+
+    # Statistics -------------------------------------------------------------------
+
+    def commit(self, statistics: Mapping[str, Statistic]) -> None:
+        """One update of every factor that has a statistic."""
+        decay = self.config.stat_decay
+        for placed in self.placed:
+            for factor in self.factors(placed):
+                found = statistics.get(factor.key)
+                if found is None:
+                    continue
+                moment, updates = self._read(factor, "factor"), self._read(factor, "updates")
+                if not self.config.reference:
+                    average = kronecker.average_unit_moment
+                    dropped = average(moment, updates, found.sum, decay)
+                else:
+                    total = found.sum / found.count if factor.side == "input" else found.sum
+                    dropped = reference.average_moment(moment, updates, total, decay)
+                self.count("dropped_statistics", dropped)
+
+    # Inverses ---------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """New inverses, every ``inverse_interval`` steps, each rank its share of them."""
+        if self.steps % self.config.inverse_interval:
+            return
+        seen = self._seen([f for placed in self.placed for f in self.factors(placed)])
+        owners = distributed.owners([float(factor.size) ** 3 for factor in seen])
+        mine = [f for f, owner in zip(seen, owners, strict=True) if distributed.is_mine(owner)]
+        with float32_products(tf32=False):
+            for batch in grouped(mine, self._kind):
+                self._refresh_batch(batch)
+        distributed.share([self._read(factor, "inverse") for factor in seen], owners)
+        for factor in seen:
+            self.state[factor.placed.weight][factor.name("refreshes")] += 1
+
+    def _seen(self, factors: list[Factor]) -> list[Factor]:
+        """Those that have had a statistic: one reading from the device while any has had none."""
+        new = [factor for factor in factors if not self._read(factor, "refreshes")]
+        if self.config.reference or not new:
+            return factors
+        counts = torch.stack([self._read(factor, "updates") for factor in new]).tolist()
+        unseen = {factor.key for factor, updates in zip(new, counts, strict=True) if not updates}
+        return [factor for factor in factors if factor.key not in unseen]
+
+    def _kind(self, factor: Factor) -> tuple[Any, ...]:
+        """What the factors of one batch have in common."""
+        inverse = self._read(factor, "inverse")
+        return factor.size, inverse.dtype, inverse.device, self._newton_steps(factor)
+
+    def _newton_steps(self, factor: Factor) -> int:
+        """Newton steps of a factor's refresh that is due; 0 for an exact inverse."""
+        config, inverse = self.config, self._read(factor, "inverse")
+        if config.reference:
+            exact = reference.is_exact(self.steps, config.inverse_interval, config.exact_interval)
+            return 0 if exact else config.newton_steps
+        number = self.steps // config.inverse_interval
+        if self._read(factor, "refreshes") < 3 or number % config.exact_interval == 0:
+            return 0
+        solver = config.solver
+        if solver == "auto":
+            solver = choose_solver(factor.size, inverse.device)
+        return config.newton_steps if solver == "newton" else 0
+
+    def _refresh_batch(self, factors: list[Factor]) -> None:
+        size, dtype, device, newton_steps = self._kind(factors[0])
+        for part in batches(len(factors), size, device):
+            chosen = factors[part]
+            moments = stacked([self._read(factor, "factor") for factor in chosen], dtype)
+            held = [self._read(factor, "inverse") for factor in chosen]
+            previous = stacked(held, dtype)
+            if self.config.reference:
+                matrices = reference.damped(moments, self.config.damping, FLOOR)
+                found = reference.inverted(
+                    matrices, previous, newton_steps == 0, self.config.newton_steps
+                )
+            else:
+                matrices = inverses.damped(moments, self.config.damping, FLOOR)
+                found, kept = inverses.invert(matrices, previous, newton_steps, self.count)
+                for factor, lost in zip(chosen, kept, strict=True):
+                    before = self.failures.get(factor.key, 0)
+                    self.failures[factor.key] = strikes(before, lost, factor.key)
+            torch._foreach_copy_(held, list(found.unbind()))
+            self.count("newton_inverses" if newton_steps else "exact_inverses", len(chosen))
+
+    # Directions -------------------------------------------------------------------
+
+    def precondition(self, placed: Sequence[PlacedMatrix]) -> Iterable[Preconditioned]:
+        """``L̂ G R̂`` of the gradient's norm, for the base rule."""
+        recovered: Callable[[Tensor, Tensor], Tensor] = (
+            reference.norm_recovered if self.config.reference else kronecker.norm_recovered
+        )
+        for item in placed:
+            gradient = item.gradient()
+            if gradient is None or not self.factors(item):
+                continue
+            block = self.preconditioner(item)
+            if block.output is None and block.input is None:
+                yield Preconditioned(item, gradient)
+                continue
+            direction = block.apply(gradient, self.config.precision)
+            yield Preconditioned(item, recovered(gradient, direction))
+
+    def preconditioner(self, placed: PlacedMatrix) -> KroneckerBlock:
+        """``L̂ ⊗ R̂`` of a layer; the identity for a side without an inverse yet."""
+        found = {
+            factor.side: self._read(factor, "inverse")
+            for factor in self.factors(placed)
+            if self._read(factor, "refreshes")
+        }
+        return KroneckerBlock(found.get("output"), found.get("input"))
+
+    def curvature(self, placed: PlacedMatrix) -> KroneckerBlock:
+        """``L ⊗ R`` of a layer, undamped, each of about unit Frobenius norm."""
+        found = {factor.side: self._read(factor, "factor") for factor in self.factors(placed)}
+        return KroneckerBlock(found.get("output"), found.get("input"))
+
+    # Beside the state -----------------------------------------------------------------
+
+    def _bind(self) -> None:
+        super()._bind()
+        self.failures: dict[str, int] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"failures": self.failures}
