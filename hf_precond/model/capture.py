@@ -93,7 +93,7 @@ class Capture:
         self.step = -1
         self.paths = {module: path for path, module in model.named_modules()}
         self.wrappers = wrappers_of(model)
-        self.projections = {
+        self.projections: dict[nn.Module, nn.Module] = {
             m.out_proj: m for m in model.modules() if isinstance(m, nn.MultiheadAttention)
         }
         self.tokens = TokenWeights(model)
@@ -225,7 +225,8 @@ class Capture:
         layer, module = point.layer, point.module
         weights: Tensor | None = None
         if isinstance(module, nn.MultiheadAttention):
-            role = "o" if layer is not module else multihead_role(collection.matrix)
+            inner = collection.matrix.module is not module
+            role = "o" if inner else multihead_role(collection.matrix)
             weights = multihead_weights(module, role, args, kwargs)
             inputs = (
                 multihead_inner(module, args, kwargs)

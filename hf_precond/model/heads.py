@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,7 +29,6 @@ class _Head:
     memory: Reader
     layout: Layout | None = None
     rotation: tuple[Tensor, Tensor] | None = None
-    seen: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def averaged(self) -> bool:
@@ -152,12 +151,14 @@ class HeadMoments:
 
     def _rotation_part(self, head: _Head, query: Tensor, dtype: torch.dtype) -> Part:
         """Sums over the query positions of products of cosines and sines."""
-        if head.rotation is None:
+        seen = head.rotation or ()
+        cos, sin = (_lead(part.detach()) for part in seen) if seen else (None, None)
+        if cos is None or sin is None or cos.dim() != 3 or cos.shape[0] not in (1, len(query)):
             raise RuntimeError(
-                f"{head.path}: the rotation of its queries and keys was not seen (no "
-                "position_embeddings and no rotary module of its own); use rope='ignored'."
+                f"{head.path}: the rotation of its queries and keys cannot be read (it is called "
+                "without position_embeddings of one cosine and sine a position, and has no rotary "
+                "module of its own); use rope='ignored'."
             )
-        cos, sin = (_lead(part.detach(), query.shape[2]) for part in head.rotation)
         if head.layout is None:
             layout = read_layout(head.block.module, query.shape[-1], cos)
             head.layout = layout.to(cos.device)
@@ -207,8 +208,8 @@ def _is_rotation(value: Any) -> bool:
     )
 
 
-def _lead(part: Tensor, length: int) -> Tensor:
-    """Cosines or sines as ``[B or 1, positions, width]``."""
+def _lead(part: Tensor) -> Tensor:
+    """Cosines or sines as ``[B or 1, positions, width]``, where they are one a position."""
     if part.dim() == 4:  # [B, 1, N, width] or [B, N, 1, width]
         part = part.squeeze(1) if part.shape[1] == 1 else part.squeeze(2)
     return part.unsqueeze(0) if part.dim() == 2 else part

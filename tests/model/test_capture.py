@@ -1,0 +1,536 @@
+"""Captured moments against sums written out from what really passes the layers."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hf_precond.blocks import LayerMatrix, MomentRequest, Statistic
+from hf_precond.model.attention import find_attention
+from hf_precond.model.capture import Capture
+from hf_precond.model.matrices import find_matrices, is_linear
+from tests.model.families import FAMILIES, build, loss_of, text
+
+
+def requests_for(matrices: Sequence[LayerMatrix]) -> list[MomentRequest]:
+    kinds = ("input", "output_grad")
+    return [MomentRequest(f"{m.name}/{kind}", kind, m) for m in matrices for kind in kinds]
+
+
+def linears(model: nn.Module) -> list[LayerMatrix]:
+    return [m for m in find_matrices(model) if is_linear(m.module)]
+
+
+def opened(model: nn.Module, requests: Sequence[MomentRequest]) -> Capture:
+    capture = Capture(model, requests)
+    capture.enable(True, 0)
+    return capture
+
+
+class Recorder:
+    """Inputs and output gradients of layers, kept whole, one entry a call."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.calls: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+        self.handles = [m.register_forward_hook(self._hook) for m in set(modules)]
+
+    def _hook(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        inputs = args[0].detach()
+        if output.requires_grad:
+            calls = self.calls.setdefault(module, [])
+            output.register_hook(lambda grad: calls.append((inputs, grad)))
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def explicit(
+    calls: Sequence[tuple[Tensor, Tensor]], matrix: LayerMatrix, weights: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Input moment, output-gradient moment and count, row by row."""
+    columns, outs = matrix.columns, matrix.shape[0]
+    first = torch.zeros(columns, columns, dtype=torch.float64)
+    second = torch.zeros(outs, outs, dtype=torch.float64)
+    count = torch.zeros((), dtype=torch.float64)
+    for inputs, gradient in calls:
+        kept = weights(inputs).reshape(-1)
+        for row, delta, weight in zip(
+            inputs.flatten(0, -2), gradient.flatten(0, -2), kept, strict=True
+        ):
+            if matrix.bias is not None:
+                row = torch.cat([row, torch.ones(1, dtype=row.dtype)])
+            first += weight * torch.outer(row, row)
+            second += torch.outer(delta, delta)
+            count += weight
+    return first, second, count
+
+
+def masked(batch: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    def weights(inputs: Tensor) -> Tensor:
+        if inputs.dim() == 3 and inputs.shape[:2] == batch["attention_mask"].shape:
+            return batch["attention_mask"].double()
+        return torch.ones(inputs.shape[:-1], dtype=torch.float64)
+
+    return weights
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "deberta-v2", "mpnet", "albert"])
+def test_moments_equal_sums_over_the_real_tokens(name: str) -> None:
+    model, batch = build(name).eval(), FAMILIES[name].batch()
+    for module in model.modules():  # no dropout, yet training
+        module.training = True
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    matrices = linears(model)
+    capture = opened(model, requests_for(matrices))
+    recorder = Recorder([m.module for m in matrices])
+    loss_of(model, batch).backward()
+    recorder.remove()
+    taken = capture.take()
+    capture.close()
+    for matrix in matrices:
+        calls = recorder.calls[matrix.module]
+        first, second, count = explicit(calls, matrix, masked(batch))
+        found = taken[f"{matrix.name}/input"]
+        torch.testing.assert_close(found.sum, first)
+        torch.testing.assert_close(found.count, count)
+        assert found.passes == 1 and found.sum.dtype == torch.float64
+        found = taken[f"{matrix.name}/output_grad"]
+        torch.testing.assert_close(found.sum, second)
+        torch.testing.assert_close(found.count, count)
+        # The rows that were recorded are those whose products make the weight's gradient.
+        product = sum(g.flatten(0, -2).T @ x.flatten(0, -2) for x, g in calls)
+        weight = matrix.weight_view(matrix.weight_parameter.grad)
+        if matrix.name != "transformer.wte":
+            torch.testing.assert_close(product, weight)
+
+
+def test_padding_changes_nothing() -> None:
+    model = build("bert").train()
+    batch = text()
+    batch = {key: value[1:2] for key, value in batch.items()}
+    short = {"input_ids": batch["input_ids"][:, :4], "labels": batch["labels"]}
+    block = find_attention(model)[0]
+    matrices = [block.q, block.o, *[m for m in linears(model) if "intermediate" in m.name]]
+    taken = []
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for given in (batch, short):
+        capture = opened(model, requests_for(matrices))
+        loss_of(model, given).backward()
+        taken.append(capture.take())
+        capture.close()
+    assert taken[0].keys() == taken[1].keys()
+    for key, statistic in taken[0].items():
+        torch.testing.assert_close(statistic.sum, taken[1][key].sum)
+        torch.testing.assert_close(statistic.count, taken[1][key].count)
+
+
+def test_parts_of_a_fused_weight_share_its_input_and_split_its_gradient() -> None:
+    model = build("gpt2")
+    block = find_attention(model)[0]
+    whole = next(m for m in linears(model) if m.module is block.q.module)
+    parts = [block.q, block.k, block.v]
+    capture = opened(model, requests_for([whole, *parts]))
+    loss_of(model, FAMILIES["gpt2"].batch()).backward()
+    taken = capture.take()
+    capture.close()
+    entire = taken[f"{whole.name}/output_grad"].sum
+    for index, part in enumerate(parts):
+        torch.testing.assert_close(
+            taken[f"{part.name}/input"].sum, taken[f"{whole.name}/input"].sum
+        )
+        rows = slice(16 * index, 16 * (index + 1))
+        torch.testing.assert_close(taken[f"{part.name}/output_grad"].sum, entire[rows, rows])
+
+
+def test_one_collection_serves_requests_with_and_without_a_bias() -> None:
+    layer = nn.Linear(3, 2).double()
+    with_bias, without = LayerMatrix("w", layer, bias="bias"), LayerMatrix("w", layer)
+    requests = [MomentRequest("a", "input", without), MomentRequest("b", "input", with_bias)]
+    capture = opened(layer, requests)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    layer(x).sum().backward()
+    taken = capture.take()
+    rows = torch.cat([x, torch.ones(5, 1, dtype=torch.float64)], dim=1)
+    torch.testing.assert_close(taken["b"].sum, rows.T @ rows)
+    torch.testing.assert_close(taken["a"].sum, x.T @ x)
+    assert len(capture.points) == 1 and len(capture.handles) == 1
+
+
+def _statistics(name: str, prepare: Callable[[nn.Module], None]) -> dict[str, Statistic]:
+    model = build(name)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    prepare(model)
+    capture = opened(model, requests_for(linears(model)))
+    loss_of(model, FAMILIES[name].batch()).backward()
+    taken = capture.take()
+    capture.close()
+    return taken
+
+
+def assert_same(first: dict[str, Statistic], second: dict[str, Statistic]) -> None:
+    assert first.keys() == second.keys() and first
+    for key in first:
+        torch.testing.assert_close(first[key].sum, second[key].sum)
+        torch.testing.assert_close(first[key].count, second[key].count)
+        assert first[key].passes == second[key].passes
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5"])
+def test_checkpointed_passes_count_once(name: str, reentrant: bool) -> None:
+    def enable(model: nn.Module) -> None:
+        options = {"use_reentrant": reentrant}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        if reentrant:
+            model.enable_input_require_grads()
+
+    assert_same(_statistics(name, enable), _statistics(name, lambda model: None))
+
+
+class Repeated(nn.Module):
+    """One layer called twice, each call checkpointed."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            if self.reentrant is None:
+                x = self.layer(x).tanh()
+            else:
+                x = checkpoint(lambda y: self.layer(y).tanh(), x, use_reentrant=self.reentrant)
+        return x
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_calls_of_a_shared_module_count_once_each(reentrant: bool) -> None:
+    taken = []
+    for mode in (reentrant, None):
+        torch.manual_seed(0)
+        model = Repeated(mode).double()
+        capture = opened(model, requests_for(find_matrices(model)))
+        x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+        model(x).pow(2).sum().backward()
+        taken.append(capture.take())
+    assert_same(*taken)
+    assert taken[0]["layer/input"].count == 8
+
+
+def test_a_module_called_several_times_brings_the_sum_of_its_calls() -> None:
+    layer = nn.Linear(3, 3).double()
+    model = nn.Sequential(layer, nn.Tanh(), layer)
+    capture = opened(model, requests_for([LayerMatrix("w", layer, bias="bias")]))
+    x = torch.randn(4, 3, dtype=torch.float64)
+    recorder = Recorder([layer])
+    model(x).pow(2).sum().backward()
+    taken = capture.take()
+    first, second, count = explicit(
+        recorder.calls[layer], LayerMatrix("w", layer, bias="bias"),
+        lambda inputs: torch.ones(4, dtype=torch.float64),
+    )
+    torch.testing.assert_close(taken["w/input"].sum, first)
+    torch.testing.assert_close(taken["w/output_grad"].sum, second)
+    assert taken["w/input"].count == count == 8
+    assert taken["w/input"].passes == 1
+
+
+def test_micro_batches_add_up_and_passes_are_counted() -> None:
+    model = build("bert").eval()
+    for module in model.modules():
+        module.training = not isinstance(module, nn.Dropout)
+    batch = text()
+    matrices = linears(model)[:3]
+    capture = opened(model, requests_for(matrices))
+    loss_of(model, batch).backward()
+    whole = capture.take()
+    for row in range(3):
+        part = {key: value[row : row + 1] for key, value in batch.items()}
+        (loss_of(model, part) / 3).backward()
+    parts = capture.take()
+    capture.close()
+    for key, statistic in whole.items():
+        torch.testing.assert_close(parts[key].sum, statistic.sum)
+        torch.testing.assert_close(parts[key].count, statistic.count)
+        assert (statistic.passes, parts[key].passes) == (1, 3)
+
+
+def test_only_trained_passes_of_due_steps_count() -> None:
+    model = build("bert")
+    matrices = linears(model)[:2]
+    capture = Capture(model, requests_for(matrices))
+    batch = text()
+    loss_of(model, batch).backward()
+    assert capture.take() == {}, "not enabled"
+    capture.enable(True, 0)
+    with torch.no_grad():
+        loss_of(model, batch)
+    loss_of(model, batch)
+    assert capture.take() == {}, "no backward"
+    model.eval()
+    loss_of(model, batch).backward()
+    assert capture.take() == {}, "eval"
+    model.train()
+    loss_of(model, batch).backward()
+    capture.drop()
+    assert capture.take() == {}, "dropped"
+    loss_of(model, batch).backward()
+    capture.enable(True, 1)
+    assert capture.take() == {}, "another step's"
+    loss = loss_of(model, batch)
+    capture.drop()
+    loss.backward(retain_graph=True)
+    once = capture.take()
+    loss.backward()
+    assert len(once) == 4, "a drop between forward and backward takes nothing away"
+    assert capture.take() == {}, "a second backward through one pass"
+    capture.enable(False, 2)
+    loss_of(model, batch).backward()
+    assert capture.take() == {}, "not due"
+
+
+def _hooks(model: nn.Module) -> int:
+    return sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()
+    )
+
+
+def test_close_removes_every_hook() -> None:
+    model = build("llama")
+    before = _hooks(model)
+    block = find_attention(model)[0]
+    rotated = MomentRequest("k", "key", block.k, block, average_rotation=True)
+    capture = opened(model, [*requests_for(linears(model)), rotated])
+    assert _hooks(model) > before
+    capture.close()
+    assert _hooks(model) == before
+    capture.close()
+    loss_of(model, FAMILIES["llama"].batch()).backward()
+    assert capture.take() == {}
+
+
+def test_copies_and_pickles_of_the_model_do_not_feed_the_capture() -> None:
+    model = build("bert")
+    capture = opened(model, requests_for(linears(model)))
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    others = [
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(buffer, weights_only=False),
+    ]
+    for other in others:
+        loss_of(other, text()).backward()
+        assert capture.take() == {}
+    loss_of(model, text()).backward()
+    assert len(capture.take()) == len(requests_for(linears(model)))
+
+
+def test_autocast_and_half_precision_sum_in_float32() -> None:
+    model = build("bert", torch.float32)
+    matrices = linears(model)[:4]
+    capture = opened(model, requests_for(matrices))
+    recorder = Recorder([m.module for m in matrices])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(model, text())
+    loss.backward()
+    taken = capture.take()
+    for matrix in matrices:
+        first, second, _ = explicit(
+            [(x.double(), g.double()) for x, g in recorder.calls[matrix.module]], matrix,
+            masked(text()),
+        )
+        found = taken[f"{matrix.name}/input"].sum
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), first, rtol=1e-5, atol=1e-5)
+        grads = taken[f"{matrix.name}/output_grad"].sum
+        torch.testing.assert_close(grads.double(), second, rtol=1e-5, atol=1e-7)
+    half = build("bert", torch.bfloat16)
+    capture = opened(half, requests_for(linears(half)[:1]))
+    loss_of(half, text()).backward()
+    assert {s.sum.dtype for s in capture.take().values()} == {torch.float32}
+
+
+CONVOLUTIONS = [
+    nn.Conv2d(4, 6, 3, stride=2, padding=1),
+    nn.Conv2d(4, 6, (2, 3), dilation=2, groups=2),
+    nn.Conv1d(4, 4, 3, groups=4),
+]
+
+
+@pytest.mark.parametrize("layer", CONVOLUTIONS, ids=["plain", "grouped", "depthwise"])
+def test_convolutions(layer: nn.Module) -> None:
+    torch.manual_seed(0)
+    layer = copy.deepcopy(layer).double()
+    (matrix,) = find_matrices(layer)
+    capture = opened(layer, requests_for([matrix]))
+    inputs = torch.randn(2, 4, *[7] * (layer.weight.dim() - 2), dtype=torch.float64)
+    output = layer(inputs)
+    output.retain_grad()
+    output.pow(2).sum().backward()
+    taken = capture.take()
+    # Rows by the definition: what the kernel of each group sees at each position.
+    kernel, groups = layer.weight.shape[2:].numel(), layer.groups
+    rows = []
+    for group in inputs.chunk(groups, dim=1):
+        eye = torch.eye(group.shape[1] * kernel, dtype=torch.float64)
+        probes = eye.view(-1, group.shape[1], *layer.weight.shape[2:])
+        convolve = nn.functional.conv1d if inputs.dim() == 3 else nn.functional.conv2d
+        seen = convolve(group, probes, None, layer.stride, layer.padding, layer.dilation)
+        seen = seen.movedim(1, -1).flatten(0, -2)
+        rows.append(torch.cat([seen, torch.ones_like(seen[:, :1])], dim=1))
+    stacked = torch.cat(rows)
+    torch.testing.assert_close(taken["/input"].sum, stacked.T @ stacked)
+    assert taken["/input"].count == len(stacked)
+    delta = output.grad.movedim(1, -1).flatten(0, -2)
+    torch.testing.assert_close(taken["/output_grad"].sum, delta.T @ delta)
+    assert taken["/output_grad"].count == len(delta)
+
+
+def test_centred_inputs_lose_each_sequences_mean() -> None:
+    model, batch = build("bert"), text()
+    block = find_attention(model)[0]
+    capture = opened(model, [MomentRequest("x", "input", block.q, block, center=True)])
+    recorder = Recorder([block.q.module])
+    loss_of(model, batch).backward()
+    found = capture.take()["x"].sum
+    expected = torch.zeros(17, 17, dtype=torch.float64)
+    for rows, mask in zip(recorder.calls[block.q.module][0][0], batch["attention_mask"],
+                          strict=True):
+        kept = rows[mask.bool()]
+        kept = kept - kept.mean(0)
+        expected[:16, :16] += kept.T @ kept
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_cross_attention_reads_the_masks_of_its_two_sequences(name: str) -> None:
+    model, batch = build(name), FAMILIES[name].batch()
+    block = next(block for block in find_attention(model) if block.cross)
+    inner = next(b for b in find_attention(model) if "decoder" in b.name and not b.cross)
+    capture = opened(
+        model,
+        [
+            MomentRequest("q", "input", block.q, block),
+            MomentRequest("k", "input", block.k, block),
+            MomentRequest("self", "input", inner.q, inner),
+        ],
+    )
+    loss_of(model, batch).backward()
+    counts = {key: found.count.item() for key, found in capture.take().items()}
+    assert counts["k"] == batch["attention_mask"].sum()
+    # Decoder positions behind the last label are padding.
+    assert counts["q"] == counts["self"] == (batch["labels"] != -100).sum()
+    loss_of(model, batch | {"decoder_attention_mask": torch.ones(3, 5)}).backward()
+    assert capture.take()["self"].count == 15
+    capture.close()
+
+
+def test_images_and_packed_sequences_weigh_one() -> None:
+    model = build("clip")
+    blocks = find_attention(model)
+    requests = [MomentRequest(b.name, "input", b.q, b) for b in blocks]
+    capture = opened(model, requests)
+    batch = FAMILIES["clip"].batch()
+    loss_of(model, batch).backward()
+    counts = {key: found.count.item() for key, found in capture.take().items()}
+    assert sorted(counts.values()) == [15, batch["attention_mask"].sum().item()]
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_multihead_attention_of_torch(batch_first: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 24, 0.0, batch_first=batch_first).double()
+    (block,) = find_attention(layer)
+    requests = [
+        MomentRequest("x", "input", block.q, block),
+        MomentRequest("v", "input", block.v, block),
+        MomentRequest("o", "input", block.o, block),
+        MomentRequest("d", "output_grad", block.o, block),
+    ]
+    capture = opened(layer, requests)
+    x = torch.randn(3, 5, 16, dtype=torch.float64)
+    mask = torch.zeros(3, 5, dtype=torch.bool)
+    mask[1, 3:] = True
+    kept = ~mask
+    given = x if batch_first else x.transpose(0, 1)
+    output = layer(given, src_key_padding_mask=mask)
+    output = output if batch_first else output.transpose(0, 1)
+    (output[kept].pow(3)).sum().backward()
+    taken = capture.take()
+    rows = torch.cat([x, torch.ones(3, 5, 1, dtype=torch.float64)], dim=-1)
+    real = rows[kept]
+    for key in ("x", "v"):
+        torch.testing.assert_close(taken[key].sum, real.T @ real)
+        assert taken[key].count == 13
+    q, k, v = (
+        (rows @ m.read().T).unflatten(-1, (4, 4)).transpose(1, 2)
+        for m in (block.q, block.k, block.v)
+    )
+    logits = (q @ k.mT / 2).masked_fill(mask[:, None, None], float("-inf"))
+    heads = (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    heads = torch.cat([heads, rows[..., -1:]], dim=-1)[kept]
+    torch.testing.assert_close(taken["o"].sum, heads.T @ heads)
+    bias = layer.self_attn.out_proj.bias.grad
+    assert taken["d"].sum.shape == (16, 16) and bias.abs().sum() > 0
+    with pytest.raises(ValueError, match=r"nn\.MultiheadAttention"):
+        Capture(layer, [MomentRequest("d", "output_grad", block.q, block)])
+
+
+def test_lora_below_which_nothing_trains_is_seen_at_its_wrapper() -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=2)
+    model = get_peft_model(build("llama"), config)
+    block = find_attention(model)[0]
+    pair = block.adapters["q"]
+    capture = opened(
+        model,
+        [
+            MomentRequest("q", "input", block.q, block),
+            MomentRequest("k", "input", block.k, block),
+            MomentRequest("down", "input", pair.down, block),
+            MomentRequest("up", "input", pair.up, block),
+            MomentRequest("delta", "output_grad", block.q, block),
+        ],
+    )
+    batch = FAMILIES["llama"].batch()
+    inputs: list[Tensor] = []
+    block.k.module.register_forward_pre_hook(lambda m, args: inputs.append(args[0].detach()))
+    loss_of(model, batch).backward()
+    taken = capture.take()
+    real = inputs[0][batch["attention_mask"].bool()]
+    for key in ("q", "k", "down"):
+        torch.testing.assert_close(taken[key].sum, real.T @ real)
+    low = real @ pair.down.read().T
+    torch.testing.assert_close(taken["up"].sum, low.T @ low)
+    assert taken["delta"].sum.shape == (16, 16)
+
+
+def test_embedding_gradients_and_refused_requests() -> None:
+    model = build("bert")
+    embedding = next(m for m in find_matrices(model) if "word_embeddings" in m.name)
+    capture = opened(model, [MomentRequest("e", "output_grad", embedding)])
+    loss_of(model, text()).backward()
+    assert capture.take()["e"].sum.shape == (16, 16)
+    with pytest.raises(ValueError, match="has no second moment"):
+        Capture(model, [MomentRequest("e", "input", embedding)])
+    with pytest.raises(ValueError, match="is not a layer of this model"):
+        Capture(model, [MomentRequest("e", "input", LayerMatrix("x", nn.Linear(2, 2)))])
+    with pytest.raises(ValueError, match="same key"):
+        Capture(model, [MomentRequest("e", "output_grad", embedding)] * 2)
