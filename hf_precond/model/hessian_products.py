@@ -8,10 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_precond.configs import compute_dtype
-
 Probe = Literal["rademacher", "ones", "exact"]
 Product = Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+def _dtype(parameter_dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if parameter_dtype == torch.float64 else torch.float32
 
 
 def probe_vectors(parameters: Sequence[Tensor], probe: Probe, step: int) -> list[Tensor]:
@@ -22,13 +24,13 @@ def probe_vectors(parameters: Sequence[Tensor], probe: Probe, step: int) -> list
     changes the signs of another.
     """
     if probe != "rademacher":
-        return [torch.ones_like(p, dtype=compute_dtype(p.dtype)) for p in parameters]
+        return [torch.ones_like(p, dtype=_dtype(p.dtype)) for p in parameters]
     generator = torch.Generator().manual_seed(step)
     total = sum(p.numel() for p in parameters)
     signs = torch.randint(0, 2, (total,), generator=generator).mul_(2).sub_(1)
     parts = signs.split([p.numel() for p in parameters])
     return [
-        part.view(p.shape).to(device=p.device, dtype=compute_dtype(p.dtype))
+        part.view(p.shape).to(device=p.device, dtype=_dtype(p.dtype))
         for part, p in zip(parts, parameters, strict=True)
     ]
 
@@ -56,7 +58,7 @@ def diagonal_estimates(
 
 
 def _exact_diagonal(product: Product, parameters: Sequence[Tensor]) -> list[Tensor]:
-    units = [torch.zeros_like(p, dtype=compute_dtype(p.dtype)) for p in parameters]
+    units = [torch.zeros_like(p, dtype=_dtype(p.dtype)) for p in parameters]
     diagonals = [torch.zeros_like(unit) for unit in units]
     for number, (unit, diagonal) in enumerate(zip(units, diagonals, strict=True)):
         for channel in range(unit.numel()):
