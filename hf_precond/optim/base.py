@@ -162,7 +162,9 @@ class PrecondOptimizer(torch.optim.Optimizer):
         others: list[Leaf] = []
         gathered: dict[Tensor, Tensor] = {}
         for item in self.precondition(ready):
-            leaves = item.placed.leaves(item.matrix, self.param_groups, self.state, gathered)
+            # A finished direction needs no state: an empty one must not appear in self.state.
+            state = {} if item.finished else self.state
+            leaves = item.placed.leaves(item.matrix, self.param_groups, state, gathered)
             (finished if item.finished else others).extend(leaves)
             done.add(item.placed)
         others.extend(self._raw_leaves(done, gathered))

@@ -78,8 +78,9 @@ class PlacedMatrix:
                 if parameter not in gathered:
                     gathered[parameter] = full(parameter).clone()
                 held = gathered[parameter]
+            group = groups[slot[0]]
             view = self.matrix.target(held) if parameter is weight else self.matrix.bias_view(held)
             leaves.append(
-                Leaf(view, like(view, part), state[parameter], self.prefix, groups[slot[0]])
+                Leaf(view, like(view, part), state.setdefault(parameter, {}), self.prefix, group)
             )
         return leaves

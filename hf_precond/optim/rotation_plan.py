@@ -68,7 +68,8 @@ def plan_rotation(
     times as long as wide, and the smaller side of others. ``one_sided``
     rotates the smaller side of every matrix. A side wider than ``max_dim`` is
     not rotated; where both are, the smaller one is divided into blocks of at
-    most ``max_dim``, as equal as they come. Embeddings are rotated on the
+    most ``max_dim``, as equal as they come. A single row or column is a
+    vector: its bases would be arbitrary outside the few gradients seen. Embeddings are rotated on the
     hidden side only, depthwise convolutions on the right, and each group of a
     grouped convolution by itself.
 
@@ -79,7 +80,7 @@ def plan_rotation(
     """
     out, rest = shape[0], math.prod(shape[1:])
     groups = 1 if matrix is None else matrix.groups
-    if len(shape) < 2 or config.basis == "identity" or 0 in (out, rest):
+    if len(shape) < 2 or config.basis == "identity" or min(out, rest) <= 1:
         return RotationPlan(1, out, rest, "rows", False, False)
     if matrix is not None and isinstance(matrix.module, (nn.Embedding, nn.EmbeddingBag)):
         return _one_side(out, rest, "right", config.max_dim)
@@ -90,7 +91,7 @@ def plan_rotation(
         left, right = _sides(rows, rest, config)
         return RotationPlan(groups, rows, rest, "rows", left, right)
     left, right = _sides(out, rest, config)
-    if left or right or min(out, rest) == 1:
+    if left or right:
         return RotationPlan(1, out, rest, "rows", left, right)
     return _one_side(out, rest, "left" if out <= rest else "right", config.max_dim)
 
