@@ -42,7 +42,7 @@ def config_of(name, meta):
         inverse_interval=int(meta["TInv"]),
         newton_steps=int(meta["K"]),
         reference=True,
-        **({"eps": float(meta["eps"])} if base == "adamw" else {"momentum": float(meta["momentum"])}),
+        **{key: float(meta[key]) for key in ("eps", "momentum") if key in meta},
     )
 
 
