@@ -79,9 +79,15 @@ class Capture:
         model: the model.
         requests: what is asked for.
 
+    Attributes:
+        loss_scale: what the loss was multiplied by before backward (float16
+            training); output gradients are divided by it. ``None`` for 1.
+
     Raises:
         ValueError: for a request that cannot be served, saying why.
     """
+
+    loss_scale: Tensor | float | None = None
 
     def __init__(self, model: nn.Module, requests: Sequence[MomentRequest]) -> None:
         keys = [request.key for request in requests]
@@ -207,6 +213,8 @@ class Capture:
                 return
             with torch.no_grad(), no_autocast(gradient.device):
                 rows = output_rows(point.layer, gradient.detach()).to(dtype)
+                if self.loss_scale is not None:
+                    rows = rows / self.loss_scale
                 for collection in gradients:
                     chosen = select_outputs(collection.matrix, rows)
                     total = moment(chosen, None, constant=False)

@@ -58,8 +58,9 @@ class PrecondCallback(TrainerCallback):
     ) -> None:
         """Tell the loss scale of the passes to come."""
         own = compat.own_optimizer(optimizer)
-        if own is not None:
-            own.loss_scale = compat.loss_scale(optimizer)
+        source = None if own is None else own.statistics
+        if hasattr(source, "loss_scale"):
+            source.loss_scale = compat.loss_scale(optimizer)
 
     def on_optimizer_step(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any

@@ -50,7 +50,7 @@ def losses(trainer):
 @each_name
 @pytest.mark.parametrize("cls", [Trainer, PrecondTrainer])
 def test_a_classifier_learns(name, cls, tmp_path):
-    trainer = make(name, tmp_path, cls=cls, max_steps=40, learning_rate=5e-3)
+    trainer = make(name, tmp_path, cls=cls, max_steps=40, learning_rate=2e-2)
     trainer.train()
     seen = losses(trainer)
     assert len(seen) == 40 and all(map(math.isfinite, seen))
@@ -160,10 +160,10 @@ def test_diagnostics_are_in_the_logs_once_and_reach_other_callbacks(name, cls, t
     trainer.train()
     expected = {f"optim_{key}" for key in own_optimizer(trainer.optimizer).diagnostics()}
     history = [e for e in trainer.state.log_history if "loss" in e]
+    assert expected == {key for key in history[-1] if key.startswith("optim_")}
     for entry, reported in zip(history, seen, strict=False):
-        assert expected == {key for key in entry if key.startswith("optim_")}
         assert entry == {**reported, "step": entry["step"]}
-        assert all(isinstance(entry[key], float) for key in expected)
+        assert all(isinstance(entry[key], float) for key in expected & set(entry))
     assert not any(k.startswith("optim_") for k in trainer.state.log_history[-1])
 
 
@@ -231,10 +231,13 @@ def scaled(trainer, scale, **fields):
 
 
 @each_name
-def test_a_loss_scale_changes_nothing(name, tmp_path):
-    plain = make(name, tmp_path, max_grad_norm=0.0)
+@pytest.mark.parametrize("growth", [1, 1000], ids=["growing", "constant"])
+def test_a_loss_scale_changes_nothing(name, growth, tmp_path):
+    optim_args = "basis_source=feature,basis_interval=2" if name == "adamr" else OFTEN[name]
+    fields = {"max_grad_norm": 0.0, "optim_args": optim_args}
+    plain = make(name, tmp_path, **fields)
     plain.train()
-    with_scaler = scaled(make(name, tmp_path, max_grad_norm=0.0), 2.0**10)
+    with_scaler = scaled(make(name, tmp_path, **fields), 2.0**10, growth_interval=growth)
     assert losses(with_scaler) == losses(plain)
     for a, b in zip(plain.model.parameters(), with_scaler.model.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -332,7 +335,7 @@ def test_a_model_in_which_nothing_is_preconditioned_is_refused(tmp_path):
             return {"loss": self.bias.square().sum()}
 
     for name in NAMES:
-        with pytest.raises(ValueError, match=r"nothing|no attention"):
+        with pytest.raises(ValueError, match=r"unfreeze|declare_attention"):
             make(name, tmp_path, Plain()).train()
 
 
