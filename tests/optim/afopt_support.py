@@ -98,7 +98,7 @@ def blocks_of(module, roles="qkvo", **fields):
     )
 
 
-PLAIN = dict(momentum=0.0, nesterov=False, damping=1e-12, direction="inverse")
+PLAIN = {"momentum": 0.0, "nesterov": False, "damping": 1e-12, "direction": "inverse"}
 
 
 def optimizer_of(module, roles="qkvo", **fields):

@@ -177,7 +177,7 @@ def test_direction_is_linear_in_the_loss_scale():
 
 
 def reparametrised(module, mixes):
-    """The same function: queries times M, keys times M^-T, per head (torch layout: from the left)."""
+    """The same function: queries times M, keys times M^-T, per head."""
     twin = Attention(d=16, heads=2)
     twin.load_state_dict(module.state_dict())
     with torch.no_grad():
@@ -243,10 +243,10 @@ def test_the_invariance_fails_where_it_must():
 
 def test_orthogonal_changes_of_basis_keep_every_matrix_direction():
     for fields in (
-        dict(damping=0.1),
-        dict(damping=0.1, direction="inverse_sqrt"),
-        dict(damping=1.0, direction="spectral"),
-        dict(damping=0.1, steps=whole_step, scaling="norm_recovery", base="sgd"),
+        {"damping": 0.1},
+        {"damping": 0.1, "direction": "inverse_sqrt"},
+        {"damping": 1.0, "direction": "spectral"},
+        {"damping": 0.1, "steps": whole_step, "scaling": "norm_recovery", "base": "sgd"},
     ):
         assert relative_difference(orthogonal=True, **fields) < 1e-9
     assert relative_difference(orthogonal=True, steps=sign) > 0.1
@@ -406,10 +406,10 @@ def mean_cosines(spread=1e3, shift=0.0, causal=False, seeds=5):
             change = logit_step(module, x, found)
             sums[name] = sums.get(name, 0) + cosine(change - change.mean(-1, keepdim=True), descent)
         for name, fields in {
-            "inverse": dict(direction="inverse"),
-            "inverse_sqrt": dict(direction="inverse_sqrt"),
-            "joint": dict(direction="inverse", joint=True),
-            "product": dict(direction="inverse", space="product"),
+            "inverse": {"direction": "inverse"},
+            "inverse_sqrt": {"direction": "inverse_sqrt"},
+            "joint": {"direction": "inverse", "joint": True},
+            "product": {"direction": "inverse", "space": "product"},
         }.items():
             optimizer = optimizer_of(module, roles="qk", **{"damping": 1e-8, **fields})
             backward(module, x, seed=seed)
