@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from hf_precond.blocks import Adapter, LayerMatrix, RowSelection
@@ -11,17 +13,23 @@ from hf_precond.model.matrices import is_linear, is_readable, layer_matrix
 def unwrap(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The layer inside PEFT's wrappers (tuner layers, saved modules), and its path."""
     while True:
-        if isinstance(getattr(module, "base_layer", None), nn.Module):
-            module, name = module.base_layer, f"{name}.base_layer"
-        elif isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict):
-            saved = module.modules_to_save
-            active = getattr(module, "active_adapters", None) or list(saved)
-            chosen = next((key for key in active if key in saved), None)
+        inner = getattr(module, "base_layer", None)
+        saved = getattr(module, "modules_to_save", None)
+        if isinstance(inner, nn.Module):
+            module, name = inner, f"{name}.base_layer"
+        elif isinstance(saved, nn.ModuleDict):
+            chosen = next((key for key in _active(module, saved) if key in saved), None)
             if chosen is None:
                 return module, name
             module, name = saved[chosen], f"{name}.modules_to_save.{chosen}"
         else:
             return module, name
+
+
+def _active(wrapper: nn.Module, choices: nn.ModuleDict) -> list[str]:
+    """Keys of the adapters that a wrapper uses now."""
+    active: Any = getattr(wrapper, "active_adapters", None)
+    return list(active or choices)
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -32,11 +40,12 @@ def base_of(model: nn.Module) -> nn.Module:
 
 def wrappers_of(model: nn.Module) -> dict[nn.Module, nn.Module]:
     """Each wrapped base layer to the tuner layer around it."""
-    return {
-        module.base_layer: module
-        for module in model.modules()
-        if isinstance(getattr(module, "base_layer", None), nn.Module)
-    }
+    wrappers: dict[nn.Module, nn.Module] = {}
+    for module in model.modules():
+        layer = getattr(module, "base_layer", None)
+        if isinstance(layer, nn.Module):
+            wrappers[layer] = module
+    return wrappers
 
 
 def find_adapter(
@@ -55,7 +64,7 @@ def find_adapter(
     downs, ups = getattr(wrapper, "lora_A", None), getattr(wrapper, "lora_B", None)
     if not isinstance(downs, nn.ModuleDict) or not isinstance(ups, nn.ModuleDict):
         return None
-    for key in getattr(wrapper, "active_adapters", None) or list(downs):
+    for key in _active(wrapper, downs):
         if key not in downs or key not in ups or _is_varied(wrapper, key):
             continue
         down, up = downs[key], ups[key]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +20,7 @@ from hf_precond.model.conventions import (
     forget_attention,
 )
 from hf_precond.model.matrices import is_linear, is_readable, layer_matrix, refusal
+from hf_precond.model.rotation import called_names, rotates
 
 __all__ = ["declare_attention", "find_attention", "forget_attention"]
 
@@ -29,7 +29,9 @@ HOW_TO_DECLARE = (
     "value='…', output='…', heads='attribute or number') before the optimizer is created"
 )
 
-_HEAD_COUNTS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "nhead")
+_HEAD_COUNTS = (
+    "num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "nhead", "num_attn_heads"
+)
 _KEY_VALUE_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "num_heads_kv")
 _HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "d_kv")
 _CROSS = re.compile(r"cross|enc_?dec|encoder_att|multihead_attn", re.IGNORECASE)
@@ -130,7 +132,10 @@ def _number(module: nn.Module, stated: int | str | None, names: tuple[str, ...])
         return value if isinstance(value, int) else None
     for holder in (module, getattr(module, "config", None)):
         for name in names:
-            value = getattr(holder, name, None)
+            try:
+                value = getattr(holder, name, None)
+            except Exception:  # a config's own property, which may raise anything
+                continue
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return value
     return None
@@ -267,12 +272,6 @@ def _find_output(
     return None
 
 
-def _called_names(module: nn.Module) -> tuple[str, ...]:
-    """Names that the module's forward looks up, through its decorators."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code.co_names if code is not None else ()
-
-
 def _finish(
     path: str,
     module: nn.Module,
@@ -281,11 +280,8 @@ def _finish(
     heads: Heads,
     declaration: Declaration | None,
 ) -> AttentionBlock:
-    called = _called_names(module)
     near = ".".join(path.split(".")[-2:]) + " " + type(module).__name__
-    rotary = any("rotary" in name for name in called) or any(
-        "rotary" in name for name, _ in module.named_children()
-    )
+    rotary = rotates(module)
     normed = any(
         not isinstance(getattr(module, name, None), nn.Identity | type(None))
         for name in _QUERY_NORMS
@@ -293,6 +289,9 @@ def _finish(
     note = ""
     if "disentangled_attention_bias" in dir(module):
         note = "content term only: the position terms of its logits are not in the metric"
+    observed = "get_interface" in called_names(module)
+    if (rotary or normed) and not observed:
+        note = "its queries and keys cannot be seen rotated or normed: factors of the plain ones"
     return AttentionBlock(
         name=path,
         module=module,
@@ -306,7 +305,7 @@ def _finish(
         normed=declaration.normed if declaration else normed,
         cross=declaration.cross if declaration else bool(_CROSS.search(near)),
         note=note,
-        observed="get_interface" in called,
+        observed=observed,
         adapters=adapters,
     )
 

@@ -50,6 +50,8 @@ _OUTPUTS = (
     "to_out",
     "linear_out",
     "projection_layer",
+    "projection",
+    "attention_out",
     "..output.dense",
 )
 
@@ -65,6 +67,8 @@ CONVENTIONS: tuple[Convention, ...] = (
     _separate("q_lin", "k_lin", "v_lin"),
     _separate("q", "k", "v"),
     _separate("wq", "wk", "wv"),
+    _separate("Wq", "Wk", "Wv"),
+    _separate("project_q", "project_k", "project_v"),
     _separate("to_q", "to_k", "to_v"),
     _separate("linear_q", "linear_k", "linear_v"),
     Convention("q_attn", fused="c_attn", outputs=_OUTPUTS),
@@ -77,7 +81,7 @@ CONVENTIONS: tuple[Convention, ...] = (
 
 # Attention classes that share a name above but order their rows in another way.
 UNREADABLE = frozenset(
-    {"CodeGenAttention", "GPTBigCodeAttention", "FalconAttention", "FalconFlashAttention2"}
+    {"CodeGenAttention", "GPTBigCodeAttention", "MiniMaxLightningAttention"}
 )
 
 

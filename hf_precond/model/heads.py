@@ -13,9 +13,25 @@ from torch.utils.hooks import RemovableHandle
 from hf_precond.blocks import AttentionBlock, MomentRequest, Statistic
 from hf_precond.model.hooks import Hook
 from hf_precond.model.lookup import observe
-from hf_precond.model.rotation import Layout, average, read_layout, tables
+from hf_precond.model.rotation import (
+    Layout,
+    average,
+    from_complex,
+    interleaved,
+    read_layout,
+    tables,
+)
 from hf_precond.model.stage import Part, Stage, centred, count_of, moment, no_autocast
 from hf_precond.model.tokens import Reader, TokenWeights
+
+
+@dataclass(frozen=True)
+class _Rotation:
+    """Cosines and sines of one call; ``paired`` when they came as complex numbers."""
+
+    cos: Tensor
+    sin: Tensor
+    paired: bool = False
 
 
 @dataclass
@@ -28,7 +44,8 @@ class _Head:
     queries: Reader
     memory: Reader
     layout: Layout | None = None
-    rotation: tuple[Tensor, Tensor] | None = None
+    rotation: _Rotation | None = None
+    unrotated: bool = False
 
     @property
     def averaged(self) -> bool:
@@ -93,13 +110,13 @@ class HeadMoments:
 
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self.enabled:
-                given = kwargs.get("position_embeddings")
-                found = (given, *args)
-                head.rotation = next((pair for pair in found if _is_rotation(pair)), None)
+                head.unrotated = kwargs.get("position_embeddings", module) is None
+                found = map(_as_rotation, (kwargs.get("position_embeddings"), *args))
+                head.rotation = next((pair for pair in found if pair is not None), None)
 
         def see_child(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if self.enabled and _is_rotation(output):
-                head.rotation = output
+            if self.enabled:
+                head.rotation = _as_rotation(output) or head.rotation
 
         module = head.block.module
         self.handles.append(module.register_forward_pre_hook(Hook(see), with_kwargs=True))
@@ -151,19 +168,21 @@ class HeadMoments:
 
     def _rotation_part(self, head: _Head, query: Tensor, dtype: torch.dtype) -> Part:
         """Sums over the query positions of products of cosines and sines."""
-        seen = head.rotation or ()
-        cos, sin = (_lead(part.detach()) for part in seen) if seen else (None, None)
-        if cos is None or sin is None or cos.dim() != 3 or cos.shape[0] not in (1, len(query)):
+        batch, _, length, size = query.shape
+        seen = head.rotation
+        if seen is None and head.unrotated:
+            seen = _Rotation(query.new_ones(1, 1, size), query.new_zeros(1, 1, size))
+        if seen is None or seen.cos.dim() != 3 or seen.cos.shape[0] not in (1, batch):
             raise RuntimeError(
                 f"{head.path}: the rotation of its queries and keys cannot be read (it is called "
                 "without position_embeddings of one cosine and sine a position, and has no rotary "
                 "module of its own); use rope='ignored'."
             )
         if head.layout is None:
-            layout = read_layout(head.block.module, query.shape[-1], cos)
-            head.layout = layout.to(cos.device)
-        batch, _, length, size = query.shape
-        cos, sin = cos.to(dtype).expand(batch, -1, -1), sin.to(dtype).expand(batch, -1, -1)
+            layout = read_layout(head.block.module, size, seen.cos)
+            head.layout = (interleaved(size) if seen.paired else layout).to(query.device)
+        cos = seen.cos.to(dtype).expand(batch, -1, -1)
+        sin = seen.sin.to(dtype).expand(batch, -1, -1)
         if cos.shape[1] < length:  # tokens in front that are not rotated (class tokens)
             front = length - cos.shape[1]
             cos = torch.nn.functional.pad(cos, (0, 0, front, 0), value=1.0)
@@ -199,13 +218,17 @@ def _name(head: _Head, kind: str, center: bool) -> str:
     return f"{head.path}:{kind}{':centred' if center else ''}"
 
 
-def _is_rotation(value: Any) -> bool:
-    return (
-        isinstance(value, tuple)
-        and len(value) == 2
-        and all(isinstance(part, Tensor) and part.dim() in (2, 3, 4) for part in value)
-        and value[0].shape == value[1].shape
-    )
+def _as_rotation(value: Any) -> _Rotation | None:
+    """A pair of cosines and sines, or complex numbers, as an attention is given them."""
+    if isinstance(value, Tensor) and value.is_complex() and value.dim() in (2, 3):
+        cos, sin = from_complex(value.detach())
+        return _Rotation(_lead(cos), _lead(sin), paired=True)
+    pair = isinstance(value, (tuple, list)) and len(value) == 2
+    if not pair or not all(isinstance(part, Tensor) and part.dim() in (2, 3, 4) for part in value):
+        return None
+    if value[0].shape != value[1].shape or not value[0].is_floating_point():
+        return None
+    return _Rotation(_lead(value[0].detach()), _lead(value[1].detach()))
 
 
 def _lead(part: Tensor) -> Tensor:

@@ -43,6 +43,37 @@ class Layout:
         )
 
 
+def called_names(module: nn.Module) -> tuple[str, ...]:
+    """Names that a module's forward looks up, read through its decorators."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code.co_names if code is not None else ()
+
+
+def rotates(module: nn.Module) -> bool:
+    """Whether an attention rotates its queries and keys.
+
+    It does when its forward calls something named ``rotary`` or it has a
+    child called so, unless it says itself that this layer does not (models
+    that leave out the rotation in some layers, or by configuration).
+    """
+    children = any("rotary" in name for name, _ in module.named_children())
+    if not children and not any("rotary" in name for name in called_names(module)):
+        return False
+    window = getattr(module, "sliding_window", None)
+    called = type(module).__name__
+    if called.startswith(("Cohere2", "Flint")):
+        return window is not None or bool(getattr(module, "force_rope", False))
+    if called.startswith("Exaone"):
+        return window is None or bool(getattr(module, "is_sliding", True))
+    return (
+        bool(getattr(module, "use_rope", True))
+        and bool(getattr(module, "is_local_attention", True))
+        and getattr(module, "rotary_emb", module) is not None
+        and getattr(module, "position_embedding_type", "rotary") == "rotary"
+        and not getattr(getattr(module, "config", None), "alibi", False)
+    )
+
+
 def half_split(size: int, rotary: int) -> Layout:
     """The common layout: the first ``rotary`` components, halves paired."""
     half = rotary // 2
@@ -51,6 +82,19 @@ def half_split(size: int, rotary: int) -> Layout:
     sign[:half], sign[half:rotary] = -1.0, 1.0
     index = torch.arange(size).clamp(max=rotary - 1)
     return Layout(partner, sign, index, index, torch.arange(size) < rotary)
+
+
+def interleaved(size: int) -> Layout:
+    """Neighbours paired, as complex numbers are multiplied."""
+    index = torch.arange(size)
+    sign = torch.ones(size)
+    sign[::2] = -1.0
+    return Layout(index ^ 1, sign, index, index, torch.ones(size, dtype=torch.bool))
+
+
+def from_complex(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, one a component, of rotations given as complex numbers a pair."""
+    return numbers.real.repeat_interleave(2, -1), numbers.imag.repeat_interleave(2, -1)
 
 
 def read_layout(module: nn.Module, size: int, cos: Tensor) -> Layout:
@@ -77,7 +121,7 @@ def read_layout(module: nn.Module, size: int, cos: Tensor) -> Layout:
 
 def _rotation_of(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
     forward = inspect.unwrap(type(module).forward)
-    for name in getattr(getattr(forward, "__code__", None), "co_names", ()):
+    for name in called_names(module):
         function = forward.__globals__.get(name)
         if "rotary" in name and callable(function):
             return function

@@ -112,7 +112,7 @@ def _without_output(module: nn.MultiheadAttention) -> nn.MultiheadAttention:
     identity = nn.Linear(module.embed_dim, module.embed_dim, bias=False, device="meta")
     eye = torch.eye(module.embed_dim, device=weight.device, dtype=weight.dtype)
     identity.weight = nn.Parameter(eye, requires_grad=False)
-    twin.out_proj = identity
+    twin.register_module("out_proj", identity)
     twin.dropout = 0.0
     return twin
 

@@ -77,14 +77,17 @@ def test_moments_of_heads(name: str, kernel: str) -> None:
             assert found.count == rows.shape[1] and found.passes == 1
 
 
-def rotations_of(module: nn.Module, cos: Tensor, sin: Tensor, size: int) -> Tensor:
+def rotations_of(module: nn.Module, cos: Tensor, sin: Tensor | None, size: int) -> Tensor:
     """The matrix of each position, column by column, by the model's own function: ``[n, d, d]``."""
     forward = inspect.unwrap(type(module).forward)
     (name,) = {n for n in forward.__code__.co_names if "rotary" in n and n in forward.__globals__}
-    unit = torch.eye(size, dtype=cos.dtype)
-    count = cos.shape[-2]
-    columns = unit[None, :, None, :].expand(1, size, count, size)
-    rotated, _ = forward.__globals__[name](columns, columns, cos, sin)
+    rotate = forward.__globals__[name]
+    count, columns = cos.shape[-2], torch.eye(size, dtype=torch.float64)[None, :, None, :]
+    columns = columns.expand(1, size, count, size)
+    if sin is None:  # complex numbers, and [B, N, H, d]
+        moved = columns.transpose(1, 2)
+        return rotate(moved, moved, cos)[0][0].mT.double()
+    rotated, _ = rotate(columns, columns, cos, sin)
     return rotated[0].permute(1, 2, 0)  # [positions, component, column]
 
 
@@ -102,6 +105,13 @@ ROTARY: dict[str, Any] = {
     ),
     "cohere, interleaved": lambda: tf.CohereForCausalLM(
         tf.CohereConfig(**TEXT, num_key_value_heads=2)
+    ),
+    "llama4, complex": lambda: tf.Llama4ForCausalLM(
+        tf.Llama4TextConfig(
+            **TEXT, num_key_value_heads=2, head_dim=4, intermediate_size_mlp=24,
+            num_local_experts=2, use_qk_norm=False, no_rope_layers=[1, 1],
+            rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        )
     ),
     "gpt-oss, half width": lambda: tf.GptOssForCausalLM(
         tf.GptOssConfig(
@@ -127,11 +137,11 @@ def test_average_over_rotations_equals_brute_force(name: str) -> None:
         for r in plain
     ]
     capture = opened(model, plain + averaged)
-    rotations: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    rotations: dict[nn.Module, Any] = {}
     for block in blocks:
         block.module.register_forward_pre_hook(
             lambda m, args, kwargs: rotations.__setitem__(
-                m, kwargs.get("position_embeddings") or args[1]
+                m, kwargs["position_embeddings"] if "position_embeddings" in kwargs else args[1]
             ),
             with_kwargs=True,
         )
@@ -140,11 +150,14 @@ def test_average_over_rotations_equals_brute_force(name: str) -> None:
     capture.close()
     mask = batch["attention_mask"].bool()
     for block in blocks:
-        cos, sin = (part.double() for part in rotations[block.module])
+        given = rotations[block.module]
+        paired = isinstance(given, Tensor)
+        cos, sin = (given, None) if paired else (part.double() for part in given)
         matrices = []
         for row in range(3):
             pick = slice(row, row + 1) if cos.shape[0] == 3 else slice(0, 1)
-            every = rotations_of(block.module, cos[pick], sin[pick], block.heads.size)
+            sines = None if sin is None else sin[pick]
+            every = rotations_of(block.module, cos[pick], sines, block.heads.size)
             matrices.append(every[mask[row]])
         turned = torch.cat(matrices)
         for kind in ("query", "key"):
@@ -156,6 +169,15 @@ def test_average_over_rotations_equals_brute_force(name: str) -> None:
             torch.testing.assert_close(found.sum, expected, rtol=1e-6, atol=1e-8)
             assert found.count == mask.sum()
             assert not torch.allclose(found.sum, moment, rtol=1e-3), "the average does something"
+
+
+def test_layers_without_rotation_are_told() -> None:
+    config = {**TEXT, "num_key_value_heads": 2, "num_hidden_layers": 4}
+    smol = tf.SmolLM3ForCausalLM(tf.SmolLM3Config(**config, no_rope_layers=[1, 0, 1, 1]))
+    assert [b.rotary for b in find_attention(smol)] == [True, False, True, True]
+    windows = ["sliding_attention", "full_attention"] * 2
+    cohere = tf.Cohere2ForCausalLM(tf.Cohere2Config(**config, layer_types=windows))
+    assert [b.rotary for b in find_attention(cohere)] == [True, False, True, False]
 
 
 def test_average_is_the_identity_at_position_zero() -> None:
