@@ -57,10 +57,10 @@ class Factor:
         """Make the state where it is missing: no factor yet, the identity for its inverse."""
         if self.name("factor") in state:
             return
-        like = {"device": self.placed.weight.device}
-        state[self.name("factor")] = torch.zeros(self.size, self.size, dtype=dtype, **like)
-        state[self.name("inverse")] = torch.eye(self.size, dtype=self.placed.dtype, **like)
-        state[self.name("updates")] = torch.zeros((), dtype=torch.int64, **like)
+        size, device = self.size, self.placed.weight.device
+        state[self.name("factor")] = torch.zeros(size, size, dtype=dtype, device=device)
+        state[self.name("inverse")] = torch.eye(size, dtype=self.placed.dtype, device=device)
+        state[self.name("updates")] = torch.zeros((), dtype=torch.int64, device=device)
         state[self.name("refreshes")] = 0
 
 
@@ -99,7 +99,7 @@ def average_unit_moment(moment: Tensor, updates: Tensor, total: Tensor, decay: f
     kept = moment.to(total.dtype)
     unit = torch.where(usable, total.div_(norm), kept)
     moment.copy_(kept.lerp_(unit, torch.where(usable, 1 - keep, 0.0)))
-    return ~usable & (largest != 0)
+    return (~usable & (largest != 0)).to(torch.int64)
 
 
 def norm_recovered(gradient: Tensor, direction: Tensor) -> Tensor:
@@ -136,7 +136,9 @@ class KroneckerBlock:
             columns: its columns, the bias included.
         """
         known = self.output if self.output is not None else self.input
-        like = {} if known is None else {"dtype": known.dtype, "device": known.device}
-        left = torch.eye(out, **like) if self.output is None else self.output
-        right = torch.eye(columns, **like) if self.input is None else self.input
+        like = torch.empty(0) if known is None else known
+        left, right = (
+            torch.eye(size, dtype=like.dtype, device=like.device) if given is None else given
+            for size, given in ((out, self.output), (columns, self.input))
+        )
         return torch.kron(left, right)

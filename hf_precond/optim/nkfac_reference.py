@@ -38,7 +38,7 @@ def average_moment(moment: Tensor, updates: Tensor, mean: Tensor, decay: float) 
     updates += usable
     change = (mean / (norm + NORM_EPS) - moment) * (1 - decay)
     moment.add_(torch.where(usable, change, 0.0))
-    return ~usable
+    return (~usable).to(torch.int64)
 
 
 def damped(moment: Tensor, damping: float, floor: float) -> Tensor:
