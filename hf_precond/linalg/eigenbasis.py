@@ -2,7 +2,7 @@
 
 The matrices are kept in the coordinates of their present basis, ``B = Qᵀ A Q``,
 so they stay nearly diagonal, small eigenvalues keep their relative accuracy in
-float32, and a refresh needs no product with ``Q`` to see how good it still is.
+float32, and it takes no product to see how good the basis still is.
 
 A refresh turns all pairs of columns at once by their Jacobi angles,
 
@@ -33,7 +33,7 @@ def eigenbasis(
     there is none to start from.
 
     Args:
-        factor: A, symmetric, ``[b, n, n]``.
+        factor: A, symmetric, ``[b, n, n]``; the lower triangle is read.
         record: see :func:`hf_precond.linalg.fallback.eigh`.
 
     Returns:
@@ -49,18 +49,19 @@ def refresh(factor: Tensor, sweeps: int = 1) -> tuple[Tensor, Tensor]:
     The new basis is ``Q P``. A matrix that is not finite gives ``P = I``.
 
     Args:
-        factor: B, symmetric, ``[b, n, n]``.
+        factor: B, symmetric, ``[b, n, n]``; the lower triangle is read.
         sweeps: how often all pairs are turned, >= 1.
 
     Returns:
         ``P``, orthogonal, and ``Pᵀ B P``, each ``[b, n, n]``.
     """
-    rotation = pair_rotation(factor)
-    factor = congruence(rotation, factor)
-    for _ in range(sweeps - 1):
+    rotation = None
+    for _ in range(sweeps):
+        factor = mirrored(factor)
         further = pair_rotation(factor)
-        rotation = rotation @ further
+        rotation = further if rotation is None else rotation @ further
         factor = congruence(further, factor)
+    assert rotation is not None
     return rotation, factor
 
 
@@ -68,15 +69,14 @@ def pair_rotation(factor: Tensor) -> Tensor:
     """One sweep: ``(I + X) C⁻¹``, ``CᵀC = I + XᵀX`` with C upper triangular.
 
     Args:
-        factor: B, symmetric, ``[b, n, n]``.
+        factor: B, exactly symmetric, ``[b, n, n]``.
 
     Returns:
         An orthogonal matrix ``[b, n, n]``; the identity where B is not finite.
     """
     skew = jacobi_tangents(factor)
-    gram = (skew.mT @ skew).diagonal_scatter(
-        skew.square().sum(-2) + 1, dim1=-2, dim2=-1
-    )
+    gram = skew.mT @ skew
+    gram.diagonal(dim1=-2, dim2=-1).add_(1.0)
     lower, _ = torch.linalg.cholesky_ex(gram)
     skew.diagonal(dim1=-2, dim2=-1).fill_(1.0)
     return torch.linalg.solve_triangular(lower.mT, skew, upper=True, left=False)
@@ -85,25 +85,33 @@ def pair_rotation(factor: Tensor) -> Tensor:
 def jacobi_tangents(factor: Tensor) -> Tensor:
     """``tan θ_ij`` of the rotation that makes ``B_ij`` zero, antisymmetric, in [-1, 1].
 
-    ``t = sign(d) b / (|d|/2 + √(d²/4 + b²))``, ``d = B_jj - B_ii``, ``b = B_ij``.
-    Zero where B is not finite.
+    ``t = b / (d + sign(d) √(d² + b²))``, ``2d = B_jj - B_ii``, ``b = B_ij``.
+    Zero where B is not finite: a matrix of second moments then has a diagonal
+    that is not.
     """
     values = factor.diagonal(dim1=-2, dim2=-1)
-    half = (values[:, None, :] - values[:, :, None]).mul_(0.5)
-    reach = torch.hypot(half, factor).add_(half.abs())
+    largest = values.abs().amax(-1)
+    finite = torch.isfinite(values).all(-1)
     tiny = torch.finfo(factor.dtype).tiny
-    tangent = torch.where(half < 0, -factor, factor).div_(reach.clamp_min_(tiny))
-    # Equal eigenvalues have no sign of their own: the upper triangle gives it.
-    tangent = torch.triu(tangent, diagonal=1)
-    finite = torch.isfinite(factor).flatten(1).all(1)
-    tangent = torch.where(finite[:, None, None], tangent, 0.0)
-    return tangent - tangent.mT
+    scale = torch.where(finite, largest, 1.0).clamp_min(tiny).reciprocal()[:, None, None]
+    entries = factor * scale
+    if not factor.is_cpu or not bool(finite.all()):
+        entries = torch.where(finite[:, None, None], entries, 0.0)
+    values = torch.where(finite[:, None], values, 0.0) * scale[:, 0]
+    # Equal eigenvalues have no order of their own: a shift at rounding level gives them one.
+    order = torch.arange(values.shape[-1], dtype=values.dtype, device=values.device)
+    values = values / 2 * (1 - torch.finfo(values.dtype).eps * order)
+    half = values[:, None, :] - values[:, :, None]
+    reach = torch.addcmul(half.new_full((), tiny), half, half).addcmul_(entries, entries)
+    reach.sqrt_().copysign_(half).add_(half)
+    tangents = entries.div_(reach)
+    tangents.diagonal(dim1=-2, dim2=-1).zero_()
+    return tangents
 
 
 def congruence(rotation: Tensor, factor: Tensor) -> Tensor:
-    """``Pᵀ B P``, made exactly symmetric."""
-    turned = rotation.mT @ (factor @ rotation)
-    return (turned + turned.mT).mul_(0.5)
+    """``Pᵀ B P``."""
+    return rotation.mT @ (factor @ rotation)
 
 
 def orthonormal(basis: Tensor) -> Tensor:
@@ -112,12 +120,21 @@ def orthonormal(basis: Tensor) -> Tensor:
     return torch.baddbmm(basis, basis, gram, beta=1.5, alpha=-0.5)
 
 
+def mirrored(lower: Tensor) -> Tensor:
+    """The symmetric matrices whose lower triangles are given."""
+    full = lower.tril()
+    return full.add_(full.tril(-1).mT)
+
+
 def off_diagonal_energy(factor: Tensor) -> Tensor:
-    """``Σ_{i≠j} B_ij² / Σ B_ij²`` of each matrix, in [0, 1]; 0 for a zero matrix."""
-    total = factor.square().sum((-2, -1))
-    diagonal = factor.diagonal(dim1=-2, dim2=-1).square().sum(-1)
-    tiny = torch.finfo(factor.dtype).tiny
-    return ((total - diagonal) / total.clamp_min(tiny)).clamp_min(0.0)
+    """``Σ_{i≠j} B_ij² / Σ B_ij²`` of each matrix, in [0, 1]; 0 for a zero matrix.
+
+    The lower triangle is read.
+    """
+    values = factor.diagonal(dim1=-2, dim2=-1)
+    scale = values.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(factor.dtype).tiny)
+    beside = 2 * factor.tril(-1).div_(scale[:, None]).square_().sum((-2, -1))
+    return beside / (beside + (values / scale).square().sum(-1)).clamp_min(1.0)
 
 
 def overlap(rotation: Tensor) -> Tensor:
