@@ -18,6 +18,7 @@ import io
 import json
 import os
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -274,7 +275,9 @@ def main(argv: Sequence[str] | None = None) -> list[Run]:
 
     runs: list[Run] = []
     seeds = range(options.first_seed, options.first_seed + options.seeds)
-    with tqdm(total=len(arms) * len(seeds) * options.steps, unit="step") as bar:
+    steps = len(arms) * len(seeds) * options.steps
+    # A log file gets a line every ten seconds, a terminal a moving bar.
+    with tqdm(total=steps, unit="step", mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
         for seed in seeds:
             for name, arm in arms:
                 runs.append(

@@ -58,7 +58,7 @@ def test_bad_options_are_refused(quickstart, arguments):
 def test_all_optimizers_train_and_differ(tmp_path):
     output = tmp_path / "results"
     printed = run_example(
-        "quickstart.py", "--steps", "8", "--output", str(output), folder=tmp_path
+        "quickstart.py", "--steps", "5", "--output", str(output), folder=tmp_path
     )
     results = json.loads((output / "results.json").read_text())
     names = [run["arm"] for run in results]
@@ -69,5 +69,5 @@ def test_all_optimizers_train_and_differ(tmp_path):
     assert len({round(run["losses"][0], 4) for run in results}) == 1
     assert len({run["losses"][-1] for run in results}) == len(results)
     for run in results:
-        assert len(run["losses"]) == 8
+        assert len(run["losses"]) == 5
         assert run["losses"][-1] < run["losses"][0]
