@@ -93,8 +93,8 @@ class SGDPH(PrecondOptimizer):
         RuntimeError: at a step whose probe is due and that saw no loss.
 
     Source: Ying Sun, "Designing effective preconditioned optimizers for deep
-    neural network training", PolyU 2024; Sun, "Hessian-free second-order
-    optimization of channel-wise parameters", arXiv 2403.02681.
+    neural network training", PolyU 2024; Sun, Yong and Zhang, "SGD with Partial
+    Hessian for Deep Neural Networks Optimization", arXiv 2403.02681.
     """
 
     config: SGDPHConfig

@@ -1,0 +1,53 @@
+"""Two data-parallel ranks: bit-equal to each other, and equal to one process."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_precond.registry import create_optimizer, list_optimizers
+from tests import ranks
+from tests.optim.models import batch, make, weights
+from tests.optim.test_shared import QUICK
+
+STEPS = 8
+
+
+def run(name, model_name):
+    """Losses and weights of ``STEPS`` steps on this rank's share of every batch."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if world > 1 else 0
+    model = make(model_name, dtype=torch.float64)
+    optimizer = create_optimizer(model, name, lr=1e-3, weight_decay=0.01, **QUICK[name])
+    wrapped = DistributedDataParallel(model) if world > 1 else model
+    losses = []
+    for step in range(STEPS):
+        inputs = batch(model_name, step, size=8, dtype=torch.float64)
+        share = {k: v[rank * 8 // world : (rank + 1) * 8 // world] for k, v in inputs.items()}
+        optimizer.zero_grad()
+        if hasattr(optimizer, "probe"):
+            with optimizer.curvature_context():
+                loss = wrapped(**share).loss
+                optimizer.probe(loss)
+                loss.backward()
+        else:
+            loss = wrapped(**share).loss
+            loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return {"losses": torch.stack(losses), **weights(model)}
+
+
+# Batches without padding or with equal padding on both ranks: the mean of the ranks' losses is
+# then the loss of the whole batch.
+@pytest.mark.slow
+@pytest.mark.parametrize("model_name", ["vit", "bert", "llama"])
+@pytest.mark.parametrize("name", list_optimizers())
+def test_two_ranks_are_bit_equal_and_equal_one_process(name, model_name):
+    single = run(name, model_name)
+    first, second = ranks.run(run, name, model_name)
+    mean = (first.pop("losses") + second.pop("losses")) / 2
+    torch.testing.assert_close(mean, single.pop("losses"), rtol=1e-6, atol=1e-8)
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+        torch.testing.assert_close(value, single[key], rtol=1e-5, atol=1e-7, msg=key)
