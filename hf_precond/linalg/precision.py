@@ -12,7 +12,9 @@ from torch import Tensor
 Precision = Literal["highest", "tf32", "bf16"]
 
 
-def matmul(a: Tensor, b: Tensor, precision: Precision = "highest") -> Tensor:
+def matmul(
+    a: Tensor, b: Tensor, precision: Precision = "highest", out: Tensor | None = None
+) -> Tensor:
     """``a @ b`` in a chosen precision, the result in ``a``'s dtype.
 
     On a CPU, and for float64 operands, every setting is the plain product:
@@ -25,16 +27,17 @@ def matmul(a: Tensor, b: Tensor, precision: Precision = "highest") -> Tensor:
         a: ``[…, m, k]``.
         b: ``[…, k, n]``.
         precision: ``highest``, ``tf32`` or ``bf16``.
+        out: where the result may be written.
 
     Returns:
         ``[…, m, n]``.
     """
     if not a.is_cuda or a.dtype == torch.float64:
-        return a @ b
+        return torch.matmul(a, b, out=out)
     if precision == "bf16":
         return (a.bfloat16() @ b.bfloat16()).to(a.dtype)
     with float32_products(tf32=precision == "tf32"):
-        return a @ b
+        return torch.matmul(a, b, out=out)
 
 
 @contextmanager

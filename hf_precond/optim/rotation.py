@@ -4,20 +4,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_precond.configs import AdamRConfig, OptimizerConfig, compute_dtype
-from hf_precond.linalg import eigenbasis, fallback
 from hf_precond.linalg.precision import matmul
 from hf_precond.optim.leaf import Leaf
-from hf_precond.optim.rotation_batch import Batch, batches
+from hf_precond.optim.rotation_batch import CPU_ELEMENTS, Batch, Workspace, batches
 from hf_precond.optim.rotation_plan import RotationPlan, plan_rotation
+from hf_precond.optim.rotation_refresh import BasisRefresh, accumulate
 from hf_precond.optim.rules import AdamWRule, Rule
 
-CLEAN_EVERY = 8
-"""Refreshes of a basis between two corrections of its orthogonality."""
+
+@dataclass(eq=False)
+class Part:
+    """Some rows or columns of a batch: views of its gradient, its moments and its parameter.
+
+    Args:
+        gradient: G, not to be written to.
+        first: M.
+        second: V.
+        target: the parameter, where a product can be added to it in place.
+        leads: whether it is the first part of its batch.
+    """
+
+    gradient: Tensor
+    first: Tensor
+    second: Tensor
+    target: Tensor | None
+    leads: bool = True
 
 
 class RotatedAdamRule(Rule):
@@ -43,13 +61,16 @@ class RotatedAdamRule(Rule):
     Source: Ying Sun, "Designing effective preconditioned optimizers for deep
     neural network training", PolyU 2024 (the rotation transformation); the
     step is our reconstruction, related to SOAP (Vyas et al., 2024).
+
+    Args:
+        config: AdamR's fields.
     """
 
     def __init__(self, config: AdamRConfig) -> None:
         self.config = config
         self.adamw = AdamWRule()
-        self.counters: dict[str, int] = {}
-        self.loads = [0] * config.basis_interval
+        self.bases = BasisRefresh(config)
+        self.workspace = Workspace()
 
     @classmethod
     def under(cls, config: OptimizerConfig) -> RotatedAdamRule:
@@ -58,7 +79,7 @@ class RotatedAdamRule(Rule):
         Fields of the same name as another optimizer's factors (``stat_decay``,
         ``max_dim``, …) mean that optimizer's own and are not taken over.
         """
-        shared = {"state_dtype": config.state_dtype}
+        shared: dict[str, Any] = {"state_dtype": config.state_dtype}
         if hasattr(config, "precision"):
             shared["precision"] = config.precision
         return cls(AdamRConfig.create(**shared))
@@ -72,9 +93,8 @@ class RotatedAdamRule(Rule):
     def allocate(self, leaf: Leaf) -> None:
         """Moments, factors, bases and counters of a leaf.
 
-        ``step`` counts Adam's steps, ``updates`` those of the factors, and
-        ``left_phase`` / ``right_phase`` say on which step of an interval a
-        basis is refreshed.
+        ``step`` counts Adam's steps, ``updates`` those of the factors;
+        ``mean_sq`` is the mean of ``exp_avg_sq``, which no rotation changes.
         """
         if "exp_avg" in leaf:
             return
@@ -82,25 +102,14 @@ class RotatedAdamRule(Rule):
         if not plan.rotated:
             self.adamw.allocate(leaf)
             return
-        dtype = compute_dtype(leaf.param.dtype)
-        device = leaf.param.device
+        dtype, device = compute_dtype(leaf.param.dtype), leaf.param.device
         shape = (plan.tiles, plan.rows, plan.columns)
-        for name in ("exp_avg", "exp_avg_sq"):
-            leaf[name] = torch.zeros(shape, dtype=dtype, device=device)
-        kept = self.config.factor_dtype(leaf.param.dtype)
-        for side, cost in plan.refresh_cost.items():
-            size = plan.rows if side == "left" else plan.columns
-            square = (plan.tiles, size, size)
-            leaf[f"{side}_factor"] = torch.zeros(square, dtype=kept, device=device)
-            leaf[f"{side}_basis"] = torch.zeros(square, dtype=dtype, device=device)
-            leaf[f"{side}_phase"] = self._lightest_phase(cost)
+        leaf["exp_avg"] = torch.zeros(shape, dtype=dtype, device=device)
+        leaf["exp_avg_sq"] = torch.zeros(shape, dtype=dtype, device=device)
+        leaf["mean_sq"] = torch.zeros((plan.tiles, 1, 1), dtype=dtype, device=device)
+        self.bases.allocate(leaf, plan)
         leaf["step"] = 0
         leaf["updates"] = 0
-
-    def _lightest_phase(self, cost: int) -> int:
-        phase = min(range(len(self.loads)), key=self.loads.__getitem__)
-        self.loads[phase] += cost
-        return phase
 
     # The step -----------------------------------------------------------------
 
@@ -108,9 +117,9 @@ class RotatedAdamRule(Rule):
         plain: list[Leaf] = []
         rotated: list[tuple[Leaf, RotationPlan]] = []
         for leaf in leaves:
-            self.allocate(leaf)
             plan = self.plan(leaf)
             if plan.rotated:
+                self.allocate(leaf)
                 rotated.append((leaf, plan))
             else:
                 plain.append(leaf)
@@ -121,112 +130,110 @@ class RotatedAdamRule(Rule):
 
     def _step(self, batch: Batch) -> None:
         gradient = batch.gradient()
-        steps, updates = batch.leaves[0]["step"], batch.leaves[0]["updates"]
-        if steps > 0:
-            gradient = self._rotate(batch, gradient)
-        if self._collects(batch):
-            self._accumulate(batch, gradient, updates + 1)
+        parts = self._parts(batch, gradient)
+        updates, collects = batch.number("updates"), self._collects(batch)
+        due = self.bases.due(batch) if updates else {}
+        if collects:
             batch.set("updates", updates + 1)
+        if due or not updates:
+            for part in parts:
+                if collects:
+                    self._collect(batch, self._rotated(batch, part), part.leads)
+            collects = False
+            for side, chosen in due.items():
+                self.bases.refresh(batch.part(chosen), side)
         if updates == 0:
             return
-        for side in batch.sides:
-            due = [i for i, leaf in enumerate(batch.leaves) if self._refreshes(leaf, side)]
-            if due:
-                gradient = self._refresh(batch, side, due, gradient)
-        batch.set("step", steps + 1)
-        direction = self._adam(batch, gradient, steps + 1)
-        batch.descend(self._rotate_back(batch, direction))
+        batch.set("step", batch.number("step") + 1)
+        self._measure(batch, gradient)
+        for part in parts:
+            rotated = self._rotated(batch, part)
+            if collects:
+                self._collect(batch, rotated, part.leads)
+            self._descend(batch, part, self._adam(batch, part, rotated))
+
+    def _parts(self, batch: Batch, gradient: Tensor) -> list[Part]:
+        first, second, target = batch["exp_avg"], batch["exp_avg_sq"], batch.target()
+        if target is None or not gradient.is_cpu:
+            return [Part(gradient, first, second, target)]
+        return [
+            Part(
+                gradient[:, rows, columns],
+                first[:, rows, columns],
+                second[:, rows, columns],
+                target[:, rows, columns],
+                leads=number == 0,
+            )
+            for number, (rows, columns) in enumerate(batch.slices(CPU_ELEMENTS))
+        ]
 
     def _collects(self, batch: Batch) -> bool:
         """Statistics at the first two calls, then every ``stat_interval``."""
-        steps, updates = batch.leaves[0]["step"], batch.leaves[0]["updates"]
-        return updates < 2 or steps % self.config.stat_interval == 0
+        return batch.number("updates") < 2 or batch.number("step") % self.config.stat_interval == 0
 
-    def _refreshes(self, leaf: Leaf, side: str) -> bool:
-        """Steps 0, 1, 2, 4, 8, … below the interval; then once an interval, by phase."""
-        step, interval = leaf["step"], self.config.basis_interval
-        if step < interval:
-            return step & (step - 1) == 0
-        return step % interval == leaf[f"{side}_phase"]
-
-    def _product(self, a: Tensor, b: Tensor) -> Tensor:
-        if len(a) == 1:
-            return matmul(a[0], b[0], self.config.precision)[None]
-        return matmul(a, b, self.config.precision)
-
-    def _rotate(self, batch: Batch, matrix: Tensor) -> Tensor:
-        if batch.plan.left:
-            matrix = self._product(batch["left_basis"].mT, matrix)
-        if batch.plan.right:
-            matrix = self._product(matrix, batch["right_basis"])
-        return matrix
-
-    def _rotate_back(self, batch: Batch, matrix: Tensor) -> Tensor:
-        if batch.plan.left:
-            matrix = self._product(batch["left_basis"], matrix)
-        if batch.plan.right:
-            matrix = self._product(matrix, batch["right_basis"].mT)
-        return matrix
-
-    def _accumulate(self, batch: Batch, rotated: Tensor, updates: int) -> None:
-        """``B ← b B + (1-b) Ĝ Ĝᵀ``, ``b = min(stat_decay, 1 - 1/k)``."""
-        decay = min(self.config.stat_decay, 1 - 1 / updates)
-        for side in batch.sides:
-            factor = batch[f"{side}_factor"]
+    def _collect(self, batch: Batch, rotated: Tensor, leads: bool) -> None:
+        """``B ← b B + (1-b) Ĝ Ĝᵀ``, ``b = min(stat_decay, 1 - 1/k)``, part by part."""
+        decay = min(self.config.stat_decay, 1 - 1 / batch.number("updates"))
+        for side in batch.plan.sides:
             root = rotated if side == "left" else rotated.mT
-            if factor.dtype == root.dtype:
-                factor.baddbmm_(root, root.mT, beta=decay, alpha=1 - decay)
-            else:
-                wide = factor.to(root.dtype)
-                factor.copy_(wide.baddbmm_(root, root.mT, beta=decay, alpha=1 - decay))
+            accumulate(batch[f"{side}_factor"], root, decay if leads else 1.0, 1 - decay)
 
-    def _refresh(self, batch: Batch, side: str, due: Sequence[int], gradient: Tensor) -> Tensor:
-        """Turn the bases of some leaves; their moments and the gradient follow."""
-        part = batch.part(due)
-        step, interval = part.leaves[0]["step"], self.config.basis_interval
-        factor = part.read(f"{side}_factor").to(gradient.dtype)
-        if step == 0:
-            record = fallback.Record()
-            rotation, factor = eigenbasis.eigenbasis(factor, record)
-            record.counted("basis", self._count)
-            part.write(f"{side}_basis", rotation)
-        else:
-            rotation, factor = eigenbasis.refresh(factor, sweeps=2 if step < interval else 1)
-            basis = part.read(f"{side}_basis") @ rotation
-            clean = step // interval % CLEAN_EVERY == 0
-            part.write(f"{side}_basis", eigenbasis.orthonormal(basis) if clean else basis)
-            part.write("exp_avg", turn(side, rotation, part.read("exp_avg")))
-            if self.config.transport == "overlap" or step < interval:
-                share = eigenbasis.overlap(rotation)
-                part.write("exp_avg_sq", turn(side, share, part.read("exp_avg_sq")))
-        part.write(f"{side}_factor", factor)
-        self._count("basis_refreshes", len(due))
-        return batch.replaced(gradient, due, lambda tiles: turn(side, rotation, tiles))
+    def _measure(self, batch: Batch, gradient: Tensor) -> None:
+        """``mean V``: by ``‖Ĝ‖ = ‖G‖`` it follows without looking at V."""
+        if self.config.floor == 0:
+            return
+        beta2 = batch.group["betas"][1]
+        size = math.sqrt(gradient.shape[1] * gradient.shape[2])
+        rms = torch.linalg.vector_norm(gradient, dim=(1, 2), keepdim=True).div_(size)
+        batch["mean_sq"].mul_(beta2).addcmul_(rms, rms, value=1 - beta2)
 
-    def _adam(self, batch: Batch, gradient: Tensor, step: int) -> Tensor:
-        """``Û`` in rotated coordinates."""
+    def _rotated(self, batch: Batch, part: Part) -> Tensor:
+        """``Q_Lᵀ G Q_R``; the gradient itself before there is a basis."""
+        matrix = part.gradient
+        if batch.number("step") == 0:
+            return matrix
+        if batch.plan.left:
+            matrix = self._product("a", batch["left_basis"].mT, matrix)
+        if batch.plan.right:
+            matrix = self._product("b", matrix, batch["right_basis"])
+        return matrix
+
+    def _adam(self, batch: Batch, part: Part, rotated: Tensor) -> Tensor:
+        """``M / (max(√V, floor · rms √V) + ε c₂)``, ``c₂ = √(1-β₂ᵗ)``, in ``rotated``'s memory."""
         (beta1, beta2), eps = batch.group["betas"], batch.group["eps"]
-        first, second = batch["exp_avg"], batch["exp_avg_sq"]
-        first.lerp_(gradient, 1 - beta1)
-        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        correction = math.sqrt(1 - beta2**step)
-        denominator = second.sqrt()
+        part.first.lerp_(rotated, 1 - beta1)
+        part.second.mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
+        denominator = torch.sqrt(part.second, out=rotated)
         if self.config.floor > 0:
-            rms = second.mean((1, 2), keepdim=True).sqrt_().mul_(self.config.floor)
-            denominator = denominator.clamp_min_(rms)
-        denominator.add_(eps * correction)
-        return torch.div(first, denominator, out=denominator).mul_(
-            correction / (1 - beta1**step)
-        )
+            denominator.clamp_min_(batch["mean_sq"].sqrt().mul_(self.config.floor))
+        denominator.add_(eps * math.sqrt(1 - beta2 ** batch.number("step")))
+        return torch.div(part.first, denominator, out=denominator)
 
-    def _count(self, name: str, by: int) -> None:
-        self.counters[name] = self.counters.get(name, 0) + by
+    def _descend(self, batch: Batch, part: Part, direction: Tensor) -> None:
+        """Rotate back and step; the bias corrections ``c₂ / (1-β₁ᵗ)`` go into the last product."""
+        (beta1, beta2), step = batch.group["betas"], batch.number("step")
+        scale = math.sqrt(1 - beta2**step) / (1 - beta1**step)
+        factors = (direction, batch["right_basis"].mT) if batch.plan.right else None
+        if batch.plan.left:
+            if factors is None:
+                factors = (batch["left_basis"], direction)
+            else:
+                factors = (self._product("a", batch["left_basis"], direction), factors[1])
+        assert factors is not None
+        lr = batch.group["lr"]
+        if part.target is not None and (part.target.is_cpu or self.config.precision == "highest"):
+            keep = 1 - lr * batch.group["weight_decay"]
+            part.target[0].addmm_(factors[0][0], factors[1][0], beta=keep, alpha=-lr * scale)
+        else:
+            batch.descend(matmul(*factors, self.config.precision).mul_(scale))
+
+    def _product(self, role: str, a: Tensor, b: Tensor) -> Tensor:
+        shape = (a.shape[0], a.shape[1], b.shape[2])
+        out = self.workspace.take(role, shape, a)
+        if len(a) == 1:
+            return matmul(a[0], b[0], self.config.precision, out=out[0])[None]
+        return matmul(a, b, self.config.precision, out=out)
 
     def diagnostics(self) -> dict[str, float]:
         """Refreshes of bases so far, and how often a rung of the fall-back ladder was needed."""
-        return {name: float(value) for name, value in self.counters.items()}
-
-
-def turn(side: str, rotation: Tensor, matrix: Tensor) -> Tensor:
-    """``Pᵀ M`` on the left, ``M P`` on the right."""
-    return rotation.mT @ matrix if side == "left" else matrix @ rotation
+        return {name: float(value) for name, value in self.bases.counters.items()}

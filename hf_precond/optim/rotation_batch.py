@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from hf_precond.blocks import LayerMatrix
-from hf_precond.blocks.sharding import full, like
+from hf_precond.blocks.sharding import full, is_sharded, like
 from hf_precond.configs import compute_dtype
 from hf_precond.optim.leaf import Leaf, grouped
 from hf_precond.optim.rotation_plan import RotationPlan
 from hf_precond.optim.rules import descend
 
 CPU_ELEMENTS = 1 << 18
-"""Elements of a batch on a CPU: its matrices stay in the cache from one product to the next."""
+"""Elements handled at a time on a CPU: they stay in the cache from one product to the next."""
 GPU_ELEMENTS = 1 << 25
 """Elements of a batch on a GPU: bounds the memory of the products' results."""
 
@@ -49,10 +49,9 @@ class Batch:
         """The parameter group."""
         return self.leaves[0].group
 
-    @property
-    def sides(self) -> list[str]:
-        """The rotated sides."""
-        return [side for side in ("left", "right") if getattr(self.plan, side)]
+    def number(self, name: str) -> int:
+        """A plain number that all leaves share."""
+        return self.leaves[0][name]
 
     def __getitem__(self, name: str) -> Tensor:
         """State ``name``, stacked; the leaves' state becomes views of it where it is not yet."""
@@ -90,24 +89,22 @@ class Batch:
             return self
         return Batch([self.leaves[index] for index in chosen], self.plan)
 
-    def replaced(
-        self, stack: Tensor, chosen: Sequence[int], change: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """``stack`` with ``change`` applied to the tiles of some leaves (in place, if not all)."""
-        if len(chosen) == len(self.leaves):
-            return change(stack)
-        tiles = stack.split(self.plan.tiles)
-        changed = change(torch.cat([tiles[index] for index in chosen]))
-        torch._foreach_copy_(
-            [tiles[index] for index in chosen], list(changed.split(self.plan.tiles))
-        )
-        return stack
-
     def gradient(self) -> Tensor:
-        """``[leaves · tiles, rows, columns]`` in the dtype of the state."""
+        """``[leaves · tiles, rows, columns]`` in the dtype of the state; not to be written to."""
         dtype = compute_dtype(self.leaves[0].param.dtype)
         tiles = [self._tiled(full(leaf.grad)).to(dtype) for leaf in self.leaves]
         return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
+
+    def target(self) -> Tensor | None:
+        """The parameter as ``[1, rows, columns]``, where a product can be added to it in place."""
+        param = self.leaves[0].param
+        if len(self.leaves) > 1 or self.plan.tiles > 1 or is_sharded(param):
+            return None
+        if param.dtype != compute_dtype(param.dtype) or not param.is_contiguous():
+            return None
+        if isinstance(self.group["lr"], Tensor):
+            return None
+        return param.detach().view(1, self.plan.rows, self.plan.columns)
 
     def descend(self, directions: Tensor) -> None:
         """``p ← (1 - lr·wd) p - lr · u``."""
@@ -117,6 +114,25 @@ class Batch:
             step = like(leaf.param, untiled.reshape(leaf.param.shape))
             steps.append(Leaf(leaf.param, step, leaf.state, leaf.prefix, leaf.group))
         descend(steps)
+
+    def slices(self, elements: int) -> list[tuple[slice, slice]]:
+        """Rows and columns to go through one after the other, the rotated side whole.
+
+        A matrix with one rotated side falls into parts of about ``elements``
+        along the other; any other batch is one part.
+        """
+        plan, everything = self.plan, slice(None)
+        side = plan.sides[0]
+        along, across = plan.columns, plan.rows
+        if side == "right":
+            along, across = across, along
+        if len(plan.sides) == 2 or len(self.leaves) * plan.tiles > 1 or along * across <= elements:
+            return [(everything, everything)]
+        width = max(64, elements // across)
+        parts = [slice(start, min(start + width, along)) for start in range(0, along, width)]
+        if side == "right":
+            return [(part, everything) for part in parts]
+        return [(everything, part) for part in parts]
 
     def _tiled(self, tensor: Tensor) -> Tensor:
         plan = self.plan
@@ -158,3 +174,26 @@ def adjacent(parts: Sequence[Tensor]) -> Tensor | None:
             return None
     shape = (len(parts) * first.shape[0], *first.shape[1:])
     return first.as_strided(shape, first.stride(), first.storage_offset())
+
+
+class Workspace:
+    """Memory for intermediate results on a CPU, kept from step to step.
+
+    Fresh pages cost a CPU more than the elementwise work done in them; a GPU
+    has its caching allocator. A copy starts empty.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[Any, ...], Tensor] = {}
+
+    def take(self, role: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """An uninitialised tensor; the next call of the same role and shape returns it again."""
+        if not like.is_cpu:
+            return like.new_empty(shape)
+        key = (role, tuple(shape), like.dtype)
+        if key not in self._held:
+            self._held[key] = like.new_empty(shape)
+        return self._held[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_held": {}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,6 +46,11 @@ class RotationPlan:
         return self.left or self.right
 
     @property
+    def sides(self) -> tuple[str, ...]:
+        """The rotated sides."""
+        return tuple(side for side in ("left", "right") if getattr(self, side))
+
+    @property
     def state_elements(self) -> int:
         """Numbers kept: two moments, and a factor and a basis of each rotated side."""
         sides = self.left * self.rows**2 + self.right * self.columns**2
@@ -55,8 +61,7 @@ class RotationPlan:
         """Multiplications of a refresh of each rotated side, to the leading order."""
         other = {"left": self.columns, "right": self.rows}
         size = {"left": self.rows, "right": self.columns}
-        sides = [side for side in ("left", "right") if getattr(self, side)]
-        return {s: self.tiles * size[s] ** 2 * (6 * size[s] + 3 * other[s]) for s in sides}
+        return {s: self.tiles * size[s] ** 2 * (6 * size[s] + 3 * other[s]) for s in self.sides}
 
 
 def plan_rotation(
@@ -69,38 +74,44 @@ def plan_rotation(
     rotates the smaller side of every matrix. A side wider than ``max_dim`` is
     not rotated; where both are, the smaller one is divided into blocks of at
     most ``max_dim``, as equal as they come. A single row or column is a
-    vector: its bases would be arbitrary outside the few gradients seen. Embeddings are rotated on the
-    hidden side only, depthwise convolutions on the right, and each group of a
-    grouped convolution by itself.
+    vector: its bases would be arbitrary outside the few gradients seen.
+    Embeddings are rotated on the hidden side only, depthwise convolutions on
+    the right, and each group of a grouped convolution by itself.
 
     Args:
         shape: the weight's; more than two dimensions are ``[out, rest]``.
         config: ``basis`` and ``max_dim`` are read.
         matrix: what the model says of the weight, where it is known.
     """
-    out, rest = shape[0], math.prod(shape[1:])
+    embedding = matrix is not None and isinstance(matrix.module, (nn.Embedding, nn.EmbeddingBag))
     groups = 1 if matrix is None else matrix.groups
-    if len(shape) < 2 or config.basis == "identity" or min(out, rest) <= 1:
+    return _plan(tuple(shape), config.basis, config.max_dim, embedding, groups)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    shape: tuple[int, ...], basis: str, max_dim: int, embedding: bool, groups: int
+) -> RotationPlan:
+    out, rest = shape[0] if shape else 1, math.prod(shape[1:])
+    if len(shape) < 2 or basis == "identity" or min(out, rest) <= 1:
         return RotationPlan(1, out, rest, "rows", False, False)
-    if matrix is not None and isinstance(matrix.module, (nn.Embedding, nn.EmbeddingBag)):
-        return _one_side(out, rest, "right", config.max_dim)
+    if embedding or out == groups:
+        return _one_side(out, rest, "right", max_dim)
     if groups > 1:
-        if out == groups:
-            return _one_side(out, rest, "right", config.max_dim)
         rows = out // groups
-        left, right = _sides(rows, rest, config)
+        left, right = _sides(rows, rest, basis, max_dim)
         return RotationPlan(groups, rows, rest, "rows", left, right)
-    left, right = _sides(out, rest, config)
+    left, right = _sides(out, rest, basis, max_dim)
     if left or right:
         return RotationPlan(1, out, rest, "rows", left, right)
-    return _one_side(out, rest, "left" if out <= rest else "right", config.max_dim)
+    return _one_side(out, rest, "left" if out <= rest else "right", max_dim)
 
 
-def _sides(rows: int, columns: int, config: AdamRConfig) -> tuple[bool, bool]:
+def _sides(rows: int, columns: int, basis: str, max_dim: int) -> tuple[bool, bool]:
     """Which sides of one matrix are rotated."""
-    left, right = 1 < rows <= config.max_dim, 1 < columns <= config.max_dim
+    left, right = 1 < rows <= max_dim, 1 < columns <= max_dim
     elongated = max(rows, columns) > ELONGATED * min(rows, columns)
-    one_sided = config.basis == "one_sided" or (config.basis == "auto" and elongated)
+    one_sided = basis == "one_sided" or (basis == "auto" and elongated)
     if one_sided and left and right:
         left, right = rows <= columns, rows > columns
     return left, right

@@ -7,6 +7,9 @@ import torch
 from torch import nn
 
 from hf_precond.linalg import eigenbasis
+from hf_precond.optim.leaf import Leaf
+from hf_precond.optim.rotation_batch import Batch
+from hf_precond.optim.rotation_refresh import turn
 from tests.optim.adamr_cases import adamr, layers, noise, orthogonal, run
 
 SHAPES = [(7, 7), (6, 9), (9, 6), (4, 20), (20, 4), (1, 5), (5, 1)]
@@ -151,7 +154,7 @@ def test_in_a_fixed_basis_it_is_adamw_of_the_rotated_problem(monkeypatch):
     (module,) = layers(left @ weight @ right.T)
     fields = {"lr": 2e-2, "weight_decay": 0.1}
     optimizer = adamr([module], basis="two_sided", basis_interval=1000, floor=0.0, **fields)
-    monkeypatch.setattr(optimizer.rule, "_refreshes", lambda leaf, side: leaf["step"] == 0)
+    monkeypatch.setattr(optimizer.rule.bases, "_is_due", lambda leaf, side: leaf["step"] == 0)
     plain = nn.Parameter(weight.clone())
     reference = torch.optim.AdamW([plain], **fields)
     curvature = torch.logspace(0, 4, 54, dtype=torch.float64).reshape(6, 9)
@@ -235,14 +238,10 @@ def test_a_refresh_moves_no_momentum_and_keeps_the_sum_of_the_second_moment():
 
     before, total = momentum(), float(state["exp_avg_sq"].sum())
     bases = state["left_basis"].clone(), state["right_basis"].clone()
-    from hf_precond.optim.leaf import Leaf
-    from hf_precond.optim.rotation_batch import Batch
-
     leaf = Leaf(module.weight, module.weight.grad, state, "", optimizer.param_groups[0])
     batch = Batch([leaf], optimizer.rule.plan(leaf))
-    gradient = batch.gradient()
     for side in ("left", "right"):
-        optimizer.rule._refresh(batch, side, [0], gradient)
+        optimizer.rule.bases.refresh(batch, side)
     assert not torch.allclose(bases[0], state["left_basis"], atol=1e-3)
     assert not torch.allclose(bases[1], state["right_basis"], atol=1e-3)
     torch.testing.assert_close(momentum(), before)
@@ -251,8 +250,6 @@ def test_a_refresh_moves_no_momentum_and_keeps_the_sum_of_the_second_moment():
 
 
 def test_a_swap_of_two_columns_permutes_the_second_moment():
-    from hf_precond.optim.rotation import turn
-
     swap = torch.eye(5, dtype=torch.float64)[[0, 3, 2, 1, 4]]
     signs = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0], dtype=torch.float64)
     rotation = (swap * signs)[None]
