@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_precond.blocks import AttentionBlock, LayerMatrix, MomentRequest, Statistic
 from hf_precond.model.adapters import trains, wrappers_of
+from hf_precond.model.double_backward import DoubleBackward
 from hf_precond.model.heads import HeadMoments
 from hf_precond.model.hooks import Hook
 from hf_precond.model.matrices import CONVOLUTIONS, is_linear
@@ -103,6 +105,9 @@ class Capture:
             m.out_proj: m for m in model.modules() if isinstance(m, nn.MultiheadAttention)
         }
         self.tokens = TokenWeights(model)
+        # Compiled code runs uncompiled on due steps: hooks that act would break its graphs.
+        self.switch = DoubleBackward(model)
+        weakref.finalize(self, self.switch.release)
         self.points: dict[nn.Module, _Point] = {}
         self.served: dict[str, str] = {}
         heads = [request for request in self.requests if request.kind in ("query", "key")]
@@ -265,8 +270,12 @@ class Capture:
         if step != self.step:
             self.stage.clear()
         self.step = step
-        self.enabled = self.tokens.enabled = self.heads.enabled = due
-        if not due:
+        self.enabled = self.tokens.enabled = due
+        self.heads.enable(due)
+        if due:
+            self.switch.expect()
+        else:
+            self.switch.release()
             self.tokens.forget()
 
     def take(self) -> dict[str, Statistic]:
@@ -298,6 +307,7 @@ class Capture:
         self.handles.clear()
         self.tokens.close()
         self.heads.close()
+        self.switch.release()
         self.stage.clear()
 
 

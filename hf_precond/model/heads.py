@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_precond.blocks import AttentionBlock, MomentRequest, Statistic
 from hf_precond.model.hooks import Hook
-from hf_precond.model.lookup import observe
+from hf_precond.model.lookup import Observation
 from hf_precond.model.rotation import (
     Layout,
     average,
@@ -80,7 +80,7 @@ class HeadMoments:
         self.stage = stage
         self.heads: dict[nn.Module, _Head] = {}
         self.handles: list[RemovableHandle] = []
-        self.release: Callable[[], Any] | None = None
+        self.observation: Observation | None = None
         for request in requests:
             self._add(request, paths)
         if not self.heads:
@@ -88,7 +88,7 @@ class HeadMoments:
         for head in self.heads.values():
             if head.averaged:
                 self._watch_rotation(head)
-        self.release = observe(list(self.heads), self._observe)
+        self.observation = Observation(list(self.heads), self._observe)
 
     def _add(self, request: MomentRequest, paths: dict[nn.Module, str]) -> None:
         block = request.attention
@@ -110,7 +110,7 @@ class HeadMoments:
 
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self.enabled:
-                head.unrotated = kwargs.get("position_embeddings", module) is None
+                head.unrotated = kwargs.get("position_embeddings", head) is None
                 found = map(_as_rotation, (kwargs.get("position_embeddings"), *args))
                 head.rotation = next((pair for pair in found if pair is not None), None)
 
@@ -128,9 +128,9 @@ class HeadMoments:
         """Take the moments of one attention call, to be staged when its gradient comes."""
         if not self.enabled or not module.training or not torch.is_grad_enabled():
             return
-        head = self.heads.get(module)
-        if head is None or not output.requires_grad:
+        if not output.requires_grad:
             return
+        head = self.heads[module]
         in_pass = self.tokens.passes
         with torch.no_grad(), no_autocast(output.device):
             parts = self._parts(head, query.detach(), key.detach())
@@ -203,15 +203,21 @@ class HeadMoments:
         mean = rotation.sum / rotation.count.clamp(min=1)
         return Statistic(average(head.layout, found.sum, mean), found.count, found.passes)
 
+    def enable(self, due: bool) -> None:
+        """Collect, or not."""
+        self.enabled = due
+        if self.observation is not None:
+            self.observation.enable(due)
+
     def close(self) -> None:
         """Remove the hooks, and the observer of the attention look-up."""
         self.enabled = False
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
-        if self.release is not None:
-            self.release()
-            self.release = None
+        if self.observation is not None:
+            self.observation.close()
+            self.observation = None
 
 
 def _name(head: _Head, kind: str, center: bool) -> str:

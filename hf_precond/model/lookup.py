@@ -22,7 +22,7 @@ Observer = Callable[[nn.Module, Tensor, Tensor, Tensor], None]
 _OBSERVERS: weakref.WeakKeyDictionary[nn.Module, list[weakref.WeakMethod[Observer]]] = (
     weakref.WeakKeyDictionary()
 )
-_INSTALLED: dict[str, Any] = {"count": 0, "original": None}
+_STATE: dict[str, Any] = {"installed": 0, "enabled": 0, "original": None}
 
 
 def _interface_class() -> type[Any] | None:
@@ -32,39 +32,52 @@ def _interface_class() -> type[Any] | None:
     return found if hasattr(found, "get_interface") else None
 
 
-def observe(modules: list[nn.Module], observer: Observer) -> Callable[[], None]:
-    """Call ``observer(module, query, key, output)`` at every attention of ``modules``.
+class Observation:
+    """Calls ``observer(module, query, key, output)`` at every attention of ``modules``.
 
     Query and key are per head, ``[B, H, N, d_h]`` and ``[B, H_kv, M, d_h]``,
-    normed and rotated. The observer (a bound method) is held weakly.
+    normed and rotated. It begins disabled; while no observation is enabled the
+    kernels are handed out as they are. The observer (a bound method) is held
+    weakly, and the observation ends with it.
 
-    Returns:
-        A function that ends it; calling it twice does no harm.
+    Args:
+        modules: the attentions.
+        observer: what is called.
 
     Raises:
         RuntimeError: when this version of transformers has no such look-up.
     """
-    interface = _interface_class()
-    if interface is None:
-        raise RuntimeError(
-            "queries and keys cannot be observed: this version of transformers has no "
-            "AttentionInterface.get_interface; use rope='ignored', or transformers>=5.4,<6."
-        )
-    if _INSTALLED["count"] == 0:
-        _install(interface)
-    _INSTALLED["count"] += 1
-    reference = weakref.WeakMethod(observer)
-    for module in modules:
-        _OBSERVERS.setdefault(module, []).append(reference)
-    keys = [weakref.ref(module) for module in modules]
-    owner = observer.__self__  # type: ignore[attr-defined]
-    return weakref.finalize(owner, _end, interface, keys, reference)
+
+    def __init__(self, modules: list[nn.Module], observer: Observer) -> None:
+        interface = _interface_class()
+        if interface is None:
+            raise RuntimeError(
+                "queries and keys cannot be observed: this version of transformers has no "
+                "AttentionInterface.get_interface; use rope='ignored', or transformers>=5.4,<6."
+            )
+        if _STATE["installed"] == 0:
+            _install(interface)
+        _STATE["installed"] += 1
+        self.live = {"enabled": False}
+        reference = weakref.WeakMethod(observer)
+        for module in modules:
+            _OBSERVERS.setdefault(module, []).append(reference)
+        keys = [weakref.ref(module) for module in modules]
+        owner = observer.__self__  # type: ignore[attr-defined]
+        self.close = weakref.finalize(owner, _end, interface, keys, reference, self.live)
+
+    def enable(self, due: bool) -> None:
+        """Observe, or not."""
+        if self.close.alive and due != self.live["enabled"]:
+            _STATE["enabled"] += 1 if due else -1
+            self.live["enabled"] = due
 
 
 def _end(
     interface: type[Any],
     keys: list[weakref.ref[nn.Module]],
     reference: weakref.WeakMethod[Observer],
+    live: dict[str, bool],
 ) -> None:
     for key in keys:
         module = key()
@@ -74,10 +87,12 @@ def _end(
                 _OBSERVERS[module] = rest
             else:
                 del _OBSERVERS[module]
-    _INSTALLED["count"] -= 1
-    if _INSTALLED["count"] == 0:
-        interface.get_interface = _INSTALLED["original"]
-        _INSTALLED["original"] = None
+    _STATE["enabled"] -= live["enabled"]
+    live["enabled"] = False
+    _STATE["installed"] -= 1
+    if _STATE["installed"] == 0:
+        interface.get_interface = _STATE["original"]
+        _STATE["original"] = None
 
 
 def _install(interface: type[Any]) -> None:
@@ -85,9 +100,10 @@ def _install(interface: type[Any]) -> None:
 
     @functools.wraps(original)
     def get_interface(self: Any, *args: Any, **kwargs: Any) -> Callable[..., Any]:
-        return _observed(original(self, *args, **kwargs))
+        kernel = original(self, *args, **kwargs)
+        return _observed(kernel) if _STATE["enabled"] else kernel
 
-    _INSTALLED["original"] = original
+    _STATE["original"] = original
     interface.get_interface = get_interface
 
 
@@ -108,5 +124,5 @@ def _observed(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def observing() -> int:
-    """How many observers there are."""
-    return _INSTALLED["count"]
+    """How many observations there are."""
+    return _STATE["installed"]

@@ -57,11 +57,13 @@ def _finish(
     reasons: dict[str, str] | None = None,
     *,
     matrices: Sequence[LayerMatrix] = (),
+    others: Sequence[LayerMatrix] = (),
     attention: Sequence[AttentionBlock] = (),
     norms: Sequence[NormParameter] = (),
 ) -> Blocks:
     return Blocks(
         matrices=list(matrices),
+        others=list(others),
         attention=list(attention),
         norms=list(norms),
         routing=survey.table(treated, getattr(config, "base", "adamw"), reasons),
@@ -180,7 +182,24 @@ def attention_matrices(model: nn.Module, config: Any) -> Blocks:
             f"layers are preconditioned; {HOW_TO_DECLARE}.",
             stacklevel=3,
         )
-    return _finish(survey, config, treated, reasons, matrices=matrices, attention=blocks)
+    others = _others(survey, found, matrices)
+    return _finish(
+        survey, config, treated, reasons, matrices=matrices, others=others, attention=blocks
+    )
+
+
+def _others(
+    survey: Survey, found: Sequence[AttentionBlock], matrices: Sequence[LayerMatrix]
+) -> list[LayerMatrix]:
+    """What ``all_linear`` would take beside ``matrices``."""
+    wider = [
+        matrix
+        for block in found
+        for role, matrix in block.roles().items()
+        if role in block.trainable and survey.name_of(matrix.weight_parameter) not in survey.tied
+    ]
+    _add_linears(survey, found, wider, {})
+    return [matrix for matrix in wider if matrix not in matrices]
 
 
 def _in_scope(block: AttentionBlock, roles: Sequence[str]) -> list[tuple[LayerMatrix, str]]:

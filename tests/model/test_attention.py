@@ -62,10 +62,11 @@ def test_heads_of_the_matrices_are_those_that_the_kernel_sees(name: str) -> None
             seen[module] = (query, key)
 
     watcher = Watcher()
-    end = lookup.observe(list(blocks), watcher.see)
+    observation = lookup.Observation(list(blocks), watcher.see)
+    observation.enable(True)
     with torch.no_grad():
         loss_of(model, FAMILIES[name].batch())
-    end()
+    observation.close()
     assert set(seen) == set(blocks)
     for module, block in blocks.items():
         for role, vectors, heads in (

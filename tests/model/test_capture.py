@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from hf_precond.blocks import LayerMatrix, MomentRequest, Statistic
@@ -534,3 +535,65 @@ def test_embedding_gradients_and_refused_requests() -> None:
         Capture(model, [MomentRequest("e", "input", LayerMatrix("x", nn.Linear(2, 2)))])
     with pytest.raises(ValueError, match="same key"):
         Capture(model, [MomentRequest("e", "output_grad", embedding)] * 2)
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        waits = ("_local_scalar_dense", "nonzero", "is_nonzero", "unique")
+        self.count += any(name in str(func) for name in waits)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_nothing_is_read_from_the_device(name: str) -> None:
+    model, batch = build(name), FAMILIES[name].batch()
+    block = find_attention(model)[0]
+    heads = [
+        MomentRequest(kind, kind, block.q, block, average_rotation=block.rotary)
+        for kind in ("query", "key")
+    ]
+    capture = opened(model, [*requests_for(linears(model)), *heads])
+    loss_of(model, batch).backward()
+    capture.take()
+    counts = []
+    for due in (True, False):
+        capture.enable(due, int(due))
+        with Reads() as reads:
+            loss_of(model, batch).backward()
+            taken = capture.take()
+        counts.append(reads.count)
+        assert bool(taken) == due
+    capture.close()
+    assert counts[0] == counts[1]
+
+
+def test_compiled_models_keep_one_graph_and_run_uncompiled_on_due_steps() -> None:
+    torch._dynamo.reset()
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(1)
+        return graph.forward
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    capture = Capture(model, requests_for(find_matrices(model)))
+    compiled = torch.compile(model, backend=backend)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    for step in range(6):
+        capture.enable(step % 3 == 0, step)
+        compiled(x).pow(2).sum().backward()
+        taken = capture.take()
+        assert len(taken) == (4 if step % 3 == 0 else 0)
+        if taken:
+            torch.testing.assert_close(taken["0/input"].sum[:3, :3], x.T @ x)
+    assert len(graphs) == 1
+    capture.close()

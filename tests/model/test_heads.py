@@ -25,7 +25,9 @@ class Seen:
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.calls: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-        self.end = lookup.observe(modules, self.see)
+        observation = lookup.Observation(modules, self.see)
+        observation.enable(True)
+        self.end = observation.close
 
     def see(self, module: nn.Module, query: Tensor, key: Tensor, output: Tensor) -> None:
         self.calls[module] = (query.detach(), key.detach())
