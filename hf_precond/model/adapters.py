@@ -33,9 +33,17 @@ def _active(wrapper: nn.Module, choices: nn.ModuleDict) -> list[str]:
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """The model inside a PEFT model, or the model itself."""
-    get_base_model = getattr(model, "get_base_model", None)
-    return get_base_model() if hasattr(model, "peft_config") and get_base_model else model
+    """The model inside what is wrapped around it (compilation, DDP, PEFT), or the model itself."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while True:
+        compiled = getattr(model, "_orig_mod", None)
+        if isinstance(compiled, nn.Module):
+            model = compiled
+        elif isinstance(model, wrappers):
+            model = model.module
+        else:
+            inner: Any = getattr(model, "get_base_model", None)
+            return inner() if hasattr(model, "peft_config") and inner is not None else model
 
 
 def wrappers_of(model: nn.Module) -> dict[nn.Module, nn.Module]:

@@ -107,7 +107,7 @@ class Capture:
         self.tokens = TokenWeights(model)
         # Compiled code runs uncompiled on due steps: hooks that act would break its graphs.
         self.switch = DoubleBackward(model)
-        weakref.finalize(self, self.switch.release)
+        weakref.finalize(self, _release, self.switch.held)
         self.points: dict[nn.Module, _Point] = {}
         self.served: dict[str, str] = {}
         heads = [request for request in self.requests if request.kind in ("query", "key")]
@@ -309,6 +309,12 @@ class Capture:
         self.heads.close()
         self.switch.release()
         self.stage.clear()
+
+
+def _release(held: list[Any]) -> None:
+    """Take back the switches of a capture that was forgotten while they were held."""
+    while held:
+        held.pop().release()
 
 
 def moment_dtype(point: _Point) -> torch.dtype:

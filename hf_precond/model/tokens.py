@@ -106,8 +106,11 @@ class Reader:
     memory: bool
 
     def read(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-        """Weights ``[B, T]`` for an input of ``shape`` ``[B, T, …]``; ``None``: all ones."""
-        if len(shape) < 3:
+        """Weights for an input of ``shape``, or ``None``: all ones.
+
+        ``[B, T]`` for ``[B, T, …]``, ``[B · T]`` for the flattened ``[B · T, d]``.
+        """
+        if len(shape) < 2:
             return None
         for owner in self.owners:
             name = self._name(owner)
@@ -115,7 +118,11 @@ class Reader:
                 mask = masks.get(name)
                 if mask is None and name == "decoder_attention_mask" and "labels" in masks:
                     mask = _up_to_last_label(masks["labels"])
-                if mask is not None and tuple(mask.shape) == tuple(shape[:2]):
+                if mask is None:
+                    continue
+                if len(shape) == 2 and mask.numel() == shape[0]:
+                    return mask.flatten().to(dtype)
+                if len(shape) > 2 and tuple(mask.shape) == tuple(shape[:2]):
                     return mask.to(dtype)
             if owner.blind:
                 return None

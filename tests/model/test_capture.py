@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -31,10 +31,20 @@ def linears(model: nn.Module) -> list[LayerMatrix]:
     return [m for m in find_matrices(model) if is_linear(m.module)]
 
 
+OPEN: list[Capture] = []
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    while OPEN:
+        OPEN.pop().close()
+
+
 def opened(model: nn.Module, requests: Sequence[MomentRequest]) -> Capture:
-    capture = Capture(model, requests)
-    capture.enable(True, 0)
-    return capture
+    OPEN.append(Capture(model, requests))
+    OPEN[-1].enable(True, 0)
+    return OPEN[-1]
 
 
 class Recorder:
@@ -442,6 +452,28 @@ def test_cross_attention_reads_the_masks_of_its_two_sequences(name: str) -> None
     loss_of(model, batch | {"decoder_attention_mask": torch.ones(3, 5)}).backward()
     assert capture.take()["self"].count == 15
     capture.close()
+
+
+def test_flattened_sequences_keep_their_mask() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            return self.layer(x.flatten(0, 1)).view_as(x)
+
+    model, x = Flat().double(), torch.randn(3, 5, 4, dtype=torch.float64)
+    mask = torch.ones(3, 5)
+    mask[0, 2:] = 0
+    capture = opened(model, requests_for(find_matrices(model)))
+    model(x, mask).sum().backward()
+    taken = capture.take()
+    rows = torch.cat([x, torch.ones(3, 5, 1, dtype=torch.float64)], dim=-1)[mask.bool()]
+    torch.testing.assert_close(taken["layer/input"].sum, rows.T @ rows)
+    assert taken["layer/input"].count == taken["layer/output_grad"].count == 12
+    model(x).sum().backward()
+    assert capture.take()["layer/input"].count == 15
 
 
 def test_images_and_packed_sequences_weigh_one() -> None:

@@ -80,6 +80,12 @@ def test_head_of_a_peft_model_is_what_it_saves() -> None:
     }
 
 
+def test_head_is_found_inside_wrappers() -> None:
+    model = build("bert", torch.float32)
+    compiled = torch.compile(nn.DataParallel(model))
+    assert find_head(compiled) == {f"_orig_mod.module.{name}" for name in HEADS["bert"]}
+
+
 def test_head_has_groups_of_its_own_at_another_rate() -> None:
     model = build("bert", torch.float32)
     groups, labels = parameter_groups(model, 1e-3, 0.1, head_lr_scale=5.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import weakref
 from typing import Any
 
 import pytest
@@ -255,9 +256,15 @@ def test_look_up_is_wrapped_only_while_needed_and_models_do_not_mix() -> None:
 def test_a_capture_that_is_forgotten_lets_go_of_the_look_up() -> None:
     original = AttentionInterface.get_interface
     model = build("llama")
-    capture = opened(model, head_requests(find_attention(model)))
-    del model, capture
+    blocks = find_attention(model)
+    inputs = [MomentRequest(block.name, "input", block.q, block) for block in blocks]
+    capture = opened(model, head_requests(blocks, average_rotation=True) + inputs)
+    gone = weakref.ref(capture), weakref.ref(model)
+    assert capture.switch.held
+    held = capture.switch.held
+    del model, capture, blocks, inputs
     gc.collect()
+    assert [reference() for reference in gone] == [None, None] and not held
     assert AttentionInterface.get_interface is original and lookup.observing() == 0
 
 
