@@ -177,7 +177,9 @@ class AFOptConfig(OptimizerConfig):
             factors), ``inverse`` or ``inverse_sqrt``.
         scaling: ``rms``, ``logit_rms``, ``cap``, ``graft`` or
             ``norm_recovery``.
-        lr_scale: multiplier of ``lr`` for the preconditioned matrices, > 0.
+        lr_scale: multiplier of ``lr`` for the preconditioned matrices under
+            ``scaling="rms"`` and ``"cap"``, and for the matrices left to
+            ``base="muon"``, > 0.
         rho: the rms logit change per unit of lr of ``logit_rms`` and ``cap``,
             > 0.
         damping: multiple of a factor's mean eigenvalue added to its diagonal,
@@ -220,6 +222,32 @@ class AFOptConfig(OptimizerConfig):
     center: bool = False
     rope: Literal["averaged", "ignored"] = "averaged"
     precision: Literal["highest", "tf32", "bf16"] = "highest"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for wrong, message in (
+            (
+                self.joint and (self.direction != "inverse" or self.space != "logits"),
+                "joint=True: the joint correction exists for direction='inverse' in "
+                "space='logits' only; set these, or joint=False.",
+            ),
+            (
+                self.center and self.space != "logits",
+                "center=True: space='product' has no features to center; set space='logits'.",
+            ),
+            (
+                self.space != "logits" and self.scaling in ("logit_rms", "cap"),
+                f"scaling={self.scaling!r}: the change of the logits is predicted from features; "
+                "set space='logits', or scaling='rms'.",
+            ),
+            (
+                self.scaling == "graft" and self.base not in ("adamw", "sgd"),
+                f"scaling='graft': the norm of the step of base={self.base!r} is not defined for "
+                "one matrix alone; set base='adamw' or 'sgd'.",
+            ),
+        ):
+            if wrong:
+                raise ValueError(message)
 
 
 @dataclass(frozen=True)

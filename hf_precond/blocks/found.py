@@ -25,6 +25,8 @@ class Blocks:
         matrices: the matrices to precondition, in model order. Those of
             ``attention`` that are in scope are among them.
         attention: the attention blocks that have a matrix in scope.
+        others: matrices of hidden linear layers outside ``matrices``, which a
+            base rule for matrices may step.
         norms: the channel-wise parameters to precondition.
         routing: the routing table.
         open: makes the source of the statistics that are asked for, its hooks
@@ -35,6 +37,7 @@ class Blocks:
 
     matrices: list[LayerMatrix] = field(default_factory=list)
     attention: list[AttentionBlock] = field(default_factory=list)
+    others: list[LayerMatrix] = field(default_factory=list)
     norms: list[NormParameter] = field(default_factory=list)
     routing: RoutingTable = field(default_factory=RoutingTable)
     open: Callable[[Sequence[Request]], StatisticsSource] | None = None

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hf_precond.blocks import Statistic
 from hf_precond.blocks.found import Request
 from hf_precond.configs import AFOptConfig
-from hf_precond.linalg import roots
 from hf_precond.optim import scaling
-from hf_precond.optim.attention_factors import AttentionFactors, heads_of, merged, quadratic
-from hf_precond.optim.attention_plan import Plan, RightFactor, Treatment
+from hf_precond.optim.attention_factors import AttentionFactors, heads_of
+from hf_precond.optim.attention_plan import Plan, Treatment, observes
+from hf_precond.optim.attention_refresh import Refresh
+from hf_precond.optim.attention_report import logit_scale, report
 from hf_precond.optim.base import Preconditioned, PrecondOptimizer, request_shape
 from hf_precond.optim.directions import Sandwich
-from hf_precond.optim.leaf import grouped
+from hf_precond.optim.leaf import Leaf, grouped
 from hf_precond.optim.moments import mean_of, update_moment
+from hf_precond.optim.muon import MuonRule
 from hf_precond.optim.placed import PlacedMatrix
 
 CHUNK = 1 << 25
@@ -67,6 +69,27 @@ class AFOpt(PrecondOptimizer):
     def _bind(self) -> None:
         super()._bind()
         self._plan = None
+        self._check()
+
+    def _check(self) -> None:
+        """Refuse what the model cannot have, and say what it gets instead of averaged factors."""
+        config = self.config
+        for block in self.blocks.attention:
+            if config.joint and (block.heads.group > 1 or observes(block, config)):
+                raise ValueError(
+                    f"joint=True: {block.name} has grouped, rotated or normed queries and keys, "
+                    "for which the joint solution is not known; set joint=False (or "
+                    "rope='ignored' where they are only rotated)."
+                )
+        attentions = self.blocks.attention
+        blind = [block.name for block in attentions if block.rotary and not block.observed]
+        if blind and config.rope == "averaged" and config.space == "logits":
+            warnings.warn(
+                f"afopt: the rotated queries and keys of {len(blind)} attentions ({blind[0]}, …) "
+                "cannot be read, so their factors follow from the inputs and weights alone, as "
+                "with rope='ignored'.",
+                stacklevel=2,
+            )
 
     @property
     def plan(self) -> Plan:
@@ -86,9 +109,29 @@ class AFOpt(PrecondOptimizer):
         """Whether the base rule keeps no state of the matrices in scope."""
         return self.config.scaling not in ("norm_recovery", "graft")
 
-    @property
-    def _predicts(self) -> bool:
-        return self.config.scaling in ("logit_rms", "cap")
+    # The matrices left, under base="muon" ------------------------------------
+
+    def _left_matrices(self, leaves: Sequence[Leaf]) -> tuple[list[Leaf], list[Leaf]]:
+        """Leaves of linear layers outside the scope, and all others."""
+        held = {id(self.state[matrix.weight_parameter]) for matrix in self.blocks.others}
+        matrices = [leaf for leaf in leaves if id(leaf.state) in held and leaf.param.dim() == 2]
+        kept = {id(leaf) for leaf in matrices}
+        return matrices, [leaf for leaf in leaves if id(leaf) not in kept]
+
+    def step_others(self, leaves: Sequence[Leaf]) -> None:
+        if not isinstance(self.rule, MuonRule):
+            return super().step_others(leaves)
+        matrices, rest = self._left_matrices(leaves)
+        self.rule.update_matrices(matrices)
+        return self.rule.update(rest)
+
+    def allocate_rule(self, leaves: Sequence[Leaf]) -> None:
+        if not isinstance(self.rule, MuonRule):
+            return super().allocate_rule(leaves)
+        matrices, rest = self._left_matrices(leaves)
+        for leaf in matrices:
+            self.rule.allocate_matrix(leaf)
+        return super().allocate_rule(rest)
 
     # Statistics ------------------------------------------------------------
 
@@ -118,7 +161,7 @@ class AFOpt(PrecondOptimizer):
         heads, rows = treatment.heads, treatment.rows
         if treatment.left is not None:
             held[treatment.name("left")] = identities(heads, rows, rows)
-        if self._predicts and treatment.in_logits:
+        if plan.predicts and treatment.in_logits:
             held[treatment.name("left_moment")] = identities(heads, rows, rows).zero_()
         if self.config.joint and treatment.in_logits:
             held[treatment.name("own")] = identities(heads, rows, rows)
@@ -145,86 +188,12 @@ class AFOpt(PrecondOptimizer):
 
     # Refresh ---------------------------------------------------------------
 
-    def _refreshes(self, phase: int) -> bool:
-        """At the first three statistics for all, then staggered over the interval."""
-        step, config = self.steps, self.config
-        if step <= 2 * config.stat_interval and step % config.stat_interval == 0:
-            return True
-        return step % config.inverse_interval == phase
+    def refreshing(self) -> Refresh:
+        """What recomputes the factors, and reads moments and weights."""
+        return Refresh(self.plan, self.state, self.config, self.count)
 
     def refresh(self) -> None:
-        rights = [right for right in self.plan.rights if self._refreshes(right.phase)]
-        for batch in grouped(rights, _right_batch):
-            self._refresh_rights(batch)
-        lefts = [t for t in self.plan.treatments if t.left and self._refreshes(t.phase)]
-        for alike in grouped(lefts, _left_batch):
-            self._refresh_lefts(alike)
-
-    def _refresh_rights(self, rights: Sequence[RightFactor]) -> None:
-        moments, means = zip(*(self._right_moment(right) for right in rights), strict=True)
-        batch = torch.stack(moments)
-        blocks = batch.shape[1] if batch.dim() == 4 else 1
-        size = batch.shape[-1]
-        mean = torch.stack(means).repeat_interleave(blocks)
-        work = batch.view(-1, size, size)
-        found = _root(rights[0].kind, work, self.config.damping, mean, blocks)
-        self._keep([right.tensor(self.state) for right in rights], found, batch.shape)
-
-    def _right_moment(self, right: RightFactor) -> tuple[Tensor, Tensor]:
-        """The moment under a right factor, and its mean eigenvalue."""
-        moment = right.moment.read(self.state)
-        if right.down is not None:
-            down = right.down.read().to(moment.dtype)
-            moment = quadratic(down[None], moment)[0]
-            wider = right.columns - moment.shape[0]
-            if wider > 0:
-                # A bias of LoRA's B: the second moment of the constant 1 is 1.
-                moment = F.pad(moment, (0, wider, 0, wider))
-                moment.diagonal()[-wider:] = 1.0
-        elif moment.dim() == 2:
-            moment = moment[: right.columns, : right.columns]
-        elif right.columns < right.moment.request.matrix.columns:
-            moment = moment.clone()
-            last = right.columns - (moment.shape[0] - 1) * moment.shape[-1]
-            moment[-1, last:] = 0
-            moment[-1, :, last:] = 0
-        return moment, merged(moment, right.columns)
-
-    def _refresh_lefts(self, treatments: Sequence[Treatment]) -> None:
-        factors = self.factors
-        moments = torch.stack([factors.left(treatment) for treatment in treatments])
-        kind = treatments[0].left
-        assert kind is not None
-        damping = factors.damping(moments.dtype)
-        found = _root(kind, moments.flatten(0, 1), damping)
-        held = [(t.held(self.state), t) for t in treatments]
-        self._keep([state[t.name("left")] for state, t in held], found, moments.shape)
-        if self._predicts and treatments[0].in_logits:
-            for state, treatment in held:
-                state[treatment.name("left_moment")].copy_(factors.left(treatment, damped=False))
-        if self.config.joint and treatments[0].in_logits:
-            for state, treatment in held:
-                own = self._own_moment(treatment).to(moments.dtype)
-                found = _root("inverse", own, damping)
-                self._keep([state[treatment.name("own")]], found, own[None].shape)
-
-    def _own_moment(self, treatment: Treatment) -> Tensor:
-        """A_Q for q, A_K for k: what the joint correction takes out of the other factor's space."""
-        block = treatment.block
-        assert block is not None
-        damped = self.config.covariant_damping
-        if treatment.role == "q":
-            return self.factors.queries(block, damped)
-        return self.factors.keys(block, damped)
-
-    def _keep(self, held: Sequence[Tensor], found: roots.Refreshed, shape: torch.Size) -> None:
-        """Copy new factors into the state where they are usable."""
-        values = found.value.view(shape)
-        usable = found.usable.view(*shape[:-2], 1, 1)
-        for place, tensor in enumerate(held):
-            tensor.copy_(torch.where(usable[place], values[place].to(tensor.dtype), tensor))
-        self.count("failed_refreshes", (~found.usable).sum())
-        self.count("identity_factors", found.identity.sum())
+        self.refreshing().run(self.steps)
 
     # The step ----------------------------------------------------------------
 
@@ -260,7 +229,7 @@ class AFOpt(PrecondOptimizer):
             treatment.form,
             treatment.left,
             treatment.right is None,
-            treatment.in_logits and (self._predicts or self.config.joint),
+            treatment.in_logits and (self.plan.predicts or self.config.joint),
             placed.weight_slot[0],
             placed.weight.dtype,
             placed.weight.device,
@@ -329,7 +298,7 @@ class AFOpt(PrecondOptimizer):
         if base is not None:
             return base / scaling.norms(directions)
         scale = scaling.to_rms(directions) * config.lr_scale
-        if self._predicts and batch[0].in_logits:
+        if self.plan.predicts and batch[0].in_logits:
             per_unit = self.logit_rms(batch, directions)[:, None, None]
             allowed = config.rho / per_unit.clamp(min=torch.finfo(per_unit.dtype).tiny)
             bounded = torch.minimum(scale, allowed)
@@ -348,44 +317,46 @@ class AFOpt(PrecondOptimizer):
 
     def _logit_squares(self, batch: Sequence[Treatment], steps: Tensor) -> Tensor:
         left = torch.cat([t.held(self.state)[t.name("left_moment")] for t in batch])
-        moments = [self._right_moment(t.right)[0] for t in batch if t.right]
+        refresh = self.refreshing()
+        moments = [refresh.right_moment(t.right)[0] for t in batch if t.right]
         squares = scaling.logit_change(
             steps, left.to(steps.dtype), moments, batch[0].heads, 1.0
         )
-        scales = steps.new_tensor([_logit_scale(t) ** 2 / _query_heads(t) for t in batch])
-        return squares * scales[:, None]
+        scales = [logit_scale(t.block) ** 2 / t.block.heads.query for t in batch if t.block]
+        return squares * steps.new_tensor(scales)[:, None]
+
+    # What a person sees ----------------------------------------------------------
+
+    @torch.no_grad()
+    def last_steps(self) -> dict[Treatment, tuple[Tensor, Tensor]]:
+        """Momentum and ``lr·U`` of every matrix, from the state as it stands.
+
+        Empty before the first step, and under a scaling that needs the base
+        rule's step.
+        """
+        found: dict[Treatment, tuple[Tensor, Tensor]] = {}
+        ready = [t.placed for t in self.plan.treatments if t.name("momentum") in t.held(self.state)]
+        if self.config.scaling == "graft" or self.steps == 0:
+            return found
+        for batch in self._batches(ready):
+            momentum = torch.stack([t.held(self.state)[t.name("momentum")] for t in batch])
+            directions = self._directions(batch, momentum)
+            directions = directions * self._scale(batch, directions, None)
+            for treatment, before, after in zip(batch, momentum, directions, strict=True):
+                lr = self.param_groups[treatment.placed.weight_slot[0]]["lr"]
+                found[treatment] = (before, after * lr)
+        return found
+
+    @torch.no_grad()
+    def diagnostics(self) -> dict[str, float]:
+        """Counters, and what :func:`~hf_precond.optim.attention_report.report` says.
+
+        Costs about as much as a step: call it when logging.
+        """
+        return super().diagnostics() | report(self)
 
 
 def _gradient(placed: PlacedMatrix) -> Tensor:
     gradient = placed.gradient()
     assert gradient is not None
     return gradient
-
-
-def _root(
-    kind: str, moments: Tensor, damping: float, mean: Tensor | None = None, blocks: int = 1
-) -> roots.Refreshed:
-    """The factors of a kind of a batch ``[n, s, s]``."""
-    if kind == "root":
-        return roots.inverse_sqrt(moments, damping, mean, blocks)
-    return (roots.inverse if kind == "inverse" else roots.inverse_factor)(moments, damping, mean)
-
-
-def _right_batch(r: RightFactor) -> tuple:
-    return r.shape, r.kind, r.anchor.dtype, r.anchor.weight.device
-
-
-def _left_batch(t: Treatment) -> tuple:
-    return t.heads, t.rows, t.left, t.in_logits, t.placed.dtype, t.placed.weight.device
-
-
-def _logit_scale(treatment: Treatment) -> float:
-    """What the logits are multiplied with: the module's own word, or ``1/√d_h``."""
-    assert treatment.block is not None
-    own = getattr(treatment.block.module, "scaling", None)
-    return own if isinstance(own, float) else treatment.block.heads.size**-0.5
-
-
-def _query_heads(treatment: Treatment) -> int:
-    assert treatment.block is not None
-    return treatment.block.heads.query

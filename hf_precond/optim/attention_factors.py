@@ -21,7 +21,6 @@ from torch import Tensor
 
 from hf_precond.blocks import AttentionBlock
 from hf_precond.configs import AFOptConfig
-from hf_precond.linalg.roots import mean_eigenvalue
 from hf_precond.optim.attention_plan import Moment, Plan, State, Treatment
 
 JITTER = 8
@@ -172,9 +171,3 @@ class AttentionFactors:
             total = term if total is None else total + term
         assert total is not None
         return total[None]
-
-    def condition(self, moment: Tensor) -> Tensor:
-        """Condition number of a damped moment, ``[…, n, n] -> […]`` (by ``eigvalsh``)."""
-        values = torch.linalg.eigvalsh(moment.double())
-        shift = mean_eigenvalue(moment).double() * self.config.damping
-        return (values[..., -1] + shift) / (values[..., 0].clamp(min=0) + shift)

@@ -182,6 +182,11 @@ class Plan:
         self._stagger()
         self.by_placed = {treatment.placed: treatment for treatment in self.treatments}
 
+    @property
+    def predicts(self) -> bool:
+        """Whether every step's logit change is predicted."""
+        return self.config.scaling in ("logit_rms", "cap")
+
     def moment(
         self, kind: Any, matrix: LayerMatrix, anchor: PlacedMatrix, name: str, key: str, **more: Any
     ) -> Moment:

@@ -183,4 +183,8 @@ def make_rule(name: str, config: Any) -> Rule:
         from hf_precond.optim.rotation import RotatedAdamRule
 
         return RotatedAdamRule.under(config)
-    raise ValueError(f"base={name!r}: no such rule; the rules are 'adamw' and 'sgd'.")
+    if name == "muon":
+        from hf_precond.optim.muon import MuonRule
+
+        return MuonRule.under(config)
+    raise ValueError(f"base={name!r}: no such rule; the rules are 'adamw', 'sgd', 'adamr', 'muon'.")

@@ -1,0 +1,61 @@
+"""Muon for the matrices that a preconditioner leaves, AdamW for everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS, EPS, muon
+
+from hf_precond.optim.leaf import Leaf, by_group
+from hf_precond.optim.rules import AdamWRule, compute_copies
+
+
+class MuonRule(AdamWRule):
+    """Muon (Jordan et al., 2024) by torch's functional form, beside AdamW.
+
+    ``M ← β M + (1-β) G``, ``U = msign(β M + (1-β) G)`` (Nesterov),
+    ``p ← (1 - lr·wd) p - lr·m·0.2·√max(rows, columns)·U``: the entries of a
+    step have AdamW's usual root mean square (Liu et al., "Muon is scalable
+    for LLM training", 2025). Whoever owns the rule says which leaves are
+    matrices of hidden layers, and calls :meth:`update_matrices` with them.
+
+    Args:
+        lr_scale: m, learning rate of the matrices over the group's, > 0.
+        nesterov: Nesterov form of the momentum.
+    """
+
+    def __init__(self, lr_scale: float = 1.0, nesterov: bool = True) -> None:
+        super().__init__()
+        self.lr_scale, self.nesterov = lr_scale, nesterov
+
+    @classmethod
+    def under(cls, config: Any) -> MuonRule:
+        """The rule of an optimizer's config."""
+        return cls(getattr(config, "lr_scale", 1.0), getattr(config, "nesterov", True))
+
+    def allocate_matrix(self, leaf: Leaf) -> None:
+        """Make the momentum of a matrix, where it is missing."""
+        leaf.zeros("momentum_buffer")
+
+    def update_matrices(self, leaves: Sequence[Leaf]) -> None:
+        """Step leaves of two dimensions by Muon."""
+        for leaf in leaves:
+            self.allocate_matrix(leaf)
+        for batch in by_group(leaves):
+            group = batch[0].group
+            with compute_copies(batch) as (params, grads):
+                muon(
+                    params,
+                    grads,
+                    [leaf["momentum_buffer"] for leaf in batch],
+                    lr=group["lr"] * self.lr_scale,
+                    weight_decay=group["weight_decay"] / self.lr_scale,
+                    momentum=group["momentum"],
+                    nesterov=self.nesterov,
+                    ns_coefficients=(DEFAULT_A, DEFAULT_B, DEFAULT_C),
+                    eps=EPS,
+                    ns_steps=DEFAULT_NS_STEPS,
+                    adjust_lr_fn="match_rms_adamw",
+                    has_complex=False,
+                )
