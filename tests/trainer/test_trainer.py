@@ -243,6 +243,36 @@ def test_a_loss_scale_changes_nothing(name, growth, tmp_path):
         assert torch.equal(a, b)
 
 
+def test_output_gradients_are_staged_without_the_loss_scale():
+    import types
+
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    from hf_precond import create_optimizer
+    from hf_precond.trainer.callbacks import PrecondCallback
+
+    model = bert()
+    optimizer = create_optimizer(model, "nkfac", stat_interval=1)
+    batch = {key: torch.stack([torch.as_tensor(d[key]) for d in text_data(4)])
+             for key in ("input_ids", "labels")}
+
+    def staged(scaler):
+        wrapped = types.SimpleNamespace(optimizer=optimizer, scaler=scaler)
+        PrecondCallback().on_step_begin(None, None, None, optimizer=wrapped)
+        loss = model(**batch).loss
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        return optimizer.statistics.take()
+
+    assert hasattr(AcceleratedOptimizer, "step_was_skipped")
+    plain = staged(None)
+    for scaler in (torch.amp.GradScaler("cpu", init_scale=2.0**12),
+                   torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=False)):
+        scaled_sums = staged(scaler)
+        assert plain.keys() == scaled_sums.keys()
+        for key, statistic in plain.items():
+            assert torch.equal(statistic.sum, scaled_sums[key].sum), key
+
+
 @each_name
 def test_a_step_that_the_scaler_skips_leaves_no_trace(name, tmp_path):
     data = text_data(count=8)
