@@ -37,8 +37,8 @@ NOT_TWICE = (
     "returns the loss: optimizer.probe(lambda: loss_function(model(x), y))."
 )
 SHARDED = (
-    "sgdph: {name} is sharded by FSDP2, whose backward pass cannot be differentiated; train with "
-    "DDP (torchrun), or choose afopt or adamr."
+    "sgdph: the model is sharded (FSDP2, or parameters that are DTensors), and its backward pass "
+    "cannot be differentiated; train with DDP (torchrun), or choose afopt or adamr."
 )
 
 
@@ -52,8 +52,8 @@ def open_probe(model: nn.Module, requests: Sequence[CurvatureRequest]) -> Curvat
     return CurvatureProbe(model, requests)
 
 
-class _RootHook:
-    """Forward pre-hook of the root model. Holds its source weakly; a copy is inert."""
+class _ForwardHook:
+    """Forward pre-hook. Holds its source weakly; a copy is inert."""
 
     def __init__(self, source: CurvatureProbe) -> None:
         self.source: Callable[[], CurvatureProbe | None] = weakref.ref(source)
@@ -62,16 +62,16 @@ class _RootHook:
         if torch.compiler.is_compiling():
             return
         source = self.source()
-        if source is not None and source.model is module:
+        if source is not None:
             source.before_forward()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _RootHook:
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ForwardHook:
         return self.__class__.__new__(self.__class__)._inert()
 
     def __reduce__(self) -> Any:
         return _inert_hook, ()
 
-    def _inert(self) -> _RootHook:
+    def _inert(self) -> _ForwardHook:
         self.source = _nothing
         return self
 
@@ -80,13 +80,14 @@ def _nothing() -> None:
     return None
 
 
-def _inert_hook() -> _RootHook:
-    return _RootHook.__new__(_RootHook)._inert()
+def _inert_hook() -> _ForwardHook:
+    return _ForwardHook.__new__(_ForwardHook)._inert()
 
 
-def _leave(handle: Any, switches: DoubleBackward) -> None:
+def _leave(handles: Sequence[Any], switches: DoubleBackward) -> None:
     """What :meth:`CurvatureProbe.close` undoes, also when it is collected as garbage."""
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     switches.release()
     backward_hook.stop()
 
@@ -95,9 +96,8 @@ class CurvatureProbe:
     """Stages estimates of the Hessian diagonal on the steps that are due.
 
     It sees the loss through ``Accelerator.backward`` or :meth:`observe`. On
-    the steps that are due, the root model's forward pass switches attention
-    to a kernel that can be differentiated twice, until the backward pass is
-    done.
+    the steps that are due, the model's forward pass switches attention to a
+    kernel that can be differentiated twice, until the backward pass is done.
 
     Args:
         model: the root of what is trained.
@@ -114,9 +114,13 @@ class CurvatureProbe:
         self.seen: list[Callable[[], Any]] = []
         self.by_differences = False
         self.switches = DoubleBackward(model)
-        handle = model.register_forward_pre_hook(_RootHook(self))
+        # Children too: some trainers call a part of the model and never its root.
+        handles = [
+            module.register_forward_pre_hook(_ForwardHook(self))
+            for module in (model, *model.children())
+        ]
         backward_hook.listen(self)
-        self._leave = weakref.finalize(self, _leave, handle, self.switches)
+        self._leave = weakref.finalize(self, _leave, handles, self.switches)
         self._leave.atexit = False
 
     # What the optimizer calls -------------------------------------------------
@@ -171,7 +175,7 @@ class CurvatureProbe:
     # What sees the training ---------------------------------------------------
 
     def before_forward(self) -> None:
-        """The root model is about to run."""
+        """The model, or a part of it, is about to run."""
         if self.due and torch.is_grad_enabled():
             self.switches.acquire()
 
@@ -205,6 +209,7 @@ class CurvatureProbe:
         requests = self._requests() if self.due else []
         if not requests:
             return False
+        self._refuse_sharded(requests)
         if not isinstance(loss, Tensor):
             self._stage_differences(loss, requests, weight)
             return True
@@ -236,7 +241,7 @@ class CurvatureProbe:
         scale: Tensor | float | None,
     ) -> bool:
         """By the graph of the loss; whether it reaches any of the parameters."""
-        parameters = [self._parameter(request) for request in requests]
+        parameters = [request.norm.parameter for request in requests]
         try:
             product = GraphProduct(loss, parameters, scale)
             if not any(product.reached):
@@ -252,7 +257,7 @@ class CurvatureProbe:
         requests: Sequence[CurvatureRequest],
         weight: float,
     ) -> None:
-        parameters = [self._parameter(request) for request in requests]
+        parameters = [request.norm.parameter for request in requests]
         product = DifferenceProduct(loss_function, self.model, parameters)
         self._stage(product, requests, parameters, weight)
         self.by_differences = True
@@ -287,9 +292,16 @@ class CurvatureProbe:
             self.vectors = {r.key: z for r, z in zip(self.requests, drawn, strict=True)}
         return [self.vectors[request.key] for request in requests]
 
-    def _parameter(self, request: CurvatureRequest) -> Tensor:
-        parameter = request.norm.parameter
-        sharding = sys.modules.get("torch.distributed.tensor")
-        if sharding is not None and isinstance(parameter, sharding.DTensor):
-            raise RuntimeError(SHARDED.format(name=request.norm.name))
-        return parameter
+    def _refuse_sharded(self, requests: Sequence[CurvatureRequest]) -> None:
+        # Neither module is imported here: without them nothing can be sharded.
+        fsdp = sys.modules.get("torch.distributed.fsdp")
+        tensors = sys.modules.get("torch.distributed.tensor")
+        sharded = fsdp is not None and any(
+            isinstance(module, fsdp.FSDPModule) for module in self.model.modules()
+        )
+        if tensors is not None:
+            sharded = sharded or any(
+                isinstance(request.norm.parameter, tensors.DTensor) for request in requests
+            )
+        if sharded:
+            raise RuntimeError(SHARDED)

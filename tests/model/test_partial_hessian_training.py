@@ -7,8 +7,11 @@ import pickle
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
@@ -84,10 +87,34 @@ def test_the_kernel_is_switched_on_due_steps_only_and_back():
     source.close()
 
 
+def test_a_trainer_that_calls_a_part_of_the_model():
+    model = nn.ModuleDict({"body": attention_model()})
+    source = open_source(model)
+    source.enable(True, 0)
+    Accelerator(cpu=True).backward(loss_of(model["body"]))
+    assert len(source.take()) == 2
+    source.close()
+    assert not model["body"]._forward_pre_hooks
+
+
+def test_parameters_sharded_by_fsdp2_are_refused(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 3))
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        source = open_source(model)
+        source.enable(True, 0)
+        with pytest.raises(RuntimeError, match=r"sharded \(FSDP2.*train with DDP"):
+            source.observe(model(torch.randn(5, 4)).square().mean())
+        source.close()
+    finally:
+        dist.destroy_process_group()
+
+
 def test_without_the_switch_the_error_says_what_to_do():
     model = attention_model()
     source = open_source(model)
-    loss = loss_of(model)
+    loss = loss_of(model)  # before the step was due
     source.enable(True, 0)
     with pytest.raises(RuntimeError, match=r"attn_implementation='sdpa'.*use_reentrant=False"):
         source.observe(loss)

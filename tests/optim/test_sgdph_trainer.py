@@ -131,6 +131,19 @@ def test_checkpointing_and_bfloat16(name, tmp_path):
     two.close()
 
 
+@pytest.mark.parametrize("name", ["bert", "vit", "llama"])
+def test_the_norm_steps_stay_within_a_factor_of_ten_of_adamws(name, tmp_path):
+    model, ratios = make(name), []
+    optimizer = create_optimizer(model, "sgdph", lr=1e-3)
+    optimizer.register_step_post_hook(
+        lambda *_: ratios.append(optimizer.diagnostics()["norm_update_over_adamw"])
+    )
+    train(model, optimizer, tmp_path, rows=Rows(name), max_steps=45, num_train_epochs=45)
+    assert len(ratios) == 45
+    assert min(ratios) > 0.1 and max(ratios) < 10, ratios
+    optimizer.close()
+
+
 def test_twenty_one_steps_probe_twice_and_lower_the_loss(tmp_path):
     model = make("bert")
     optimizer = create_optimizer(model, "sgdph", lr=3e-3)
