@@ -20,7 +20,7 @@ RMS = 0.2
 def norms(matrices: Tensor) -> Tensor:
     """Frobenius norms, ``[n, out, c] -> [n, 1, 1]``, never zero."""
     value = torch.linalg.matrix_norm(matrices, keepdim=True)
-    return value.clamp(min=torch.finfo(value.dtype).tiny)
+    return value.clamp(min=torch.finfo(value.dtype).tiny / torch.finfo(value.dtype).eps)
 
 
 def to_rms(directions: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from tests.model.families import build
 CONVOLUTIONS: dict[str, tuple[type[nn.Module], tuple[int, ...], dict[str, Any]]] = {
     "1d": (nn.Conv1d, (9,), {"kernel_size": 3, "stride": 2, "padding": 1}),
     "2d": (nn.Conv2d, (7, 8), {"kernel_size": 3}),
-    "rectangular": (nn.Conv2d, (7, 8), {"kernel_size": (2, 3), "stride": (2, 1), "padding": (1, 2)}),
+    "rectangular": (nn.Conv2d, (7, 8), {"kernel_size": (2, 3), "stride": (2, 1), "padding": 1}),
     "dilated": (nn.Conv2d, (9, 9), {"kernel_size": (3, 2), "dilation": (2, 3), "padding": 2}),
     "same": (nn.Conv2d, (6, 5), {"kernel_size": (4, 3), "padding": "same", "dilation": (1, 2)}),
     "reflect": (nn.Conv2d, (6, 5), {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"}),

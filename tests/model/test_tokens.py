@@ -1,0 +1,138 @@
+"""Which rows count as tokens: the mask of the right model, sequence and pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import transformers as tf
+from peft import PromptTuningConfig, get_peft_model
+from torch import Tensor, nn
+
+from hf_precond.blocks import MomentRequest
+from hf_precond.model.attention import find_attention
+from hf_precond.model.capture import Capture
+from tests.model.families import TEXT, build, loss_of, text
+
+OPEN: list[Capture] = []
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    while OPEN:
+        OPEN.pop().close()
+
+
+def counting(model: nn.Module) -> Capture:
+    """A capture of the inputs of every q, and of k where it has its own."""
+    requests = []
+    for block in find_attention(model):
+        requests.append(MomentRequest(f"{block.name}.q", "input", block.q, block))
+        if block.cross:
+            requests.append(MomentRequest(f"{block.name}.k", "input", block.k, block))
+    OPEN.append(Capture(model, requests))
+    OPEN[-1].enable(True, 0)
+    return OPEN[-1]
+
+
+def counts(capture: Capture) -> dict[str, float]:
+    return {key: found.count.item() for key, found in capture.take().items()}
+
+
+def masks(*lengths: int, width: int = 7) -> Tensor:
+    return (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+
+
+def test_positional_masks_are_read() -> None:
+    model = build("bert")
+    capture = counting(model)
+    batch = text()
+    model(batch["input_ids"], masks(7, 3, 2), labels=batch["labels"]).loss.backward()
+    assert set(counts(capture).values()) == {12}
+
+
+def test_the_body_alone_has_its_own_mask() -> None:
+    class Classifier(nn.Module):
+        """Not a model of transformers, and its mask goes by another name."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = tf.BertModel(tf.BertConfig(**TEXT))
+            self.head = nn.Linear(16, 2)
+
+        def forward(self, ids: Tensor, real: Tensor) -> Tensor:
+            return self.head(self.body(input_ids=ids, attention_mask=real).pooler_output)
+
+    model = Classifier()
+    capture = counting(model)
+    model(text()["input_ids"], masks(4, 4, 4)).sum().backward()
+    assert set(counts(capture).values()) == {12}
+
+
+def test_a_mask_of_four_dimensions_is_no_mask_of_tokens() -> None:
+    model = build("bert")
+    capture = counting(model)
+    full = torch.ones(3, 1, 7, 7, dtype=torch.bool)
+    model(text()["input_ids"], attention_mask=full, labels=text()["labels"]).loss.backward()
+    assert set(counts(capture).values()) == {21}
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_two_forwards_before_a_backward_keep_their_masks(reentrant: bool | None) -> None:
+    """A query and a passage, as contrastive training has them."""
+    model = build("bert")
+    if reentrant is not None:
+        options = {"use_reentrant": reentrant}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        model.enable_input_require_grads()
+    capture = counting(model)
+    ids = text()["input_ids"]
+    first = model(input_ids=ids, attention_mask=masks(2, 3, 1)).logits
+    second = model(input_ids=ids[:, :5], attention_mask=masks(5, 5, 4, width=5)).logits
+    (first * second).sum().backward()
+    taken = capture.take()
+    assert {found.count.item() for found in taken.values()} == {20}
+
+
+def test_prompt_tokens_count_as_tokens() -> None:
+    config = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4)
+    model = get_peft_model(build("bert", torch.float32), config)
+    capture = counting(model)
+    loss_of(model, text()).backward()
+    assert set(counts(capture).values()) == {text()["attention_mask"].sum().item() + 12}
+
+
+def test_an_encoder_decoder_of_two_models() -> None:
+    encoder = tf.BertConfig(**TEXT)
+    decoder = tf.BertConfig(**TEXT, is_decoder=True, add_cross_attention=True)
+    config = tf.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    model = tf.EncoderDecoderModel(config=config)
+    capture = counting(model)
+    ids = text()["input_ids"]
+    model(
+        input_ids=ids,
+        attention_mask=masks(7, 3, 2),
+        decoder_input_ids=ids,
+        decoder_attention_mask=masks(5, 1, 1),
+        labels=ids,
+    ).loss.backward()
+    for key, count in counts(capture).items():
+        reads_source = key.startswith("encoder") or key.endswith(".k")
+        assert count == (12 if reads_source else 7), key
+
+
+def test_masks_are_let_go_of() -> None:
+    model = build("bert")
+    capture = counting(model)
+    loss_of(model, text()).backward()
+    assert any(owner.masks for owner in capture.tokens.owners)
+    capture.take()
+    assert not any(owner.masks for owner in capture.tokens.owners)
+    loss_of(model, text()).backward()
+    capture.enable(False, 1)
+    assert not any(owner.masks for owner in capture.tokens.owners)
+    loss_of(model, text()).backward()
+    assert not any(owner.masks for owner in capture.tokens.owners)
