@@ -100,7 +100,8 @@ class AdamWRule(Rule):
             torch._foreach_mul_(second, beta2)
             torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
             for leaf in batch:
-                step = leaf["step"].add_(1)
+                # float32 would lose half the digits of 1 - β₂ᵗ.
+                step = leaf["step"].add_(1).double()
                 pairs[id(leaf)] = (
                     leaf["exp_avg"] / (1 - beta1**step),
                     (leaf["exp_avg_sq"] / (1 - beta2**step)).sqrt_(),
