@@ -266,6 +266,8 @@ class AdamRConfig(OptimizerConfig):
         stat_decay: decay of the factors' running average, in [0, 1).
         stat_interval: steps between two updates of the factors, >= 1.
         basis_interval: steps between two refreshes of the basis, >= 1.
+        basis_tolerance: a basis is left as it is while the off-diagonal part
+            of its factor holds less than this share of the energy, in [0, 1].
         max_dim: a wider side is not rotated, >= 1.
         precision: precision of the rotations on GPUs: ``highest``, ``tf32``
             or ``bf16``.
@@ -280,6 +282,7 @@ class AdamRConfig(OptimizerConfig):
     stat_decay: float = decay(0.95)
     stat_interval: int = interval(1)
     basis_interval: int = interval(10)
+    basis_tolerance: float = bounded(0.01, 0.0, 1.0)
     max_dim: int = bounded(2048, 1)
     precision: Literal["highest", "tf32", "bf16"] = "highest"
 

@@ -23,7 +23,8 @@ class BasisRefresh:
 
     A basis is refreshed at Adam's steps 0, 1, 2, 4, 8, … below
     ``basis_interval`` and then once an interval, each on a step of its own so
-    that no step is much longer than the others. The first is an
+    that no step is much longer than the others; a basis that is still good is
+    left as it is. The first is an
     eigendecomposition; from then on the basis is followed by
     :func:`hf_precond.linalg.eigenbasis.refresh`.
 
@@ -52,20 +53,55 @@ class BasisRefresh:
             phase = min(range(len(self.loads)), key=self.loads.__getitem__)
             self.loads[phase] += cost
             leaf[f"{side}_phase"] = phase
+            leaf[f"{side}_energy"] = _host_scalar(device, float("inf"))
+            leaf[f"{side}_strikes"] = 0
 
     def due(self, batch: Batch) -> dict[str, list[int]]:
-        """Per side, the leaves whose basis is refreshed now; sides without any are left out."""
-        chosen = {
-            side: [n for n, leaf in enumerate(batch.leaves) if self._is_due(leaf, side)]
-            for side in batch.plan.sides
-        }
-        return {side: leaves for side, leaves in chosen.items() if leaves}
+        """Per side, the leaves whose basis turns now; sides without any are left out.
 
-    def _is_due(self, leaf: Leaf, side: str) -> bool:
-        step, interval = leaf["step"], self.config.basis_interval
+        A basis whose turn it is stays as it is while the off-diagonal energy
+        found at its previous turn was below ``basis_tolerance``.
+        """
+        step, interval = batch.number("step"), self.config.basis_interval
+        everything = list(range(len(batch.leaves)))
         if step < interval:
-            return step & (step - 1) == 0
-        return step % interval == leaf[f"{side}_phase"]
+            return {side: everything for side in batch.plan.sides if step & (step - 1) == 0}
+        chosen = {}
+        for side in batch.plan.sides:
+            turns = [
+                n for n in everything if step % interval == batch.leaves[n][f"{side}_phase"]
+            ]
+            stale = [n for n in turns if not self._is_good(batch.leaves[n], side)]
+            if turns:
+                self._measure(batch.part(turns), side)
+                self._count("basis_skipped", len(turns) - len(stale))
+            if stale:
+                chosen[side] = stale
+        return chosen
+
+    def _is_good(self, leaf: Leaf, side: str) -> bool:
+        """Whether the energy found at the previous turn was small; counts what is not finite."""
+        energy = leaf[f"{side}_energy"]
+        value = float(energy)
+        if value != value and leaf.param.is_cuda:  # NaN: perhaps the copy is still under way
+            torch.cuda.current_stream(leaf.param.device).synchronize()
+            value = float(energy)
+        failed = value != value
+        if failed:
+            self._count("basis_kept", 1)
+        name = getattr(getattr(leaf, "matrix", None), "name", f"weight {tuple(leaf.param.shape)}")
+        strikes = fallback.strikes(leaf[f"{side}_strikes"], failed, f"{name} ({side} side)")
+        leaf[f"{side}_strikes"] = strikes
+        return value < self.config.basis_tolerance
+
+    def _measure(self, batch: Batch, side: str) -> None:
+        """Off-diagonal energies, copied to the host where they are read an interval later."""
+        factor = batch.read(f"{side}_factor").to(batch.leaves[0]["exp_avg"].dtype)
+        energies = eigenbasis.off_diagonal_energy(factor).view(len(batch.leaves), -1).amax(1)
+        for leaf, energy in zip(batch.leaves, energies.unbind(), strict=True):
+            if leaf.param.is_cuda:
+                leaf[f"{side}_energy"] = _host_scalar(leaf.param.device, float("nan"))
+            leaf[f"{side}_energy"].copy_(energy, non_blocking=True)
 
     def refresh(self, batch: Batch, side: str) -> None:
         """Turn the bases of one side of a batch; the moments follow."""
@@ -80,16 +116,38 @@ class BasisRefresh:
             basis = batch.read(f"{side}_basis") @ rotation
             if step // interval % CLEAN_EVERY == 0:
                 basis = eigenbasis.orthonormal(basis)
-            batch.write("exp_avg", turn(side, rotation, batch.read("exp_avg")))
-            if self.config.transport == "overlap" or step < interval:
-                share = eigenbasis.overlap(rotation)
-                batch.write("exp_avg_sq", turn(side, share, batch.read("exp_avg_sq")))
+            self._transport(batch, side, rotation)
         batch.write(f"{side}_factor", factor)
         batch.write(f"{side}_basis", basis)
         self._count("basis_refreshes", len(batch.leaves))
 
+    def _transport(self, batch: Batch, side: str, rotation: Tensor) -> None:
+        """``M ← Pᵀ M``, and V by the overlap of the coordinates or with its columns.
+
+        V that stays is raised to ``M̂² <= V̂`` where the momentum turned into a
+        direction that had none: Adam's ratio would have no bound there. While
+        the factors are young their null spaces turn freely, and V always
+        follows by overlap.
+        """
+        first = turn(side, rotation, batch.read("exp_avg"))
+        batch.write("exp_avg", first)
+        step, second = batch.number("step"), batch.read("exp_avg_sq")
+        if self.config.transport == "overlap" or step < self.config.basis_interval:
+            second = turn(side, eigenbasis.overlap(rotation), second)
+        else:
+            beta1, beta2 = batch.group["betas"]
+            lowest = first.square_().mul_((1 - beta2**step) / (1 - beta1**step) ** 2)
+            second = torch.maximum(second, lowest)
+            batch.write("mean_sq", second.mean((1, 2), keepdim=True))
+        batch.write("exp_avg_sq", second)
+
     def _count(self, name: str, by: int) -> None:
         self.counters[name] = self.counters.get(name, 0) + by
+
+
+def _host_scalar(device: torch.device, value: float) -> Tensor:
+    """A number on the host that a GPU can write to without being waited for."""
+    return torch.full((), value, dtype=torch.float64, pin_memory=device.type == "cuda")
 
 
 def accumulate(factor: Tensor, root: Tensor, keep: float, weight: float) -> None:
