@@ -56,6 +56,15 @@ class _EagerCode(_Shared):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
 
 
+def compiled_code_runs() -> bool:
+    """Whether anything was compiled in this process so far; True where torch does not say."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None:
+        return False
+    counters = getattr(getattr(dynamo, "utils", None), "counters", None)
+    return counters is None or bool(counters.get("frames"))
+
+
 _MATH_ATTENTION = _MathAttention()
 _EAGER_CODE = _EagerCode()
 

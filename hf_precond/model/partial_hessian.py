@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_precond.blocks import CurvatureRequest, Statistic
 from hf_precond.model import backward_hook
-from hf_precond.model.double_backward import DoubleBackward
+from hf_precond.model.double_backward import DoubleBackward, compiled_code_runs
 from hf_precond.model.finite_difference import DifferenceProduct
 from hf_precond.model.hessian_products import (
     GraphProduct,
@@ -113,6 +113,8 @@ class CurvatureProbe:
         self.vectors: dict[str, Tensor] = {}
         self.seen: list[Callable[[], Any]] = []
         self.by_differences = False
+        self.versions: list[int] = []
+        self.idled = False
         self.switches = DoubleBackward(model)
         # Children too: some trainers call a part of the model and never its root.
         handles = [
@@ -131,8 +133,8 @@ class CurvatureProbe:
         self.step = step
         self.vectors = {}
         self.switches.release()
-        if self.due:
-            self.switches.expect()
+        self.idled = self.idled or not self.due
+        self._expect()
 
     def take(self) -> dict[str, Statistic]:
         """What was staged; the stage is empty afterwards.
@@ -152,6 +154,7 @@ class CurvatureProbe:
         self.staged = {}
         self.seen = []
         self.by_differences = False
+        self.versions = []
 
     def close(self) -> None:
         """Remove every hook."""
@@ -182,7 +185,13 @@ class CurvatureProbe:
     def release(self) -> None:
         """The backward pass is done."""
         self.switches.release()
-        if self.due:
+        self._expect()
+
+    def _expect(self) -> None:
+        # A compiled model has been compiled once a step that was not due is over. Until then,
+        # and from then on if it was, compiled code is to run uncompiled. Otherwise the process
+        # may compile what it likes, also after a training that ends before a due step.
+        if self.due and (not self.idled or compiled_code_runs()):
             self.switches.expect()
 
     def observe(
@@ -210,6 +219,10 @@ class CurvatureProbe:
         if not requests:
             return False
         self._refuse_sharded(requests)
+        if self._stepped_by_another(requests):
+            self.enable(False, self.step)
+            self.drop()
+            return False
         if not isinstance(loss, Tensor):
             self._stage_differences(loss, requests, weight)
             return True
@@ -260,6 +273,7 @@ class CurvatureProbe:
         parameters = [request.norm.parameter for request in requests]
         product = DifferenceProduct(loss_function, self.model, parameters)
         self._stage(product, requests, parameters, weight)
+        self.versions = [parameter._version for parameter in parameters]
         self.by_differences = True
         self.seen.append(_nothing)
 
@@ -291,6 +305,16 @@ class CurvatureProbe:
             drawn = probe_vectors(parameters, self.requests[0].probe, self.step)
             self.vectors = {r.key: z for r, z in zip(self.requests, drawn, strict=True)}
         return [self.vectors[request.key] for request in requests]
+
+    def _stepped_by_another(self, requests: Sequence[CurvatureRequest]) -> bool:
+        """Whether the parameters changed since the first loss of this step.
+
+        Then another optimizer trains this model, and this one's will not step.
+        """
+        versions = [request.norm.parameter._version for request in requests]
+        changed = bool(self.versions) and versions != self.versions
+        self.versions = versions
+        return changed
 
     def _refuse_sharded(self, requests: Sequence[CurvatureRequest]) -> None:
         # Neither module is imported here: without them nothing can be sharded.

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+from contextlib import nullcontext
 
 import psutil
 import pytest
@@ -16,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from hf_precond.blocks import CurvatureRequest
+from hf_precond.model import partial_hessian
 from hf_precond.model.norms import channel_parameters
 from hf_precond.model.partial_hessian import open_probe
 from tests.optim.models import batch, make
@@ -176,6 +178,42 @@ def test_a_copy_of_the_model_has_an_inert_hook():
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         loss_of(twin)
         assert torch.backends.cuda.flash_sdp_enabled()
+    source.close()
+
+
+def test_a_source_whose_optimizer_stopped_rests():
+    """Two trainings of one model: the first optimizer's last step left a probe due."""
+    model = attention_model()
+    source = open_source(model)
+    source.enable(True, 20)
+    accelerator, other = Accelerator(cpu=True), torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        accelerator.backward(loss_of(model))
+        other.step()
+        other.zero_grad()
+    assert not source.staged and not source.due
+    assert model.fused == [False, False, True]
+    source.enable(True, 40)
+    accelerator.backward(loss_of(model))
+    assert len(source.take()) == 2
+    source.close()
+
+
+def test_compilation_is_left_alone_where_nothing_was_compiled(monkeypatch):
+    stances = []
+    monkeypatch.setattr(
+        torch.compiler, "set_stance", lambda stance: stances.append(stance) or nullcontext()
+    )
+    monkeypatch.setattr(partial_hessian, "compiled_code_runs", lambda: False)
+    source = open_source(attention_model())
+    source.enable(True, 0)
+    assert stances == ["force_eager"]
+    source.enable(False, 1)
+    source.enable(True, 2)
+    assert len(stances) == 1
+    monkeypatch.setattr(partial_hessian, "compiled_code_runs", lambda: True)
+    source.enable(True, 3)
+    assert len(stances) == 2
     source.close()
 
 
