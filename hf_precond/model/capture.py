@@ -37,19 +37,6 @@ from hf_precond.model.stage import (
 )
 from hf_precond.model.tokens import Reader, TokenWeights
 
-
-@dataclass
-class _Collection:
-    """One sum, which may serve several requests."""
-
-    name: str
-    kind: str
-    matrix: LayerMatrix
-    constant: bool
-    center: bool
-    blocks: int = 1
-
-
 @dataclass
 class _Point:
     """A module that is hooked, and what is collected from its calls."""
@@ -57,7 +44,7 @@ class _Point:
     module: nn.Module
     layer: nn.Module
     reader: Reader
-    collections: dict[str, _Collection] = field(default_factory=dict)
+    collections: dict[str, Collection] = field(default_factory=dict)
 
 
 class Capture:
@@ -135,6 +122,8 @@ class Capture:
                 f"{request.key}: the input of {matrix.name} ({type(layer).__name__}) has no second "
                 "moment; ask for those of linear layers and convolutions."
             )
+        if request.center and isinstance(layer, CONVOLUTIONS):
+            raise ValueError(f"{request.key}: a convolution's patches are no sequence to centre.")
         if request.kind == "output_grad" and isinstance(layer, nn.MultiheadAttention):
             raise ValueError(
                 f"{request.key}: the projections of {matrix.name} are inside "
@@ -152,7 +141,7 @@ class Capture:
         constant = request.kind == "input" and request.matrix.bias is not None
         collection = point.collections.get(name)
         if collection is None:
-            collection = _Collection(
+            collection = Collection(
                 name, request.kind, matrix, constant, request.center, request.blocks
             )
             point.collections[name] = collection
@@ -230,7 +219,7 @@ class Capture:
     def _input_part(
         self,
         point: _Point,
-        collection: _Collection,
+        collection: Collection,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         dtype: torch.dtype,
@@ -251,13 +240,12 @@ class Capture:
         if inputs is None:
             return None
         if isinstance(layer, CONVOLUTIONS):
-            rows = patches(layer, inputs.detach().to(dtype)).flatten(0, 1)
+            return patch_part(collection, layer, inputs.detach().to(dtype))
+        rows = inputs.detach().to(dtype)
+        if weights is None:
+            weights = point.reader.read(tuple(inputs.shape), dtype)
         else:
-            rows = inputs.detach().to(dtype)
-            if weights is None:
-                weights = point.reader.read(tuple(inputs.shape), dtype)
-            else:
-                weights = weights.to(dtype)
+            weights = weights.to(dtype)
         return input_part(collection, rows, weights)
 
     # The StatisticsSource -----------------------------------------------------
@@ -322,26 +310,6 @@ def moment_dtype(point: _Point) -> torch.dtype:
     for parameter in point.layer.parameters():
         return torch.float64 if parameter.dtype == torch.float64 else torch.float32
     return torch.float32
-
-
-def input_part(collection: _Collection, rows: Tensor, weights: Tensor | None) -> Part:
-    """The moment of an input ``[…, T, d]``, each leading index a sequence."""
-    count = count_of(rows[..., 0].numel(), weights, rows)
-    if collection.center:
-        rows = centred(rows, weights)
-    constant = collection.constant and not collection.center
-    flat, weights = rows.flatten(0, -2), _flat(weights)
-    if collection.constant and collection.center:  # the constant less its mean is zero
-        flat = torch.nn.functional.pad(flat, (0, 1))
-    if collection.blocks > 1:
-        total = block_moment(flat, weights, constant=constant, blocks=collection.blocks)
-    else:
-        total = moment(flat, weights, constant=constant)
-    return Part(collection.name, total, count)
-
-
-def _flat(weights: Tensor | None) -> Tensor | None:
-    return None if weights is None else weights.flatten()
 
 
 def _output_count(point: _Point, result: Tensor, dtype: torch.dtype) -> Tensor:

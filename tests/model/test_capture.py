@@ -354,6 +354,17 @@ def test_copies_and_pickles_of_the_model_do_not_feed_the_capture() -> None:
     assert len(capture.take()) == len(requests_for(linears(model)))
 
 
+def test_the_loss_scale_does_not_enter() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(3, 2).double(), torch.randn(5, 3, dtype=torch.float64)
+    capture = opened(layer, requests_for(find_matrices(layer)))
+    layer(x).pow(2).sum().backward()
+    plain = capture.take()
+    capture.loss_scale = torch.tensor(1024.0)
+    (layer(x).pow(2).sum() * 1024).backward()
+    assert_same(capture.take(), plain)
+
+
 def test_autocast_and_half_precision_sum_in_float32() -> None:
     model = build("bert", torch.float32)
     matrices = linears(model)[:4]
@@ -386,8 +397,10 @@ CONVOLUTIONS = [
 ]
 
 
+@pytest.mark.parametrize("entries", [1, 2**24])
 @pytest.mark.parametrize("layer", CONVOLUTIONS, ids=["plain", "grouped", "depthwise"])
-def test_convolutions(layer: nn.Module) -> None:
+def test_convolutions(layer: nn.Module, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_precond.model.parts._PATCHES", entries)
     torch.manual_seed(0)
     layer = copy.deepcopy(layer).double()
     (matrix,) = find_matrices(layer)

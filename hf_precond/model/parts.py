@@ -1,0 +1,71 @@
+"""What one call of a layer adds to the second moments of its inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hf_precond.blocks import LayerMatrix
+from hf_precond.model.matrices import CONVOLUTIONS
+from hf_precond.model.rows import patches
+from hf_precond.model.stage import Part, centred, count_of, moment
+
+_PATCHES = 2**24  # entries of a convolution's patches that are laid out at once
+
+
+@dataclass
+class Collection:
+    """One sum, which may serve several requests.
+
+    Args:
+        name: its name in the stage.
+        kind: ``input`` or ``output_grad``.
+        matrix: a matrix whose input or output gradient it is.
+        constant: a 1 stands behind every row.
+        center: each sequence's mean is taken off first.
+    """
+
+    name: str
+    kind: str
+    matrix: LayerMatrix
+    constant: bool
+    center: bool
+
+
+def input_part(collection: Collection, rows: Tensor, weights: Tensor | None) -> Part:
+    """The moment of an input ``[…, T, d]``, each leading index a sequence."""
+    count = count_of(rows[..., 0].numel(), weights, rows)
+    if collection.center:
+        rows = centred(rows, weights)
+    constant = collection.constant and not collection.center
+    flat, weights = rows.flatten(0, -2), _flat(weights)
+    if collection.constant and collection.center:  # the constant less its mean is zero
+        flat = torch.nn.functional.pad(flat, (0, 1))
+    if collection.blocks > 1:
+        total = block_moment(flat, weights, constant=constant, blocks=collection.blocks)
+    else:
+        total = moment(flat, weights, constant=constant)
+    return Part(collection.name, total, count)
+
+
+def patch_part(collection: Collection, layer: nn.Module, inputs: Tensor) -> Part:
+    """The moment of a convolution's patches, a part of the batch at a time to bound memory."""
+    assert isinstance(layer, CONVOLUTIONS)
+    total: Tensor | None = None
+    rows, step = 0, len(inputs)
+    if inputs.dim() == layer.weight.dim():
+        enlarged = inputs[:1].numel() * layer.weight[0, 0].numel()
+        step = max(1, _PATCHES // max(1, enlarged))
+    for part in inputs.split(step):
+        seen = patches(layer, part).flatten(0, 1)
+        term = moment(seen, None, constant=collection.constant)
+        total = term if total is None else total.add_(term)
+        rows += len(seen)
+    assert total is not None
+    return Part(collection.name, total, count_of(rows, None, total))
+
+
+def _flat(weights: Tensor | None) -> Tensor | None:
+    return None if weights is None else weights.flatten()
