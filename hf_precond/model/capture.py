@@ -17,25 +17,18 @@ from hf_precond.model.double_backward import DoubleBackward
 from hf_precond.model.heads import HeadMoments
 from hf_precond.model.hooks import Hook
 from hf_precond.model.matrices import CONVOLUTIONS, is_linear
+from hf_precond.model.parts import Collection, input_part, patch_part
 from hf_precond.model.rows import (
     input_of,
     multihead_inner,
     multihead_role,
     multihead_weights,
     output_rows,
-    patches,
     select_outputs,
 )
-from hf_precond.model.stage import (
-    Part,
-    Stage,
-    block_moment,
-    centred,
-    count_of,
-    moment,
-    no_autocast,
-)
+from hf_precond.model.stage import Part, Stage, count_of, moment, no_autocast
 from hf_precond.model.tokens import Reader, TokenWeights
+
 
 @dataclass
 class _Point:

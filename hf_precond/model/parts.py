@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hf_precond.blocks import LayerMatrix
 from hf_precond.model.matrices import CONVOLUTIONS
 from hf_precond.model.rows import patches
-from hf_precond.model.stage import Part, centred, count_of, moment
+from hf_precond.model.stage import Part, block_moment, centred, count_of, moment
 
 _PATCHES = 2**24  # entries of a convolution's patches that are laid out at once
 
@@ -25,6 +25,7 @@ class Collection:
         matrix: a matrix whose input or output gradient it is.
         constant: a 1 stands behind every row.
         center: each sequence's mean is taken off first.
+        blocks: only this many diagonal blocks are kept.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Collection:
     matrix: LayerMatrix
     constant: bool
     center: bool
+    blocks: int = 1
 
 
 def input_part(collection: Collection, rows: Tensor, weights: Tensor | None) -> Part:
