@@ -1,4 +1,8 @@
-"""SGD-PH in reference mode against the trajectory of the authors' published code."""
+"""SGD-PH in reference mode against trajectories of the authors' published code.
+
+The files hold numbers that github.com/myingysun/SGDPH @ df74dfb printed in float64 on a CPU: start
+values, mini-batches, losses, and the parameters after some of the steps.
+"""
 
 from pathlib import Path
 
@@ -10,10 +14,10 @@ from hf_precond.configs import SGDPHConfig
 from hf_precond.model.routing import norm_parameters
 from hf_precond.optim.sgdph import SGDPH
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "sgdph_bn.safetensors"
+GOLDEN = Path(__file__).parent.parent / "golden"
 
 
-def network():
+def batch_norm():
     return nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1, bias=False),
         nn.BatchNorm2d(4),
@@ -27,8 +31,20 @@ def network():
     ).double()
 
 
-def read():
-    with safe_open(GOLDEN, "pt") as file:
+def layer_norm():
+    return nn.Sequential(
+        nn.Linear(6, 8, bias=False),
+        nn.LayerNorm(8),
+        nn.GELU(),
+        nn.Linear(8, 6),
+        nn.LayerNorm(6),
+        nn.Tanh(),
+        nn.Linear(6, 3),
+    ).double()
+
+
+def read(name):
+    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
         return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
@@ -56,8 +72,11 @@ def train_step(model, optimizer, x, y):
     return loss.item()
 
 
-def test_the_thirty_golden_steps():
-    values, tensors = read()
+@pytest.mark.parametrize(
+    ("name", "network"), [("sgdph_bn", batch_norm), ("sgdph_ln", layer_norm)]
+)
+def test_the_golden_steps(name, network):
+    values, tensors = read(name)
     model = network()
     model.load_state_dict(
         {name: tensors[f"init/{name}"] for name, _ in model.named_parameters()}, strict=False
