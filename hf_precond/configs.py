@@ -378,7 +378,7 @@ class SGDPHConfig(OptimizerConfig):
     stat_decay: float = decay(0.9)
     tau: float = positive(1e-3)
     curvature_eps: float = positive(1e-4)
-    gamma: float = positive(0.01)
+    gamma: float = positive(0.1)
     include_bias: bool = False
     reference: bool = False
 
