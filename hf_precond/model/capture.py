@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_precond.blocks import AttentionBlock, LayerMatrix, MomentRequest, Statistic
+from hf_precond.blocks import LayerMatrix, MomentRequest, Statistic
 from hf_precond.model.adapters import trains, wrappers_of
+from hf_precond.model.attention import find_attention
 from hf_precond.model.double_backward import DoubleBackward
 from hf_precond.model.heads import HeadMoments
 from hf_precond.model.hooks import Hook
@@ -84,6 +85,7 @@ class Capture:
         self.projections: dict[nn.Module, nn.Module] = {
             m.out_proj: m for m in model.modules() if isinstance(m, nn.MultiheadAttention)
         }
+        self.memory = _memory_layers(model)
         self.tokens = TokenWeights(model)
         # Compiled code runs uncompiled on due steps: hooks that act would break its graphs.
         self.switch = DoubleBackward(model)
@@ -127,8 +129,7 @@ class Capture:
             raise ValueError(f"{request.key}: {matrix.name} is not a layer of this model.")
         point = self.points.get(module)
         if point is None:
-            memory = _is_memory(request)
-            reader = self.tokens.reader(self.paths[module], memory=memory)
+            reader = self.tokens.reader(self.paths[module], memory=layer in self.memory)
             point = self.points[module] = _Point(module, layer, reader)
         name = f"{self.paths[module]}:{request.kind}{_variant(request, matrix)}"
         constant = request.kind == "input" and request.matrix.bias is not None
@@ -319,12 +320,12 @@ def _channel(layer: nn.Module, result: Tensor) -> int:
     return -1
 
 
-def _is_memory(request: MomentRequest) -> bool:
-    """Whether a request's matrix reads the other sequence of a cross-attention."""
-    block: AttentionBlock | None = request.attention
-    if block is None or not block.cross:
-        return False
-    return request.matrix is block.k or request.matrix is block.v
+def _memory_layers(model: nn.Module) -> set[nn.Module]:
+    """Layers that read the other sequence of a cross-attention: its keys and values."""
+    crossed = [block for block in find_attention(model) if block.cross]
+    return {m.module for block in crossed for m in (block.k, block.v)} - {
+        block.q.module for block in crossed
+    }
 
 
 def _variant(request: MomentRequest, matrix: LayerMatrix) -> str:

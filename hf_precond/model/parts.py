@@ -45,11 +45,15 @@ def input_part(collection: Collection, rows: Tensor, weights: Tensor | None) -> 
     flat, weights = rows.flatten(0, -2), _flat(weights)
     if collection.constant and collection.center:  # the constant less its mean is zero
         flat = torch.nn.functional.pad(flat, (0, 1))
+    return Part(collection.name, _moment(collection, flat, weights, constant), count)
+
+
+def _moment(
+    collection: Collection, rows: Tensor, weights: Tensor | None, constant: bool
+) -> Tensor:
     if collection.blocks > 1:
-        total = block_moment(flat, weights, constant=constant, blocks=collection.blocks)
-    else:
-        total = moment(flat, weights, constant=constant)
-    return Part(collection.name, total, count)
+        return block_moment(rows, weights, constant=constant, blocks=collection.blocks)
+    return moment(rows, weights, constant=constant)
 
 
 def patch_part(collection: Collection, layer: nn.Module, inputs: Tensor) -> Part:
@@ -62,7 +66,7 @@ def patch_part(collection: Collection, layer: nn.Module, inputs: Tensor) -> Part
         step = max(1, _PATCHES // max(1, enlarged))
     for part in inputs.split(step):
         seen = patches(layer, part).flatten(0, 1)
-        term = moment(seen, None, constant=collection.constant)
+        term = _moment(collection, seen, None, collection.constant)
         total = term if total is None else total.add_(term)
         rows += len(seen)
     assert total is not None

@@ -180,6 +180,30 @@ def test_one_collection_serves_requests_with_and_without_a_bias() -> None:
     assert len(capture.points) == 1 and len(capture.handles) == 1
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("blocks", [2, 3, 5])
+def test_diagonal_blocks_are_those_of_the_whole_moment(blocks: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(7, 2, bias=bias).double()
+    (matrix,) = find_matrices(layer)
+    requests = [
+        MomentRequest("whole", "input", matrix),
+        MomentRequest("blocks", "input", matrix, blocks=blocks),
+    ]
+    capture = opened(layer, requests)
+    layer(torch.randn(9, 7, dtype=torch.float64)).sum().backward()
+    taken = capture.take()
+    whole, width = taken["whole"].sum, -(-matrix.columns // blocks)
+    assert taken["blocks"].sum.shape == (blocks, width, width)
+    assert taken["blocks"].count == 9
+    for number, block in enumerate(taken["blocks"].sum):
+        span = slice(number * width, (number + 1) * width)
+        expected = torch.zeros(width, width, dtype=torch.float64)
+        part = whole[span, span]
+        expected[: len(part), : len(part)] = part
+        torch.testing.assert_close(block, expected)
+
+
 def _statistics(name: str, prepare: Callable[[nn.Module], None]) -> dict[str, Statistic]:
     model = build(name)
     for module in model.modules():
@@ -453,7 +477,7 @@ def test_cross_attention_reads_the_masks_of_its_two_sequences(name: str) -> None
         model,
         [
             MomentRequest("q", "input", block.q, block),
-            MomentRequest("k", "input", block.k, block),
+            MomentRequest("k", "input", block.k),
             MomentRequest("self", "input", inner.q, inner),
         ],
     )
