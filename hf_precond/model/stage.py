@@ -57,6 +57,8 @@ def block_moment(
     result = rows.new_zeros(blocks, width, width)
     for number in range(blocks):
         start, stop = number * width, min((number + 1) * width, columns)
+        if start >= columns:
+            break
         part = rows[:, start : min(stop, rows.shape[-1])]
         last = constant and stop == columns
         size = stop - start
