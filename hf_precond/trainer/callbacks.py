@@ -59,7 +59,7 @@ class PrecondCallback(TrainerCallback):
         """Tell the loss scale of the passes to come."""
         own = compat.own_optimizer(optimizer)
         source = None if own is None else own.statistics
-        if hasattr(source, "loss_scale"):
+        if source is not None and hasattr(source, "loss_scale"):
             source.loss_scale = compat.loss_scale(optimizer)
 
     def on_optimizer_step(
