@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
+from torch import Tensor, nn
+
+from hf_precond.blocks import LayerMatrix, MomentRequest, Statistic
 from hf_precond.configs import AdamRConfig
 from hf_precond.optim.base import PrecondOptimizer
 from hf_precond.optim.leaf import Leaf
+from hf_precond.optim.moments import mean_of
+from hf_precond.optim.placed import PlacedMatrix
 from hf_precond.optim.rotation import RotatedAdamRule
 from hf_precond.optim.rotation_batch import MatrixLeaf
+
+Moment = Literal["input", "output_grad"]
+FEATURED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class AdamR(PrecondOptimizer):
@@ -18,14 +27,23 @@ class AdamR(PrecondOptimizer):
     :class:`~hf_precond.optim.rotation.RotatedAdamRule` (its formula is there),
     every other by AdamW. ``basis="identity"`` is ``torch.optim.AdamW``.
 
-    Start from AdamW's learning rate, or twice that. A loss that jumps within
-    the first steps asks for warm-up; a growing count of ``basis_kept`` in
-    :meth:`diagnostics` for gradient clipping.
+    ``basis_source="feature"`` takes for the factors the second moments of the
+    layer's inputs (R) and output gradients (L), K-FAC's, in linear layers and
+    convolutions; embeddings, grouped convolutions, parameters of no layer and
+    sides divided into blocks keep the gradient's.
+
+    Start from twice AdamW's learning rate. A loss that jumps within the first
+    steps asks for warm-up; a growing ``basis_kept`` of :meth:`diagnostics`,
+    the refreshes that found numbers that are not finite, for clipping.
 
     Args:
         param_groups: as for any torch optimizer.
         blocks: what was found in the model.
         config: the fields.
+
+    Raises:
+        RuntimeError: at a step, when a factor was not finite at three
+            refreshes in a row.
     """
 
     config: AdamRConfig
@@ -34,6 +52,48 @@ class AdamR(PrecondOptimizer):
     def make_rule(self) -> RotatedAdamRule:
         """The rotated step."""
         return RotatedAdamRule(self.config)
+
+    # Statistics of features -----------------------------------------------------
+
+    def requests(self) -> Sequence[MomentRequest]:
+        """Moments of inputs and output gradients, where ``basis_source`` asks for them."""
+        return [
+            MomentRequest(f"{placed.matrix.name}.{side}", kind, placed.matrix)
+            for placed in self.placed
+            for side, kind in self._kinds(placed).items()
+        ]
+
+    def due(self, step: int) -> bool:
+        """The first two steps, then every ``stat_interval``."""
+        if self.config.basis_source == "gradient":
+            return False
+        return step < 2 or step % self.config.stat_interval == 0
+
+    def commit(self, statistics: Mapping[str, Statistic]) -> None:
+        """One update of the factors of every layer that was seen whole."""
+        for placed in self.placed:
+            kinds = self._kinds(placed)
+            found = {side: statistics.get(f"{placed.matrix.name}.{side}") for side in kinds}
+            means = {s: mean_of(f.sum, f.count) for s, f in found.items() if f is not None}
+            if kinds and len(means) == len(kinds):
+                leaf = self._leaf(placed)
+                self.rule.allocate(leaf)
+                self.count("statistics_dropped", self.rule.observe(leaf, means))
+
+    def _kinds(self, placed: PlacedMatrix) -> dict[str, Moment]:
+        """Rotated side to the moment that its factor is made of; empty for the gradient's."""
+        matrix = placed.matrix
+        if self.config.basis_source == "gradient" or not is_featured(matrix):
+            return {}
+        plan = self.rule.plan(self._leaf(placed))
+        if plan.tiles > 1:
+            return {}
+        kinds: dict[str, Moment] = {"left": "output_grad", "right": "input"}
+        if matrix.layout == "transposed":
+            kinds = {"left": "input", "right": "output_grad"}
+        return {side: kinds[side] for side in plan.sides}
+
+    # The step ---------------------------------------------------------------------
 
     def step_others(self, leaves: Sequence[Leaf]) -> None:
         """Step every leaf, the matrices with what the model says of them."""
@@ -55,6 +115,21 @@ class AdamR(PrecondOptimizer):
             for leaf in leaves
         ]
 
+    def _leaf(self, placed: PlacedMatrix) -> MatrixLeaf:
+        """A whole weight as a leaf, for its state; there may be no gradient yet."""
+        group = self.param_groups[placed.weight_slot[0]]
+        weight = placed.weight
+        gradient: Tensor = weight if weight.grad is None else weight.grad
+        return MatrixLeaf(weight, gradient, self.state[weight], "", group, placed.matrix)
+
     def diagnostics(self) -> dict[str, float]:
-        """Refreshes of bases, and how often a rung of the fall-back ladder was needed."""
+        """Refreshes of bases, those skipped, and how often the fall-back ladder was needed."""
         return super().diagnostics() | self.rule.diagnostics()
+
+
+def is_featured(matrix: LayerMatrix) -> bool:
+    """Whether a layer's inputs and output gradients can be observed."""
+    whole = matrix.rows is None and matrix.groups == 1 and matrix.weight == "weight"
+    hidden = type(matrix.module).__name__ == "NonDynamicallyQuantizableLinear"
+    layered = isinstance(matrix.module, FEATURED) or matrix.layout == "transposed"
+    return whole and layered and not hidden

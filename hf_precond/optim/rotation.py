@@ -15,7 +15,7 @@ from hf_precond.linalg.precision import matmul
 from hf_precond.optim.leaf import Leaf
 from hf_precond.optim.rotation_batch import CPU_ELEMENTS, Batch, Workspace, batches
 from hf_precond.optim.rotation_plan import RotationPlan, plan_rotation
-from hf_precond.optim.rotation_refresh import BasisRefresh, accumulate
+from hf_precond.optim.rotation_refresh import BasisRefresh, accumulate, observe
 from hf_precond.optim.rules import AdamWRule, Rule
 
 
@@ -93,8 +93,9 @@ class RotatedAdamRule(Rule):
     def allocate(self, leaf: Leaf) -> None:
         """Moments, factors, bases and counters of a leaf.
 
-        ``step`` counts Adam's steps, ``updates`` those of the factors;
-        ``mean_sq`` is the mean of ``exp_avg_sq``, which no rotation changes.
+        ``step`` counts Adam's steps, ``updates`` those of the factors,
+        ``observed`` is 1 once these come from the layer's features; ``mean_sq``
+        is the mean of ``exp_avg_sq``, which no rotation changes.
         """
         if "exp_avg" in leaf:
             return
@@ -110,6 +111,7 @@ class RotatedAdamRule(Rule):
         self.bases.allocate(leaf, plan)
         leaf["step"] = 0
         leaf["updates"] = 0
+        leaf["observed"] = 0
 
     # The step -----------------------------------------------------------------
 
@@ -131,18 +133,19 @@ class RotatedAdamRule(Rule):
     def _step(self, batch: Batch) -> None:
         gradient = batch.gradient()
         parts = self._parts(batch, gradient)
-        updates, collects = batch.number("updates"), self._collects(batch)
-        due = self.bases.due(batch) if updates else {}
+        collects = self._collects(batch)
         if collects:
-            batch.set("updates", updates + 1)
-        if due or not updates:
+            batch.set("updates", batch.number("updates") + 1)
+        started = batch.number("updates") > 1 or batch.number("step") > 0
+        due = self.bases.due(batch) if started else {}
+        if due or not started:
             for part in parts:
                 if collects:
                     self._collect(batch, self._rotated(batch, part), part.leads)
             collects = False
             for side, chosen in due.items():
                 self.bases.refresh(batch.part(chosen), side)
-        if updates == 0:
+        if not started:
             return
         batch.set("step", batch.number("step") + 1)
         self._measure(batch, gradient)
@@ -168,7 +171,9 @@ class RotatedAdamRule(Rule):
         ]
 
     def _collects(self, batch: Batch) -> bool:
-        """Statistics at the first two calls, then every ``stat_interval``."""
+        """Gradients are collected at the first two calls, then every ``stat_interval``."""
+        if batch.number("observed"):
+            return False
         return batch.number("updates") < 2 or batch.number("step") % self.config.stat_interval == 0
 
     def _collect(self, batch: Batch, rotated: Tensor, leads: bool) -> None:
@@ -177,6 +182,22 @@ class RotatedAdamRule(Rule):
         for side in batch.plan.sides:
             root = rotated if side == "left" else rotated.mT
             accumulate(batch[f"{side}_factor"], root, decay if leads else 1.0, 1 - decay)
+
+    def observe(self, leaf: Leaf, means: dict[str, Tensor]) -> Tensor:
+        """Put second moments of a layer's features in the place of the gradient's.
+
+        Args:
+            leaf: the leaf, allocated.
+            means: a second moment for each rotated side.
+
+        Returns:
+            How many were dropped as not finite: a 0-d tensor.
+        """
+        leaf["observed"] = 1
+        leaf["updates"] += 1
+        decay = min(self.config.stat_decay, 1 - 1 / leaf["updates"])
+        dropped = [observe(leaf, side, mean, decay) for side, mean in means.items()]
+        return torch.stack(dropped).sum()
 
     def _measure(self, batch: Batch, gradient: Tensor) -> None:
         """``mean V``: by ``‖Ĝ‖ = ‖G‖`` it follows without looking at V."""

@@ -155,9 +155,8 @@ def _history(planned: tuple[Leaf, RotationPlan]) -> tuple[Any, ...]:
     leaf, plan = planned
     param = leaf.param
     mesh = getattr(param, "device_mesh", None)
-    return (
-        plan, id(leaf.group), param.dtype, param.device, mesh, leaf["step"], leaf["updates"],
-    )  # fmt: skip
+    history = (leaf["step"], leaf["updates"], leaf["observed"])
+    return (plan, id(leaf.group), param.dtype, param.device, mesh, history)
 
 
 def adjacent(parts: Sequence[Tensor]) -> Tensor | None:

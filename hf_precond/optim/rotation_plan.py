@@ -15,8 +15,10 @@ from hf_precond.configs import AdamRConfig
 
 Split = Literal["rows", "columns"]
 
+CHEAP = 1024
+"""``basis="auto"`` rotates both sides of a matrix whose longer side is at most this."""
 ELONGATED = 2
-"""``basis="auto"`` rotates one side where the other is over this many times as long."""
+"""Of longer ones it rotates both sides where one is at most this many times the other."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,9 @@ def plan_rotation(
 ) -> RotationPlan:
     """How ``config`` treats a weight.
 
-    ``auto`` rotates both sides of a matrix that is at most :data:`ELONGATED`
-    times as long as wide, and the smaller side of others. ``one_sided``
+    ``auto`` rotates both sides while that is cheap: where the longer is at most
+    :data:`CHEAP`, or at most :data:`ELONGATED` times the other; the smaller
+    side of all others (the MLPs of larger models). ``one_sided``
     rotates the smaller side of every matrix. A side wider than ``max_dim`` is
     not rotated; where both are, the smaller one is divided into blocks of at
     most ``max_dim``, as equal as they come. A single row or column is a
@@ -110,7 +113,7 @@ def _plan(
 def _sides(rows: int, columns: int, basis: str, max_dim: int) -> tuple[bool, bool]:
     """Which sides of one matrix are rotated."""
     left, right = 1 < rows <= max_dim, 1 < columns <= max_dim
-    elongated = max(rows, columns) > ELONGATED * min(rows, columns)
+    elongated = max(rows, columns) > max(CHEAP, ELONGATED * min(rows, columns))
     one_sided = basis == "one_sided" or (basis == "auto" and elongated)
     if one_sided and left and right:
         left, right = rows <= columns, rows > columns

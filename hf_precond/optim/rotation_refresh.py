@@ -53,7 +53,7 @@ class BasisRefresh:
             phase = min(range(len(self.loads)), key=self.loads.__getitem__)
             self.loads[phase] += cost
             leaf[f"{side}_phase"] = phase
-            leaf[f"{side}_energy"] = _host_scalar(device, float("inf"))
+            leaf[f"{side}_energy"] = _host_scalar(device, dtype, float("inf"))
             leaf[f"{side}_strikes"] = 0
 
     def due(self, batch: Batch) -> dict[str, list[int]]:
@@ -100,7 +100,8 @@ class BasisRefresh:
         energies = eigenbasis.off_diagonal_energy(factor).view(len(batch.leaves), -1).amax(1)
         for leaf, energy in zip(batch.leaves, energies.unbind(), strict=True):
             if leaf.param.is_cuda:
-                leaf[f"{side}_energy"] = _host_scalar(leaf.param.device, float("nan"))
+                fresh = _host_scalar(leaf.param.device, energy.dtype, float("nan"))
+                leaf[f"{side}_energy"] = fresh
             leaf[f"{side}_energy"].copy_(energy, non_blocking=True)
 
     def refresh(self, batch: Batch, side: str) -> None:
@@ -145,9 +146,9 @@ class BasisRefresh:
         self.counters[name] = self.counters.get(name, 0) + by
 
 
-def _host_scalar(device: torch.device, value: float) -> Tensor:
+def _host_scalar(device: torch.device, dtype: torch.dtype, value: float) -> Tensor:
     """A number on the host that a GPU can write to without being waited for."""
-    return torch.full((), value, dtype=torch.float64, pin_memory=device.type == "cuda")
+    return torch.full((), value, dtype=dtype, pin_memory=device.type == "cuda")
 
 
 def accumulate(factor: Tensor, root: Tensor, keep: float, weight: float) -> None:
@@ -171,6 +172,29 @@ def accumulate(factor: Tensor, root: Tensor, keep: float, weight: float) -> None
             end = min(start + width, size)
             band, rows, columns = factor[0, start:end, :end], root[0, start:end], root[0, :end]
             band.addmm_(rows, columns.mT, beta=keep, alpha=weight)
+
+
+def observe(leaf: Leaf, side: str, mean: Tensor, decay: float) -> Tensor:
+    """``B ← decay B + (1-decay) Qᵀ S Q`` with a second moment S of the layer's features.
+
+    Args:
+        leaf: the leaf.
+        side: ``left`` or ``right``.
+        mean: S, ``[n, n]``; one that is not finite changes nothing.
+        decay: in [0, 1).
+
+    Returns:
+        1 where S was dropped, else 0: a 0-d tensor.
+    """
+    factor = leaf[f"{side}_factor"]
+    mean = mean.to(leaf["exp_avg"].dtype)[None]
+    if leaf["step"] > 0:
+        mean = eigenbasis.congruence(leaf[f"{side}_basis"], mean)
+    usable = torch.isfinite(mean).all()
+    weight = torch.where(usable, 1 - decay, 0.0)
+    mean = torch.where(usable, mean, 0.0)
+    factor.copy_(factor.to(mean.dtype).mul_(1 - weight).add_(mean * weight))
+    return (~usable).to(torch.int64)
 
 
 def turn(side: str, rotation: Tensor, matrix: Tensor) -> Tensor:
