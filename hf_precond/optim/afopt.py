@@ -142,35 +142,35 @@ class AFOpt(PrecondOptimizer):
         return step % self.config.stat_interval == 0
 
     def allocate(self, placed: PlacedMatrix) -> None:
-        plan, treatment = self.plan, self.plan.by_placed[placed]
-        held = treatment.held(self.state)
-        if treatment.name("allocated") in held:
-            return
-        held[treatment.name("allocated")] = True
-        weight, dtype = placed.weight, self.config.factor_dtype(placed.weight.dtype)
+        plan, config = self.plan, self.config
+        treatment = plan.by_placed[placed]
+        held, weight = treatment.held(self.state), placed.weight
+        dtype = config.factor_dtype(weight.dtype)
 
-        def identities(*shape: int) -> Tensor:
-            eye = torch.eye(shape[-1], dtype=dtype, device=weight.device)
-            return eye.expand(*shape).clone()
+        def identities(name: str, *shape: int) -> None:
+            if name not in held:
+                eye = torch.eye(shape[-1], dtype=dtype, device=weight.device)
+                held[name] = eye.expand(*shape).clone()
 
-        if self.config.scaling != "norm_recovery":
+        def zeros(name: str, dtype: torch.dtype, *shape: int) -> None:
+            if name not in held:
+                held[name] = torch.zeros(shape, dtype=dtype, device=weight.device)
+
+        if config.scaling != "norm_recovery":
             shape = (placed.matrix.shape[0], placed.matrix.columns)
-            held[treatment.name("momentum")] = torch.zeros(
-                *shape, dtype=placed.dtype, device=weight.device
-            )
-        heads, rows = treatment.heads, treatment.rows
+            zeros(treatment.name("momentum"), placed.dtype, *shape)
+        per_head = (treatment.heads, treatment.rows, treatment.rows)
         if treatment.left is not None:
-            held[treatment.name("left")] = identities(heads, rows, rows)
+            identities(treatment.name("left"), *per_head)
         if plan.predicts and treatment.in_logits:
-            held[treatment.name("left_moment")] = identities(heads, rows, rows).zero_()
-        if self.config.joint and treatment.in_logits:
-            held[treatment.name("own")] = identities(heads, rows, rows)
-        for right in plan.rights:
-            if right.anchor is placed:
-                held[right.key] = identities(*right.shape)
-        for moment in plan.moments:
-            if moment.anchor is placed:
-                moment.allocate(self.state, request_shape(moment.request), self.config)
+            zeros(treatment.name("left_moment"), dtype, *per_head)
+        if config.joint and treatment.in_logits:
+            identities(treatment.name("own"), *per_head)
+        for right in plan.rights_at.get(placed, ()):
+            identities(right.key, *right.shape)
+        for moment in plan.moments_at.get(placed, ()):
+            zeros(moment.key, dtype, *request_shape(moment.request))
+            zeros(f"{moment.key}_updates", torch.int64)
 
     def commit(self, statistics: Mapping[str, Statistic]) -> None:
         dropped = []

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from hf_precond.blocks import AttentionBlock, Blocks, LayerMatrix, MomentRequest
 from hf_precond.configs import AFOptConfig
+from hf_precond.optim.leaf import grouped
 from hf_precond.optim.placed import PlacedMatrix
 
 State = dict[Tensor, dict[str, Any]]
@@ -37,26 +37,22 @@ class Moment:
         """Diagonal blocks that are kept of it."""
         return self.request.blocks
 
-    def held(self, state: State) -> dict[str, Any]:
-        return state[self.anchor.weight]
+    @property
+    def key(self) -> str:
+        """Its name in the state."""
+        return self.anchor.prefix + self.name
 
     def tensor(self, state: State) -> Tensor:
-        return self.held(state)[self.anchor.prefix + self.name]
+        """The moment as it is kept."""
+        return state[self.anchor.weight][self.key]
 
     def updates(self, state: State) -> Tensor:
-        return self.held(state)[f"{self.anchor.prefix}{self.name}_updates"]
+        """How many means it holds."""
+        return state[self.anchor.weight][f"{self.key}_updates"]
 
     def read(self, state: State) -> Tensor:
         """The moment in the dtype of the mathematics."""
         return self.tensor(state).to(self.anchor.dtype)
-
-    def allocate(self, state: State, shape: Sequence[int], config: AFOptConfig) -> None:
-        held, name = self.held(state), self.anchor.prefix + self.name
-        if name not in held:
-            weight = self.anchor.weight
-            dtype = config.factor_dtype(weight.dtype)
-            held[name] = torch.zeros(*shape, dtype=dtype, device=weight.device)
-            held[f"{name}_updates"] = torch.zeros((), dtype=torch.int64, device=weight.device)
 
 
 @dataclass(eq=False)
@@ -181,6 +177,8 @@ class Plan:
         self.treatments.sort(key=lambda treatment: order[treatment.placed])
         self._stagger()
         self.by_placed = {treatment.placed: treatment for treatment in self.treatments}
+        self.rights_at = {same[0].anchor: same for same in grouped(self.rights, _anchor)}
+        self.moments_at = {same[0].anchor: same for same in grouped(self.moments, _anchor)}
 
     @property
     def predicts(self) -> bool:
@@ -250,6 +248,10 @@ def form_of(rows: int, columns: int) -> Form:
     if columns >= 2 * rows:
         return "rows"
     return "columns" if rows >= 2 * columns else "square"
+
+
+def _anchor(kept: Moment | RightFactor) -> PlacedMatrix:
+    return kept.anchor
 
 
 class _Attention:

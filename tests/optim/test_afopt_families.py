@@ -1,0 +1,45 @@
+"""AFOpt trains every attention family that is known, in float32 and in bfloat16."""
+
+import pytest
+import torch
+
+from hf_precond.registry import create_optimizer
+from tests.model.families import FAMILIES, build, loss_of
+
+STEPS = 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_trains(name, dtype):
+    model = build(name).to(dtype).train()
+    optimizer = create_optimizer(
+        model, "afopt", scope="all_linear", lr=1e-3, stat_interval=2, inverse_interval=4
+    )
+    batch = {
+        key: value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+        for key, value in FAMILIES[name].batch().items()
+    }
+    before = [placed.weight.detach().clone() for placed in optimizer.placed]
+    losses = []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = loss_of(model, batch)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    for placed, old in zip(optimizer.placed, before, strict=True):
+        assert placed.weight.dtype == dtype
+        assert not torch.equal(placed.weight, old), placed.matrix.name
+    counts = optimizer.diagnostics()
+    assert counts["identity_factors"] == counts["failed_refreshes"] == 0
+    assert counts["statistics_dropped"] == 0
+    # Every second step brings every statistic: no attention is blind.
+    for moment in optimizer.plan.moments:
+        assert int(moment.updates(optimizer.state)) == STEPS // 2, moment.request.key
+    # Factors and momentum stay float32 under bfloat16 weights.
+    for placed in optimizer.placed:
+        kept = optimizer.state[placed.weight].values()
+        assert all(v.dtype != torch.bfloat16 for v in kept if torch.is_tensor(v))
+    optimizer.close()
