@@ -68,7 +68,10 @@ class SGDPH(PrecondOptimizer):
     ``reference=True`` (with ``base="sgd"``, ``probe="ones"``) reproduces the
     published code: all one-dimensional parameters but the last, one of them
     probed at each step in turn, ``D`` the average of ``|row sums|`` with the
-    momentum's decay, ``u = τ (1 - μⁿ) v / (D + ε_c)``.
+    momentum's decay, ``u = τ (1 - μⁿ) v / (D + ε_c)``. Tensors take their turn
+    in model order, which is the published order for one parameter group; the
+    published code decays biases and norms too, so pass ``model.parameters()``
+    as the one group to have its weight decay.
 
     The products need the loss. Under ``Trainer`` and Accelerate loops it is
     seen where ``Accelerator.backward`` gets it; in a plain loop::
@@ -230,8 +233,6 @@ class SGDPH(PrecondOptimizer):
                     f"{norm.name}: it is in none of the parameter groups; pass every trainable "
                     "parameter of the model, freeze it, or build with create_optimizer(model, …)."
                 )
-        if self.config.reference:
-            self.channels.sort(key=lambda channel: channel.slot)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"channels": self.channels}

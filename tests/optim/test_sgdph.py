@@ -13,6 +13,7 @@ from hf_precond.configs import SGDPHConfig
 from hf_precond.model.norms import channel_parameters
 from hf_precond.model.partial_hessian import open_probe
 from hf_precond.optim.sgdph import SGDPH
+from hf_precond.registry import create_optimizer
 
 
 class Prescribed:
@@ -441,3 +442,35 @@ def test_diagnostics_say_what_the_last_step_of_the_norms_was():
 def test_the_reference_is_one_set_of_fields():
     with pytest.raises(ValueError, match="base='sgd' and probe='ones'"):
         SGDPHConfig(reference=True)
+
+
+def test_the_scale_of_weight_norm_is_a_channel_parameter():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 6)), nn.Tanh())
+    model.append(nn.Linear(6, 3)).double()
+    optimizer = build(model, lr=0.05, probe_interval=2)
+    (norm,) = optimizer.blocks.norms
+    assert norm.name == "0.parametrizations.weight.original0"
+    before = loss_of(model, 0).item()
+    for _ in range(10):
+        train_step(model, optimizer, 0)
+    state = optimizer.state[norm.parameter]
+    assert state["curvature"].shape == (6, 1) and state["curvature"].abs().min() > 0
+    assert loss_of(model, 0) < before
+    optimizer.close()
+
+
+@pytest.mark.parametrize("fields", [REFERENCE, {"base": "sgd"}, {"base": "adamw"}])
+def test_built_by_name_it_is_the_same_optimizer(fields):
+    model, other = network(), network()
+    optimizer = create_optimizer(model, "sgdph", lr=0.05, **fields)
+    by_hand = build(other, lr=0.05, **fields)
+    for step in range(5):
+        train_step(model, optimizer, step)
+        train_step(other, by_hand, step)
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)
+    values = optimizer.diagnostics()
+    assert ("norm_multiplier" in values) == (fields["base"] == "sgd")
+    optimizer.close()
+    by_hand.close()
