@@ -222,6 +222,8 @@ class AFOpt(PrecondOptimizer):
 
     def _batch_key(self, treatment: Treatment) -> tuple:
         placed = treatment.placed
+        special = treatment.in_logits and (self.plan.predicts or self.config.joint)
+        block = treatment.block if special else None
         return (
             placed.matrix.shape,
             placed.matrix.columns,
@@ -229,7 +231,8 @@ class AFOpt(PrecondOptimizer):
             treatment.form,
             treatment.left,
             treatment.right is None,
-            treatment.in_logits and (self.plan.predicts or self.config.joint),
+            special,
+            block and (block.heads, logit_scale(block)),
             placed.weight_slot[0],
             placed.weight.dtype,
             placed.weight.device,
@@ -319,11 +322,12 @@ class AFOpt(PrecondOptimizer):
         left = torch.cat([t.held(self.state)[t.name("left_moment")] for t in batch])
         refresh = self.refreshing()
         moments = [refresh.right_moment(t.right)[0] for t in batch if t.right]
+        block = batch[0].block
+        assert block is not None
         squares = scaling.logit_change(
-            steps, left.to(steps.dtype), moments, batch[0].heads, 1.0
+            steps, left.to(steps.dtype), moments, batch[0].heads, logit_scale(block)
         )
-        scales = [logit_scale(t.block) ** 2 / t.block.heads.query for t in batch if t.block]
-        return squares * steps.new_tensor(scales)[:, None]
+        return squares / block.heads.query
 
     # What a person sees ----------------------------------------------------------
 
