@@ -82,22 +82,24 @@ class Family:
         build: makes the model.
         batch: makes a batch for it.
         attentions: how many attentions it has.
-        query, output: endings of the names of q and o.
+        query, output: endings of the names of q and o (of any version of
+            transformers in the range).
         key_value: key-value heads (of 4).
-        rotary, normed, observed: as of the attention block.
+        rotary, normed, observed: as of the attention block; ``None`` where
+            it depends on the version.
         cross: how many of the attentions are cross-attentions.
     """
 
     build: Callable[[], nn.Module]
     batch: Callable[[], dict[str, Tensor]]
     attentions: int = 2
-    query: str = "query"
-    output: str = "output.dense"
+    query: str | tuple[str, ...] = "query"
+    output: str | tuple[str, ...] = "output.dense"
     key_value: int = 4
     size: int = 4
     rotary: bool = False
     normed: bool = False
-    observed: bool = True
+    observed: bool | None = True
     cross: int = 0
 
 
@@ -199,6 +201,9 @@ def _tokens() -> dict[str, Tensor]:
     return text("tokens")
 
 
+_VISION: dict[str, Any] = {
+    "query": ("q_proj", "query"), "output": ("o_proj", "output.dense")
+}
 _GROUPED = {"num_key_value_heads": 2}
 FAMILIES: dict[str, Family] = {
     "bert": Family(classifier(lambda: tf.BertConfig(**TEXT)), text),
@@ -213,17 +218,16 @@ FAMILIES: dict[str, Family] = {
     ),
     "modernbert": Family(
         classifier(lambda: tf.ModernBertConfig(**TEXT, cls_token_id=1, sep_token_id=2)),
-        text, query="Wqkv[q]", output="Wo", rotary=True,
+        text, query="Wqkv[q]", output="Wo", rotary=True, observed=None,
     ),
-    "vit": Family(vision(lambda: tf.ViTConfig(**IMAGE)), image, query="q_proj", output="o_proj"),
+    "vit": Family(vision(lambda: tf.ViTConfig(**IMAGE)), image, **_VISION),
     "deit": Family(
-        lambda: tf.DeiTForImageClassification(tf.DeiTConfig(**IMAGE)), image, query="q_proj",
-        output="o_proj",
+        lambda: tf.DeiTForImageClassification(tf.DeiTConfig(**IMAGE)), image, **_VISION
     ),
     "dinov2": Family(
-        vision(lambda: tf.Dinov2Config(**IMAGE)), image, query="q_proj", output="o_proj"
+        vision(lambda: tf.Dinov2Config(**IMAGE)), image, **_VISION
     ),
-    "swin": Family(_swin, image, query="q_proj", output="o_proj"),
+    "swin": Family(_swin, image, **_VISION),
     "clip": Family(_clip, _clip_batch, query="q_proj", output="out_proj"),
     "gpt2": Family(_gpt2, _tokens, query="c_attn[q]", output="c_proj"),
     "gpt-neox": Family(
@@ -239,7 +243,7 @@ FAMILIES: dict[str, Family] = {
         output="o_proj", key_value=2, size=8, rotary=True, normed=True,
     ),
     "opt": Family(_opt, _tokens, query="q_proj", output="out_proj"),
-    "t5": Family(_t5, pairs, attentions=5, query=".q", output=".o", cross=2),
+    "t5": Family(_t5, pairs, attentions=5, query=".q", output=".o", cross=2, observed=None),
     "bart": Family(
         lambda: tf.BartForConditionalGeneration(tf.BartConfig(**PAIRS)), pairs, attentions=5,
         query="q_proj", output="out_proj", cross=2,

@@ -133,7 +133,8 @@ def test_average_over_rotations_equals_brute_force(name: str) -> None:
         model.set_experts_implementation("eager")
     batch = text("class" if name == "modernbert" else "tokens")
     batch["position_ids"] = torch.arange(7).expand(3, 7) + torch.tensor([[0], [5], [2]])
-    blocks = find_attention(model)
+    blocks = [block for block in find_attention(model) if block.observed]
+    assert blocks or name == "modernbert"  # an older one has its own kernels
     plain = head_requests(blocks)
     averaged = [
         MomentRequest(f"{r.key}/mean", r.kind, r.matrix, r.attention, average_rotation=True)

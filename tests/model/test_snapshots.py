@@ -6,10 +6,12 @@ difference before it is committed.
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
 import torch
+from transformers.models.vit import modeling_vit
 
 from hf_precond.configs import AFOptConfig
 from hf_precond.model.routing import attention_matrices
@@ -32,9 +34,11 @@ def table(name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+@pytest.mark.skipif(
+    "q_proj" not in inspect.getsource(modeling_vit), reason="names of transformers 5.10 and later"
+)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_routing_is_the_recorded_one(name: str) -> None:
-    """Module names are those of transformers 5.10 and later (ViT renamed its projections)."""
     assert table(name) == (FOLDER / f"{name}.txt").read_text()
 
 
