@@ -11,7 +11,6 @@ from hf_precond.model.adapters import base_of
 
 DECAY, NO_DECAY = "decay", "no decay"
 _UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
-_SAVED = ".modules_to_save."
 
 
 def undecayed_names(model: nn.Module) -> set[str]:
@@ -51,11 +50,7 @@ def find_head(model: nn.Module) -> set[str]:
     trains. A plain module has no head that could be told.
     """
     inner = base_of(model)
-    names = {
-        name
-        for name, parameter in model.named_parameters()
-        if _SAVED in name and parameter.requires_grad
-    }
+    names = _saved_names(model)
     body = getattr(inner, getattr(inner, "base_model_prefix", "") or "", None)
     if output_embedding(model) is not None or not isinstance(body, nn.Module) or body is inner:
         return names
@@ -66,6 +61,23 @@ def find_head(model: nn.Module) -> set[str]:
         for name, parameter in model.named_parameters()
         if id(parameter) in outside and ".lora_" not in name
     }
+
+
+def _saved_names(model: nn.Module) -> set[str]:
+    """Parameters that PEFT trains whole, vocabularies (which are not new) left out."""
+    output = output_embedding(model)
+    names: set[str] = set()
+    for path, module in model.named_modules():
+        saved = getattr(module, "modules_to_save", None)
+        original = getattr(module, "original_module", None)
+        vocabulary = isinstance(original, nn.Embedding) or (
+            output is not None and output in (module, original)
+        )
+        if isinstance(saved, nn.ModuleDict) and not vocabulary:
+            for name, parameter in saved.named_parameters():
+                if parameter.requires_grad:
+                    names.add(f"{path}.modules_to_save.{name}")
+    return names
 
 
 def parameter_groups(

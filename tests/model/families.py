@@ -227,7 +227,7 @@ FAMILIES: dict[str, Family] = {
     "dinov2": Family(
         vision(lambda: tf.Dinov2Config(**IMAGE)), image, **_VISION
     ),
-    "swin": Family(_swin, image, **_VISION),
+    "swin": Family(_swin, image, **_VISION, observed=None),
     "clip": Family(_clip, _clip_batch, query="q_proj", output="out_proj"),
     "gpt2": Family(_gpt2, _tokens, query="c_attn[q]", output="c_proj"),
     "gpt-neox": Family(

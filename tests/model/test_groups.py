@@ -80,6 +80,16 @@ def test_head_of_a_peft_model_is_what_it_saves() -> None:
     }
 
 
+def test_a_vocabulary_that_peft_saves_is_no_new_head() -> None:
+    config = LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], r=2,
+        modules_to_save=["embed_tokens", "lm_head"],
+    )
+    model = get_peft_model(build("llama", torch.float32), config)
+    assert any("modules_to_save" in n for n, p in model.named_parameters() if p.requires_grad)
+    assert find_head(model) == set()
+
+
 def test_head_is_found_inside_wrappers() -> None:
     model = build("bert", torch.float32)
     compiled = torch.compile(nn.DataParallel(model))
