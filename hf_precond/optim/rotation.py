@@ -29,6 +29,8 @@ class Part:
         second: V.
         target: the parameter, where a product can be added to it in place.
         leads: whether it is the first part of its batch.
+        seen: the rows whose gradient is not zero, where most are (an embedding
+            on a CPU, where asking costs nothing): the others need no rotation.
     """
 
     gradient: Tensor
@@ -36,6 +38,7 @@ class Part:
     second: Tensor
     target: Tensor | None
     leads: bool = True
+    seen: Tensor | None = None
 
 
 class RotatedAdamRule(Rule):
@@ -153,22 +156,23 @@ class RotatedAdamRule(Rule):
             rotated = self._rotated(batch, part)
             if collects:
                 self._collect(batch, rotated, part.leads)
+            if part.seen is not None:
+                zeros = self.workspace.take("seen", part.gradient.shape, rotated).zero_()
+                rotated = zeros.index_copy_(1, part.seen, rotated)
             self._descend(batch, part, self._adam(batch, part, rotated))
 
     def _parts(self, batch: Batch, gradient: Tensor) -> list[Part]:
         first, second, target = batch["exp_avg"], batch["exp_avg_sq"], batch.target()
         if target is None or not gradient.is_cpu:
             return [Part(gradient, first, second, target)]
-        return [
-            Part(
-                gradient[:, rows, columns],
-                first[:, rows, columns],
-                second[:, rows, columns],
-                target[:, rows, columns],
-                leads=number == 0,
-            )
-            for number, (rows, columns) in enumerate(batch.slices(CPU_ELEMENTS))
-        ]
+        parts = []
+        for number, (rows, columns) in enumerate(batch.slices(CPU_ELEMENTS)):
+            g, m, v, p = (t[:, rows, columns] for t in (gradient, first, second, target))
+            seen = g[0].any(dim=1).nonzero().squeeze(1) if batch.embeds else None
+            if seen is not None and 2 * len(seen) > g.shape[1]:
+                seen = None
+            parts.append(Part(g, m, v, p, leads=number == 0, seen=seen))
+        return parts
 
     def _collects(self, batch: Batch) -> bool:
         """Gradients are collected at the first two calls, then every ``stat_interval``."""
@@ -209,8 +213,10 @@ class RotatedAdamRule(Rule):
         batch["mean_sq"].mul_(beta2).addcmul_(rms, rms, value=1 - beta2)
 
     def _rotated(self, batch: Batch, part: Part) -> Tensor:
-        """``Q_Lᵀ G Q_R``; the gradient itself before there is a basis."""
+        """``Q_Lᵀ G Q_R`` (its ``seen`` rows); the gradient itself before there is a basis."""
         matrix = part.gradient
+        if part.seen is not None:
+            matrix = matrix.index_select(1, part.seen)
         if batch.number("step") == 0:
             return matrix
         if batch.plan.left:

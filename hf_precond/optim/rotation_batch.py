@@ -13,7 +13,7 @@ from hf_precond.blocks import LayerMatrix
 from hf_precond.blocks.sharding import full, is_sharded, like
 from hf_precond.configs import compute_dtype
 from hf_precond.optim.leaf import Leaf, grouped
-from hf_precond.optim.rotation_plan import RotationPlan
+from hf_precond.optim.rotation_plan import RotationPlan, is_embedding
 from hf_precond.optim.rules import descend
 
 CPU_ELEMENTS = 1 << 18
@@ -48,6 +48,12 @@ class Batch:
     def group(self) -> dict[str, Any]:
         """The parameter group."""
         return self.leaves[0].group
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it is one embedding, most of whose rows a step does not read."""
+        matrix = getattr(self.leaves[0], "matrix", None)
+        return len(self.leaves) == 1 and matrix is not None and is_embedding(matrix)
 
     def number(self, name: str) -> int:
         """A plain number that all leaves share."""

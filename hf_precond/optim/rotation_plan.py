@@ -86,9 +86,14 @@ def plan_rotation(
         config: ``basis`` and ``max_dim`` are read.
         matrix: what the model says of the weight, where it is known.
     """
-    embedding = matrix is not None and isinstance(matrix.module, (nn.Embedding, nn.EmbeddingBag))
+    embedding = matrix is not None and is_embedding(matrix)
     groups = 1 if matrix is None else matrix.groups
     return _plan(tuple(shape), config.basis, config.max_dim, embedding, groups)
+
+
+def is_embedding(matrix: LayerMatrix) -> bool:
+    """Whether a matrix is a table of embeddings, a row each."""
+    return isinstance(matrix.module, (nn.Embedding, nn.EmbeddingBag))
 
 
 @functools.lru_cache(maxsize=4096)
