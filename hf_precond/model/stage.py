@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_precond.blocks import Statistic
+from hf_precond.linalg.gram import gram
 
 
 def weigh(rows: Tensor, weights: Tensor | None) -> Tensor:
@@ -23,6 +24,8 @@ def moment(rows: Tensor, weights: Tensor | None, *, constant: bool) -> Tensor:
         weights: ``[…, n]``, or ``None`` for ones.
         constant: put a 1 behind every row: ``[…, d + 1, d + 1]``.
     """
+    if rows.dim() == 2:
+        return _flat_moment(rows, weights, constant)
     weighted = weigh(rows, weights)
     product = weighted.mT @ rows
     if not constant:
@@ -30,11 +33,28 @@ def moment(rows: Tensor, weights: Tensor | None, *, constant: bool) -> Tensor:
     size = rows.shape[-1]
     result = product.new_empty(*product.shape[:-2], size + 1, size + 1)
     result[..., :size, :size] = product
-    total = weighted.sum(-2)
+    _border(result, rows, weights, weighted.sum(-2))
+    return result
+
+
+def _flat_moment(rows: Tensor, weights: Tensor | None, constant: bool) -> Tensor:
+    """:func:`moment` of ``[n, d]``."""
+    if not constant:
+        return gram(rows, weights)
+    size = rows.shape[-1]
+    result = rows.new_empty(size + 1, size + 1)
+    gram(rows, weights, out=result[:size, :size])
+    total = rows.sum(0) if weights is None else weights @ rows
+    _border(result, rows, weights, total)
+    return result
+
+
+def _border(result: Tensor, rows: Tensor, weights: Tensor | None, total: Tensor) -> None:
+    """Fill the row and column of the constant 1."""
+    size = rows.shape[-1]
     result[..., size, :size] = total
     result[..., :size, size] = total
     result[..., size, size] = rows.shape[-2] if weights is None else weights.sum(-1)
-    return result
 
 
 def block_moment(

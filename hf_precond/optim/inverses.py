@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 from hf_precond.linalg.fallback import Record, spd_inverse
+from hf_precond.linalg.inverse import spd_block_inverse
 from hf_precond.linalg.newton import newton_step
 from hf_precond.linalg.power import largest_eigenvalue
 
 Solver = Literal["newton", "cholesky"]
+
+WELL_CONDITIONED = 1e-3
+"""Damping, relative to the largest eigenvalue, from which inversion by blocks is exact enough."""
 
 MAX_ERROR = 0.5
 """Largest rms eigenvalue error of the previous inverse from which Newton's step goes on."""
@@ -41,7 +45,9 @@ def batches(count: int, size: int, device: torch.device) -> list[slice]:
 
 def damped(moments: Tensor, damping: float, floor: float) -> Tensor:
     """``A + max(floor, damping · λmax(A)) I``, ``[…, n, n]``."""
-    shift = (damping * largest_eigenvalue(moments)).clamp(min=floor)
+    # One vector will do for large factors, where the products are what it costs.
+    columns = 4 if moments.shape[-1] <= 512 else 1
+    shift = (damping * largest_eigenvalue(moments, columns=columns)).clamp(min=floor)
     result = moments.clone()
     result.diagonal(dim1=-2, dim2=-1).add_(shift[..., None])
     return result
@@ -52,26 +58,29 @@ def invert(
     previous: Tensor,
     newton_steps: int,
     count: Callable[[str, int], None],
+    damping: float = 0.0,
 ) -> tuple[Tensor, list[bool]]:
     """Inverses of symmetric positive definite matrices that have drifted.
 
     With ``newton_steps`` > 0, those follow from the previous inverses by so
     many Newton steps. Where the previous inverse is no start any more (its
     rms eigenvalue error above :data:`MAX_ERROR`, or not finite) and with
-    ``newton_steps`` 0, Cholesky's factorisation.
+    ``newton_steps`` 0 they are exact: by blocks where the damping bounds the
+    condition, by Cholesky's factorisation elsewhere and where that fails.
 
     Args:
         matrices: A, ``[b, n, n]``.
         previous: the previous inverses, ``[b, n, n]``.
         newton_steps: 0 for exact inverses.
         count: told of what went otherwise than planned.
+        damping: at most the smallest eigenvalue over the largest.
 
     Returns:
         The inverses, and per matrix whether none could be had and the
         previous one was kept.
     """
     if newton_steps == 0:
-        return _exact(matrices, previous, count)
+        return _exact(matrices, previous, count, damping)
     inverses, error = newton_step(matrices, previous)
     for _ in range(newton_steps - 1):
         inverses, _ = newton_step(matrices, inverses)
@@ -79,7 +88,7 @@ def invert(
     if not len(astray):
         return inverses, [False] * len(matrices)
     count("newton_restarts", len(astray))
-    inverses[astray], failed = _exact(matrices[astray], previous[astray], count)
+    inverses[astray], failed = _exact(matrices[astray], previous[astray], count, damping)
     kept = [False] * len(matrices)
     for place, lost in zip(astray.tolist(), failed, strict=True):
         kept[place] = lost
@@ -87,12 +96,23 @@ def invert(
 
 
 def _exact(
-    matrices: Tensor, previous: Tensor, count: Callable[[str, int], None]
+    matrices: Tensor, previous: Tensor, count: Callable[[str, int], None], damping: float
 ) -> tuple[Tensor, list[bool]]:
-    record = Record()
-    inverses, _ = spd_inverse(matrices, previous, record)
-    record.counted("inverse", count)
-    return inverses, record.failed
+    if damping >= WELL_CONDITIONED or matrices.dtype == torch.float64:
+        inverses = spd_block_inverse(matrices)
+        failed = ~torch.isfinite(inverses.diagonal(dim1=-2, dim2=-1)).all(-1)
+        places = failed.nonzero().flatten()
+    else:
+        inverses = torch.empty_like(matrices)
+        places = torch.arange(len(matrices), device=matrices.device)
+    kept = [False] * len(matrices)
+    if len(places):
+        record = Record()
+        inverses[places], _ = spd_inverse(matrices[places], previous[places], record)
+        record.counted("inverse", count)
+        for place, lost in zip(places.tolist(), record.failed, strict=True):
+            kept[place] = lost
+    return inverses, kept
 
 
 def stacked(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ from hf_precond.linalg.precision import Precision, matmul
 from hf_precond.optim.placed import PlacedMatrix
 
 Side = Literal["input", "output"]
+TINY = 1e-12
+"""Norms below this, or above its inverse, may have lost squares to float32's range."""
 
 
 @dataclass(frozen=True)
@@ -91,15 +94,36 @@ def average_unit_moment(moment: Tensor, updates: Tensor, total: Tensor, decay: f
     """
     # No entry exceeds the diagonal's; divided by it, the squares stay within float32.
     largest = total.diagonal().amax()
-    total = total / largest
-    norm = torch.linalg.vector_norm(total)
-    usable = torch.isfinite(norm)
-    updates += usable
-    keep = torch.clamp(1 - 1 / updates.clamp(min=1).to(total.dtype), max=decay)
     kept = moment.to(total.dtype)
-    unit = torch.where(usable, total.div_(norm), kept)
-    moment.copy_(kept.lerp_(unit, torch.where(usable, 1 - keep, 0.0)))
-    return (~usable & (largest != 0)).to(torch.int64)
+    if total.device.type == "cpu":
+        dropped = _average_on_host(kept, updates, total, float(largest), decay)
+    else:
+        total = total / largest
+        norm = torch.linalg.vector_norm(total)
+        usable = torch.isfinite(norm)
+        updates += usable
+        keep = torch.clamp(1 - 1 / updates.clamp(min=1).to(total.dtype), max=decay)
+        unit = torch.where(usable, total.div_(norm), kept)
+        kept.lerp_(unit, torch.where(usable, 1 - keep, 0.0))
+        dropped = (~usable & (largest != 0)).to(torch.int64)
+    moment.copy_(kept)
+    return dropped
+
+
+def _average_on_host(
+    kept: Tensor, updates: Tensor, total: Tensor, largest: float, decay: float
+) -> Tensor:
+    """The same where reading a number is free and a pass over a matrix is not."""
+    norm = float(torch.linalg.vector_norm(total))
+    if not TINY < norm < 1 / TINY:
+        total = total / largest
+        norm = float(torch.linalg.vector_norm(total))
+    if not math.isfinite(norm):
+        return torch.tensor(int(largest != 0))
+    updates += 1
+    keep = min(decay, 1 - 1 / int(updates))
+    kept.mul_(keep).add_(total, alpha=(1 - keep) / norm)
+    return torch.tensor(0)
 
 
 def norm_recovered(gradient: Tensor, direction: Tensor) -> Tensor:

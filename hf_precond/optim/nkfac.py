@@ -173,8 +173,11 @@ class NKFAC(PrecondOptimizer):
                     matrices, previous, newton_steps == 0, self.config.newton_steps
                 )
             else:
-                matrices = inverses.damped(moments, self.config.damping, FLOOR)
-                found, kept = inverses.invert(matrices, previous, newton_steps, self.count)
+                damping = self.config.damping
+                matrices = inverses.damped(moments, damping, FLOOR)
+                found, kept = inverses.invert(
+                    matrices, previous, newton_steps, self.count, damping
+                )
                 for factor, lost in zip(chosen, kept, strict=True):
                     before = self.failures.get(factor.key, 0)
                     self.failures[factor.key] = strikes(before, lost, factor.key)

@@ -129,15 +129,29 @@ def test_a_previous_inverse_that_is_no_start_is_replaced_by_the_exact_one():
     assert counted == {"newton_restarts": 2} and kept == [False] * 3
 
 
-def test_a_factor_that_cannot_be_inverted_keeps_its_inverse_and_is_counted():
-    matrices = torch.eye(4, dtype=F64).expand(2, 4, 4).clone()
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_a_factor_that_cannot_be_inverted_keeps_its_inverse_and_is_counted(dtype):
+    matrices = torch.eye(4, dtype=dtype).expand(2, 4, 4).clone()
     matrices[1, 2, 2] = float("nan")
-    previous = 3 * torch.eye(4, dtype=F64).expand(2, 4, 4).clone()
+    previous = 3 * torch.eye(4, dtype=dtype).expand(2, 4, 4).clone()
     counted = {}
     found, kept = inverses.invert(matrices, previous, 0, lambda n, by: counted.update({n: by}))
     torch.testing.assert_close(found[0], matrices[0])
     assert torch.equal(found[1], previous[1])
     assert kept == [False, True] and counted == {"inverse_kept": 1}
+
+
+@pytest.mark.parametrize("damping", [1e-4, 1e-2])
+def test_exact_inverses_in_float32_are_as_exact_as_the_damping_allows(damping):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, 100, 300, generator=generator, dtype=F64)
+    moments = rows.mT @ rows / 100
+    matrices = inverses.damped(moments, damping, 0.0).float()
+    previous = torch.zeros_like(matrices)
+    found, kept = inverses.invert(matrices, previous, 0, lambda name, by: None, damping)
+    exact = torch.linalg.inv(matrices.double())
+    assert not any(kept)
+    assert ((found - exact).norm() / exact.norm()) < 2e-4
 
 
 def test_three_failures_in_a_row_stop_with_advice():
