@@ -228,7 +228,8 @@ def _class_for(base: type, name: Any, path: Path) -> type:
 
 
 def _subclasses(base: type) -> Iterator[Any]:
-    for cls in base.__subclasses__():
+    below: list[Any] = base.__subclasses__()
+    for cls in below:
         yield cls
         yield from _subclasses(cls)
 
