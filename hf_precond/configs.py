@@ -259,8 +259,8 @@ class AdamRConfig(OptimizerConfig):
             ``one_sided`` (the smaller side) or ``identity`` (AdamW).
         basis_source: second moments of the ``gradient``, or of the layer's
             inputs and output gradients (``feature``).
-        transport: how the second moment follows a new basis: ``overlap`` or
-            ``permute``.
+        transport: how the second moment follows a new basis: it stays with
+            its columns (``permute``) or spreads by ``overlap``.
         floor: smallest denominator, relative to the rms of the square roots
             of the second moment, >= 0.
         stat_decay: decay of the factors' running average, in [0, 1).
@@ -277,7 +277,7 @@ class AdamRConfig(OptimizerConfig):
 
     basis: Literal["auto", "two_sided", "one_sided", "identity"] = "auto"
     basis_source: Literal["gradient", "feature"] = "gradient"
-    transport: Literal["overlap", "permute"] = "overlap"
+    transport: Literal["overlap", "permute"] = "permute"
     floor: float = bounded(1e-4, 0.0)
     stat_decay: float = decay(0.95)
     stat_interval: int = interval(1)
