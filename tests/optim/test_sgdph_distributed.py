@@ -1,11 +1,13 @@
 """SGD-PH on two ranks: the products are averaged as the gradient is."""
 
 import copy
+import os
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from accelerate import Accelerator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,16 +31,29 @@ def step_on(model, optimizer, inputs, parts):
     optimizer.zero_grad()
 
 
-def run(rank, store, results):
+def run(rank, how, store, results):
     torch.set_num_threads(1)
+    # What accelerate asks for; nobody listens on the port, the store is a file.
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.manual_seed(rank)
     model = make("bert")
     optimizer = create_optimizer(model, "sgdph", lr=1e-3, probe_interval=2)
-    wrapped = DistributedDataParallel(model)
+    if how == "accelerate":
+        accelerator = Accelerator(cpu=True)
+        wrapped, stepper = accelerator.prepare(model, optimizer)
+        assert isinstance(wrapped, DistributedDataParallel)
+    else:
+        wrapped = DistributedDataParallel(model)
     for step in range(STEPS):
         inputs = rows_of(batch("bert", step, size=8), rank)
-        step_on(wrapped, optimizer, inputs, [slice(0, 4)])
+        if how == "accelerate":
+            accelerator.backward(wrapped(**inputs).loss)
+            stepper.step()
+            stepper.zero_grad()
+        else:
+            step_on(wrapped, optimizer, inputs, [slice(0, 4)])
     curvature = [optimizer.state[n.parameter]["curvature"] for n in optimizer.blocks.norms]
     if rank == 0:
         saved = {name: p.detach() for name, p in model.named_parameters()}
@@ -48,9 +63,10 @@ def run(rank, store, results):
 
 
 @pytest.mark.slow
-def test_two_ranks_take_the_path_of_one(tmp_path):
+@pytest.mark.parametrize("how", ["plain", "accelerate"])
+def test_two_ranks_take_the_path_of_one(how, tmp_path):
     results = str(tmp_path / "two.pt")
-    mp.spawn(run, (str(tmp_path / "store"), results), nprocs=2)
+    mp.spawn(run, (how, str(tmp_path / "store"), results), nprocs=2)
     two = torch.load(results, weights_only=True)
     model = make("bert")
     optimizer = create_optimizer(model, "sgdph", lr=1e-3, probe_interval=2)
