@@ -44,7 +44,7 @@ def _flat_moment(rows: Tensor, weights: Tensor | None, constant: bool) -> Tensor
     size = rows.shape[-1]
     result = rows.new_empty(size + 1, size + 1)
     gram(rows, weights, out=result[:size, :size])
-    total = rows.sum(0) if weights is None else weights @ rows
+    total = (rows.new_ones(len(rows)) if weights is None else weights) @ rows
     _border(result, rows, weights, total)
     return result
 

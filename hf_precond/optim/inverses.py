@@ -16,7 +16,7 @@ from hf_precond.linalg.power import largest_eigenvalue
 
 Solver = Literal["newton", "cholesky"]
 
-WELL_CONDITIONED = 1e-3
+WELL_CONDITIONED = 5e-3
 """Damping, relative to the largest eigenvalue, from which inversion by blocks is exact enough."""
 
 MAX_ERROR = 0.5

@@ -141,8 +141,8 @@ def test_a_factor_that_cannot_be_inverted_keeps_its_inverse_and_is_counted(dtype
     assert kept == [False, True] and counted == {"inverse_kept": 1}
 
 
-@pytest.mark.parametrize("damping", [1e-4, 1e-2])
-def test_exact_inverses_in_float32_are_as_exact_as_the_damping_allows(damping):
+@pytest.mark.parametrize(("damping", "bound"), [(1e-4, 1e-3), (1e-3, 1e-4), (1e-2, 1e-4)])
+def test_exact_inverses_in_float32_are_as_exact_as_the_damping_allows(damping, bound):
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(2, 100, 300, generator=generator, dtype=F64)
     moments = rows.mT @ rows / 100
@@ -151,7 +151,7 @@ def test_exact_inverses_in_float32_are_as_exact_as_the_damping_allows(damping):
     found, kept = inverses.invert(matrices, previous, 0, lambda name, by: None, damping)
     exact = torch.linalg.inv(matrices.double())
     assert not any(kept)
-    assert ((found - exact).norm() / exact.norm()) < 2e-4
+    assert ((found - exact).norm() / exact.norm()) < bound
 
 
 def test_three_failures_in_a_row_stop_with_advice():
