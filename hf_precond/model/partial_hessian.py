@@ -66,14 +66,10 @@ class _ForwardHook:
             source.before_forward()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _ForwardHook:
-        return self.__class__.__new__(self.__class__)._inert()
+        return _inert_hook()
 
     def __reduce__(self) -> Any:
         return _inert_hook, ()
-
-    def _inert(self) -> _ForwardHook:
-        self.source = _nothing
-        return self
 
 
 def _nothing() -> None:
@@ -81,7 +77,9 @@ def _nothing() -> None:
 
 
 def _inert_hook() -> _ForwardHook:
-    return _ForwardHook.__new__(_ForwardHook)._inert()
+    hook = _ForwardHook.__new__(_ForwardHook)
+    hook.source = _nothing
+    return hook
 
 
 def _leave(handles: Sequence[Any], switches: DoubleBackward) -> None:
