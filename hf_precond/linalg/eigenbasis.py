@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from hf_precond.linalg import fallback
+from hf_precond.linalg.workspace import Workspace
 
 
 def eigenbasis(
@@ -43,7 +44,9 @@ def eigenbasis(
     return vectors, torch.diag_embed(values)
 
 
-def refresh(factor: Tensor, sweeps: int = 1) -> tuple[Tensor, Tensor]:
+def refresh(
+    factor: Tensor, sweeps: int = 1, workspace: Workspace | None = None
+) -> tuple[Tensor, Tensor]:
     """Turn a basis towards the eigenvectors of ``B = Qᵀ A Q``. No host synchronisation.
 
     The new basis is ``Q P``. A matrix that is not finite gives ``P = I``.
@@ -51,67 +54,86 @@ def refresh(factor: Tensor, sweeps: int = 1) -> tuple[Tensor, Tensor]:
     Args:
         factor: B, symmetric, ``[b, n, n]``; the lower triangle is read.
         sweeps: how often all pairs are turned, >= 1.
+        workspace: memory for intermediate results, the second one returned
+            among them.
 
     Returns:
         ``P``, orthogonal, and ``Pᵀ B P``, each ``[b, n, n]``.
     """
+    workspace = Workspace() if workspace is None else workspace
     rotation = None
     for _ in range(sweeps):
-        factor = mirrored(factor)
-        further = pair_rotation(factor)
+        whole = mirrored(factor, workspace)
+        further = pair_rotation(whole, workspace)
         rotation = further if rotation is None else rotation @ further
-        factor = congruence(further, factor)
+        factor = congruence(further, whole, workspace)
     assert rotation is not None
     return rotation, factor
 
 
-def pair_rotation(factor: Tensor) -> Tensor:
+def pair_rotation(factor: Tensor, workspace: Workspace | None = None) -> Tensor:
     """One sweep: ``(I + X) C⁻¹``, ``CᵀC = I + XᵀX`` with C upper triangular.
 
     Args:
         factor: B, exactly symmetric, ``[b, n, n]``.
+        workspace: memory for intermediate results.
 
     Returns:
         An orthogonal matrix ``[b, n, n]``; the identity where B is not finite.
     """
-    skew = jacobi_tangents(factor)
-    gram = skew.mT @ skew
+    workspace = Workspace() if workspace is None else workspace
+    skew = jacobi_tangents(factor, workspace)
+    gram = product(skew.mT, skew, workspace.take("half", factor.shape, factor))
     gram.diagonal(dim1=-2, dim2=-1).add_(1.0)
     lower, _ = torch.linalg.cholesky_ex(gram)
     skew.diagonal(dim1=-2, dim2=-1).fill_(1.0)
     return torch.linalg.solve_triangular(lower.mT, skew, upper=True, left=False)
 
 
-def jacobi_tangents(factor: Tensor) -> Tensor:
+def jacobi_tangents(factor: Tensor, workspace: Workspace | None = None) -> Tensor:
     """``tan θ_ij`` of the rotation that makes ``B_ij`` zero, antisymmetric, in [-1, 1].
 
     ``t = b / (d + sign(d) √(d² + b²))``, ``2d = B_jj - B_ii``, ``b = B_ij``.
     Zero where B is not finite: a matrix of second moments then has a diagonal
     that is not.
     """
+    workspace = Workspace() if workspace is None else workspace
     values = factor.diagonal(dim1=-2, dim2=-1)
     largest = values.abs().amax(-1)
     finite = torch.isfinite(values).all(-1)
     tiny = torch.finfo(factor.dtype).tiny
     scale = torch.where(finite, largest, 1.0).clamp_min(tiny).reciprocal()[:, None, None]
-    entries = factor * scale
+    entries = torch.mul(factor, scale, out=workspace.take("skew", factor.shape, factor))
     if not factor.is_cpu or not bool(finite.all()):
         entries = torch.where(finite[:, None, None], entries, 0.0)
     values = torch.where(finite[:, None], values, 0.0) * scale[:, 0]
     # Equal eigenvalues have no order of their own: a shift at rounding level gives them one.
     order = torch.arange(values.shape[-1], dtype=values.dtype, device=values.device)
     values = values / 2 * (1 - torch.finfo(values.dtype).eps * order)
-    half = values[:, None, :] - values[:, :, None]
-    reach = torch.addcmul(half.new_full((), tiny), half, half).addcmul_(entries, entries)
-    reach.sqrt_().copysign_(half).add_(half)
+    half = workspace.take("half", factor.shape, factor)
+    reach = workspace.take("reach", factor.shape, factor)
+    torch.sub(values[:, None, :], values[:, :, None], out=half)
+    torch.addcmul(half.new_full((), tiny), half, half, out=reach)
+    reach.addcmul_(entries, entries).sqrt_().copysign_(half).add_(half)
     tangents = entries.div_(reach)
     tangents.diagonal(dim1=-2, dim2=-1).zero_()
     return tangents
 
 
-def congruence(rotation: Tensor, factor: Tensor) -> Tensor:
+def congruence(rotation: Tensor, factor: Tensor, workspace: Workspace | None = None) -> Tensor:
     """``Pᵀ B P``."""
-    return rotation.mT @ (factor @ rotation)
+    workspace = Workspace() if workspace is None else workspace
+    right = product(factor, rotation, workspace.take("half", factor.shape, factor))
+    return product(rotation.mT, right, workspace.take("turned", factor.shape, factor))
+
+
+def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """``a @ b`` into ``out``, ``[b, m, n]``; one matrix as a matrix."""
+    if len(a) == 1:
+        torch.mm(a[0], b[0], out=out[0])
+    else:
+        torch.bmm(a, b, out=out)
+    return out
 
 
 def orthonormal(basis: Tensor) -> Tensor:
@@ -120,20 +142,25 @@ def orthonormal(basis: Tensor) -> Tensor:
     return torch.baddbmm(basis, basis, gram, beta=1.5, alpha=-0.5)
 
 
-def mirrored(lower: Tensor) -> Tensor:
+def mirrored(lower: Tensor, workspace: Workspace | None = None) -> Tensor:
     """The symmetric matrices whose lower triangles are given."""
-    full = lower.tril()
-    return full.add_(full.tril(-1).mT)
+    workspace = Workspace() if workspace is None else workspace
+    below = torch.tril(lower, -1, out=workspace.take("half", lower.shape, lower))
+    whole = torch.add(below, below.mT, out=workspace.take("whole", lower.shape, lower))
+    whole.diagonal(dim1=-2, dim2=-1).copy_(lower.diagonal(dim1=-2, dim2=-1))
+    return whole
 
 
-def off_diagonal_energy(factor: Tensor) -> Tensor:
+def off_diagonal_energy(factor: Tensor, workspace: Workspace | None = None) -> Tensor:
     """``Σ_{i≠j} B_ij² / Σ B_ij²`` of each matrix, in [0, 1]; 0 for a zero matrix.
 
     The lower triangle is read.
     """
+    workspace = Workspace() if workspace is None else workspace
     values = factor.diagonal(dim1=-2, dim2=-1)
     scale = values.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(factor.dtype).tiny)
-    beside = 2 * factor.tril(-1).div_(scale[:, None]).square_().sum((-2, -1))
+    below = torch.tril(factor, -1, out=workspace.take("half", factor.shape, factor))
+    beside = 2 * torch.linalg.vector_norm(below.div_(scale[:, None]), dim=(-2, -1)).square_()
     return beside / (beside + (values / scale).square().sum(-1)).clamp_min(1.0)
 
 

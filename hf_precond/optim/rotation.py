@@ -12,10 +12,11 @@ from torch import Tensor
 
 from hf_precond.configs import AdamRConfig, OptimizerConfig, compute_dtype
 from hf_precond.linalg.precision import matmul
+from hf_precond.linalg.workspace import Workspace
 from hf_precond.optim.leaf import Leaf
-from hf_precond.optim.rotation_batch import CPU_ELEMENTS, Batch, Workspace, batches
+from hf_precond.optim.rotation_batch import CPU_ELEMENTS, Batch, batches
 from hf_precond.optim.rotation_plan import RotationPlan, plan_rotation
-from hf_precond.optim.rotation_refresh import BasisRefresh, accumulate, observe
+from hf_precond.optim.rotation_refresh import BasisRefresh, accumulate, observe, turn
 from hf_precond.optim.rules import AdamWRule, Rule
 
 
@@ -72,8 +73,8 @@ class RotatedAdamRule(Rule):
     def __init__(self, config: AdamRConfig) -> None:
         self.config = config
         self.adamw = AdamWRule()
-        self.bases = BasisRefresh(config)
         self.workspace = Workspace()
+        self.bases = BasisRefresh(config, self.workspace)
 
     @classmethod
     def under(cls, config: OptimizerConfig) -> RotatedAdamRule:
@@ -141,25 +142,39 @@ class RotatedAdamRule(Rule):
             batch.set("updates", batch.number("updates") + 1)
         started = batch.number("updates") > 1 or batch.number("step") > 0
         due = self.bases.due(batch) if started else {}
+        held = None
         if due or not started:
             for part in parts:
+                held = self._rotated(batch, part)
                 if collects:
-                    self._collect(batch, self._rotated(batch, part), part.leads)
+                    self._collect(batch, held, part.leads)
             collects = False
-            for side, chosen in due.items():
-                self.bases.refresh(batch.part(chosen), side)
+            held = held if len(parts) == 1 and batch.number("step") > 0 else None
+            held = self._refresh(batch, due, held)
         if not started:
             return
         batch.set("step", batch.number("step") + 1)
         self._measure(batch, gradient)
         for part in parts:
-            rotated = self._rotated(batch, part)
+            rotated = self._rotated(batch, part) if held is None else held
             if collects:
                 self._collect(batch, rotated, part.leads)
             if part.seen is not None:
                 zeros = self.workspace.take("seen", part.gradient.shape, rotated).zero_()
                 rotated = zeros.index_copy_(1, part.seen, rotated)
             self._descend(batch, part, self._adam(batch, part, rotated))
+
+    def _refresh(
+        self, batch: Batch, due: dict[str, list[int]], rotated: Tensor | None
+    ) -> Tensor | None:
+        """Turn the bases that are due; returns the rotated gradient turned with them, if it can."""
+        for side, chosen in due.items():
+            rotation = self.bases.refresh(batch.part(chosen), side)
+            if rotated is not None and len(chosen) == len(batch.leaves):
+                rotated.copy_(turn(side, rotation, rotated, self.workspace))
+            else:
+                rotated = None
+        return rotated
 
     def _parts(self, batch: Batch, gradient: Tensor) -> list[Part]:
         first, second, target = batch["exp_avg"], batch["exp_avg_sq"], batch.target()
@@ -208,9 +223,9 @@ class RotatedAdamRule(Rule):
         if self.config.floor == 0:
             return
         beta2 = batch.group["betas"][1]
-        size = math.sqrt(gradient.shape[1] * gradient.shape[2])
-        rms = torch.linalg.vector_norm(gradient, dim=(1, 2), keepdim=True).div_(size)
-        batch["mean_sq"].mul_(beta2).addcmul_(rms, rms, value=1 - beta2)
+        tiles = gradient.flatten(1).unsqueeze(1)
+        mean = torch.bmm(tiles, tiles.mT).div_(tiles.shape[2])
+        batch["mean_sq"].lerp_(mean, 1 - beta2)
 
     def _rotated(self, batch: Batch, part: Part) -> Tensor:
         """``Q_Lᵀ G Q_R`` (its ``seen`` rows); the gradient itself before there is a basis."""

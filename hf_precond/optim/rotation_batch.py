@@ -179,26 +179,3 @@ def adjacent(parts: Sequence[Tensor]) -> Tensor | None:
             return None
     shape = (len(parts) * first.shape[0], *first.shape[1:])
     return first.as_strided(shape, first.stride(), first.storage_offset())
-
-
-class Workspace:
-    """Memory for intermediate results on a CPU, kept from step to step.
-
-    Fresh pages cost a CPU more than the elementwise work done in them; a GPU
-    has its caching allocator. A copy starts empty.
-    """
-
-    def __init__(self) -> None:
-        self._held: dict[tuple[Any, ...], Tensor] = {}
-
-    def take(self, role: str, shape: Sequence[int], like: Tensor) -> Tensor:
-        """An uninitialised tensor; the next call of the same role and shape returns it again."""
-        if not like.is_cpu:
-            return like.new_empty(shape)
-        key = (role, tuple(shape), like.dtype)
-        if key not in self._held:
-            self._held[key] = like.new_empty(shape)
-        return self._held[key]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_held": {}}

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hf_precond.configs import AdamRConfig, compute_dtype
 from hf_precond.linalg import eigenbasis, fallback
+from hf_precond.linalg.workspace import Workspace
 from hf_precond.optim.leaf import Leaf
 from hf_precond.optim.rotation_batch import Batch
 from hf_precond.optim.rotation_plan import RotationPlan
@@ -30,10 +31,12 @@ class BasisRefresh:
 
     Args:
         config: AdamR's fields.
+        workspace: memory for intermediate results.
     """
 
-    def __init__(self, config: AdamRConfig) -> None:
+    def __init__(self, config: AdamRConfig, workspace: Workspace) -> None:
         self.config = config
+        self.workspace = workspace
         self.counters: dict[str, int] = {}
         self.loads = [0] * config.basis_interval
 
@@ -97,30 +100,35 @@ class BasisRefresh:
     def _measure(self, batch: Batch, side: str) -> None:
         """Off-diagonal energies, copied to the host where they are read an interval later."""
         factor = batch.read(f"{side}_factor").to(batch.leaves[0]["exp_avg"].dtype)
-        energies = eigenbasis.off_diagonal_energy(factor).view(len(batch.leaves), -1).amax(1)
+        energies = eigenbasis.off_diagonal_energy(factor, self.workspace)
+        energies = energies.view(len(batch.leaves), -1).amax(1)
         for leaf, energy in zip(batch.leaves, energies.unbind(), strict=True):
             if leaf.param.is_cuda:
                 fresh = _host_scalar(leaf.param.device, energy.dtype, float("nan"))
                 leaf[f"{side}_energy"] = fresh
             leaf[f"{side}_energy"].copy_(energy, non_blocking=True)
 
-    def refresh(self, batch: Batch, side: str) -> None:
-        """Turn the bases of one side of a batch; the moments follow."""
+    def refresh(self, batch: Batch, side: str) -> Tensor:
+        """Turn the bases of one side of a batch; the moments follow. Returns the rotation P."""
         step, interval = batch.number("step"), self.config.basis_interval
         factor = batch.read(f"{side}_factor").to(batch.leaves[0]["exp_avg"].dtype)
         if step == 0:
             record = fallback.Record()
             basis, factor = eigenbasis.eigenbasis(factor, record)
+            rotation = basis
             record.counted("basis", self._count)
         else:
-            rotation, factor = eigenbasis.refresh(factor, sweeps=2 if step < interval else 1)
-            basis = batch.read(f"{side}_basis") @ rotation
+            sweeps = 2 if step < interval else 1
+            rotation, factor = eigenbasis.refresh(factor, sweeps, self.workspace)
+            basis = turn("right", rotation, batch.read(f"{side}_basis"), self.workspace)
             if step // interval % CLEAN_EVERY == 0:
                 basis = eigenbasis.orthonormal(basis)
-            self._transport(batch, side, rotation)
         batch.write(f"{side}_factor", factor)
         batch.write(f"{side}_basis", basis)
+        if step > 0:
+            self._transport(batch, side, rotation)
         self._count("basis_refreshes", len(batch.leaves))
+        return rotation
 
     def _transport(self, batch: Batch, side: str, rotation: Tensor) -> None:
         """``M ← Pᵀ M``, and V by the overlap of the coordinates or with its columns.
@@ -130,15 +138,15 @@ class BasisRefresh:
         the factors are young their null spaces turn freely, and V always
         follows by overlap.
         """
-        first = turn(side, rotation, batch.read("exp_avg"))
+        first = turn(side, rotation, batch.read("exp_avg"), self.workspace)
         batch.write("exp_avg", first)
         step, second = batch.number("step"), batch.read("exp_avg_sq")
         if self.config.transport == "overlap" or step < self.config.basis_interval:
-            second = turn(side, eigenbasis.overlap(rotation), second)
+            second = turn(side, eigenbasis.overlap(rotation), second, self.workspace)
         else:
             beta1, beta2 = batch.group["betas"]
             lowest = first.square_().mul_((1 - beta2**step) / (1 - beta1**step) ** 2)
-            second = torch.maximum(second, lowest)
+            second = torch.maximum(second, lowest, out=lowest)
             batch.write("mean_sq", second.mean((1, 2), keepdim=True))
         batch.write("exp_avg_sq", second)
 
@@ -197,6 +205,13 @@ def observe(leaf: Leaf, side: str, mean: Tensor, decay: float) -> Tensor:
     return (~usable).to(torch.int64)
 
 
-def turn(side: str, rotation: Tensor, matrix: Tensor) -> Tensor:
-    """``Pᵀ M`` on the left, ``M P`` on the right."""
-    return rotation.mT @ matrix if side == "left" else matrix @ rotation
+def turn(side: str, rotation: Tensor, matrix: Tensor, workspace: Workspace | None = None) -> Tensor:
+    """``Pᵀ M`` on the left, ``M P`` on the right.
+
+    With a workspace the result's memory is taken over by the next call of the
+    same shape.
+    """
+    out = (workspace or Workspace()).take("turn", matrix.shape, matrix)
+    if side == "left":
+        return eigenbasis.product(rotation.mT, matrix, out)
+    return eigenbasis.product(matrix, rotation, out)
