@@ -304,7 +304,7 @@ class NKFACConfig(OptimizerConfig):
         exact_interval: every this many refreshes the inverse is computed
             exactly, >= 1.
         solver: how inverses are refreshed: ``newton`` (from the previous
-            ones), ``cholesky`` (exactly, always), or ``auto``, the cheaper
+            ones), ``exact`` (anew each time), or ``auto``, the cheaper
             for a factor's size and device.
         max_dim: a wider side is not preconditioned, >= 1.
         reference: reproduce the authors' published code step by step:
@@ -326,7 +326,7 @@ class NKFACConfig(OptimizerConfig):
     inverse_interval: int = interval(100)
     newton_steps: int = interval(1)
     exact_interval: int = interval(500)
-    solver: Literal["auto", "newton", "cholesky"] = "auto"
+    solver: Literal["auto", "newton", "exact"] = "auto"
     max_dim: int = bounded(4096, 1)
     reference: bool = False
     precision: Literal["highest", "tf32", "bf16"] = "highest"

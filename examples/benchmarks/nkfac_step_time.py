@@ -32,8 +32,7 @@ import torch
 from torch import Tensor, nn
 
 import hf_precond
-from hf_precond.linalg.inverse import spd_block_inverse
-from hf_precond.linalg.newton import newton_step
+from hf_precond.optim.inverses import invert
 
 PERIOD = 4
 WARM = 3 * PERIOD
@@ -216,12 +215,11 @@ def solvers(device: torch.device) -> None:
             matrices = rows @ rows.mT / size + 0.1 * torch.eye(size, device=device)
             previous = torch.linalg.inv(matrices)
             seconds = []
-            for solve in (newton_step, spd_block_inverse):
-                solve(matrices, previous)
+            for newton_steps in (1, 0):
                 found = []
-                for _ in range(3):
+                for _ in range(4):
                     start = now(device)
-                    solve(matrices, previous)
+                    invert(matrices, previous, newton_steps, lambda name, by: None, 0.01)
                     found.append(now(device) - start)
                 seconds.append(min(found))
             print(f"{size:>6}{count:>6}" + "".join(f"{1e3 * s:12.2f}" for s in seconds))

@@ -14,7 +14,7 @@ from hf_precond.linalg.inverse import spd_block_inverse
 from hf_precond.linalg.newton import newton_step
 from hf_precond.linalg.power import largest_eigenvalue
 
-Solver = Literal["newton", "cholesky"]
+Solver = Literal["newton", "exact"]
 
 WELL_CONDITIONED = 5e-3
 """Damping, relative to the largest eigenvalue, from which inversion by blocks is exact enough."""
@@ -22,9 +22,10 @@ WELL_CONDITIONED = 5e-3
 MAX_ERROR = 0.5
 """Largest rms eigenvalue error of the previous inverse from which Newton's step goes on."""
 
-NEWTON_SIZES = {"cpu": (64, 384), "cuda": (128, math.inf)}
-"""Sizes ``[low, high)`` at which Newton's step costs less than Cholesky's factorisation and
-inverse, by device; elsewhere Cholesky. For the CPU see examples/benchmarks/nkfac.md."""
+NEWTON_SIZES = {"cpu": math.inf, "cuda": 128}
+"""The size from which Newton's step costs less than the exact inverse, by device: never on a CPU
+(measured in examples/benchmarks/nkfac.md); on a GPU, which runs products far faster than
+factorisations, from here on (not measured yet)."""
 
 BATCH_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 """Entries of the factors inverted in one batch: more gain nothing there, and cost memory."""
@@ -32,8 +33,8 @@ BATCH_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 
 def choose_solver(size: int, device: torch.device) -> Solver:
     """The cheaper solver of a factor of ``size`` that has an inverse to start from."""
-    low, high = NEWTON_SIZES.get(device.type, NEWTON_SIZES["cuda"])
-    return "newton" if low <= size < high else "cholesky"
+    smallest = NEWTON_SIZES.get(device.type, NEWTON_SIZES["cuda"])
+    return "newton" if size >= smallest else "exact"
 
 
 def batches(count: int, size: int, device: torch.device) -> list[slice]:

@@ -44,17 +44,17 @@ class NKFAC(PrecondOptimizer):
     unit norms take out the loss's scale and the batch's size.
 
     The first three inverses of a factor and then every ``exact_interval``-th
-    are exact (Cholesky). The others take ``newton_steps`` scaled and
-    safeguarded Newton steps from the previous inverse
-    (:func:`~hf_precond.linalg.newton.newton_step`) where that is cheaper
-    (``solver="auto"``), and Cholesky elsewhere. A side wider than ``max_dim``
+    are exact. The others take ``newton_steps`` scaled and safeguarded Newton
+    steps from the previous inverse
+    (:func:`~hf_precond.linalg.newton.newton_step`) where that is cheaper, and
+    are exact too elsewhere (``solver="auto"``). A side wider than ``max_dim``
     has no factor. Kept per layer in float32:
     ``2 · 4 · (n_in² + n_out²)`` bytes.
 
     ``reference=True`` reproduces the authors' published code: NKFAC with
-    ``base="sgd"``, AdaNKFAC with ``base="adamw"``
-    (:mod:`~hf_precond.optim.nkfac_reference`); its weight decay is coupled
-    there, and inside the bias-corrected step here.
+    ``base="sgd"`` (weight decay coupled), AdaNKFAC with ``base="adamw"``
+    (weight decay inside the bias-corrected step); see
+    :mod:`~hf_precond.optim.nkfac_reference`.
 
     Start from the learning rate of the base rule. Signs of trouble:
     ``newton_restarts`` of :meth:`diagnostics` at every refresh (the curvature

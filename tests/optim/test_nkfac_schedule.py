@@ -74,7 +74,7 @@ def test_exact_at_0_T_2T_and_every_CT_newton_elsewhere(values):
 
 def test_cholesky_is_exact_at_every_refresh():
     model = network().double()
-    optimizer = build(model, inverse_interval=2, solver="cholesky")
+    optimizer = build(model, inverse_interval=2, solver="exact")
     for step in range(12):
         step_on(model, optimizer, data(step))
     assert counts(optimizer) == (24, 0)
@@ -85,7 +85,7 @@ def test_newton_follows_the_exact_inverse():
     models = [network(40).double() for _ in range(2)]
     optimizers = [
         build(model, inverse_interval=2, damping=0.1, solver=solver)
-        for model, solver in zip(models, ("newton", "cholesky"), strict=True)
+        for model, solver in zip(models, ("newton", "exact"), strict=True)
     ]
     for step in range(40):
         for model, optimizer in zip(models, optimizers, strict=True):
@@ -100,12 +100,24 @@ def test_newton_follows_the_exact_inverse():
 
 
 def test_the_solver_goes_by_size_and_device():
-    low, high = inverses.NEWTON_SIZES["cpu"]
-    cpu = torch.device("cpu")
-    assert inverses.choose_solver(low - 1, cpu) == "cholesky"
-    assert inverses.choose_solver(low, cpu) == "newton"
-    assert inverses.choose_solver(int(high), cpu) == "cholesky"
-    assert inverses.choose_solver(10**6, torch.device("cuda")) == "newton"
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert inverses.choose_solver(10**6, cpu) == "exact"
+    smallest = inverses.NEWTON_SIZES["cuda"]
+    assert inverses.choose_solver(smallest - 1, gpu) == "exact"
+    assert inverses.choose_solver(smallest, gpu) == "newton"
+
+
+def test_auto_is_the_chosen_solver():
+    models = [network().double() for _ in range(2)]
+    optimizers = [
+        build(model, inverse_interval=2, solver=solver)
+        for model, solver in zip(models, ("auto", "exact"), strict=True)
+    ]
+    for step in range(10):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            step_on(model, optimizer, data(step))
+    same(*models)
+    assert counts(optimizers[0]) == (20, 0)
 
 
 def test_batches_cover_everything_once():
@@ -221,7 +233,7 @@ class Branches(nn.Module):
         return self.head(x + self.expert(x) if self.used else x)
 
 
-@pytest.mark.parametrize("solver", ["newton", "cholesky"])
+@pytest.mark.parametrize("solver", ["newton", "exact"])
 def test_a_layer_first_used_late_gets_three_exact_inverses_and_one_never_used_stays(solver):
     torch.manual_seed(0)
     model = Branches().double()
@@ -265,7 +277,7 @@ def test_a_layer_never_used_is_no_error():
 # State -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver", ["newton", "cholesky"])
+@pytest.mark.parametrize("solver", ["newton", "exact"])
 @pytest.mark.parametrize("base", ["sgd", "adamw", "adamr"])
 def test_a_run_resumed_between_refreshes_is_bit_equal(base, solver):
     values = {"inverse_interval": 5, "stat_interval": 2, "base": base, "lr": 1e-2}
