@@ -97,7 +97,8 @@ class RotatedAdamRule(Rule):
     def allocate(self, leaf: Leaf) -> None:
         """Moments, factors, bases and counters of a leaf.
 
-        ``step`` counts Adam's steps, ``updates`` those of the factors,
+        ``step`` counts Adam's steps, ``updates`` the calls that brought
+        statistics (``left_updates``, ``right_updates``: to that factor),
         ``observed`` is 1 once these come from the layer's features; ``mean_sq``
         is the mean of ``exp_avg_sq``, which no rotation changes.
         """
@@ -138,17 +139,16 @@ class RotatedAdamRule(Rule):
         gradient = batch.gradient()
         parts = self._parts(batch, gradient)
         collects = self._collects(batch)
-        if collects:
-            batch.set("updates", batch.number("updates") + 1)
+        for name in ("updates", *(f"{side}_updates" for side in collects)) if collects else ():
+            batch.set(name, batch.number(name) + 1)
         started = batch.number("updates") > 1 or batch.number("step") > 0
         due = self.bases.due(batch) if started else {}
         held = None
         if due or not started:
             for part in parts:
                 held = self._rotated(batch, part)
-                if collects:
-                    self._collect(batch, held, part.leads)
-            collects = False
+                self._collect(batch, held, collects, part.leads)
+            collects = []
             held = held if len(parts) == 1 and batch.number("step") > 0 else None
             held = self._refresh(batch, due, held)
         if not started:
@@ -157,8 +157,7 @@ class RotatedAdamRule(Rule):
         self._measure(batch, gradient)
         for part in parts:
             rotated = self._rotated(batch, part) if held is None else held
-            if collects:
-                self._collect(batch, rotated, part.leads)
+            self._collect(batch, rotated, collects, part.leads)
             if part.seen is not None:
                 zeros = self.workspace.take("seen", part.gradient.shape, rotated).zero_()
                 rotated = zeros.index_copy_(1, part.seen, rotated)
@@ -189,16 +188,24 @@ class RotatedAdamRule(Rule):
             parts.append(Part(g, m, v, p, leads=number == 0, seen=seen))
         return parts
 
-    def _collects(self, batch: Batch) -> bool:
-        """Gradients are collected at the first two calls, then every ``stat_interval``."""
-        if batch.number("observed"):
-            return False
-        return batch.number("updates") < 2 or batch.number("step") % self.config.stat_interval == 0
+    def _collects(self, batch: Batch) -> list[str]:
+        """The sides whose factor takes this gradient in.
 
-    def _collect(self, batch: Batch, rotated: Tensor, leads: bool) -> None:
+        Both at the first two calls, then each every ``stat_interval`` steps,
+        left and right in turn so that no step is longer than the others.
+        """
+        if batch.number("observed"):
+            return []
+        if batch.number("updates") < 2:
+            return list(batch.plan.sides)
+        step, interval = batch.number("step"), self.config.stat_interval
+        turns = {"left": step, "right": step + interval // 2}
+        return [side for side in batch.plan.sides if turns[side] % interval == 0]
+
+    def _collect(self, batch: Batch, rotated: Tensor, sides: Sequence[str], leads: bool) -> None:
         """``B ← b B + (1-b) Ĝ Ĝᵀ``, ``b = min(stat_decay, 1 - 1/k)``, part by part."""
-        decay = min(self.config.stat_decay, 1 - 1 / batch.number("updates"))
-        for side in batch.plan.sides:
+        for side in sides:
+            decay = min(self.config.stat_decay, 1 - 1 / batch.number(f"{side}_updates"))
             root = rotated if side == "left" else rotated.mT
             accumulate(batch[f"{side}_factor"], root, decay if leads else 1.0, 1 - decay)
 
@@ -214,8 +221,11 @@ class RotatedAdamRule(Rule):
         """
         leaf["observed"] = 1
         leaf["updates"] += 1
-        decay = min(self.config.stat_decay, 1 - 1 / leaf["updates"])
-        dropped = [observe(leaf, side, mean, decay) for side, mean in means.items()]
+        dropped = []
+        for side, mean in means.items():
+            leaf[f"{side}_updates"] += 1
+            decay = min(self.config.stat_decay, 1 - 1 / leaf[f"{side}_updates"])
+            dropped.append(observe(leaf, side, mean, decay))
         return torch.stack(dropped).sum()
 
     def _measure(self, batch: Batch, gradient: Tensor) -> None:

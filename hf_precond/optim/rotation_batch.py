@@ -161,7 +161,8 @@ def _history(planned: tuple[Leaf, RotationPlan]) -> tuple[Any, ...]:
     leaf, plan = planned
     param = leaf.param
     mesh = getattr(param, "device_mesh", None)
-    history = (leaf["step"], leaf["updates"], leaf["observed"])
+    counts = ("step", "updates", "observed", *(f"{side}_updates" for side in plan.sides))
+    history = tuple(leaf[name] for name in counts)
     return (plan, id(leaf.group), param.dtype, param.device, mesh, history)
 
 

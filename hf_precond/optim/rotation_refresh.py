@@ -58,6 +58,7 @@ class BasisRefresh:
             leaf[f"{side}_phase"] = phase
             leaf[f"{side}_energy"] = _host_scalar(device, dtype, float("inf"))
             leaf[f"{side}_strikes"] = 0
+            leaf[f"{side}_updates"] = 0
 
     def due(self, batch: Batch) -> dict[str, list[int]]:
         """Per side, the leaves whose basis turns now; sides without any are left out.
