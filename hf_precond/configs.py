@@ -299,6 +299,8 @@ class NKFACConfig(OptimizerConfig):
             diagonal, > 0.
         stat_decay: decay of the factors' running average, in [0, 1).
         stat_interval: steps between two statistics, >= 1.
+        stat_rows: at most so many rows (tokens, output positions) of a
+            layer's call enter its statistics, evenly spaced; 0 for all.
         inverse_interval: steps between two refreshes of the inverses, >= 1.
         newton_steps: Newton iterations per refresh, >= 1.
         exact_interval: every this many refreshes the inverse is computed
@@ -323,6 +325,7 @@ class NKFACConfig(OptimizerConfig):
     damping: float = positive(0.01)
     stat_decay: float = decay(0.95)
     stat_interval: int = interval(10)
+    stat_rows: int = bounded(0, 0)
     inverse_interval: int = interval(100)
     newton_steps: int = interval(1)
     exact_interval: int = interval(500)

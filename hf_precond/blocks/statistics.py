@@ -40,6 +40,8 @@ class MomentRequest:
         blocks: for ``input``: collect only the ``blocks`` diagonal blocks of
             ``width = ceil(columns / blocks)`` columns each, as
             ``[blocks, width, width]``; columns beyond the last are zeros.
+        rows: for ``input`` and ``output_grad``: at most so many rows of a
+            call enter (sum and count), evenly spaced; 0 for all.
     """
 
     key: str
@@ -49,6 +51,7 @@ class MomentRequest:
     average_rotation: bool = False
     center: bool = False
     blocks: int = 1
+    rows: int = 0
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,15 @@ from hf_precond.model.double_backward import DoubleBackward
 from hf_precond.model.heads import HeadMoments
 from hf_precond.model.hooks import Hook
 from hf_precond.model.matrices import CONVOLUTIONS, is_linear
-from hf_precond.model.parts import Collection, input_part, patch_part
+from hf_precond.model.parts import Collection, input_part, output_part, patch_part
 from hf_precond.model.rows import (
     input_of,
     multihead_inner,
     multihead_role,
     multihead_weights,
     output_rows,
-    select_outputs,
 )
-from hf_precond.model.stage import Part, Stage, count_of, moment, no_autocast
+from hf_precond.model.stage import Part, Stage, no_autocast
 from hf_precond.model.tokens import Reader, TokenWeights
 
 
@@ -136,7 +135,13 @@ class Capture:
         collection = point.collections.get(name)
         if collection is None:
             collection = Collection(
-                name, request.kind, matrix, constant, request.center, request.blocks
+                name,
+                request.kind,
+                matrix,
+                constant,
+                request.center,
+                request.blocks,
+                request.rows,
             )
             point.collections[name] = collection
         collection.constant |= constant
@@ -187,7 +192,7 @@ class Capture:
                 if collection.kind == "input"
             ]
             gradients = [c for c in point.collections.values() if c.kind == "output_grad"]
-            count = _output_count(point, result, dtype) if gradients else None
+            weights = _output_weights(point, result, dtype) if gradients else None
         done: list[bool] = []
 
         def stage(gradient: Tensor) -> None:
@@ -197,16 +202,15 @@ class Capture:
             for part in parts:
                 if part is not None:
                     self.stage.add(part, in_pass)
-            if count is None:
+            if not gradients:
                 return
             with torch.no_grad(), no_autocast(gradient.device):
                 rows = output_rows(point.layer, gradient.detach()).to(dtype)
                 if self.loss_scale is not None:
                     rows = rows / self.loss_scale
                 for collection in gradients:
-                    chosen = select_outputs(collection.matrix, rows)
-                    total = moment(chosen, None, constant=False)
-                    self.stage.add(Part(collection.name, total, count), in_pass)
+                    part = output_part(collection, rows, weights, self.step)
+                    self.stage.add(part, in_pass)
 
         result.register_hook(stage)
 
@@ -234,13 +238,13 @@ class Capture:
         if inputs is None:
             return None
         if isinstance(layer, CONVOLUTIONS):
-            return patch_part(collection, layer, inputs.detach().to(dtype))
+            return patch_part(collection, layer, inputs.detach().to(dtype), self.step)
         rows = inputs.detach().to(dtype)
         if weights is None:
             weights = point.reader.read(tuple(inputs.shape), dtype)
         else:
             weights = weights.to(dtype)
-        return input_part(collection, rows, weights)
+        return input_part(collection, rows, weights, self.step)
 
     # The StatisticsSource -----------------------------------------------------
 
@@ -306,18 +310,11 @@ def moment_dtype(point: _Point) -> torch.dtype:
     return torch.float32
 
 
-def _output_count(point: _Point, result: Tensor, dtype: torch.dtype) -> Tensor:
-    rows = result.numel() // result.shape[_channel(point.layer, result)]
-    like = result.new_empty((), dtype=dtype)
+def _output_weights(point: _Point, result: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What the rows of an output count for; ``None`` for 1 each."""
     if isinstance(point.layer, CONVOLUTIONS):
-        return count_of(rows, None, like)
-    return count_of(rows, point.reader.read(tuple(result.shape), dtype), like)
-
-
-def _channel(layer: nn.Module, result: Tensor) -> int:
-    if isinstance(layer, CONVOLUTIONS):
-        return result.dim() - len(layer.kernel_size) - 1
-    return -1
+        return None
+    return point.reader.read(tuple(result.shape), dtype)
 
 
 def _memory_layers(model: nn.Module) -> set[nn.Module]:
@@ -330,10 +327,11 @@ def _memory_layers(model: nn.Module) -> set[nn.Module]:
 
 def _variant(request: MomentRequest, matrix: LayerMatrix) -> str:
     """What tells collections of one module and kind apart."""
+    thin = f":{request.rows} rows" if request.rows else ""
     if request.kind == "output_grad":
-        return f":{matrix.rows}" if matrix.rows is not None else ""
+        return thin + (f":{matrix.rows}" if matrix.rows is not None else "")
     role = (
         f":{multihead_role(matrix)}" if isinstance(matrix.module, nn.MultiheadAttention) else ""
     )
     blocks = f":{request.blocks} of {request.matrix.columns}" if request.blocks > 1 else ""
-    return role + (":centred" if request.center else "") + blocks
+    return role + (":centred" if request.center else "") + blocks + thin

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from hf_precond.blocks import LayerMatrix
 from hf_precond.model.matrices import CONVOLUTIONS
-from hf_precond.model.rows import patches
+from hf_precond.model.rows import patches, select_outputs
 from hf_precond.model.stage import Part, block_moment, centred, count_of, moment
 
+GOLDEN = (5**0.5 - 1) / 2
 _PATCHES = 2**24  # entries of a convolution's patches that are laid out at once
 
 
@@ -26,6 +27,7 @@ class Collection:
         constant: a 1 stands behind every row.
         center: each sequence's mean is taken off first.
         blocks: only this many diagonal blocks are kept.
+        rows: at most so many rows of a call enter; 0 for all.
     """
 
     name: str
@@ -34,15 +36,42 @@ class Collection:
     constant: bool
     center: bool
     blocks: int = 1
+    rows: int = 0
 
 
-def input_part(collection: Collection, rows: Tensor, weights: Tensor | None) -> Part:
+def thinned(rows: Tensor, limit: int, step: int) -> Tensor:
+    """At most ``limit`` of the rows (all for 0), evenly spaced, from another start each step.
+
+    A view. The starts of successive steps spread by the golden ratio, so that
+    no multiple of a sequence's length keeps seeing the same positions.
+    """
+    if not limit or len(rows) <= limit:
+        return rows
+    stride = -(-len(rows) // limit)
+    return rows[int(stride * (step * GOLDEN % 1)) :: stride]
+
+
+def output_part(
+    collection: Collection, rows: Tensor, weights: Tensor | None, step: int = 0
+) -> Part:
+    """The moment of output gradients ``[n, out]``; ``weights`` only count them."""
+    chosen = thinned(select_outputs(collection.matrix, rows), collection.rows, step)
+    counted = None if weights is None else thinned(weights.flatten(), collection.rows, step)
+    count = count_of(len(chosen), counted, chosen)
+    return Part(collection.name, moment(chosen, None, constant=False), count)
+
+
+def input_part(
+    collection: Collection, rows: Tensor, weights: Tensor | None, step: int = 0
+) -> Part:
     """The moment of an input ``[…, T, d]``, each leading index a sequence."""
-    count = count_of(rows[..., 0].numel(), weights, rows)
     if collection.center:
         rows = centred(rows, weights)
     constant = collection.constant and not collection.center
-    flat, weights = rows.flatten(0, -2), _flat(weights)
+    flat = thinned(rows.flatten(0, -2), collection.rows, step)
+    if weights is not None:
+        weights = thinned(weights.flatten(), collection.rows, step)
+    count = count_of(len(flat), weights, flat)
     if collection.constant and collection.center:  # the constant less its mean is zero
         flat = torch.nn.functional.pad(flat, (0, 1))
     return Part(collection.name, _moment(collection, flat, weights, constant), count)
@@ -56,7 +85,9 @@ def _moment(
     return moment(rows, weights, constant=constant)
 
 
-def patch_part(collection: Collection, layer: nn.Module, inputs: Tensor) -> Part:
+def patch_part(
+    collection: Collection, layer: nn.Module, inputs: Tensor, at_step: int = 0
+) -> Part:
     """The moment of a convolution's patches, a part of the batch at a time to bound memory."""
     assert isinstance(layer, CONVOLUTIONS)
     total: Tensor | None = None
@@ -65,13 +96,11 @@ def patch_part(collection: Collection, layer: nn.Module, inputs: Tensor) -> Part
         enlarged = inputs[:1].numel() * layer.weight[0, 0].numel()
         step = max(1, _PATCHES // max(1, enlarged))
     for part in inputs.split(step):
-        seen = patches(layer, part).flatten(0, 1)
+        limit = -(-collection.rows * len(part) // len(inputs))
+        seen = thinned(patches(layer, part).flatten(0, 1), limit, at_step)
         term = _moment(collection, seen, None, collection.constant)
         total = term if total is None else total.add_(term)
         rows += len(seen)
     assert total is not None
     return Part(collection.name, total, count_of(rows, None, total))
 
-
-def _flat(weights: Tensor | None) -> Tensor | None:
-    return None if weights is None else weights.flatten()

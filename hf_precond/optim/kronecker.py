@@ -46,11 +46,10 @@ class Factor:
         """Name of the statistic, and of the factor in messages."""
         return f"{self.placed.matrix.name}.{self.side}"
 
-    @property
-    def request(self) -> MomentRequest:
-        """The second moment that this factor averages."""
+    def request(self, rows: int) -> MomentRequest:
+        """The second moment that this factor averages, of at most ``rows`` rows (0 for all)."""
         kind: Literal["input", "output_grad"] = "input" if self.side == "input" else "output_grad"
-        return MomentRequest(self.key, kind, self.placed.matrix)
+        return MomentRequest(self.key, kind, self.placed.matrix, rows=rows)
 
     def name(self, what: str) -> str:
         """The name of a piece of its state."""

@@ -82,7 +82,8 @@ class NKFAC(PrecondOptimizer):
 
     def requests(self) -> Sequence[MomentRequest]:
         """The second moments of every factor."""
-        return [factor.request for placed in self.placed for factor in self.factors(placed)]
+        rows = self.config.stat_rows
+        return [factor.request(rows) for placed in self.placed for factor in self.factors(placed)]
 
     def due(self, step: int) -> bool:
         """Every ``stat_interval`` steps."""
