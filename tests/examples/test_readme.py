@@ -16,7 +16,7 @@ def blocks(text):
 def test_two_commands_come_first():
     first = blocks(README.split("\n## ")[0])
     assert len(first) == 2
-    for command, ending in zip(first, ("examples/quickstart.py", "-m pytest"), strict=True):
+    for command, ending in zip(first, ("examples/quickstart.py", "-m pytest -n 2"), strict=True):
         assert command.count("\n") == 1
         assert command.startswith("python3 -m venv .venv && .venv/bin/pip install -c constraints.")
         assert command.strip().endswith(ending)
