@@ -24,6 +24,10 @@ from torch import Tensor
 from hf_precond.linalg import fallback
 from hf_precond.linalg.workspace import Workspace
 
+BANDED = 256
+"""Symmetric products at least this wide are computed in bands of their lower triangle, on a CPU."""
+BANDS = 4
+
 
 def eigenbasis(
     factor: Tensor, record: fallback.Record | None = None
@@ -58,7 +62,8 @@ def refresh(
             among them.
 
     Returns:
-        ``P``, orthogonal, and ``Pᵀ B P``, each ``[b, n, n]``.
+        ``P``, orthogonal, and ``Pᵀ B P`` (at least its lower triangle), each
+        ``[b, n, n]``.
     """
     workspace = Workspace() if workspace is None else workspace
     rotation = None
@@ -83,7 +88,7 @@ def pair_rotation(factor: Tensor, workspace: Workspace | None = None) -> Tensor:
     """
     workspace = Workspace() if workspace is None else workspace
     skew = jacobi_tangents(factor, workspace)
-    gram = product(skew.mT, skew, workspace.take("half", factor.shape, factor))
+    gram = lower_product(skew.mT, skew, workspace.take("half", factor.shape, factor))
     gram.diagonal(dim1=-2, dim2=-1).add_(1.0)
     lower, _ = torch.linalg.cholesky_ex(gram)
     skew.diagonal(dim1=-2, dim2=-1).fill_(1.0)
@@ -121,10 +126,10 @@ def jacobi_tangents(factor: Tensor, workspace: Workspace | None = None) -> Tenso
 
 
 def congruence(rotation: Tensor, factor: Tensor, workspace: Workspace | None = None) -> Tensor:
-    """``Pᵀ B P``."""
+    """``Pᵀ B P``, at least its lower triangle."""
     workspace = Workspace() if workspace is None else workspace
     right = product(factor, rotation, workspace.take("half", factor.shape, factor))
-    return product(rotation.mT, right, workspace.take("turned", factor.shape, factor))
+    return lower_product(rotation.mT, right, workspace.take("turned", factor.shape, factor))
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -133,6 +138,22 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
         torch.mm(a[0], b[0], out=out[0])
     else:
         torch.bmm(a, b, out=out)
+    return out
+
+
+def bands(size: int) -> list[slice]:
+    """The rows of a ``size`` wide matrix, in :data:`BANDS` bands of about equal height."""
+    height = -(-size // BANDS)
+    return [slice(start, min(start + height, size)) for start in range(0, size, height)]
+
+
+def lower_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """``a @ b`` into ``out``, ``[b, n, n]``, at least the lower triangle."""
+    size = out.shape[-1]
+    if len(a) > 1 or size < BANDED or not a.is_cpu:
+        return product(a, b, out)
+    for rows in bands(size):
+        torch.mm(a[0, rows], b[0, :, : rows.stop], out=out[0, rows, : rows.stop])
     return out
 
 

@@ -139,8 +139,9 @@ class RotatedAdamRule(Rule):
         gradient = batch.gradient()
         parts = self._parts(batch, gradient)
         collects = self._collects(batch)
-        for name in ("updates", *(f"{side}_updates" for side in collects)) if collects else ():
-            batch.set(name, batch.number(name) + 1)
+        if collects:
+            for name in ("updates", *(f"{side}_updates" for side in collects)):
+                batch.set(name, batch.number(name) + 1)
         started = batch.number("updates") > 1 or batch.number("step") > 0
         due = self.bases.due(batch) if started else {}
         held = None
@@ -233,9 +234,12 @@ class RotatedAdamRule(Rule):
         if self.config.floor == 0:
             return
         beta2 = batch.group["betas"][1]
-        tiles = gradient.flatten(1).unsqueeze(1)
-        mean = torch.bmm(tiles, tiles.mT).div_(tiles.shape[2])
-        batch["mean_sq"].lerp_(mean, 1 - beta2)
+        tiles = gradient.flatten(1)
+        if len(tiles) == 1:
+            total = torch.dot(tiles[0], tiles[0])
+        else:
+            total = torch.linalg.vector_norm(tiles, dim=1).square_()[:, None, None]
+        batch["mean_sq"].lerp_(total / tiles.shape[1], 1 - beta2)
 
     def _rotated(self, batch: Batch, part: Part) -> Tensor:
         """``Q_Lᵀ G Q_R`` (its ``seen`` rows); the gradient itself before there is a basis."""

@@ -14,9 +14,6 @@ from hf_precond.optim.rotation_plan import RotationPlan
 
 CLEAN_EVERY = 8
 """Refreshes of a basis between two corrections of its orthogonality."""
-BANDED = 256
-"""Factors at least this wide are accumulated in bands of their lower triangle, on a CPU."""
-BANDS = 4
 
 
 class BasisRefresh:
@@ -169,18 +166,16 @@ def accumulate(factor: Tensor, root: Tensor, keep: float, weight: float) -> None
         keep: multiplier of B.
         weight: multiplier of ``X Xᵀ``.
     """
-    size = factor.shape[-1]
     if factor.dtype != root.dtype:
         wide = factor.to(root.dtype)
         factor.copy_(wide.baddbmm_(root, root.mT, beta=keep, alpha=weight))
-    elif len(factor) > 1 or size < BANDED or not factor.is_cpu:
+    elif len(factor) > 1 or factor.shape[-1] < eigenbasis.BANDED or not factor.is_cpu:
         factor.baddbmm_(root, root.mT, beta=keep, alpha=weight)
     else:
-        width = -(-size // BANDS)
-        for start in range(0, size, width):
-            end = min(start + width, size)
-            band, rows, columns = factor[0, start:end, :end], root[0, start:end], root[0, :end]
-            band.addmm_(rows, columns.mT, beta=keep, alpha=weight)
+        matrix, lower = root[0], factor[0]
+        for rows in eigenbasis.bands(len(lower)):
+            band, before = lower[rows, : rows.stop], matrix[: rows.stop]
+            band.addmm_(matrix[rows], before.mT, beta=keep, alpha=weight)
 
 
 def observe(leaf: Leaf, side: str, mean: Tensor, decay: float) -> Tensor:
