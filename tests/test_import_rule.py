@@ -9,7 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "hf_precond"
 MAY_IMPORT = {
     "linalg": set(),
     "hub": set(),
-    "configs": {"hub"},
+    "fields": set(),
+    "configs": {"fields", "hub"},
     "blocks": set(),
     "distributed": {"blocks", "linalg"},
     "optim": {"linalg", "configs", "blocks", "distributed"},

@@ -233,13 +233,17 @@ class PrecondOptimizer(torch.optim.Optimizer):
 
     # Binding to parameter groups and to the model ----------------------------
 
-    def _bind(self) -> None:
-        """Find every matrix's place in the parameter groups."""
-        slots: dict[int, Slot] = {
+    def slots(self) -> dict[int, Slot]:
+        """``id`` of every parameter held now to its group and index; not to be kept."""
+        return {
             id(parameter): (number, index)
             for number, group in enumerate(self.param_groups)
             for index, parameter in enumerate(group["params"])
         }
+
+    def _bind(self) -> None:
+        """Find every matrix's place in the parameter groups."""
+        slots = self.slots()
         self.placed: list[PlacedMatrix] = []
         for matrix in self.blocks.matrices:
             slot = slots.get(id(matrix.weight_parameter))

@@ -69,8 +69,9 @@ class PlacedMatrix:
         weight = self.weight
         found = [(weight, weight_part, self.weight_slot)]
         bias = self.matrix.bias_parameter
-        frozen = bias is None or bias.grad is None  # since the matrix was found, perhaps
-        if not frozen and bias_part is not None and self.bias_slot is not None:
+        if bias is not None and bias.grad is None:  # frozen since the matrix was found
+            bias = None
+        if bias is not None and bias_part is not None and self.bias_slot is not None:
             found.append((bias, bias_part, self.bias_slot))
         leaves = []
         for parameter, part, slot in found:

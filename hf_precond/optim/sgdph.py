@@ -218,11 +218,7 @@ class SGDPH(PrecondOptimizer):
 
     def _bind(self) -> None:
         super()._bind()
-        slots: dict[int, Slot] = {
-            id(parameter): (number, index)
-            for number, group in enumerate(self.param_groups)
-            for index, parameter in enumerate(group["params"])
-        }
+        slots = self.slots()
         self.channels: list[PlacedNorm] = []
         for norm in self.blocks.norms:
             slot = slots.get(id(norm.parameter))
