@@ -78,7 +78,7 @@ class NKFAC(PrecondOptimizer):
 
     def factors(self, placed: PlacedMatrix) -> list[Factor]:
         """The factors of a layer."""
-        return factors_of(placed, self.config.max_dim)
+        return self._factors[placed]
 
     def requests(self) -> Sequence[MomentRequest]:
         """The second moments of every factor."""
@@ -221,7 +221,9 @@ class NKFAC(PrecondOptimizer):
 
     def _bind(self) -> None:
         super()._bind()
+        self._factors = {item: factors_of(item, self.config.max_dim) for item in self.placed}
         self.failures: dict[str, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"failures": self.failures}
+        own = {"_factors": self._factors, "failures": self.failures}
+        return super().__getstate__() | own
