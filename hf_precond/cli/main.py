@@ -26,7 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # argparse would take the script's own options for ours.
         return run.run(words[1:])
     arguments = _parser().parse_args(words)
-    return int(arguments.act(arguments))
+    try:
+        return int(arguments.act(arguments))
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def launch(argv: Sequence[str]) -> int:
