@@ -94,25 +94,30 @@ def average_unit_moment(moment: Tensor, updates: Tensor, total: Tensor, decay: f
     # No entry exceeds the diagonal's; divided by it, the squares stay within float32.
     largest = total.diagonal().amax()
     kept = moment.to(total.dtype)
-    if total.device.type == "cpu":
-        dropped = _average_on_host(kept, updates, total, float(largest), decay)
-    else:
-        total = total / largest
-        norm = torch.linalg.vector_norm(total)
-        usable = torch.isfinite(norm)
-        updates += usable
-        keep = torch.clamp(1 - 1 / updates.clamp(min=1).to(total.dtype), max=decay)
-        unit = torch.where(usable, total.div_(norm), kept)
-        kept.lerp_(unit, torch.where(usable, 1 - keep, 0.0))
-        dropped = (~usable & (largest != 0)).to(torch.int64)
+    average = _average_on_host if total.device.type == "cpu" else _average_on_device
+    dropped = average(kept, updates, total, largest, decay)
     moment.copy_(kept)
     return dropped
 
 
-def _average_on_host(
-    kept: Tensor, updates: Tensor, total: Tensor, largest: float, decay: float
+def _average_on_device(
+    kept: Tensor, updates: Tensor, total: Tensor, largest: Tensor, decay: float
 ) -> Tensor:
-    """The same where reading a number is free and a pass over a matrix is not."""
+    """Without reading a number back."""
+    total = total / largest
+    norm = torch.linalg.vector_norm(total)
+    usable = torch.isfinite(norm)
+    updates += usable
+    keep = torch.clamp(1 - 1 / updates.clamp(min=1).to(total.dtype), max=decay)
+    unit = torch.where(usable, total.div_(norm), kept)
+    kept.lerp_(unit, torch.where(usable, 1 - keep, 0.0))
+    return (~usable & (largest != 0)).to(torch.int64)
+
+
+def _average_on_host(
+    kept: Tensor, updates: Tensor, total: Tensor, largest: Tensor, decay: float
+) -> Tensor:
+    """Where reading a number is free and a pass over a matrix is not."""
     norm = float(torch.linalg.vector_norm(total))
     if not TINY < norm < 1 / TINY:
         total = total / largest

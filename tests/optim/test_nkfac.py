@@ -198,9 +198,6 @@ def test_the_norm_is_the_gradients_over_weight_and_bias_together():
     optimizer.close()
 
 
-# Exact K-FAC ----------------------------------------------------------------------
-
-
 def test_factors_of_a_deep_linear_network_are_its_gauss_newton_blocks():
     # Squared error, residuals white: then the covariance of output gradients is the curvature
     # seen from the layer, and input and curvature do not depend on each other.
@@ -309,9 +306,6 @@ def test_adamr_under_the_preconditioned_gradient():
     assert (model[0].weight - other[0].weight).norm() > 1e-3
 
 
-# Scale, zeros, bad numbers ------------------------------------------------------------
-
-
 @pytest.mark.parametrize("scale", [1024.0, 1e-12])
 def test_the_losss_scale_over_lr_changes_nothing(scale):
     model, twin = network(), network()
@@ -401,19 +395,3 @@ def test_a_statistic_that_is_not_finite_is_dropped_and_counted(bad, values):
     assert torch.isfinite(state["input_factor"]).all()
     if not values:  # the statistics are all alike, so one less changes nothing
         assert_same(weights(model), weights(twin))
-
-
-def test_momentum_zero_keeps_no_buffer():
-    model = network()
-    optimizer = build(model, momentum=0.0, reference=True)
-    losses = [step_on(model, optimizer, data()) for _ in range(5)]
-    assert losses[-1] < losses[0]
-    assert not any("momentum_buffer" in state for state in optimizer.state.values())
-    optimizer.close()
-
-
-def test_reference_takes_the_authors_bases_and_no_solver():
-    with pytest.raises(ValueError, match="AdaNKFAC"):
-        NKFACConfig(reference=True, base="adamr")
-    with pytest.raises(ValueError, match="schedule of solvers"):
-        NKFACConfig(reference=True, solver="newton")

@@ -69,3 +69,10 @@ def test_reproduces_the_published_code(name):
                 assert error < 1e-9, (step + 1, key, error)
     assert step + 1 == int(meta["steps"])
     optimizer.close()
+
+
+def test_reference_takes_the_authors_bases_and_no_solver():
+    with pytest.raises(ValueError, match="AdaNKFAC"):
+        NKFACConfig(reference=True, base="adamr")
+    with pytest.raises(ValueError, match="schedule of solvers"):
+        NKFACConfig(reference=True, solver="newton")

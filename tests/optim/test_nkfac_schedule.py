@@ -335,3 +335,12 @@ def test_defaults():
     config = NKFACConfig()
     assert (config.stat_interval, config.inverse_interval, config.damping) == (10, 100, 0.01)
     assert (config.stat_decay, config.newton_steps, config.exact_interval) == (0.95, 1, 500)
+
+
+def test_momentum_zero_keeps_no_buffer():
+    model = network().double()
+    optimizer = build(model, momentum=0.0, reference=True)
+    losses = [step_on(model, optimizer, data()) for _ in range(5)]
+    assert losses[-1] < losses[0]
+    assert not any("momentum_buffer" in state for state in optimizer.state.values())
+    optimizer.close()
