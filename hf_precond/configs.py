@@ -155,8 +155,8 @@ class AFOptConfig(OptimizerConfig):
         lr_scale: multiplier of ``lr`` for the preconditioned matrices under
             ``scaling="rms"`` and ``"cap"``, and for the matrices left to
             ``base="muon"``, > 0.
-        rho: the rms logit change per unit of lr of ``logit_rms`` and ``cap``,
-            > 0.
+        rho: the rms logit change per unit of lr that a step of q, and one of
+            k, makes (``logit_rms``) or makes at most (``cap``), > 0.
         damping: multiple of a factor's mean eigenvalue added to its diagonal,
             > 0.
         covariant_damping: damp the per-head factors through the input factor
