@@ -256,7 +256,7 @@ class AdamRConfig(OptimizerConfig):
     floor: float = bounded(1e-4, 0.0)
     stat_decay: float = decay(0.95)
     stat_interval: int = interval(1)
-    basis_interval: int = interval(10)
+    basis_interval: int = interval(3)
     basis_tolerance: float = bounded(0.01, 0.0, 1.0)
     max_dim: int = bounded(2048, 1)
     precision: Literal["highest", "tf32", "bf16"] = "highest"

@@ -32,9 +32,11 @@ class AdamR(PrecondOptimizer):
     convolutions; embeddings, grouped convolutions, parameters of no layer and
     sides divided into blocks keep the gradient's.
 
-    Start from twice AdamW's learning rate. A loss that jumps within the first
-    steps asks for warm-up; a growing ``basis_kept`` of :meth:`diagnostics`,
-    the refreshes that found numbers that are not finite, for clipping.
+    Start from twice AdamW's learning rate, with ``betas=(0.95, 0.95)``. A loss
+    that jumps within the first steps asks for warm-up; a growing
+    ``basis_kept`` of :meth:`diagnostics`, the refreshes that found numbers
+    that are not finite, for clipping. A longer ``basis_interval`` is cheaper
+    and costs loss.
 
     Args:
         param_groups: as for any torch optimizer.
