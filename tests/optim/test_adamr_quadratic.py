@@ -62,7 +62,9 @@ def test_following_the_basis_loses_nothing_against_decomposing_it(monkeypatch):
     make = ours(basis="two_sided")
     followed = best(make, True)
     monkeypatch.setattr(
-        rotation_refresh.eigenbasis, "refresh", lambda b, sweeps=1: eigenbasis.eigenbasis(b)
+        rotation_refresh.eigenbasis,
+        "refresh",
+        lambda factor, sweeps, workspace: eigenbasis.eigenbasis(factor),
     )
     assert followed <= 1.1 * best(make, True)
 
