@@ -124,10 +124,6 @@ class AdamR(PrecondOptimizer):
         gradient: Tensor = weight if weight.grad is None else weight.grad
         return MatrixLeaf(weight, gradient, self.state[weight], "", group, placed.matrix)
 
-    def diagnostics(self) -> dict[str, float]:
-        """Refreshes of bases, those skipped, and how often the fall-back ladder was needed."""
-        return super().diagnostics() | self.rule.diagnostics()
-
 
 def is_featured(matrix: LayerMatrix) -> bool:
     """Whether a layer's inputs and output gradients can be observed."""

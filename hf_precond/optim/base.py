@@ -372,7 +372,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
         values = {name: float(value) for name, value in self.counters.items()}
         for name, value in self.device_counters.items():
             values[name] = values.get(name, 0.0) + float(value)
-        return values
+        return values | self.rule.diagnostics()
 
 
 def request_shape(request: Request) -> tuple[int, ...]:

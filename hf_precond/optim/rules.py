@@ -30,6 +30,10 @@ class Rule(ABC):
     def update(self, leaves: Sequence[Leaf]) -> None:
         """Step every leaf by its gradient."""
 
+    def diagnostics(self) -> dict[str, float]:
+        """Counters of the rule's own, as plain numbers."""
+        return {}
+
 
 class AdamWRule(Rule):
     """AdamW (Loshchilov and Hutter, 2019), in torch's order of decay and epsilon.
