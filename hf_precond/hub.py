@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +22,7 @@ CONFIG_FILE = "optimizer_config.json"
 ConfigT = TypeVar("ConfigT", bound="HubMixin")
 
 
-class HubMixin:
+class HubMixin(ABC):
     """``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` of a config."""
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> str:
@@ -138,9 +139,9 @@ class HubMixin:
         )
         return str(commit.commit_url)
 
+    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values (the config class says how)."""
-        raise NotImplementedError
 
     def to_json(self) -> str:
         """:meth:`to_dict` and the package's version, as JSON."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 _CHECKPOINT = "_gradient_checkpointing_func"
 
 
-class _Shared:
+class _Shared(ABC):
     """A global context, entered for the first holder and left by the last."""
 
     def __init__(self) -> None:
@@ -37,8 +38,9 @@ class _Shared:
         if self.holders == 0:
             self.stack.close()
 
+    @abstractmethod
     def enter(self, stack: ExitStack) -> None:
-        raise NotImplementedError
+        """Put what is to hold into ``stack``."""
 
 
 class _MathAttention(_Shared):
