@@ -331,6 +331,10 @@ class SGDPHConfig(OptimizerConfig):
         probe: ``rademacher`` (unbiased estimate of the diagonal), ``ones``
             (the authors': row sums) or ``exact`` (one product a channel).
         probe_interval: steps between two probes, >= 1.
+        probe_autocast: leave the passes of the steps that are probed under
+            autocast, as all others are. By default they run in float32: the
+            curvature then has no rounding noise of bfloat16 or float16, at
+            the time and memory of a float32 step every ``probe_interval``.
         stat_decay: decay of the probe's running average, in [0, 1).
         tau: second-order learning rate of ``base="sgd"``, > 0.
         curvature_eps: added to the curvature under ``base="sgd"``, > 0.
@@ -341,7 +345,7 @@ class SGDPHConfig(OptimizerConfig):
             ``base="sgd"`` and ``probe="ones"``: every one-dimensional
             parameter, one probed a step, averaged with ``momentum``
             (``probe_interval``, ``stat_decay`` and ``include_bias`` say
-            nothing then).
+            nothing then, and autocast is left as it is).
 
     Raises:
         ValueError: ``reference`` with another base or probe.
@@ -353,6 +357,7 @@ class SGDPHConfig(OptimizerConfig):
     base: Literal["adamw", "sgd"] = "adamw"
     probe: Literal["rademacher", "ones", "exact"] = "rademacher"
     probe_interval: int = interval(20)
+    probe_autocast: bool = False
     stat_decay: float = decay(0.9)
     tau: float = positive(1e-3)
     curvature_eps: float = positive(1e-4)

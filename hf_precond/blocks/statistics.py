@@ -73,6 +73,8 @@ class CurvatureRequest:
         period: of the steps that are collected, probe those whose number is
             ``phase`` modulo ``period``.
         phase: see ``period``; in [0, period).
+        autocast: whether the passes may stay under autocast; outside it they
+            run in the precision of the weights.
     """
 
     key: str
@@ -80,6 +82,7 @@ class CurvatureRequest:
     probe: Literal["rademacher", "ones", "exact"]
     period: int = 1
     phase: int = 0
+    autocast: bool = False
 
 
 @dataclass

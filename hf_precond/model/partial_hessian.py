@@ -15,12 +15,14 @@ from hf_precond.blocks import CurvatureRequest, Statistic
 from hf_precond.model import backward_hook
 from hf_precond.model.double_backward import DoubleBackward, compiled_code_runs
 from hf_precond.model.finite_difference import DifferenceProduct
+from hf_precond.model.full_precision import FullPrecision
 from hf_precond.model.hessian_products import (
     GraphProduct,
     depends_on,
     diagonal_estimates,
     probe_vectors,
 )
+from hf_precond.model.hooks import Hook
 
 NO_LOSS = (
     "sgdph: step {step} is due for a Hessian-vector product, and no loss of this model was seen "
@@ -52,34 +54,21 @@ def open_probe(model: nn.Module, requests: Sequence[CurvatureRequest]) -> Curvat
     return CurvatureProbe(model, requests)
 
 
-class _ForwardHook:
-    """Forward pre-hook. Holds its source weakly; a copy is inert."""
+def _weakly(method: Callable[..., Any]) -> Hook:
+    """A hook that holds its source weakly, and does nothing while compiled code is made."""
+    reference = weakref.WeakMethod(method)
 
-    def __init__(self, source: CurvatureProbe) -> None:
-        self.source: Callable[[], CurvatureProbe | None] = weakref.ref(source)
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
+    def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
-            return
-        source = self.source()
-        if source is not None:
-            source.before_forward()
+            return None
+        held = reference()
+        return None if held is None else held(*args)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _ForwardHook:
-        return _inert_hook()
-
-    def __reduce__(self) -> Any:
-        return _inert_hook, ()
+    return Hook(call)
 
 
 def _nothing() -> None:
     return None
-
-
-def _inert_hook() -> _ForwardHook:
-    hook = _ForwardHook.__new__(_ForwardHook)
-    hook.source = _nothing
-    return hook
 
 
 def _leave(handles: Sequence[Any], switches: DoubleBackward) -> None:
@@ -95,7 +84,8 @@ class CurvatureProbe:
 
     It sees the loss through ``Accelerator.backward`` or :meth:`observe`. On
     the steps that are due, the model's forward pass switches attention to a
-    kernel that can be differentiated twice, until the backward pass is done.
+    kernel that can be differentiated twice, until the backward pass is done,
+    and runs outside autocast unless the requests allow it.
 
     Args:
         model: the root of what is trained.
@@ -114,11 +104,13 @@ class CurvatureProbe:
         self.versions: list[int] = []
         self.idled = False
         self.switches = DoubleBackward(model)
+        self.precision = FullPrecision(model)
         # Children too: some trainers call a part of the model and never its root.
-        handles = [
-            module.register_forward_pre_hook(_ForwardHook(self))
-            for module in (model, *model.children())
-        ]
+        handles: list[Any] = []
+        for module in (model, *model.children()):
+            before, after = _weakly(self.before_forward), _weakly(self.after_forward)
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(module.register_forward_hook(after, always_call=True))
         backward_hook.listen(self)
         self._leave = weakref.finalize(self, _leave, handles, self.switches)
         self._leave.atexit = False
@@ -175,10 +167,19 @@ class CurvatureProbe:
 
     # What sees the training ---------------------------------------------------
 
-    def before_forward(self) -> None:
-        """The model, or a part of it, is about to run."""
-        if self.due and torch.is_grad_enabled():
-            self.switches.acquire()
+    def before_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The model, or a part of it, is about to run; its inputs if they are to be others."""
+        if not (self.due and torch.is_grad_enabled()):
+            return None
+        self.switches.acquire()
+        # Children too: accelerate enters autocast inside the forward pass of the root.
+        return None if self.requests[0].autocast else self.precision.enter(module, args, kwargs)
+
+    def after_forward(self, module: nn.Module, *_: Any) -> None:
+        """It has run, or failed."""
+        self.precision.leave(module)
 
     def release(self) -> None:
         """The backward pass is done."""

@@ -83,6 +83,10 @@ class SGDPH(PrecondOptimizer):
         optimizer.step()
         optimizer.zero_grad()
 
+    Under autocast the forward passes of the steps that are probed run in
+    float32 (``probe_autocast`` leaves them). Weights kept in bfloat16 or
+    float16 are probed in their own precision; averages are float32 always.
+
     Signs of trouble: ``norm_clipped`` in :meth:`diagnostics` near 1 (the
     curvature is too small to matter: raise ``gamma``), ``norm_update_rms``
     far below AdamW's (lower it), ``dropped_probes`` growing (the products
@@ -107,11 +111,16 @@ class SGDPH(PrecondOptimizer):
     def requests(self) -> Sequence[CurvatureRequest]:
         """One request a channel-wise parameter."""
         if not self.config.reference:
-            return [CurvatureRequest(c.norm.name, c.norm, self.config.probe) for c in self.channels]
+            return [
+                CurvatureRequest(
+                    c.norm.name, c.norm, self.config.probe, autocast=self.config.probe_autocast
+                )
+                for c in self.channels
+            ]
         cycle = len(self.channels)
         # The authors never use the curvature of the last one, so it is not probed.
         return [
-            CurvatureRequest(c.norm.name, c.norm, self.config.probe, cycle, turn)
+            CurvatureRequest(c.norm.name, c.norm, self.config.probe, cycle, turn, autocast=True)
             for turn, c in enumerate(self.channels[:-1])
         ]
 
