@@ -3,14 +3,17 @@
 A batch is factorised in one call. Only the matrices for which that failed
 climb the ladder, each on its own: ``scaled`` (divided by its largest entry),
 ``damped`` (a little added to the diagonal), ``float64``, ``cpu`` and at last
-``kept`` (the previous result stays). Each rung used is counted.
+``kept`` (the previous result stays). Each rung used is counted. Memory that
+runs out is a failure like any other: the rungs need less of it, or none of the
+device's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +21,16 @@ from torch import Tensor
 MAX_FAILURES = 3
 
 Factorise = Callable[[Tensor], tuple[Tensor, ...]]
+Item = TypeVar("Item")
+Cause = Literal["out_of_memory", "solver"]
+
+UNDECOMPOSED = (
+    "its factor could not be decomposed {limit} times in a row; it is close to singular, or holds "
+    "infinities or NaN. Lower the learning rate, raise `damping` (or `eps`), clip gradients, or "
+    "train in float32."
+)
+SOLVERS = ("cusolver", "hipsolver", "rocsolver", "magma")
+ALLOCATORS = ("can't allocate memory", "status_alloc_failed")
 
 
 @dataclass
@@ -40,6 +53,48 @@ class Record:
             count(f"{kind}_{rung}", matrices)
 
 
+def cause(error: RuntimeError) -> Cause | None:
+    """Why a factorisation failed; ``None`` for an error of another kind, which must be raised.
+
+    Solver libraries raise plain ``RuntimeError`` for much of what goes wrong
+    inside them, and so does the allocator of a CPU.
+    """
+    text = str(error).lower()
+    if isinstance(error, torch.OutOfMemoryError) or any(name in text for name in ALLOCATORS):
+        return "out_of_memory"
+    if isinstance(error, torch.linalg.LinAlgError) or any(name in text for name in SOLVERS):
+        return "solver"
+    return None
+
+
+def in_parts(
+    work: Callable[[Sequence[Item]], None], items: Sequence[Item]
+) -> list[tuple[Item, Cause]]:
+    """``work(items)``; where that fails by :func:`cause`, each item on its own.
+
+    Args:
+        work: changes what it changes at its end, so that it can be called
+            again for some of the items when it has failed.
+        items: equal pieces of work.
+
+    Returns:
+        The items that failed on their own too, and why.
+    """
+    try:
+        work(items)
+        return []
+    except RuntimeError as error:
+        found = cause(error)
+        if found is None:
+            raise
+    # Only here are the frames of the failed attempt, and what they held, gone.
+    if found == "out_of_memory" and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if len(items) == 1:
+        return [(items[0], found)]
+    return [failed for item in items for failed in in_parts(work, [item])]
+
+
 def strikes(before: int, failed: bool, name: str, limit: int = MAX_FAILURES) -> int:
     """Consecutive failures of one matrix, after one more attempt.
 
@@ -56,11 +111,7 @@ def strikes(before: int, failed: bool, name: str, limit: int = MAX_FAILURES) -> 
         return 0
     if before + 1 < limit:
         return before + 1
-    raise RuntimeError(
-        f"{name}: its factor could not be decomposed {limit} times in a row, even in float64 on "
-        "the CPU; it probably holds infinities or NaN. Lower the learning rate, raise `damping` "
-        "(or `eps`), clip gradients, or train in float32."
-    )
+    raise RuntimeError(f"{name}: {UNDECOMPOSED.format(limit=limit)}")
 
 
 def eigh(
@@ -146,7 +197,9 @@ def _climb(
         if all(good):
             return results
         parts = [tuple(part[index] for part in results) for index in range(len(matrices))]
-    except torch.linalg.LinAlgError:
+    except RuntimeError as error:
+        if cause(error) is None:
+            raise
         good = [False] * len(matrices)
         parts = [()] * len(matrices)
     for index, fine in enumerate(good):
@@ -199,7 +252,9 @@ def _attempt(
     """The result in ``like``'s dtype and device, or ``None`` if it raised or is not finite."""
     try:
         found = tuple(part.to(like) for part in work())
-    except torch.linalg.LinAlgError:
+    except RuntimeError as error:
+        if cause(error) is None:
+            raise
         return None
     return found if all(bool(torch.isfinite(part).all()) for part in found) else None
 

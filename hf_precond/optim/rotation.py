@@ -170,7 +170,8 @@ class RotatedAdamRule(Rule):
         """Turn the bases that are due; returns the rotated gradient turned with them, if it can."""
         for side, chosen in due.items():
             rotation = self.bases.refresh(batch.part(chosen), side)
-            if rotated is not None and len(chosen) == len(batch.leaves):
+            whole = len(chosen) == len(batch.leaves)
+            if rotated is not None and rotation is not None and whole:
                 rotated.copy_(turn(side, rotation, rotated, self.workspace))
             else:
                 rotated = None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from hf_precond.configs import AdamRConfig, compute_dtype
 from hf_precond.linalg import eigenbasis, fallback
 from hf_precond.linalg.workspace import Workspace
+from hf_precond.optim.failures import Failures
 from hf_precond.optim.leaf import Leaf
 from hf_precond.optim.rotation_batch import Batch
 from hf_precond.optim.rotation_plan import RotationPlan
@@ -35,6 +38,7 @@ class BasisRefresh:
         self.config = config
         self.workspace = workspace
         self.counters: dict[str, int] = {}
+        self.failures = Failures()
         self.loads = [0] * config.basis_interval
 
     def allocate(self, leaf: Leaf, plan: RotationPlan) -> None:
@@ -90,8 +94,7 @@ class BasisRefresh:
         failed = value != value
         if failed:
             self._count("basis_kept", 1)
-        name = getattr(getattr(leaf, "matrix", None), "name", f"weight {tuple(leaf.param.shape)}")
-        strikes = fallback.strikes(leaf[f"{side}_strikes"], failed, f"{name} ({side} side)")
+        strikes = fallback.strikes(leaf[f"{side}_strikes"], failed, name_of(leaf, side))
         leaf[f"{side}_strikes"] = strikes
         return value < self.config.basis_tolerance
 
@@ -106,10 +109,30 @@ class BasisRefresh:
                 leaf[f"{side}_energy"] = fresh
             leaf[f"{side}_energy"].copy_(energy, non_blocking=True)
 
-    def refresh(self, batch: Batch, side: str) -> Tensor:
-        """Turn the bases of one side of a batch; the moments follow. Returns the rotation P."""
+    def refresh(self, batch: Batch, side: str) -> Tensor | None:
+        """Turn the bases of one side of a batch; the moments follow.
+
+        Returns:
+            The rotation P; ``None`` where not all of the bases turned at once,
+            because a solver failed or memory ran out.
+        """
+        rotations: list[Tensor] = []
+
+        def work(chosen: Sequence[int]) -> None:
+            rotations.append(self._turn(batch.part(chosen), side))
+
+        everything = range(len(batch.leaves))
+        self.failures.attempt(
+            work, everything, lambda n: name_of(batch.leaves[n], side), self._count
+        )
+        whole = len(rotations) == 1 and len(rotations[0]) == len(batch.leaves) * batch.plan.tiles
+        return rotations[0] if whole else None
+
+    def _turn(self, batch: Batch, side: str) -> Tensor:
+        """:meth:`refresh` of a batch, which changes all or, where it raises, nothing."""
         step, interval = batch.number("step"), self.config.basis_interval
         factor = batch.read(f"{side}_factor").to(batch.leaves[0]["exp_avg"].dtype)
+        moments: dict[str, Tensor] = {}
         if step == 0:
             record = fallback.Record()
             basis, factor = eigenbasis.eigenbasis(factor, record)
@@ -118,18 +141,19 @@ class BasisRefresh:
         else:
             sweeps = 2 if step < interval else 1
             rotation, factor = eigenbasis.refresh(factor, sweeps, self.workspace)
-            basis = turn("right", rotation, batch.read(f"{side}_basis"), self.workspace)
+            held = batch.read(f"{side}_basis")
+            basis = turn("right", rotation, held, self.workspace, "turned basis")
             if step // interval % CLEAN_EVERY == 0:
                 basis = eigenbasis.orthonormal(basis)
-        batch.write(f"{side}_factor", factor)
-        batch.write(f"{side}_basis", basis)
-        if step > 0:
-            self._transport(batch, side, rotation)
+            moments = self._transported(batch, side, rotation)
+        found = {f"{side}_factor": factor, f"{side}_basis": basis} | moments
+        for name, value in found.items():
+            batch.write(name, value)
         self._count("basis_refreshes", len(batch.leaves))
         return rotation
 
-    def _transport(self, batch: Batch, side: str, rotation: Tensor) -> None:
-        """``M ← Pᵀ M``, and V by the overlap of the coordinates or with its columns.
+    def _transported(self, batch: Batch, side: str, rotation: Tensor) -> dict[str, Tensor]:
+        """The moments in the new basis: ``Pᵀ M``, and V by overlap or with its columns.
 
         V that stays is raised to ``M̂² <= V̂`` where the momentum turned into a
         direction that had none: Adam's ratio would have no bound there. While
@@ -137,19 +161,28 @@ class BasisRefresh:
         follows by overlap.
         """
         first = turn(side, rotation, batch.read("exp_avg"), self.workspace)
-        batch.write("exp_avg", first)
         step, second = batch.number("step"), batch.read("exp_avg_sq")
         if self.config.transport == "overlap" or step < self.config.basis_interval:
-            second = turn(side, eigenbasis.overlap(rotation), second, self.workspace)
-        else:
-            beta1, beta2 = batch.group["betas"]
-            lowest = first.square_().mul_((1 - beta2**step) / (1 - beta1**step) ** 2)
-            second = torch.maximum(second, lowest, out=lowest)
-            batch.write("mean_sq", second.mean((1, 2), keepdim=True))
-        batch.write("exp_avg_sq", second)
+            second = turn(
+                side, eigenbasis.overlap(rotation), second, self.workspace, "turned second"
+            )
+            return {"exp_avg": first, "exp_avg_sq": second}
+        beta1, beta2 = batch.group["betas"]
+        lowest = self.workspace.take("turned second", first.shape, first)
+        torch.mul(first, first, out=lowest)
+        lowest.mul_((1 - beta2**step) / (1 - beta1**step) ** 2)
+        second = torch.maximum(second, lowest, out=lowest)
+        mean = second.mean((1, 2), keepdim=True)
+        return {"exp_avg": first, "exp_avg_sq": second, "mean_sq": mean}
 
     def _count(self, name: str, by: int) -> None:
         self.counters[name] = self.counters.get(name, 0) + by
+
+
+def name_of(leaf: Leaf, side: str) -> str:
+    """A leaf's name in messages."""
+    name = getattr(getattr(leaf, "matrix", None), "name", f"weight {tuple(leaf.param.shape)}")
+    return f"{name} ({side} side)"
 
 
 def _host_scalar(device: torch.device, dtype: torch.dtype, value: float) -> Tensor:
@@ -201,13 +234,19 @@ def observe(leaf: Leaf, side: str, mean: Tensor, decay: float) -> Tensor:
     return (~usable).to(torch.int64)
 
 
-def turn(side: str, rotation: Tensor, matrix: Tensor, workspace: Workspace | None = None) -> Tensor:
+def turn(
+    side: str,
+    rotation: Tensor,
+    matrix: Tensor,
+    workspace: Workspace | None = None,
+    role: str = "turn",
+) -> Tensor:
     """``Pᵀ M`` on the left, ``M P`` on the right.
 
     With a workspace the result's memory is taken over by the next call of the
-    same shape.
+    same role and shape.
     """
-    out = (workspace or Workspace()).take("turn", matrix.shape, matrix)
+    out = (workspace or Workspace()).take(role, matrix.shape, matrix)
     if side == "left":
         return eigenbasis.product(rotation.mT, matrix, out)
     return eigenbasis.product(matrix, rotation, out)

@@ -74,9 +74,8 @@ def test_a_second_moment_that_is_reset_blows_up(monkeypatch):
     """The control of the transport: M kept, V set to zero when the basis turns."""
     def reset(self, batch, side, rotation):
         first = rotation_refresh.turn(side, rotation, batch.read("exp_avg"))
-        batch.write("exp_avg", first)
-        batch.write("exp_avg_sq", torch.zeros_like(first))
+        return {"exp_avg": first, "exp_avg_sq": torch.zeros_like(first)}
 
     kept = best(ours(basis="two_sided"), True)
-    monkeypatch.setattr(rotation_refresh.BasisRefresh, "_transport", reset)
+    monkeypatch.setattr(rotation_refresh.BasisRefresh, "_transported", reset)
     assert best(ours(basis="two_sided", basis_tolerance=0.0, floor=0.0), True) > 1e3 * kept

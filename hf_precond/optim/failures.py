@@ -1,0 +1,173 @@
+"""Failures in a row: how many are borne, and what is said when there were too many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from hf_precond.linalg import fallback
+
+Item = TypeVar("Item")
+
+MAX_DROPPED = 10
+"""Statistics of one layer, or steps, that may be dropped in a row."""
+
+ADVICE = {
+    "factor": fallback.UNDECOMPOSED,
+    "solver": (
+        "the solver library failed at its refresh {limit} times in a row. Raise `damping` (or "
+        "`eps`), lower the learning rate, or set max_dim below the layer's width."
+    ),
+    "out_of_memory": (
+        "memory ran out at its refresh {limit} times in a row, also with this matrix alone. Lower "
+        "the batch size or `max_dim`, or keep the factors in state_dtype='bfloat16'."
+    ),
+    "statistic": (
+        "its statistics were not finite {limit} times in a row, so its activations or gradients "
+        "hold infinities or NaN. If the loss is NaN too, the weights are lost: go back to a "
+        "checkpoint, lower the learning rate or warm up longer, and set skip_nonfinite=True so "
+        "that no bad batch reaches the weights; otherwise train in float32 or bfloat16."
+    ),
+    "step": (
+        "{limit} steps in a row had gradients that are not finite and were skipped "
+        "(skip_nonfinite=True). Every batch gives them, so the weights or the data are at fault: "
+        "look at the data, go back to a checkpoint, lower the learning rate or clip gradients."
+    ),
+}
+"""What is said after the name, by what failed."""
+
+LIMITS = {"statistic": MAX_DROPPED, "step": MAX_DROPPED}
+"""Failures in a row after which training stops; ``fallback.MAX_FAILURES`` for what is not here."""
+
+
+class Failures:
+    """Counts failures in a row by name, and stops training where there were too many.
+
+    What the host knows is judged at once (:meth:`note`). What only the device
+    knows (:meth:`watch`) is counted there and copied to the host without
+    waiting: on a GPU a failure is noticed at the first :meth:`check` that
+    finds the copy done, on a CPU at the next. A copy of an optimizer starts
+    counting anew.
+    """
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[str, str], int] = {}
+        self._streaks: dict[tuple[str, str], Tensor] = {}
+        self._changed = False
+        self._copies: list[tuple[list[tuple[str, str]], Tensor, torch.cuda.Event]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_rows": {}, "_streaks": {}, "_changed": False, "_copies": []}
+
+    def note(self, kind: str, name: str, failed: bool) -> None:
+        """One more attempt, whose outcome the host knows.
+
+        Args:
+            kind: a key of :data:`ADVICE`.
+            name: the matrix, for the message.
+            failed: whether it failed.
+
+        Raises:
+            RuntimeError: at the last failure that is borne, with advice.
+        """
+        if not failed:
+            self._rows.pop((kind, name), None)
+            return
+        self._rows[kind, name] = self._rows.get((kind, name), 0) + 1
+        self._judge(kind, name, self._rows[kind, name])
+
+    def watch(self, kind: str, names: Sequence[str], failed: Tensor) -> None:
+        """One more attempt of each name, whose outcome is on the device. No synchronisation.
+
+        Args:
+            kind: a key of :data:`ADVICE`.
+            names: the matrices.
+            failed: ``[len(names)]``, not zero where it failed.
+        """
+        flags = (failed != 0).to(torch.int64)
+        held = []
+        for name in names:
+            streak = self._streaks.get((kind, name))
+            if streak is None or streak.device != flags.device:
+                streak = torch.zeros((), dtype=torch.int64, device=flags.device)
+                self._streaks[kind, name] = streak
+            held.append(streak)
+        if held:
+            torch._foreach_add_(held, 1)
+            torch._foreach_mul_(held, list(flags.unbind()))
+            self._changed = True
+
+    def check(self) -> None:
+        """Judge what has reached the host, and send what has changed since.
+
+        Raises:
+            RuntimeError: see :meth:`note`.
+        """
+        waiting = []
+        for keys, values, done in self._copies:
+            if done.query():
+                self._judge_all(keys, values)
+            else:
+                waiting.append((keys, values, done))
+        self._copies = waiting
+        if not self._changed or waiting:
+            return
+        self._changed = False
+        devices: dict[torch.device, list[tuple[str, str]]] = {}
+        for key, streak in self._streaks.items():
+            devices.setdefault(streak.device, []).append(key)
+        for device, keys in devices.items():
+            stack = torch.stack([self._streaks[key] for key in keys])
+            if device.type != "cuda":
+                self._judge_all(keys, stack)
+                continue
+            values = torch.empty(stack.shape, dtype=stack.dtype, pin_memory=True)
+            values.copy_(stack, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(device))
+            self._copies.append((keys, values, done))
+
+    def attempt(
+        self,
+        work: Callable[[Sequence[Item]], None],
+        items: Sequence[Item],
+        name: Callable[[Item], str],
+        count: Callable[[str, int], None],
+    ) -> list[Item]:
+        """Refresh items in one batch, and where that fails one by one.
+
+        Failures are counted as ``refresh_out_of_memory`` and
+        ``refresh_solver``: these items keep the preconditioner they have.
+
+        Args:
+            work: as for :func:`hf_precond.linalg.fallback.in_parts`.
+            items: what is due, of one shape.
+            name: an item's name, for the message.
+            count: the optimizer's counter.
+
+        Returns:
+            The items that failed.
+
+        Raises:
+            RuntimeError: see :meth:`note`.
+        """
+        failed = fallback.in_parts(work, items)
+        causes = {id(item): cause for item, cause in failed}
+        for cause in causes.values():
+            count(f"refresh_{cause}", 1)
+        for item in items:
+            for kind in ("out_of_memory", "solver"):
+                self.note(kind, name(item), causes.get(id(item)) == kind)
+        return [item for item, _ in failed]
+
+    def _judge_all(self, keys: Sequence[tuple[str, str]], values: Tensor) -> None:
+        for (kind, name), value in zip(keys, values.tolist(), strict=True):
+            self._judge(kind, name, value)
+
+    def _judge(self, kind: str, name: str, failures: int) -> None:
+        limit = LIMITS.get(kind, fallback.MAX_FAILURES)
+        if failures >= limit:
+            raise RuntimeError(f"{name}: {ADVICE[kind].format(limit=limit)}")
