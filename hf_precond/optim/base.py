@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from hf_precond.blocks.matrix import RowSelection
 from hf_precond.blocks.sharding import like
 from hf_precond.blocks.statistics import CurvatureRequest
 from hf_precond.configs import OptimizerConfig, compute_dtype
+from hf_precond.optim.checkpoint import complete, restored
 from hf_precond.optim.leaf import Leaf
 from hf_precond.optim.placed import PlacedMatrix, Slot
 from hf_precond.optim.rules import Rule, descend, make_rule
@@ -330,6 +330,10 @@ class PrecondOptimizer(torch.optim.Optimizer):
         if self.statistics is not None:
             self.statistics.drop()
 
+    def state_dict(self) -> dict[str, Any]:
+        """As of any torch optimizer; once it has state, with an entry for every parameter."""
+        return complete(super().state_dict())
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`'s output; every tensor keeps its own dtype."""
         super().load_state_dict(state_dict)
@@ -337,10 +341,9 @@ class PrecondOptimizer(torch.optim.Optimizer):
         held = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, parameter in zip(saved, held, strict=True):
             if index in state_dict["state"]:
-                self.state[parameter] = {
-                    name: _restored(name, value, parameter)
-                    for name, value in state_dict["state"][index].items()
-                }
+                self.state[parameter] = restored(state_dict["state"][index], parameter)
+                if not self.state[parameter]:
+                    del self.state[parameter]
         self._announce()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -390,10 +393,3 @@ def request_shape(request: Request) -> tuple[int, ...]:
     heads = request.attention.heads
     count = heads.query if request.kind == "query" else heads.key_value
     return (count, heads.size, heads.size)
-
-
-def _restored(name: str, value: Any, parameter: Tensor) -> Any:
-    if not isinstance(value, Tensor):
-        return copy.deepcopy(value)
-    device = value.device if name.endswith("step") and value.dim() == 0 else parameter.device
-    return value.detach().clone().to(device=device)

@@ -1,0 +1,61 @@
+"""An optimizer's state on its way into a checkpoint and out of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+STATELESS = "stateless"
+"""What stands in a state dict for a parameter that has no state of its own."""
+
+
+def complete(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """``state_dict`` with an entry for every parameter, unless nothing has state yet.
+
+    A bias stepped with its weight has no state of its own, and a strict
+    ``torch.distributed.checkpoint.state_dict.set_state_dict`` refuses a
+    trainable parameter without any. The entry is ``{"stateless": 1}``;
+    :func:`restored` takes it away again.
+
+    Args:
+        state_dict: of a torch optimizer; changed in place.
+    """
+    state = state_dict["state"]
+    if any(state.values()):
+        for group in state_dict["param_groups"]:
+            for index in group["params"]:
+                if not state.get(index):
+                    state[index] = {STATELESS: 1}
+    return state_dict
+
+
+def restored(saved: Mapping[str, Any], parameter: Tensor, prefix: str = "") -> dict[str, Any]:
+    """One parameter's state from a state dict: own copies, on the parameter's device.
+
+    torch's flattened checkpoints come back as a mapping in a mapping where a
+    name has a dot (``q.exp_avg`` of a fused weight); the names are joined
+    again.
+
+    Args:
+        saved: the parameter's entry.
+        parameter: the parameter.
+        prefix: put before the names.
+    """
+    state: dict[str, Any] = {}
+    for name, value in saved.items():
+        full_name = prefix + str(name)
+        if isinstance(value, Mapping):
+            state |= restored(value, parameter, f"{full_name}.")
+        elif full_name != STATELESS:
+            state[full_name] = _copied(full_name, value, parameter)
+    return state
+
+
+def _copied(name: str, value: Any, parameter: Tensor) -> Any:
+    if not isinstance(value, Tensor):
+        return copy.deepcopy(value)
+    device = value.device if name.endswith("step") and value.dim() == 0 else parameter.device
+    return value.detach().clone().to(device=device)
