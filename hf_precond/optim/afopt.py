@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_precond.blocks import Statistic
 from hf_precond.blocks.found import Request
 from hf_precond.configs import AFOptConfig
+from hf_precond.linalg.packed import pack, packed_size
 from hf_precond.optim import scaling
 from hf_precond.optim.attention_factors import AttentionFactors, heads_of
 from hf_precond.optim.attention_plan import Plan, Treatment, observes
@@ -48,6 +49,10 @@ class AFOpt(PrecondOptimizer):
     The thesis (Ying Sun, "Designing effective preconditioned optimizers for
     deep neural network training", PolyU 2024) gives AFOpt in its abstract
     only; this is a reconstruction.
+
+    Kept per matrix in float32: M, and of every input that several may share
+    the moment (one triangle) and its inverse or root: ``6·n²`` bytes, n the
+    width, and ``4·d_h²`` a head. ``state_dtype="bfloat16"`` halves these.
 
     A step larger than the attention can bear shows as a loss that jumps and
     stays: lower ``lr_scale``, or take ``scaling="cap"``. Where a factor has
@@ -169,7 +174,8 @@ class AFOpt(PrecondOptimizer):
         for right in plan.rights_at.get(placed, ()):
             identities(right.key, *right.shape)
         for moment in plan.moments_at.get(placed, ()):
-            zeros(moment.key, dtype, *request_shape(moment.request))
+            *lead, size, _ = request_shape(moment.request)
+            zeros(moment.key, dtype, *lead, packed_size(size))
             zeros(f"{moment.key}_updates", torch.int64)
 
     def commit(self, statistics: Mapping[str, Statistic]) -> None:
@@ -179,7 +185,7 @@ class AFOpt(PrecondOptimizer):
             if statistic is None:
                 continue
             held = moment.tensor(self.state)
-            mean = mean_of(statistic.sum, statistic.count).to(held.device)
+            mean = pack(mean_of(statistic.sum, statistic.count)).to(held.device)
             dropped.append(
                 update_moment(held, moment.updates(self.state), mean, self.config.stat_decay)
             )
@@ -190,7 +196,7 @@ class AFOpt(PrecondOptimizer):
 
     def refreshing(self) -> Refresh:
         """What recomputes the factors, and reads moments and weights."""
-        return Refresh(self.plan, self.state, self.config, self.count)
+        return Refresh(self.plan, self.state, self.config, self.count, self.failures)
 
     def refresh(self) -> None:
         self.refreshing().run(self.steps)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_precond.blocks import AttentionBlock, Blocks, LayerMatrix, MomentRequest
 from hf_precond.configs import AFOptConfig
+from hf_precond.linalg.packed import unpack
 from hf_precond.optim.leaf import grouped
 from hf_precond.optim.placed import PlacedMatrix
 
@@ -20,7 +21,7 @@ Form = Literal["rows", "columns", "square"]
 
 @dataclass(eq=False)
 class Moment:
-    """A running second moment, in the state of its anchor.
+    """A running second moment, in the state of its anchor, kept as one triangle.
 
     Args:
         request: what is asked of the model.
@@ -43,7 +44,7 @@ class Moment:
         return self.anchor.prefix + self.name
 
     def tensor(self, state: State) -> Tensor:
-        """The moment as it is kept."""
+        """The moment as it is kept, packed."""
         return state[self.anchor.weight][self.key]
 
     def updates(self, state: State) -> Tensor:
@@ -52,7 +53,7 @@ class Moment:
 
     def read(self, state: State) -> Tensor:
         """The moment in the dtype of the mathematics."""
-        return self.tensor(state).to(self.anchor.dtype)
+        return unpack(self.tensor(state)).to(self.anchor.dtype)
 
 
 @dataclass(eq=False)
