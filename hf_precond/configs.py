@@ -41,6 +41,11 @@ class OptimizerConfig(HubMixin):
         state_dtype: dtype of the Kronecker factors kept between steps, one of
             ``float32``, ``float64``, ``bfloat16``, ``float16``; ``None`` is
             float32, and float64 for float64 parameters.
+        skip_nonfinite: leave a step out whose gradients are not all finite,
+            as a loss scaler does: weights, moments and factors stay as they
+            are (counted as ``skipped_steps``; ten in a row stop training).
+            It costs one pass over the gradients and one reading from the
+            device a step.
 
     Raises:
         ValueError: naming the field, its legal range and, for an unknown
@@ -48,6 +53,8 @@ class OptimizerConfig(HubMixin):
     """
 
     name: ClassVar[str] = ""
+    layout: ClassVar[tuple[str, ...]] = ("state_dtype",)
+    """Fields that decide which tensors the state has: a checkpoint is refused under others."""
 
     lr: float = bounded(1e-3, 0.0)
     weight_decay: float = bounded(0.0, 0.0)
@@ -55,6 +62,7 @@ class OptimizerConfig(HubMixin):
     betas: tuple[float, float] = decay((0.9, 0.999))
     eps: float = bounded(1e-8, 0.0)
     state_dtype: str | None = field(default=None, metadata={"choices": tuple(STATE_DTYPES)})
+    skip_nonfinite: bool = False
 
     def __post_init__(self) -> None:
         hints = hints_of(type(self))
@@ -172,11 +180,17 @@ class AFOptConfig(OptimizerConfig):
         center: leave row constants of the logits out of the metric.
         rope: the factor of rotated keys and queries: ``averaged`` over
             positions, or ``ignored``.
+        attention_entropy: tell the entropy of each layer's attention weights
+            in :meth:`diagnostics`, of eight query positions a sequence.
         precision: precision of large products on GPUs: ``highest``, ``tf32``
             or ``bf16``.
     """
 
     name: ClassVar[str] = "afopt"
+    layout: ClassVar[tuple[str, ...]] = (
+        *("state_dtype", "base", "scope", "direction", "scaling"),
+        *("space", "joint", "center", "rope", "max_dim"),
+    )
 
     momentum: float = decay(0.9)
     base: Literal["adamw", "sgd", "adamr", "muon"] = "adamw"
@@ -196,6 +210,7 @@ class AFOptConfig(OptimizerConfig):
     joint: bool = False
     center: bool = False
     rope: Literal["averaged", "ignored"] = "averaged"
+    attention_entropy: bool = False
     precision: Literal["highest", "tf32", "bf16"] = "highest"
 
     def __post_init__(self) -> None:
@@ -249,6 +264,9 @@ class AdamRConfig(OptimizerConfig):
     """
 
     name: ClassVar[str] = "adamr"
+    layout: ClassVar[tuple[str, ...]] = (
+        *("state_dtype", "basis", "basis_source", "basis_interval", "max_dim"),
+    )
 
     basis: Literal["auto", "two_sided", "one_sided", "identity"] = "auto"
     basis_source: Literal["gradient", "feature"] = "gradient"
@@ -294,6 +312,7 @@ class NKFACConfig(OptimizerConfig):
     """
 
     name: ClassVar[str] = "nkfac"
+    layout: ClassVar[tuple[str, ...]] = ("state_dtype", "base", "max_dim", "reference")
 
     momentum: float = decay(0.9)
     base: Literal["adamw", "sgd", "adamr"] = "adamw"
@@ -352,6 +371,7 @@ class SGDPHConfig(OptimizerConfig):
     """
 
     name: ClassVar[str] = "sgdph"
+    layout: ClassVar[tuple[str, ...]] = ("state_dtype", "base", "include_bias", "reference")
 
     momentum: float = decay(0.9)
     base: Literal["adamw", "sgd"] = "adamw"

@@ -24,6 +24,8 @@ class MomentRequest:
     ``matrix``, ``[out, out]``.
     ``query`` / ``key``: per head, of the queries or keys as they meet in the
     logits (normed and rotated), ``[H or H_kv, d_h, d_h]``; ``attention`` is set.
+    ``entropy``: per head, the sum over query positions of the entropy of their
+    attention weights in nats, ``[H]``; ``attention`` is set.
 
     Requests whose ``source`` module is the same share one collection.
 
@@ -41,11 +43,12 @@ class MomentRequest:
             ``width = ceil(columns / blocks)`` columns each, as
             ``[blocks, width, width]``; columns beyond the last are zeros.
         rows: for ``input`` and ``output_grad``: at most so many rows of a
-            call enter (sum and count), evenly spaced; 0 for all.
+            call enter (sum and count), evenly spaced; for ``entropy``, so many
+            query positions of a sequence; 0 for all.
     """
 
     key: str
-    kind: Literal["input", "output_grad", "query", "key"]
+    kind: Literal["input", "output_grad", "query", "key", "entropy"]
     matrix: LayerMatrix
     attention: AttentionBlock | None = None
     average_rotation: bool = False
@@ -83,6 +86,23 @@ class CurvatureRequest:
     period: int = 1
     phase: int = 0
     autocast: bool = False
+
+
+def request_shape(request: MomentRequest | CurvatureRequest) -> tuple[int, ...]:
+    """The shape of the statistic that answers a request."""
+    if isinstance(request, CurvatureRequest):
+        return tuple(request.norm.parameter.shape)
+    if request.kind == "output_grad":
+        return (request.matrix.shape[0],) * 2
+    if request.kind == "input" or request.attention is None:
+        columns = request.matrix.columns
+        if request.blocks > 1:
+            width = -(-columns // request.blocks)
+            return (request.blocks, width, width)
+        return (columns, columns)
+    heads = request.attention.heads
+    count = heads.query if request.kind == "query" else heads.key_value
+    return (count, heads.size, heads.size)
 
 
 @dataclass

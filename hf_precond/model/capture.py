@@ -15,7 +15,7 @@ from hf_precond.blocks import LayerMatrix, MomentRequest, Statistic
 from hf_precond.model.adapters import trains, wrappers_of
 from hf_precond.model.attention import find_attention
 from hf_precond.model.double_backward import DoubleBackward
-from hf_precond.model.heads import HeadMoments
+from hf_precond.model.heads import HEADS, HeadMoments
 from hf_precond.model.hooks import Hook
 from hf_precond.model.matrices import CONVOLUTIONS, is_linear
 from hf_precond.model.parts import Collection, input_part, output_part, patch_part
@@ -63,13 +63,14 @@ class Capture:
 
     Attributes:
         loss_scale: what the loss was multiplied by before backward (float16
-            training); output gradients are divided by it. ``None`` for 1.
+            training), or a function that tells; output gradients are divided
+            by it. ``None`` for 1.
 
     Raises:
         ValueError: for a request that cannot be served, saying why.
     """
 
-    loss_scale: Tensor | float | None = None
+    loss_scale: Tensor | float | Callable[[], Tensor | float | None] | None = None
 
     def __init__(self, model: nn.Module, requests: Sequence[MomentRequest]) -> None:
         keys = [request.key for request in requests]
@@ -91,9 +92,9 @@ class Capture:
         weakref.finalize(self, _release, self.switch.held)
         self.points: dict[nn.Module, _Point] = {}
         self.served: dict[str, str] = {}
-        heads = [request for request in self.requests if request.kind in ("query", "key")]
+        heads = [request for request in self.requests if request.kind in HEADS]
         for request in self.requests:
-            if request.kind in ("input", "output_grad"):
+            if request.kind not in HEADS:
                 self._add(request)
         self.heads = HeadMoments(model, heads, self.tokens, self.paths, self.stage)
         self.handles: list[RemovableHandle] = [
@@ -206,8 +207,9 @@ class Capture:
                 return
             with torch.no_grad(), no_autocast(gradient.device):
                 rows = output_rows(point.layer, gradient.detach()).to(dtype)
-                if self.loss_scale is not None:
-                    rows = rows / self.loss_scale
+                scale = self.loss_scale() if callable(self.loss_scale) else self.loss_scale
+                if scale is not None:
+                    rows = rows / scale
                 for collection in gradients:
                     part = output_part(collection, rows, weights, self.step)
                     self.stage.add(part, in_pass)
@@ -268,7 +270,7 @@ class Capture:
         """What was staged since the last call, by request key; the stage is empty afterwards."""
         taken: dict[str, Statistic] = {}
         for request in self.requests:
-            if request.kind in ("query", "key"):
+            if request.kind in HEADS:
                 found = self.heads.get(request)
             else:
                 found = self.stage.get(self.served[request.key])

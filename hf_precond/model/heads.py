@@ -1,4 +1,4 @@
-"""Second moments of queries and keys per head, as they meet in the logits."""
+"""Second moments of queries and keys per head, as they meet in the logits; entropies of both."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_precond.blocks import AttentionBlock, MomentRequest, Statistic
+from hf_precond.model.entropy import entropies, spaced
 from hf_precond.model.hooks import Hook
-from hf_precond.model.lookup import Observation
+from hf_precond.model.lookup import Call, Observation
 from hf_precond.model.rotation import (
     Layout,
     average,
@@ -23,6 +24,9 @@ from hf_precond.model.rotation import (
 )
 from hf_precond.model.stage import Part, Stage, centred, count_of, moment, no_autocast
 from hf_precond.model.tokens import Reader, TokenWeights
+
+HEADS = ("query", "key", "entropy")
+"""Kinds of requests that are answered from the calls of an attention's kernel."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,11 @@ class _Head:
 
 
 class HeadMoments:
-    """Collects the ``query`` and ``key`` requests of a :class:`Capture`.
+    """Collects the ``query``, ``key`` and ``entropy`` requests of a :class:`Capture`.
 
     Args:
         model: the model.
-        requests: of kind ``query`` or ``key``.
+        requests: of these kinds.
         tokens: the masks of the passes.
         paths: module to path.
         stage: where sums are staged.
@@ -124,16 +128,18 @@ class HeadMoments:
             if child is not module and "rotary" in type(child).__name__.lower():
                 self.handles.append(child.register_forward_hook(Hook(see_child)))
 
-    def _observe(self, module: nn.Module, query: Tensor, key: Tensor, output: Tensor) -> None:
-        """Take the moments of one attention call, to be staged when its gradient comes."""
+    def _observe(self, module: nn.Module, call: Call) -> None:
+        """Take what one attention call brings, to be staged when its gradient comes."""
         if not self.enabled or not module.training or not torch.is_grad_enabled():
             return
+        output = call.output
         if not output.requires_grad:
             return
         head = self.heads[module]
         in_pass = self.tokens.passes
         with torch.no_grad(), no_autocast(output.device):
-            parts = self._parts(head, query.detach(), key.detach())
+            parts = self._parts(head, call.query.detach(), call.key.detach())
+            parts += self._entropy_parts(head, call)
         done: list[bool] = []
 
         def stage(gradient: Tensor) -> None:
@@ -164,6 +170,24 @@ class HeadMoments:
                 parts.append(Part(_name(head, kind, center), total, count))
         if head.averaged:
             parts.append(self._rotation_part(head, query, dtype))
+        return parts
+
+    def _entropy_parts(self, head: _Head, call: Call) -> list[Part]:
+        """Sums over the query positions, at most ``rows`` of a sequence, per head."""
+        parts = []
+        batch, _, length, size = call.query.shape
+        for request in head.requests:
+            if request.kind != "entropy":
+                continue
+            positions = spaced(length, request.rows)
+            found = entropies(head.block.module, call, positions)
+            weights = head.queries.read((batch, length, size), found.dtype)
+            weights = found.new_ones(batch, length) if weights is None else weights
+            weights = weights[:, positions]
+            # A padded position may see nothing at all: its entropy is not finite.
+            seen = found.masked_fill(weights[:, None] == 0, 0)
+            total = (seen * weights[:, None]).sum((0, 2))
+            parts.append(Part(_name(head, "entropy", False), total, weights.sum()))
         return parts
 
     def _rotation_part(self, head: _Head, query: Tensor, dtype: torch.dtype) -> Part:

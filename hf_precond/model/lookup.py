@@ -13,11 +13,33 @@ import functools
 import sys
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-Observer = Callable[[nn.Module, Tensor, Tensor, Tensor], None]
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an attention's kernel.
+
+    Args:
+        query, key: per head, ``[B, H, N, d_h]`` and ``[B, H_kv, M, d_h]``, normed and rotated.
+        output: what the kernel returned first.
+        mask: its attention mask, as the kernel was given it.
+        options: its other arguments by name.
+        kernel: its name.
+    """
+
+    query: Tensor
+    key: Tensor
+    output: Tensor
+    mask: Any
+    options: dict[str, Any]
+    kernel: str
+
+
+Observer = Callable[[nn.Module, Call], None]
 
 _OBSERVERS: weakref.WeakKeyDictionary[nn.Module, list[weakref.WeakMethod[Observer]]] = (
     weakref.WeakKeyDictionary()
@@ -33,12 +55,11 @@ def _interface_class() -> type[Any] | None:
 
 
 class Observation:
-    """Calls ``observer(module, query, key, output)`` at every attention of ``modules``.
+    """Calls ``observer(module, call)`` at every attention of ``modules``.
 
-    Query and key are per head, ``[B, H, N, d_h]`` and ``[B, H_kv, M, d_h]``,
-    normed and rotated. It begins disabled; while no observation is enabled the
-    kernels are handed out as they are. The observer (a bound method) is held
-    weakly, and the observation ends with it.
+    It begins disabled; while no observation is enabled the kernels are handed
+    out as they are. The observer (a bound method) is held weakly, and the
+    observation ends with it.
 
     Args:
         modules: the attentions.
@@ -117,7 +138,9 @@ def _observed(kernel: Callable[..., Any]) -> Callable[..., Any]:
             observer = reference()
             if observer is not None:
                 output = outputs[0] if isinstance(outputs, tuple) else outputs
-                observer(module, query, key, output)
+                mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+                name = getattr(kernel, "__name__", "")
+                observer(module, Call(query, key, output, mask, kwargs, name))
         return outputs
 
     return attend

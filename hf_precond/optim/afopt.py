@@ -10,19 +10,21 @@ from torch import Tensor
 
 from hf_precond.blocks import Statistic
 from hf_precond.blocks.found import Request
+from hf_precond.blocks.statistics import request_shape
 from hf_precond.configs import AFOptConfig
 from hf_precond.linalg.packed import pack, packed_size
 from hf_precond.optim import scaling
+from hf_precond.optim.attention_entropy import EntropyWatch
 from hf_precond.optim.attention_factors import AttentionFactors, heads_of
 from hf_precond.optim.attention_plan import Plan, Treatment, observes
 from hf_precond.optim.attention_refresh import Refresh
 from hf_precond.optim.attention_report import logit_scale, report
-from hf_precond.optim.base import Preconditioned, PrecondOptimizer, request_shape
+from hf_precond.optim.base import PrecondOptimizer
 from hf_precond.optim.directions import Sandwich
 from hf_precond.optim.leaf import Leaf, grouped
 from hf_precond.optim.moments import mean_of, update_moment
 from hf_precond.optim.muon import MuonRule
-from hf_precond.optim.placed import PlacedMatrix
+from hf_precond.optim.placed import PlacedMatrix, Preconditioned
 
 CHUNK = 1 << 25
 """Elements that are stepped in one batch, to bound the memory of temporaries."""
@@ -69,11 +71,14 @@ class AFOpt(PrecondOptimizer):
     """
 
     config: AFOptConfig
+    watch: EntropyWatch | None = None
     _plan: Plan | None
 
     def _bind(self) -> None:
         super()._bind()
         self._plan = None
+        if self.config.attention_entropy:
+            self.watch = EntropyWatch(self.blocks.attention)
         self._check()
 
     def _check(self) -> None:
@@ -141,7 +146,8 @@ class AFOpt(PrecondOptimizer):
     # Statistics ------------------------------------------------------------
 
     def requests(self) -> Sequence[Request]:
-        return [moment.request for moment in self.plan.moments]
+        watched = self.watch.requests() if self.watch is not None else []
+        return [moment.request for moment in self.plan.moments] + watched
 
     def due(self, step: int) -> bool:
         return step % self.config.stat_interval == 0
@@ -180,6 +186,8 @@ class AFOpt(PrecondOptimizer):
 
     def commit(self, statistics: Mapping[str, Statistic]) -> None:
         dropped = []
+        if self.watch is not None:
+            self.watch.keep(statistics)
         for moment in self.plan.moments:
             statistic = statistics.get(moment.request.key)
             if statistic is None:
@@ -361,9 +369,12 @@ class AFOpt(PrecondOptimizer):
     def diagnostics(self) -> dict[str, float]:
         """Counters, and what :func:`~hf_precond.optim.attention_report.report` says.
 
-        Costs about as much as a step: call it when logging.
+        With ``attention_entropy``, what
+        :meth:`~hf_precond.optim.attention_entropy.EntropyWatch.values` says
+        too. Costs about as much as a step: call it when logging.
         """
-        return super().diagnostics() | report(self)
+        watched = {} if self.watch is None else self.watch.values()
+        return super().diagnostics() | report(self) | watched
 
 
 def _gradient(placed: PlacedMatrix) -> Tensor:

@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_precond import distributed
-from hf_precond.blocks import Blocks, LayerMatrix, Route, RoutingTable, Statistic, StatisticsSource
+from hf_precond.blocks import Blocks, Route, RoutingTable, Statistic, StatisticsSource
 from hf_precond.blocks.found import Request
-from hf_precond.blocks.matrix import RowSelection
-from hf_precond.blocks.sharding import like
-from hf_precond.blocks.statistics import CurvatureRequest
+from hf_precond.blocks.scaler import loss_scale
+from hf_precond.blocks.sharding import all_finite, like
+from hf_precond.blocks.statistics import request_shape
 from hf_precond.configs import OptimizerConfig, compute_dtype
 from hf_precond.optim.checkpoint import complete, restored
+from hf_precond.optim.failures import Failures
+from hf_precond.optim.identity import KEY, identity, refuse_other
 from hf_precond.optim.leaf import Leaf
-from hf_precond.optim.placed import PlacedMatrix, Slot
+from hf_precond.optim.placed import PlacedMatrix, Preconditioned, Slot, fused_rests
 from hf_precond.optim.rules import Rule, descend, make_rule
-
-
-@dataclass(eq=False)
-class Preconditioned:
-    """What a preconditioner made of one matrix's gradient.
-
-    Args:
-        placed: the matrix.
-        matrix: ``[out, in(+1)]``.
-        finished: a direction to descend along (decay decoupled) instead of a
-            gradient for the base rule.
-    """
-
-    placed: PlacedMatrix
-    matrix: Tensor
-    finished: bool = False
 
 
 class PrecondOptimizer(torch.optim.Optimizer):
@@ -67,6 +53,8 @@ class PrecondOptimizer(torch.optim.Optimizer):
         self.statistics: StatisticsSource | None = None
         self.counters: dict[str, int] = {}
         self.device_counters: dict[str, Tensor] = {}
+        self.failures = Failures()
+        self.scaler: torch.amp.GradScaler | None = None
         self.rule: Rule = self.make_rule()
         defaults: dict[str, Any] = {
             "lr": config.lr,
@@ -147,13 +135,27 @@ class PrecondOptimizer(torch.optim.Optimizer):
         if self._only_allocates():
             self.allocate_rule(self._raw_leaves(set(self.placed) if self.finishes else set(), {}))
             return loss
+        if self.config.skip_nonfinite and self._skips():
+            return loss
         self._commit_staged()
         self.refresh()
+        self.failures.check()
         self._apply()
         for group in self.param_groups:
             group["step"] += 1
         self._announce()
         return loss
+
+    def _skips(self) -> bool:
+        """Whether this step is left out because a gradient is not finite; every rank alike."""
+        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        skips = not all_finite(grads)
+        self.failures.note("step", self.config.name, skips)
+        if skips:
+            self.count("skipped_steps")
+            if self.statistics is not None:
+                self.statistics.drop()
+        return skips
 
     def _apply(self) -> None:
         ready = [placed for placed in self.placed if placed.weight.grad is not None]
@@ -255,35 +257,30 @@ class PrecondOptimizer(torch.optim.Optimizer):
             bias = matrix.bias_parameter
             bias_slot = None if bias is None else slots.get(id(bias))
             self.placed.append(PlacedMatrix(matrix, slot, bias_slot))
-        self._rest = self._fused_rests()
-
-    def _fused_rests(self) -> list[PlacedMatrix]:
-        """The rows of fused weights that no matrix in scope holds: the base rule's."""
-        fused: dict[Slot, list[PlacedMatrix]] = {}
-        for placed in self.placed:
-            if placed.matrix.rows is not None:
-                fused.setdefault(placed.weight_slot, []).append(placed)
-        rests = []
-        for parts in fused.values():
-            selections = [part.matrix.rows for part in parts if part.matrix.rows is not None]
-            for number, rows in enumerate(RowSelection.complement(selections)):
-                owner = parts[0].matrix
-                name = f"{owner.name.split('[')[0]}[rest{number}]"
-                rest = LayerMatrix(
-                    name, owner.module, owner.weight, owner.bias, owner.layout, rows
-                )
-                rests.append(PlacedMatrix(rest, parts[0].weight_slot, parts[0].bias_slot))
-        return rests
+        self._rest = fused_rests(self.placed)
 
     def _open(self) -> None:
         requests = self.requests()
         if requests and self.blocks.open is not None:
             self.statistics = self.blocks.open(requests)
+        if self.scaler is not None:
+            self.attach_scaler(self.scaler)
         self._announce()
 
     def _announce(self) -> None:
         if self.statistics is not None:
             self.statistics.enable(self.due(self.steps), self.steps)
+
+    def attach_scaler(self, scaler: torch.amp.GradScaler) -> None:
+        """Tell the loss scaler of a float16 loop without a ``Trainer``.
+
+        Statistics of output gradients are then taken without the loss scale.
+        ``optimizer.zero_grad()`` (not ``model.zero_grad()``) drops those of a
+        step that the scaler skipped.
+        """
+        self.scaler = scaler
+        if self.statistics is not None and hasattr(self.statistics, "loss_scale"):
+            self.statistics.loss_scale = partial(loss_scale, scaler)
 
     def attach(self, model: nn.Module) -> None:
         """Read ``model`` (whose parameters this optimizer holds) and install the hooks.
@@ -331,11 +328,21 @@ class PrecondOptimizer(torch.optim.Optimizer):
             self.statistics.drop()
 
     def state_dict(self) -> dict[str, Any]:
-        """As of any torch optimizer; once it has state, with an entry for every parameter."""
-        return complete(super().state_dict())
+        """As of any torch optimizer, with what tells a checkpoint of another model or optimizer.
+
+        Once there is state, every parameter has an entry.
+        """
+        own = identity(self.config, self.param_groups, self.routing)
+        return complete(super().state_dict()) | {KEY: own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`'s output; every tensor keeps its own dtype."""
+        """Restore :meth:`state_dict`'s output; every tensor keeps its own dtype.
+
+        Raises:
+            ValueError: the state is of another model or optimizer, was saved
+                with other fields, or is not whole; nothing has been loaded.
+        """
+        refuse_other(state_dict, identity(self.config, self.param_groups, self.routing))
         super().load_state_dict(state_dict)
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         held = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -347,13 +354,14 @@ class PrecondOptimizer(torch.optim.Optimizer):
         self._announce()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("config", "blocks", "rule", "counters", "device_counters", "placed", "_rest")
+        own = ("config", "blocks", "rule", "counters", "device_counters", "failures", "placed")
         state: dict[str, Any] = super().__getstate__()
-        return state | {name: self.__dict__[name] for name in own}
+        return state | {name: self.__dict__[name] for name in (*own, "_rest")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("statistics", None)
+        self.__dict__.setdefault("scaler", None)
 
     # What a person sees ---------------------------------------------------------
 
@@ -370,26 +378,22 @@ class PrecondOptimizer(torch.optim.Optimizer):
         else:
             self.counters[name] = self.counters.get(name, 0) + by
 
+    def count_dropped(self, counter: str, dropped: Mapping[str, Tensor]) -> None:
+        """Count statistics that were not finite; training stops where that goes on.
+
+        Args:
+            counter: name of the counter.
+            dropped: by layer 1 where its statistic was dropped, else 0: 0-d tensors.
+        """
+        if dropped:
+            device = next(iter(dropped.values())).device
+            flags = torch.stack([flag.to(device) for flag in dropped.values()])
+            self.count(counter, flags.sum())
+            self.failures.watch("statistic", list(dropped), flags)
+
     def diagnostics(self) -> dict[str, float]:
         """Counters and norms as plain numbers. Reads from the device: call it when logging."""
         values = {name: float(value) for name, value in self.counters.items()}
         for name, value in self.device_counters.items():
             values[name] = values.get(name, 0.0) + float(value)
         return values | self.rule.diagnostics()
-
-
-def request_shape(request: Request) -> tuple[int, ...]:
-    """The shape of the statistic that answers a request."""
-    if isinstance(request, CurvatureRequest):
-        return tuple(request.norm.parameter.shape)
-    if request.kind == "output_grad":
-        return (request.matrix.shape[0],) * 2
-    if request.kind == "input" or request.attention is None:
-        columns = request.matrix.columns
-        if request.blocks > 1:
-            width = -(-columns // request.blocks)
-            return (request.blocks, width, width)
-        return (columns, columns)
-    heads = request.attention.heads
-    count = heads.query if request.kind == "query" else heads.key_value
-    return (count, heads.size, heads.size)

@@ -59,8 +59,8 @@ def test_heads_of_the_matrices_are_those_that_the_kernel_sees(name: str) -> None
                 lambda module, args, key=(block.module, role): inputs.__setitem__(key, args[0])
             )
     class Watcher:
-        def see(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, _: object) -> None:
-            seen[module] = (query, key)
+        def see(self, module: nn.Module, call: lookup.Call) -> None:
+            seen[module] = (call.query, call.key)
 
     watcher = Watcher()
     observation = lookup.Observation(list(blocks), watcher.see)

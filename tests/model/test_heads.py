@@ -30,8 +30,8 @@ class Seen:
         observation.enable(True)
         self.end = observation.close
 
-    def see(self, module: nn.Module, query: Tensor, key: Tensor, output: Tensor) -> None:
-        self.calls[module] = (query.detach(), key.detach())
+    def see(self, module: nn.Module, call: lookup.Call) -> None:
+        self.calls[module] = (call.query.detach(), call.key.detach())
 
 
 def head_requests(blocks: list[AttentionBlock], **options: bool) -> list[MomentRequest]:
