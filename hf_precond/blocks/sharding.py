@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import sys
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -23,3 +29,70 @@ def like(reference: Tensor, tensor: Tensor) -> Tensor:
     return distribute_tensor(
         tensor, reference.device_mesh, reference.placements, src_data_rank=None
     )
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no tensor has a NaN or an infinity, on any rank where they are sharded.
+
+    Reads one number from the device. Whole tensors are taken to be equal on
+    all ranks, as gradients are under DDP.
+    """
+    sharded = False
+    largest: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        sharded |= isinstance(tensor, DTensor)
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if local.numel():
+            largest.setdefault((local.device, local.dtype), []).append(local)
+    flags = [
+        torch.isfinite(torch.stack(torch._foreach_norm(alike, float("inf")))).all()
+        for alike in largest.values()
+    ]
+    if not sharded:
+        return all(bool(flag) for flag in flags)
+    device = flags[0].device if flags else torch.device("cpu")
+    finite = torch.tensor(all(bool(flag) for flag in flags), dtype=torch.int32, device=device)
+    dist.all_reduce(finite, dist.ReduceOp.MIN)
+    return bool(finite)
+
+
+def refuse_tensor_parallel(model: nn.Module, who: str) -> None:
+    """Refuse a model whose layers are in pieces, not only their storage.
+
+    FSDP2 (``fully_shard``) is right on a mesh of one dimension and on one of
+    replicas by shards: every rank runs whole layers on tokens of its own.
+    Under tensor parallelism, alone or below FSDP2, it runs a part of a layer.
+
+    Args:
+        model: what an optimizer is to be made for.
+        who: the optimizer's name.
+
+    Raises:
+        ValueError: naming a parameter, its placements and what to do.
+    """
+    parallel = [(n, p) for n, p in model.named_parameters() if isinstance(p, DTensor)]
+    if not parallel:
+        return
+    # FSDP2 is not imported here: where nobody did, it shards nothing.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    gathered = {
+        id(parameter)
+        for module in model.modules()
+        if fsdp is not None and isinstance(module, fsdp.FSDPModule)
+        for parameter in module.parameters()
+    }
+    for name, parameter in parallel:
+        if id(parameter) not in gathered or not _is_storage_only(parameter.placements):
+            raise ValueError(
+                f"{who}: tensor parallelism is not supported, because it cuts the matrices that "
+                f"are preconditioned ({name} is a DTensor with placements {parameter.placements} "
+                "that fully_shard alone does not make); load the model without tp_plan, "
+                "tp_size or parallelize_module and use DDP (torchrun), or FSDP2 where it does not "
+                "fit."
+            )
+
+
+def _is_storage_only(placements: tuple[Placement, ...]) -> bool:
+    """Whether at most one mesh dimension, the last, shards, and the others hold replicas."""
+    replicas = all(isinstance(placement, Replicate) for placement in placements[:-1])
+    return replicas and type(placements[-1]) in (Shard, Replicate)

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from hf_precond.blocks.scaler import loss_scale
+
 
 class Listener(Protocol):
     """What wants to see the losses."""
@@ -64,7 +66,7 @@ def _install() -> None:
         seen = [
             listener
             for listener in tuple(_listeners)
-            if isinstance(loss, Tensor) and listener.observe(loss, _weight(self), _scale(self))
+            if isinstance(loss, Tensor) and listener.observe(loss, _weight(self), loss_scale(getattr(self, "scaler", None)))
         ]
         try:
             return original(self, loss, **kwargs)
@@ -86,12 +88,3 @@ def _uninstall() -> None:
 def _weight(accelerator: Any) -> float:
     """What ``Accelerator.backward`` multiplies the loss by: gradient accumulation."""
     return 1.0 / (getattr(accelerator, "gradient_accumulation_steps", 1) or 1)
-
-
-def _scale(accelerator: Any) -> Tensor | float | None:
-    """The loss scale of float16 training; the tensor, since ``get_scale`` waits for the device."""
-    scaler = getattr(accelerator, "scaler", None)
-    if scaler is None or not scaler.is_enabled():
-        return None
-    scale = getattr(scaler, "_scale", None)
-    return scaler.get_scale() if scale is None else scale

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from hf_precond.blocks import LayerMatrix, MomentRequest, Statistic
@@ -73,14 +74,19 @@ class AdamR(PrecondOptimizer):
 
     def commit(self, statistics: Mapping[str, Statistic]) -> None:
         """One update of the factors of every layer that was seen whole."""
+        dropped: dict[str, Tensor] = {}
         for placed in self.placed:
             kinds = self._kinds(placed)
             found = {side: statistics.get(f"{placed.matrix.name}.{side}") for side in kinds}
-            means = {s: mean_of(f.sum, f.count) for s, f in found.items() if f is not None}
-            if kinds and len(means) == len(kinds):
+            seen = {side: f for side, f in found.items() if f is not None}
+            if kinds and len(seen) == len(kinds):
                 leaf = self._leaf(placed)
                 self.rule.allocate(leaf)
-                self.count("statistics_dropped", self.rule.observe(leaf, means))
+                bad = self.rule.observe(leaf, {s: mean_of(f.sum, f.count) for s, f in seen.items()})
+                # Without a single token, on any rank, there was nothing to drop.
+                tokens = torch.stack([f.count for f in seen.values()]).amin()
+                dropped[placed.matrix.name] = bad * (tokens > 0).to(bad)
+        self.count_dropped("statistics_dropped", dropped)
 
     def _kinds(self, placed: PlacedMatrix) -> dict[str, Moment]:
         """Rotated side to the moment that its factor is made of; empty for the gradient's."""

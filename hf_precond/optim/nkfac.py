@@ -11,15 +11,14 @@ from torch import Tensor
 from hf_precond import distributed
 from hf_precond.blocks import MomentRequest, Statistic
 from hf_precond.configs import NKFACConfig
-from hf_precond.linalg.fallback import strikes
 from hf_precond.linalg.precision import float32_products
 from hf_precond.optim import inverses, kronecker
 from hf_precond.optim import nkfac_reference as reference
-from hf_precond.optim.base import Preconditioned, PrecondOptimizer
+from hf_precond.optim.base import PrecondOptimizer
 from hf_precond.optim.inverses import batches, choose_solver, stacked
 from hf_precond.optim.kronecker import Factor, KroneckerBlock, factors_of
 from hf_precond.optim.leaf import grouped
-from hf_precond.optim.placed import PlacedMatrix
+from hf_precond.optim.placed import PlacedMatrix, Preconditioned
 
 FLOOR = 1e-4
 """Smallest damping of a factor of unit Frobenius norm (the authors' value)."""
@@ -103,6 +102,7 @@ class NKFAC(PrecondOptimizer):
     def commit(self, statistics: Mapping[str, Statistic]) -> None:
         """One update of every factor that has a statistic."""
         decay = self.config.stat_decay
+        lost: dict[str, Tensor] = {}
         for placed in self.placed:
             for factor in self.factors(placed):
                 found = statistics.get(factor.key)
@@ -111,11 +111,11 @@ class NKFAC(PrecondOptimizer):
                 moment, updates = self._read(factor, "factor"), self._read(factor, "updates")
                 if not self.config.reference:
                     average = kronecker.average_unit_moment
-                    dropped = average(moment, updates, found.sum, decay)
+                    lost[factor.key] = average(moment, updates, found.sum, decay)
                 else:
                     total = found.sum / found.count if factor.side == "input" else found.sum
-                    dropped = reference.average_moment(moment, updates, total, decay)
-                self.count("dropped_statistics", dropped)
+                    lost[factor.key] = reference.average_moment(moment, updates, total, decay)
+        self.count_dropped("dropped_statistics", lost)
 
     # Inverses ---------------------------------------------------------------------
 
@@ -128,7 +128,11 @@ class NKFAC(PrecondOptimizer):
         mine = [f for f, owner in zip(seen, owners, strict=True) if distributed.is_mine(owner)]
         with float32_products(tf32=False):
             for batch in grouped(mine, self._kind):
-                self._refresh_batch(batch)
+                size, _, device, _ = self._kind(batch[0])
+                for part in batches(len(batch), size, device):
+                    self.failures.attempt(
+                        self._refresh_batch, batch[part], lambda factor: factor.key, self.count
+                    )
         distributed.share([self._read(factor, "inverse") for factor in seen], owners)
         for factor in seen:
             self.state[factor.placed.weight][factor.name("refreshes")] += 1
@@ -161,29 +165,25 @@ class NKFAC(PrecondOptimizer):
             solver = choose_solver(factor.size, inverse.device)
         return config.newton_steps if solver == "newton" else 0
 
-    def _refresh_batch(self, factors: list[Factor]) -> None:
-        size, dtype, device, newton_steps = self._kind(factors[0])
-        for part in batches(len(factors), size, device):
-            chosen = factors[part]
-            moments = stacked([self._read(factor, "factor") for factor in chosen], dtype)
-            held = [self._read(factor, "inverse") for factor in chosen]
-            previous = stacked(held, dtype)
-            if self.config.reference:
-                matrices = reference.damped(moments, self.config.damping, FLOOR)
-                found = reference.inverted(
-                    matrices, previous, newton_steps == 0, self.config.newton_steps
-                )
-            else:
-                damping = self.config.damping
-                matrices = inverses.damped(moments, damping, FLOOR)
-                found, kept = inverses.invert(
-                    matrices, previous, newton_steps, self.count, damping
-                )
-                for factor, lost in zip(chosen, kept, strict=True):
-                    before = self.failures.get(factor.key, 0)
-                    self.failures[factor.key] = strikes(before, lost, factor.key)
-            torch._foreach_copy_(held, list(found.unbind()))
-            self.count("newton_inverses" if newton_steps else "exact_inverses", len(chosen))
+    def _refresh_batch(self, factors: Sequence[Factor]) -> None:
+        """New inverses of factors of one kind."""
+        _, dtype, _, newton_steps = self._kind(factors[0])
+        moments = stacked([self._read(factor, "factor") for factor in factors], dtype)
+        held = [self._read(factor, "inverse") for factor in factors]
+        previous = stacked(held, dtype)
+        if self.config.reference:
+            matrices = reference.damped(moments, self.config.damping, FLOOR)
+            found = reference.inverted(
+                matrices, previous, newton_steps == 0, self.config.newton_steps
+            )
+        else:
+            damping = self.config.damping
+            matrices = inverses.damped(moments, damping, FLOOR)
+            found, kept = inverses.invert(matrices, previous, newton_steps, self.count, damping)
+            for factor, lost in zip(factors, kept, strict=True):
+                self.failures.note("factor", factor.key, lost)
+        torch._foreach_copy_(held, list(found.unbind()))
+        self.count("newton_inverses" if newton_steps else "exact_inverses", len(factors))
 
     # Directions -------------------------------------------------------------------
 
@@ -222,8 +222,6 @@ class NKFAC(PrecondOptimizer):
     def _bind(self) -> None:
         super()._bind()
         self._factors = {item: factors_of(item, self.config.max_dim) for item in self.placed}
-        self.failures: dict[str, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_factors": self._factors, "failures": self.failures}
-        return super().__getstate__() | own
+        return super().__getstate__() | {"_factors": self._factors}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_precond.blocks import LayerMatrix
+from hf_precond.blocks import LayerMatrix, RowSelection
 from hf_precond.blocks.sharding import full, is_sharded, like
 from hf_precond.configs import compute_dtype
 from hf_precond.optim.leaf import Leaf
@@ -86,3 +87,36 @@ class PlacedMatrix:
                 Leaf(view, like(view, part), state.setdefault(parameter, {}), self.prefix, group)
             )
         return leaves
+
+
+@dataclass(eq=False)
+class Preconditioned:
+    """What a preconditioner made of one matrix's gradient.
+
+    Args:
+        placed: the matrix.
+        matrix: ``[out, in(+1)]``.
+        finished: a direction to descend along (decay decoupled) instead of a
+            gradient for the base rule.
+    """
+
+    placed: PlacedMatrix
+    matrix: Tensor
+    finished: bool = False
+
+
+def fused_rests(placed: Sequence[PlacedMatrix]) -> list[PlacedMatrix]:
+    """The rows of fused weights that no matrix of ``placed`` holds: the base rule's."""
+    fused: dict[Slot, list[PlacedMatrix]] = {}
+    for item in placed:
+        if item.matrix.rows is not None:
+            fused.setdefault(item.weight_slot, []).append(item)
+    rests = []
+    for parts in fused.values():
+        selections = [part.matrix.rows for part in parts if part.matrix.rows is not None]
+        for number, rows in enumerate(RowSelection.complement(selections)):
+            owner = parts[0].matrix
+            name = f"{owner.name.split('[')[0]}[rest{number}]"
+            rest = LayerMatrix(name, owner.module, owner.weight, owner.bias, owner.layout, rows)
+            rests.append(PlacedMatrix(rest, parts[0].weight_slot, parts[0].bias_slot))
+    return rests

@@ -168,6 +168,7 @@ class SGDPH(PrecondOptimizer):
         """Put the probes into the running averages."""
         ranks = distributed.world_size()
         decay = self.config.momentum if self.config.reference else self.config.stat_decay
+        lost: dict[str, Tensor] = {}
         for channel in self.channels:
             staged = statistics.get(channel.norm.name)
             if staged is None:
@@ -175,10 +176,10 @@ class SGDPH(PrecondOptimizer):
             leaf = self._leaf(channel)
             channelwise.allocate(leaf, self.config.base)
             # A rank that did not reach the parameter adds zero, as to its gradient.
-            dropped = channelwise.average_probe(
+            lost[channel.norm.name] = channelwise.average_probe(
                 leaf, staged.sum / ranks, staged.count > 0, decay, absolute=self.config.reference
             )
-            self.count("dropped_probes", dropped)
+        self.count_dropped("dropped_probes", lost)
         self.count("probes")
 
     def step_others(self, leaves: Sequence[Leaf]) -> None:

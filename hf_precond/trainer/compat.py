@@ -231,9 +231,6 @@ def loss_scale(optimizer: Any) -> Tensor | float | None:
     Args:
         optimizer: accelerate's wrapper, which holds the scaler.
     """
-    scaler = getattr(optimizer, "scaler", None)
-    if scaler is None or not scaler.is_enabled():
-        return None
-    # The tensor, where it exists: get_scale() waits for the device.
-    scale = getattr(scaler, "_scale", None)
-    return scaler.get_scale() if scale is None else scale
+    from hf_precond.blocks.scaler import loss_scale as scale_of
+
+    return scale_of(getattr(optimizer, "scaler", None))
