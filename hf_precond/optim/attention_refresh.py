@@ -12,6 +12,7 @@ from hf_precond.configs import AFOptConfig
 from hf_precond.linalg import roots
 from hf_precond.optim.attention_factors import AttentionFactors, merged, quadratic
 from hf_precond.optim.attention_plan import Plan, RightFactor, State, Treatment
+from hf_precond.optim.failures import Failures
 from hf_precond.optim.leaf import grouped
 
 
@@ -23,6 +24,7 @@ class Refresh:
         state: the optimizer's state: moments in, factors out.
         config: the config.
         count: the optimizer's counter.
+        failures: what counts failures in a row.
     """
 
     def __init__(
@@ -31,8 +33,10 @@ class Refresh:
         state: State,
         config: AFOptConfig,
         count: Callable[[str, int | Tensor], None],
+        failures: Failures,
     ) -> None:
         self.plan, self.state, self.config, self.count = plan, state, config, count
+        self.failures = failures
         self.factors = AttentionFactors(plan, state, config)
 
     def due(self, step: int, phase: int) -> bool:
@@ -46,10 +50,10 @@ class Refresh:
         """Refresh what is due at step number ``step``."""
         rights = [right for right in self.plan.rights if self.due(step, right.phase)]
         for batch in grouped(rights, _right_batch):
-            self._rights(batch)
+            self.failures.attempt(self._rights, batch, name_of_right, self.count)
         lefts = [t for t in self.plan.treatments if t.left and self.due(step, t.phase)]
         for alike in grouped(lefts, _left_batch):
-            self._lefts(alike)
+            self.failures.attempt(self._lefts, alike, name_of_left, self.count)
 
     def _rights(self, rights: Sequence[RightFactor]) -> None:
         moments, means = zip(*(self.right_moment(right) for right in rights), strict=True)
@@ -59,7 +63,9 @@ class Refresh:
         mean = torch.stack(means).repeat_interleave(blocks)
         work = batch.view(-1, size, size)
         found = _root(rights[0].kind, work, self.config.damping, mean, blocks)
-        self._keep([right.tensor(self.state) for right in rights], found, batch.shape)
+        names = [name_of_right(right) for right in rights]
+        held = [right.tensor(self.state) for right in rights]
+        self._keep(names, held, found, batch.shape)
 
     def right_moment(self, right: RightFactor) -> tuple[Tensor, Tensor]:
         """The moment under a right factor, and its mean eigenvalue."""
@@ -89,7 +95,8 @@ class Refresh:
         damping = factors.damping(moments.dtype)
         found = _root(kind, moments.flatten(0, 1), damping)
         held = [(t.held(self.state), t) for t in treatments]
-        self._keep([state[t.name("left")] for state, t in held], found, moments.shape)
+        names = [name_of_left(treatment) for treatment in treatments]
+        self._keep(names, [state[t.name("left")] for state, t in held], found, moments.shape)
         if self.plan.predicts and treatments[0].in_logits:
             for state, treatment in held:
                 state[treatment.name("left_moment")].copy_(factors.left(treatment, damped=False))
@@ -97,7 +104,8 @@ class Refresh:
             for state, treatment in held:
                 own = self._own_moment(treatment).to(moments.dtype)
                 found = _root("inverse", own, damping)
-                self._keep([state[treatment.name("own")]], found, own[None].shape)
+                name = f"{treatment.placed.matrix.name} (own factor)"
+                self._keep([name], [state[treatment.name("own")]], found, own[None].shape)
 
     def _own_moment(self, treatment: Treatment) -> Tensor:
         """A_Q for q, A_K for k: what the joint correction takes out of the other factor's space."""
@@ -108,12 +116,19 @@ class Refresh:
             return self.factors.queries(block, damped)
         return self.factors.keys(block, damped)
 
-    def _keep(self, held: Sequence[Tensor], found: roots.Refreshed, shape: torch.Size) -> None:
+    def _keep(
+        self,
+        names: Sequence[str],
+        held: Sequence[Tensor],
+        found: roots.Refreshed,
+        shape: torch.Size,
+    ) -> None:
         """Copy new factors into the state where they are usable."""
         values = found.value.view(shape)
         usable = found.usable.view(*shape[:-2], 1, 1)
         for place, tensor in enumerate(held):
             tensor.copy_(torch.where(usable[place], values[place].to(tensor.dtype), tensor))
+        self.failures.watch("factor", names, ~found.usable.view(len(held), -1).all(1))
         self.count("failed_refreshes", (~found.usable).sum())
         self.count("identity_factors", found.identity.sum())
 
@@ -125,6 +140,16 @@ def _root(
     if kind == "root":
         return roots.inverse_sqrt(moments, damping, mean, blocks)
     return (roots.inverse if kind == "inverse" else roots.inverse_factor)(moments, damping, mean)
+
+
+def name_of_right(right: RightFactor) -> str:
+    """A right factor's name in messages."""
+    return f"{right.anchor.matrix.name} (input factor {right.key})"
+
+
+def name_of_left(treatment: Treatment) -> str:
+    """A left factor's name in messages."""
+    return f"{treatment.placed.matrix.name} (left factor)"
 
 
 def _right_batch(r: RightFactor) -> tuple:
