@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from hf_precond.blocks import Blocks, RoutingTable
+from hf_precond.blocks.sharding import refuse_tensor_parallel
 from hf_precond.configs import (
     AdamRConfig,
     AFOptConfig,
@@ -132,7 +133,8 @@ def create_optimizer(
 
     Raises:
         ValueError: an unknown name or field, a value out of range, complex
-            parameters, or a model in which nothing would be preconditioned.
+            parameters, a tensor-parallel model, or one in which nothing would be
+            preconditioned.
     """
     config = make_config(name_or_config, **values)
     info = get_info(config.name)
@@ -147,7 +149,12 @@ def create_optimizer(
 
 
 def read_blocks(model: nn.Module, config: OptimizerConfig) -> Blocks:
-    """What the optimizer of ``config`` would precondition in ``model``."""
+    """What the optimizer of ``config`` would precondition in ``model``.
+
+    Raises:
+        ValueError: nothing would be, or the model is tensor-parallel.
+    """
+    refuse_tensor_parallel(model, config.name)
     blocks = get_info(config.name).select(model, config)
     blocks.find = functools.partial(read_blocks, config=config)
     return blocks

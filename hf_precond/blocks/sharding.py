@@ -34,26 +34,26 @@ def like(reference: Tensor, tensor: Tensor) -> Tensor:
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no tensor has a NaN or an infinity, on any rank where they are sharded.
 
-    Reads one number from the device. Whole tensors are taken to be equal on
+    Reads a number from the device for every dtype. Whole tensors are taken to be equal on
     all ranks, as gradients are under DDP.
     """
-    sharded = False
+    sharded: torch.device | None = None
     largest: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
-        sharded |= isinstance(tensor, DTensor)
+        if isinstance(tensor, DTensor):
+            sharded = tensor.device
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if local.numel():
             largest.setdefault((local.device, local.dtype), []).append(local)
-    flags = [
-        torch.isfinite(torch.stack(torch._foreach_norm(alike, float("inf")))).all()
+    finite = all(
+        bool(torch.isfinite(torch.stack(torch._foreach_norm(alike, float("inf")))).all())
         for alike in largest.values()
-    ]
-    if not sharded:
-        return all(bool(flag) for flag in flags)
-    device = flags[0].device if flags else torch.device("cpu")
-    finite = torch.tensor(all(bool(flag) for flag in flags), dtype=torch.int32, device=device)
-    dist.all_reduce(finite, dist.ReduceOp.MIN)
-    return bool(finite)
+    )
+    if sharded is None:
+        return finite
+    everywhere = torch.tensor(finite, dtype=torch.int32, device=sharded)
+    dist.all_reduce(everywhere, dist.ReduceOp.MIN)
+    return bool(everywhere)
 
 
 def refuse_tensor_parallel(model: nn.Module, who: str) -> None:
