@@ -12,11 +12,11 @@ from hf_precond.blocks import Statistic
 from hf_precond.blocks.found import Request
 from hf_precond.blocks.statistics import request_shape
 from hf_precond.configs import AFOptConfig
-from hf_precond.linalg.packed import pack, packed_size
+from hf_precond.linalg.packed import pack, packed_size, unpack
 from hf_precond.optim import scaling
 from hf_precond.optim.attention_entropy import EntropyWatch
 from hf_precond.optim.attention_factors import AttentionFactors, heads_of
-from hf_precond.optim.attention_plan import Plan, Treatment, observes
+from hf_precond.optim.attention_plan import Plan, RightFactor, Treatment, observes
 from hf_precond.optim.attention_refresh import Refresh
 from hf_precond.optim.attention_report import logit_scale, report
 from hf_precond.optim.base import PrecondOptimizer
@@ -53,8 +53,9 @@ class AFOpt(PrecondOptimizer):
     only; this is a reconstruction.
 
     Kept per matrix in float32: M, and of every input that several may share
-    the moment (one triangle) and its inverse or root: ``6·n²`` bytes, n the
-    width, and ``4·d_h²`` a head. ``state_dtype="bfloat16"`` halves these.
+    the moment and its inverse, one triangle each: ``4·n²`` bytes, n the width
+    (``6·n²`` for square matrices, whose root is a full one), and ``4·d_h²`` a
+    head. ``state_dtype="bfloat16"`` halves these.
 
     A step larger than the attention can bear shows as a loss that jumps and
     stays: lower ``lr_scale``, or take ``scaling="cap"``. Where a factor has
@@ -158,10 +159,10 @@ class AFOpt(PrecondOptimizer):
         held, weight = treatment.held(self.state), placed.weight
         dtype = config.factor_dtype(weight.dtype)
 
-        def identities(name: str, *shape: int) -> None:
+        def identities(name: str, *shape: int, packed: bool = False) -> None:
             if name not in held:
-                eye = torch.eye(shape[-1], dtype=dtype, device=weight.device)
-                held[name] = eye.expand(*shape).clone()
+                eye = torch.eye(shape[-1], dtype=dtype, device=weight.device).expand(*shape)
+                held[name] = pack(eye) if packed else eye.clone()
 
         def zeros(name: str, dtype: torch.dtype, *shape: int) -> None:
             if name not in held:
@@ -178,7 +179,7 @@ class AFOpt(PrecondOptimizer):
         if config.joint and treatment.in_logits:
             identities(treatment.name("own"), *per_head)
         for right in plan.rights_at.get(placed, ()):
-            identities(right.key, *right.shape)
+            identities(right.key, *right.shape, packed=right.packed)
         for moment in plan.moments_at.get(placed, ()):
             *lead, size, _ = request_shape(moment.request)
             zeros(moment.key, dtype, *lead, packed_size(size))
@@ -272,9 +273,20 @@ class AFOpt(PrecondOptimizer):
             left = torch.cat([t.held(self.state)[t.name("left")] for t in batch]).to(dtype)
         rights = None
         if first.right is not None:
-            kept = {t.right: t.right.tensor(self.state).to(dtype) for t in batch if t.right}
+            kept = self._rights_of(dict.fromkeys(t.right for t in batch if t.right), dtype)
             rights = [kept[t.right] for t in batch if t.right]
         return Sandwich(first.heads, first.form, left, rights, self.config.precision)
+
+    def _rights_of(
+        self, rights: Iterable[RightFactor], dtype: torch.dtype
+    ) -> dict[RightFactor, Tensor]:
+        """Right factors, those of one shape unpacked together."""
+        kept: dict[RightFactor, Tensor] = {}
+        for alike in grouped(rights, lambda right: (right.shape, right.packed)):
+            held = [right.tensor(self.state) for right in alike]
+            whole = list(unpack(torch.stack(held)).unbind()) if alike[0].packed else held
+            kept.update(zip(alike, (factor.to(dtype) for factor in whole), strict=True))
+        return kept
 
     def _directions(self, batch: Sequence[Treatment], gradients: Tensor) -> Tensor:
         """The unscaled directions of ``[n, out, c]``."""

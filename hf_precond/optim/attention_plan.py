@@ -60,6 +60,8 @@ class Moment:
 class RightFactor:
     """A function of the second moment of a layer's input; siblings share one.
 
+    The symmetric kinds are kept as one triangle.
+
     Args:
         moment: the moment.
         columns: columns of the gradients it is applied to; the leading block
@@ -83,7 +85,12 @@ class RightFactor:
         return f"{self.anchor.prefix}{self.moment.name}_{self.kind}"
 
     @property
+    def packed(self) -> bool:
+        return self.kind != "factor"
+
+    @property
     def shape(self) -> tuple[int, ...]:
+        """Of the factor, unpacked."""
         if self.down is None and self.moment.blocks > 1:
             request = self.moment.request
             width = -(-request.matrix.columns // request.blocks)
@@ -91,7 +98,12 @@ class RightFactor:
         return (self.columns, self.columns)
 
     def tensor(self, state: State) -> Tensor:
+        """The factor as it is kept."""
         return state[self.anchor.weight][self.key]
+
+    def read(self, state: State) -> Tensor:
+        """The factor."""
+        return unpack(self.tensor(state)) if self.packed else self.tensor(state)
 
 
 @dataclass(eq=False)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_precond.configs import AFOptConfig
 from hf_precond.linalg import roots
+from hf_precond.linalg.packed import pack
 from hf_precond.optim.attention_factors import AttentionFactors, merged, quadratic
 from hf_precond.optim.attention_plan import Plan, RightFactor, State, Treatment
 from hf_precond.optim.failures import Failures
@@ -65,7 +66,7 @@ class Refresh:
         found = _root(rights[0].kind, work, self.config.damping, mean, blocks)
         names = [name_of_right(right) for right in rights]
         held = [right.tensor(self.state) for right in rights]
-        self._keep(names, held, found, batch.shape)
+        self._keep(names, held, found, batch.shape, rights[0].packed)
 
     def right_moment(self, right: RightFactor) -> tuple[Tensor, Tensor]:
         """The moment under a right factor, and its mean eigenvalue."""
@@ -122,10 +123,13 @@ class Refresh:
         held: Sequence[Tensor],
         found: roots.Refreshed,
         shape: torch.Size,
+        packed: bool = False,
     ) -> None:
         """Copy new factors into the state where they are usable."""
         values = found.value.view(shape)
         usable = found.usable.view(*shape[:-2], 1, 1)
+        if packed:
+            values, usable = pack(values), usable[..., 0]
         for place, tensor in enumerate(held):
             tensor.copy_(torch.where(usable[place], values[place].to(tensor.dtype), tensor))
         self.failures.watch("factor", names, ~found.usable.view(len(held), -1).all(1))

@@ -118,7 +118,7 @@ def logit_scale(block: AttentionBlock) -> float:
 def _right_condition(refresh: Refresh, right: RightFactor) -> Tensor:
     """``(λ_max(A) + λ)·λ_max(P)`` with P the inverse, for the largest of the blocks."""
     moment, mean = refresh.right_moment(right)
-    factor = right.tensor(refresh.state).to(moment.dtype)
+    factor = right.read(refresh.state).to(moment.dtype)
     if right.kind == "factor":
         largest = _largest([factor, factor.mT])
     elif right.kind == "root":
