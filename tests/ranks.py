@@ -11,6 +11,11 @@ import torch.multiprocessing as mp
 
 
 def _enter(rank, size, function, arguments, folder):
+    # As torchrun tells transformers and accelerate. Nobody listens on the port: the ranks meet in
+    # a file.
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
@@ -21,6 +26,18 @@ def _enter(rank, size, function, arguments, folder):
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _enter_alone(_, function, arguments, file):
+    torch.set_num_threads(1)
+    torch.save(function(*arguments), file)
+
+
+def alone(function, *arguments):
+    """What ``function(*arguments)`` returned in a new process without a process group."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_enter_alone, (function, arguments, f"{folder}/result"), nprocs=1)
+        return torch.load(f"{folder}/result", weights_only=True)
 
 
 def run(function, *arguments, size=2):
