@@ -13,7 +13,7 @@ from hf_precond.linalg import fallback
 Item = TypeVar("Item")
 
 MAX_DROPPED = 10
-"""Statistics of one layer, or steps, that may be dropped in a row."""
+"""Statistics of one layer, gradients or steps in a row at which training stops."""
 
 ADVICE = {
     "factor": fallback.UNDECOMPOSED,
@@ -31,6 +31,12 @@ ADVICE = {
         "checkpoint, lower the learning rate or warm up longer, and set skip_nonfinite=True so "
         "that no bad batch reaches the weights; otherwise train in float32 or bfloat16."
     ),
+    "gradient": (
+        "{limit} updates of the factors in a row met a gradient that is not finite, or too large "
+        "to square. If the loss is NaN, the weights are lost: go back to a checkpoint, lower the "
+        "learning rate or warm up longer, and set skip_nonfinite=True so that no bad batch "
+        "reaches the weights; otherwise clip gradients."
+    ),
     "step": (
         "{limit} steps in a row had gradients that are not finite and were skipped "
         "(skip_nonfinite=True). Every batch gives them, so the weights or the data are at fault: "
@@ -39,7 +45,7 @@ ADVICE = {
 }
 """What is said after the name, by what failed."""
 
-LIMITS = {"statistic": MAX_DROPPED, "step": MAX_DROPPED}
+LIMITS = {"statistic": MAX_DROPPED, "gradient": MAX_DROPPED, "step": MAX_DROPPED}
 """Failures in a row after which training stops; ``fallback.MAX_FAILURES`` for what is not here."""
 
 

@@ -132,13 +132,17 @@ class RotatedAdamRule(Rule):
                 plain.append(leaf)
         if plain:
             self.adamw.update(plain)
+        self.bases.gradients.clear()
         for batch in batches(rotated):
             self._step(batch)
+        self.bases.judge()
 
     def _step(self, batch: Batch) -> None:
         gradient = batch.gradient()
         parts = self._parts(batch, gradient)
         collects = self._collects(batch)
+        squares = self._squares(gradient) if collects or self.config.floor > 0 else None
+        usable = self.bases.usable(squares) if collects and squares is not None else None
         if collects:
             for name in ("updates", *(f"{side}_updates" for side in collects)):
                 batch.set(name, batch.number(name) + 1)
@@ -148,17 +152,17 @@ class RotatedAdamRule(Rule):
         if due or not started:
             for part in parts:
                 held = self._rotated(batch, part)
-                self._collect(batch, held, collects, part.leads)
+                self._collect(batch, held, collects, part.leads, usable)
             collects = []
             held = held if len(parts) == 1 and batch.number("step") > 0 else None
             held = self._refresh(batch, due, held)
         if not started:
             return
         batch.set("step", batch.number("step") + 1)
-        self._measure(batch, gradient)
+        self._measure(batch, squares)
         for part in parts:
             rotated = self._rotated(batch, part) if held is None else held
-            self._collect(batch, rotated, collects, part.leads)
+            self._collect(batch, rotated, collects, part.leads, usable)
             if part.seen is not None:
                 zeros = self.workspace.take("seen", part.gradient.shape, rotated).zero_()
                 rotated = zeros.index_copy_(1, part.seen, rotated)
@@ -204,12 +208,28 @@ class RotatedAdamRule(Rule):
         turns = {"left": step, "right": step + interval // 2}
         return [side for side in batch.plan.sides if turns[side] % interval == 0]
 
-    def _collect(self, batch: Batch, rotated: Tensor, sides: Sequence[str], leads: bool) -> None:
-        """``B ← b B + (1-b) Ĝ Ĝᵀ``, ``b = min(stat_decay, 1 - 1/k)``, part by part."""
+    def _collect(
+        self,
+        batch: Batch,
+        rotated: Tensor,
+        sides: Sequence[str],
+        leads: bool,
+        usable: Tensor | None,
+    ) -> None:
+        """``B ← b B + (1-b) Ĝ Ĝᵀ``, ``b = min(stat_decay, 1 - 1/k)``, part by part.
+
+        A gradient that is not ``usable`` changes nothing.
+        """
+        if sides and usable is not None:
+            rotated = torch.where(usable, rotated, 0.0)
         for side in sides:
             decay = min(self.config.stat_decay, 1 - 1 / batch.number(f"{side}_updates"))
-            root = rotated if side == "left" else rotated.mT
-            accumulate(batch[f"{side}_factor"], root, decay if leads else 1.0, 1 - decay)
+            root, factor = rotated if side == "left" else rotated.mT, batch[f"{side}_factor"]
+            keep = decay if leads else 1.0
+            if usable is not None:
+                factor.mul_(torch.where(usable, keep, 1.0))
+                keep = 1.0
+            accumulate(factor, root, keep, 1 - decay)
 
     def observe(self, leaf: Leaf, means: dict[str, Tensor]) -> Tensor:
         """Put second moments of a layer's features in the place of the gradient's.
@@ -230,17 +250,18 @@ class RotatedAdamRule(Rule):
             dropped.append(observe(leaf, side, mean, decay))
         return torch.stack(dropped).sum()
 
-    def _measure(self, batch: Batch, gradient: Tensor) -> None:
-        """``mean V``: by ``‖Ĝ‖ = ‖G‖`` it follows without looking at V."""
-        if self.config.floor == 0:
-            return
-        beta2 = batch.group["betas"][1]
+    def _squares(self, gradient: Tensor) -> Tensor:
+        """``‖G‖²`` of each tile, ``[tiles, 1, 1]``."""
         tiles = gradient.flatten(1)
         if len(tiles) == 1:
-            total = torch.dot(tiles[0], tiles[0])
-        else:
-            total = torch.linalg.vector_norm(tiles, dim=1).square_()[:, None, None]
-        batch["mean_sq"].lerp_(total / tiles.shape[1], 1 - beta2)
+            return torch.dot(tiles[0], tiles[0]).view(1, 1, 1)
+        return torch.linalg.vector_norm(tiles, dim=1).square_()[:, None, None]
+
+    def _measure(self, batch: Batch, squares: Tensor | None) -> None:
+        """``mean V``: by ``‖Ĝ‖ = ‖G‖`` it follows without looking at V."""
+        if self.config.floor > 0 and squares is not None:
+            size = batch.plan.rows * batch.plan.columns
+            batch["mean_sq"].lerp_(squares / size, 1 - batch.group["betas"][1])
 
     def _rotated(self, batch: Batch, part: Part) -> Tensor:
         """``Q_Lᵀ G Q_R`` (its ``seen`` rows); the gradient itself before there is a basis."""

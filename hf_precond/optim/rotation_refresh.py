@@ -37,8 +37,9 @@ class BasisRefresh:
     def __init__(self, config: AdamRConfig, workspace: Workspace) -> None:
         self.config = config
         self.workspace = workspace
-        self.counters: dict[str, int] = {}
+        self.counters: dict[str, int | Tensor] = {}
         self.failures = Failures()
+        self.gradients: list[bool | Tensor] = []
         self.loads = [0] * config.basis_interval
 
     def allocate(self, leaf: Leaf, plan: RotationPlan) -> None:
@@ -109,6 +110,32 @@ class BasisRefresh:
                 leaf[f"{side}_energy"] = fresh
             leaf[f"{side}_energy"].copy_(energy, non_blocking=True)
 
+    def usable(self, squares: Tensor) -> Tensor | None:
+        """Where a gradient may enter the factors; ``None``, on a CPU, where all may.
+
+        Args:
+            squares: ``‖G‖²``, which bounds what it would add to a factor.
+        """
+        usable = torch.isfinite(squares)
+        if not squares.is_cpu:
+            self.gradients.append(usable.all().logical_not())
+            return usable
+        self.gradients.append(not bool(usable.all()))
+        return usable if self.gradients[-1] else None
+
+    def judge(self) -> None:
+        """Count the calls that brought a gradient no factor could take; stop where that goes on."""
+        known = [bad for bad in self.gradients if isinstance(bad, bool)]
+        flags = [bad for bad in self.gradients if isinstance(bad, Tensor)]
+        if known:
+            self._count("gradients_dropped", int(any(known)))
+            self.failures.note("gradient", "adamr", any(known))
+        if flags:
+            bad = torch.stack([flag.to(flags[0].device) for flag in flags]).any()
+            self._count("gradients_dropped", bad.to(torch.int64))
+            self.failures.watch("gradient", ["adamr"], bad[None])
+        self.failures.check()
+
     def refresh(self, batch: Batch, side: str) -> Tensor | None:
         """Turn the bases of one side of a batch; the moments follow.
 
@@ -175,7 +202,7 @@ class BasisRefresh:
         mean = second.mean((1, 2), keepdim=True)
         return {"exp_avg": first, "exp_avg_sq": second, "mean_sq": mean}
 
-    def _count(self, name: str, by: int) -> None:
+    def _count(self, name: str, by: int | Tensor) -> None:
         self.counters[name] = self.counters.get(name, 0) + by
 
 
