@@ -25,6 +25,11 @@ def shard(model):
     return before
 
 
+def all_full(model):
+    """Every parameter gathered, by name."""
+    return {key: full(value.detach()).clone() for key, value in model.named_parameters()}
+
+
 def run(name, model_name, when):
     model = make(model_name, dtype=torch.float64)
     values = {"lr": 1e-3, "weight_decay": 0.01} | QUICK[name]
@@ -45,7 +50,7 @@ def run(name, model_name, when):
     saved = copy.deepcopy(optimizer.state_dict())
     optimizer.load_state_dict(saved)
     train_step(model, optimizer, batch(model_name, STEPS, dtype=torch.float64))
-    return {key: full(value.detach()) for key, value in model.named_parameters()}
+    return all_full(model)
 
 
 @pytest.mark.slow

@@ -14,13 +14,12 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.distributed.tensor.placement_types import Replicate, Shard
 
-from hf_precond.blocks.sharding import full
 from hf_precond.registry import create_optimizer, list_optimizers
 from tests import ranks
+from tests.distributed.test_fsdp2 import SHARDABLE, all_full
 from tests.optim.models import batch, make, train_step
 from tests.optim.test_shared import QUICK
 
-SHARDABLE = [name for name in list_optimizers() if name != "sgdph"]
 STEPS = 6
 
 
@@ -48,7 +47,7 @@ def train_replicas_of_shards(model_name):
             inputs = batch(model_name, step, size=8, dtype=torch.float64)
             losses.append(train_step(model, optimizer, share_of_rank(inputs)))
         found[f"{name}/losses"] = torch.tensor(losses, dtype=torch.float64)
-        found |= {f"{name}/{k}": full(v.detach()) for k, v in model.named_parameters()}
+        found |= {f"{name}/{key}": value for key, value in all_full(model).items()}
         optimizer.close()
     return found
 

@@ -1,0 +1,127 @@
+"""FSDP2 by accelerate's own code: parameters swapped at prepare, ``save_state``, ``load_state``.
+
+accelerate shards on accelerators only; told that it runs under FSDP, its code does all the same on
+a CPU.
+"""
+
+import os
+
+import pytest
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FSDPModule
+
+from hf_precond.blocks.sharding import is_sharded
+from hf_precond.registry import create_optimizer
+from tests import ranks
+from tests.distributed.test_checkpoint import LAST, SAVED
+from tests.distributed.test_fsdp2 import SHARDABLE, all_full
+from tests.optim.models import batch, make, train_step
+from tests.optim.test_shared import QUICK
+
+LAYERS = {"bert": "BertLayer", "gpt2": "GPT2Block"}
+FORMATS = ("SHARDED_STATE_DICT", "FULL_STATE_DICT")
+
+
+def fsdp_accelerator(model_name, state_dict_type):
+    accelerator = Accelerator(cpu=True)
+    kind = DistributedType.FSDP
+    PartialState._shared_state["distributed_type"] = accelerator.state.distributed_type = kind
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        cpu_ram_efficient_loading=False,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=[LAYERS[model_name]],
+        state_dict_type=state_dict_type,
+    )
+    return accelerator
+
+
+class Run:
+    """One prepared model and optimizer."""
+
+    def __init__(self, name, model_name, state_dict_type, seed):
+        model = make(model_name, seed=seed, dtype=torch.float64)
+        # One tensor for input and output embeddings is more than accelerate's FSDP2 takes.
+        model.config.tie_word_embeddings = False
+        if model_name == "gpt2":
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        self.model_name = model_name
+        fields = {"lr": 1e-3, "weight_decay": 0.01} | QUICK.get(name, {})
+        self.optimizer = create_optimizer(model, name, **fields)
+        if state_dict_type is None:
+            self.model, self.accelerator = model, None
+            return
+        self.accelerator = fsdp_accelerator(model_name, state_dict_type)
+        self.model, self.stepper = self.accelerator.prepare(model, self.optimizer)
+        layers = [m for m in self.model.modules() if type(m).__name__.endswith(LAYERS[model_name])]
+        assert len(layers) == 2 and all(isinstance(layer, FSDPModule) for layer in layers)
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        assert all(is_sharded(parameter) for parameter in held)
+        assert {id(p) for p in held} == {id(p) for p in self.model.parameters()}
+
+    def advance(self, first, last):
+        for step in range(first, last):
+            inputs = batch(self.model_name, step, dtype=torch.float64)
+            if self.accelerator is None:
+                train_step(self.model, self.optimizer, inputs)
+                continue
+            self.accelerator.backward(self.model(**inputs).loss)
+            self.stepper.step()
+            self.stepper.zero_grad()
+        return all_full(self.model)
+
+
+def cases():
+    return [(n, m, f) for n in SHARDABLE for m in LAYERS for f in FORMATS]
+
+
+def trained_and_saved(folder):
+    found = {}
+    for case in cases():
+        run = Run(*case, seed=0)
+        run.advance(0, SAVED)
+        run.accelerator.save_state(os.path.join(folder, *case))
+        found |= {"/".join((*case, k)): v for k, v in run.advance(SAVED, LAST).items()}
+    return found
+
+
+def loaded_and_trained(folder):
+    found = {}
+    for case in cases():
+        run = Run(*case, seed=7)
+        run.accelerator.load_state(os.path.join(folder, *case))
+        assert run.optimizer.steps == SAVED
+        found |= {"/".join((*case, k)): v for k, v in run.advance(SAVED, LAST).items()}
+    return found
+
+
+@pytest.mark.slow
+def test_swapped_parameters_train_as_whole_ones_and_a_loaded_state_goes_on_bit_for_bit(tmp_path):
+    results = ranks.run(trained_and_saved, str(tmp_path))
+    singles = {(n, m): Run(n, m, None, seed=0).advance(0, LAST) for n, m, _ in cases()}
+    for name, model_name, kind in cases():
+        for key, value in singles[name, model_name].items():
+            found = [result[f"{name}/{model_name}/{kind}/{key}"] for result in results]
+            assert torch.equal(*found), key
+            torch.testing.assert_close(found[0], value, rtol=1e-5, atol=1e-8, msg=key)
+    for result in ranks.run(loaded_and_trained, str(tmp_path)):
+        assert result.keys() == results[0].keys()
+        for key, value in result.items():
+            assert torch.equal(value, results[0][key]), key
+
+
+def sgdph_refuses():
+    run = Run("sgdph", "bert", "SHARDED_STATE_DICT", seed=0)
+    with pytest.raises(RuntimeError, match="FSDP2") as error:
+        run.advance(0, 1)
+    return str(error.value)
+
+
+@pytest.mark.slow
+def test_sgdph_is_refused_at_the_first_loss_with_what_to_use_instead():
+    for message in ranks.run(sgdph_refuses):
+        assert message.startswith("sgdph: the model is sharded (FSDP2")
+        assert "train with DDP" in message
