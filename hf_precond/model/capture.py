@@ -26,6 +26,7 @@ from hf_precond.model.rows import (
     multihead_weights,
     output_rows,
 )
+from hf_precond.model.siblings import SharedInputs
 from hf_precond.model.stage import Part, Stage, no_autocast
 from hf_precond.model.tokens import Reader, TokenWeights
 
@@ -78,6 +79,7 @@ class Capture:
             raise ValueError("Capture: two requests have the same key; give each its own.")
         self.requests = list(requests)
         self.stage = Stage()
+        self.siblings = SharedInputs()
         self.enabled = False
         self.step = -1
         self.paths = {module: path for path, module in model.named_modules()}
@@ -200,6 +202,7 @@ class Capture:
             if done:
                 return
             done.append(True)
+            self.siblings.forget()
             for part in parts:
                 if part is not None:
                     self.stage.add(part, in_pass)
@@ -241,12 +244,17 @@ class Capture:
             return None
         if isinstance(layer, CONVOLUTIONS):
             return patch_part(collection, layer, inputs.detach().to(dtype), self.step)
-        rows = inputs.detach().to(dtype)
-        if weights is None:
-            weights = point.reader.read(tuple(inputs.shape), dtype)
-        else:
-            weights = weights.to(dtype)
-        return input_part(collection, rows, weights, self.step)
+        if weights is not None:
+            return input_part(collection, inputs.detach().to(dtype), weights.to(dtype), self.step)
+
+        def compute() -> Part:
+            masked = point.reader.read(tuple(inputs.shape), dtype)
+            return input_part(collection, inputs.detach().to(dtype), masked, self.step)
+
+        # Layers of one parent read the same mask.
+        parent = self.paths[module].rpartition(".")[0]
+        kind = (parent, point.reader.memory, dtype, *collection.variant)
+        return self.siblings.part(collection.name, kind, inputs, compute)
 
     # The StatisticsSource -----------------------------------------------------
 
@@ -265,6 +273,7 @@ class Capture:
         else:
             self.switch.release()
             self.tokens.forget()
+            self.siblings.forget()
 
     def take(self) -> dict[str, Statistic]:
         """What was staged since the last call, by request key; the stage is empty afterwards."""

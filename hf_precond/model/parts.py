@@ -38,6 +38,11 @@ class Collection:
     blocks: int = 1
     rows: int = 0
 
+    @property
+    def variant(self) -> tuple[bool, bool, int, int]:
+        """What is taken of a tensor: two collections alike in it have one moment."""
+        return self.constant, self.center, self.blocks, self.rows
+
 
 def thinned(rows: Tensor, limit: int, step: int) -> Tensor:
     """At most ``limit`` of the rows (all for 0), evenly spaced, from another start each step.
