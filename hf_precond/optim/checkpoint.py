@@ -57,5 +57,7 @@ def restored(saved: Mapping[str, Any], parameter: Tensor, prefix: str = "") -> d
 def _copied(name: str, value: Any, parameter: Tensor) -> Any:
     if not isinstance(value, Tensor):
         return copy.deepcopy(value)
-    device = value.device if name.endswith("step") and value.dim() == 0 else parameter.device
+    on_host = name.endswith("_energy") or (name.endswith("step") and not parameter.is_cuda)
+    # A GPU's fused AdamW reads its step counts on the device, wherever the file was mapped to.
+    device = "cpu" if on_host and value.dim() == 0 else parameter.device
     return value.detach().clone().to(device=device)
