@@ -361,20 +361,19 @@ class AFOpt(PrecondOptimizer):
     def last_steps(self) -> dict[Treatment, tuple[Tensor, Tensor]]:
         """Momentum and ``lr·U`` of every matrix, from the state as it stands.
 
-        Empty before the first step, and under a scaling that needs the base
+        Empty before the first step of this process, and under a scaling that needs the base
         rule's step.
         """
         found: dict[Treatment, tuple[Tensor, Tensor]] = {}
         ready = [t.placed for t in self.plan.treatments if t.name("momentum") in t.held(self.state)]
-        if self.config.scaling == "graft" or self.steps == 0:
+        if self.config.scaling == "graft" or not self.rates:
             return found
         for batch in self._batches(ready):
             momentum = torch.stack([t.held(self.state)[t.name("momentum")] for t in batch])
             directions = self._directions(batch, momentum)
             directions = directions * self._scale(batch, directions, None)
             for treatment, before, after in zip(batch, momentum, directions, strict=True):
-                lr = self.param_groups[treatment.placed.weight_slot[0]]["lr"]
-                found[treatment] = (before, after * lr)
+                found[treatment] = (before, after * self.rates[treatment.placed.weight_slot[0]])
         return found
 
     @torch.no_grad()

@@ -45,6 +45,8 @@ class PrecondOptimizer(torch.optim.Optimizer):
     finishes = False
     """Whether :meth:`precondition` yields finished directions (the base rule keeps no state)."""
 
+    rates: Sequence[Any] = ()  # of the last step, by group: a scheduler may have spoken since
+
     def __init__(
         self, param_groups: Iterable[Any], blocks: Blocks, config: OptimizerConfig
     ) -> None:
@@ -140,6 +142,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
         self._commit_staged()
         self.refresh()
         self.failures.check()
+        self.rates = [group["lr"] for group in self.param_groups]
         self._apply()
         for group in self.param_groups:
             group["step"] += 1
