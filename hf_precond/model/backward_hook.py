@@ -63,10 +63,11 @@ def _install() -> None:
 
     @functools.wraps(original)
     def backward(self: Any, loss: Any, **kwargs: Any) -> Any:
+        scale = loss_scale(getattr(self, "scaler", None))
         seen = [
             listener
             for listener in tuple(_listeners)
-            if isinstance(loss, Tensor) and listener.observe(loss, _weight(self), loss_scale(getattr(self, "scaler", None)))
+            if isinstance(loss, Tensor) and listener.observe(loss, _weight(self), scale)
         ]
         try:
             return original(self, loss, **kwargs)
