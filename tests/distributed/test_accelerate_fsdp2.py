@@ -44,10 +44,6 @@ class Run:
 
     def __init__(self, name, model_name, state_dict_type, seed):
         model = make(model_name, seed=seed, dtype=torch.float64)
-        # One tensor for input and output embeddings is more than accelerate's FSDP2 takes.
-        model.config.tie_word_embeddings = False
-        if model_name == "gpt2":
-            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
         self.model_name = model_name
         fields = {"lr": 1e-3, "weight_decay": 0.01} | QUICK.get(name, {})
         self.optimizer = create_optimizer(model, name, **fields)

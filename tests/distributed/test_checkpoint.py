@@ -10,7 +10,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from hf_precond.registry import create_optimizer, list_optimizers
-from tests.optim.models import batch, make, train_step
+from tests import ranks
+from tests.distributed.test_fsdp2 import SHARDABLE, all_full, shard
+from tests.optim.models import batch, make, train_step, weights
 from tests.optim.test_shared import QUICK
 
 SAVED, LAST = 3, 6
@@ -38,7 +40,7 @@ def advance(model_name, model, optimizer, first, last):
     dtype = next(model.parameters()).dtype
     for step in range(first, last):
         train_step(model, optimizer, batch(model_name, step, dtype=dtype))
-    return {key: value.detach().clone() for key, value in model.state_dict().items()}
+    return weights(model)
 
 
 def save(model, optimizer, folder, options):
@@ -77,3 +79,50 @@ def test_one_process_resumes_bit_for_bit(name, kind, values, model_name, tmp_pat
     assert resumed.steps == SAVED
     for key, value in advance(model_name, other, resumed, SAVED, LAST).items():
         assert torch.equal(value, whole[key]), key
+
+
+# Sharded (FSDP2) ---------------------------------------------------------------
+
+
+def start_sharded(name, model_name, seed):
+    model = make(model_name, seed=seed, dtype=torch.float64)
+    shard(model)
+    return model, create_optimizer(model, name, lr=1e-3, weight_decay=0.01, **QUICK[name])
+
+
+def each_run(seed):
+    for name in SHARDABLE:
+        for model_name in ("bert", "gpt2"):
+            yield f"{name}-{model_name}", model_name, *start_sharded(name, model_name, seed)
+
+
+def trained_and_saved(folder):
+    found = {}
+    for case, model_name, model, optimizer in each_run(seed=0):
+        advance(model_name, model, optimizer, 0, SAVED)
+        save(model, optimizer, f"{folder}/{case}", OPTIONS["nested"])
+        advance(model_name, model, optimizer, SAVED, LAST)
+        found |= {f"{case}/{key}": value for key, value in all_full(model).items()}
+    return found
+
+
+def loaded_and_trained(folder):
+    found = {}
+    for case, model_name, model, optimizer in each_run(seed=7):
+        load(model, optimizer, f"{folder}/{case}", OPTIONS["nested"])
+        assert optimizer.steps == SAVED
+        advance(model_name, model, optimizer, SAVED, LAST)
+        found |= {f"{case}/{key}": value for key, value in all_full(model).items()}
+    return found
+
+
+# Every rank trains the same batch: the mean over ranks is then the same for any number of them.
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "others"), [(2, (2, 1)), (1, (2,))])
+def test_a_sharded_run_resumes_in_new_processes_whatever_their_number(size, others, tmp_path):
+    whole = ranks.run(trained_and_saved, str(tmp_path), size=size)[0]
+    for other in others:
+        for result in ranks.run(loaded_and_trained, str(tmp_path), size=other):
+            assert result.keys() == whole.keys()
+            for key, value in result.items():
+                assert torch.equal(value, whole[key]), key
