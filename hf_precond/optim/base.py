@@ -16,12 +16,13 @@ from hf_precond.blocks.scaler import loss_scale
 from hf_precond.blocks.sharding import all_finite, like
 from hf_precond.blocks.statistics import request_shape
 from hf_precond.configs import OptimizerConfig, compute_dtype
+from hf_precond.optim.base_rules import make_rule
 from hf_precond.optim.checkpoint import complete, restored
 from hf_precond.optim.failures import Failures
 from hf_precond.optim.identity import KEY, identity, refuse_other
 from hf_precond.optim.leaf import Leaf
 from hf_precond.optim.placed import PlacedMatrix, Preconditioned, Slot, fused_rests
-from hf_precond.optim.rules import Rule, descend, make_rule
+from hf_precond.optim.rules import Rule, descend
 
 
 class PrecondOptimizer(torch.optim.Optimizer):

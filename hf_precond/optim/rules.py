@@ -175,21 +175,3 @@ def compute_copies(leaves: Sequence[Leaf]) -> Iterator[tuple[list[Tensor], list[
     copies = [param.to(dtype) for param in params]
     yield copies, grads
     torch._foreach_copy_(params, copies)
-
-
-def make_rule(name: str, config: Any) -> Rule:
-    """The rule that a config's ``base`` names."""
-    reference = getattr(config, "reference", False)
-    if name == "adamw":
-        return AdamWRule(decay_in_step=reference)
-    if name == "sgd":
-        return SGDRule(coupled=reference)
-    if name == "adamr":
-        from hf_precond.optim.rotation import RotatedAdamRule
-
-        return RotatedAdamRule.under(config)
-    if name == "muon":
-        from hf_precond.optim.muon import MuonRule
-
-        return MuonRule.under(config)
-    raise ValueError(f"base={name!r}: no such rule; the rules are 'adamw', 'sgd', 'adamr', 'muon'.")

@@ -13,7 +13,7 @@ from typing import Any
 
 from hf_precond.configs import OptimizerConfig
 from hf_precond.trainer import compat
-from hf_precond.trainer.register import NAMES
+from hf_precond.trainer.names import NAMES
 
 logger = logging.getLogger(__name__)
 

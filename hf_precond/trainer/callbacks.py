@@ -35,7 +35,7 @@ class PrecondCallback(TrainerCallback):
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse bad ``--optim_args`` when the Trainer is made, not when training starts."""
         from hf_precond.trainer.arguments import config_from_arguments
-        from hf_precond.trainer.register import NAMES
+        from hf_precond.trainer.names import NAMES
 
         if args.optim in NAMES:
             config_from_arguments(args)

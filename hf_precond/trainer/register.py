@@ -10,7 +10,7 @@ import warnings
 from types import ModuleType
 from typing import Any
 
-NAMES = ("adamr", "afopt", "nkfac", "sgdph")
+from hf_precond.trainer.names import NAMES
 
 
 def register() -> None:

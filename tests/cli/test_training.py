@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hf_precond.hub import CONFIG_FILE
-from hf_precond.trainer.register import NAMES
+from hf_precond.trainer.names import NAMES
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parent / "scripts" / "train.py"

@@ -11,10 +11,10 @@ from hf_precond.blocks import Blocks, LayerMatrix, Statistic
 from hf_precond.configs import AdamRConfig, NKFACConfig
 from hf_precond.linalg import fallback
 from hf_precond.optim.adamr import AdamR
+from hf_precond.optim.base_rules import make_rule
 from hf_precond.optim.rotation import RotatedAdamRule
 from hf_precond.optim.rotation_batch import Batch
 from hf_precond.optim.rotation_plan import RotationPlan
-from hf_precond.optim.rules import make_rule
 from tests.optim.adamr_cases import adamr, layers, noise, run
 
 SHAPES = [(7, 7), (7, 7), (6, 40), (40, 6), (7, 7)]

@@ -16,7 +16,8 @@ from transformers.training_args import OptimizerNames
 
 import hf_precond
 from hf_precond.trainer import compat
-from hf_precond.trainer.register import NAMES, OptimizerFactory, register
+from hf_precond.trainer.names import NAMES
+from hf_precond.trainer.register import OptimizerFactory, register
 
 ROOT = Path(__file__).parents[2]
 each_name = pytest.mark.parametrize("name", NAMES)

@@ -12,7 +12,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 from hf_precond import PrecondSeq2SeqTrainer, PrecondTrainer, load_config
 from hf_precond.hub import CONFIG_FILE
 from hf_precond.trainer.compat import own_optimizer
-from hf_precond.trainer.register import NAMES
+from hf_precond.trainer.names import NAMES
 from tests.trainer.tiny import bart, bert, llama, sequence_data, t5, text_data
 
 each_name = pytest.mark.parametrize("name", NAMES)

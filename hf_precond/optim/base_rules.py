@@ -1,0 +1,31 @@
+"""Which rule a config's ``base`` names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hf_precond.optim.muon import MuonRule
+from hf_precond.optim.rotation import RotatedAdamRule
+from hf_precond.optim.rules import AdamWRule, Rule, SGDRule
+
+
+def make_rule(name: str, config: Any) -> Rule:
+    """The rule that a config's ``base`` names.
+
+    Args:
+        name: ``adamw``, ``sgd``, ``adamr`` or ``muon``.
+        config: where the rule reads its fields.
+
+    Raises:
+        ValueError: for any other name.
+    """
+    reference = getattr(config, "reference", False)
+    if name == "adamw":
+        return AdamWRule(decay_in_step=reference)
+    if name == "sgd":
+        return SGDRule(coupled=reference)
+    if name == "adamr":
+        return RotatedAdamRule.under(config)
+    if name == "muon":
+        return MuonRule.under(config)
+    raise ValueError(f"base={name!r}: no such rule; the rules are 'adamw', 'sgd', 'adamr', 'muon'.")

@@ -1,0 +1,3 @@
+"""The names that ``--optim`` learns."""
+
+NAMES = ("adamr", "afopt", "nkfac", "sgdph")
