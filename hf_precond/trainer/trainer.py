@@ -11,6 +11,7 @@ from hf_precond.configs import OptimizerConfig
 from hf_precond.trainer import compat
 from hf_precond.trainer.arguments import config_in_use
 from hf_precond.trainer.callbacks import logged_diagnostics
+from hf_precond.trainer.checkpoints import last_checkpoint
 from hf_precond.trainer.model_card import TAG, add_section
 
 
@@ -21,9 +22,11 @@ class PrecondTrainerMixin:
     - ``optimizer_config.json`` wherever the model is saved: beside each
       checkpoint (those of a hyperparameter search too), in ``output_dir``, and
       so on the Hub;
-    - a section of the model card with the optimizer's settings.
+    - a section of the model card with the optimizer's settings;
+    - ``train(resume_from_checkpoint=True)`` resumes from the newest checkpoint
+      that is whole, not from one that a killed run left half-written.
 
-    With an optimizer of another package it changes nothing.
+    With an optimizer of another package only the last of these holds.
     """
 
     args: Any
@@ -34,6 +37,12 @@ class PrecondTrainerMixin:
     def optimizer_config(self) -> OptimizerConfig | None:
         """The config of the optimizer in use, or to be used; ``None`` for another package's."""
         return config_in_use(self)
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As ``Trainer.train``; ``True`` is the newest checkpoint that is whole."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As ``Trainer.log``, with the optimizer's diagnostics beside a training loss."""

@@ -1,0 +1,82 @@
+"""Checkpoints that a killed run left behind: which of them are whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+import zipfile
+from pathlib import Path
+
+_FOLDER = re.compile(r"checkpoint-(\d+)")
+TRAINER_STATE = "trainer_state.json"
+
+
+def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
+    """The newest checkpoint of a run that can be resumed from; ``None`` without one.
+
+    ``transformers.trainer_utils.get_last_checkpoint`` returns the newest
+    folder, which is half-written where the run was killed while it saved.
+
+    Args:
+        output_dir: the run's folder, which holds ``checkpoint-…``.
+    """
+    root = Path(output_dir)
+    found = [
+        (int(match[1]), path)
+        for path in (root.iterdir() if root.is_dir() else ())
+        if path.is_dir() and (match := _FOLDER.fullmatch(path.name))
+    ]
+    for _, path in sorted(found, reverse=True):
+        if damage(path) is None:
+            return str(path)
+    return None
+
+
+def damage(checkpoint: str | os.PathLike[str]) -> str | None:
+    """Why a checkpoint cannot be resumed from, in one sentence; ``None`` when it can.
+
+    A Trainer writes ``trainer_state.json`` last. Of the other files the table
+    of contents is read, which tells where one ends too early; their numbers
+    are not.
+
+    Args:
+        checkpoint: a folder ``checkpoint-…``.
+    """
+    folder = Path(checkpoint)
+    state = folder / TRAINER_STATE
+    if not state.is_file():
+        return f"{folder}: it has no {TRAINER_STATE}, which is saved last."
+    try:
+        json.loads(state.read_text(encoding="utf-8"))
+    except ValueError:
+        return f"{state}: it ends too early."
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".pt", ".pth", ".bin") and not _is_whole_archive(path):
+            return f"{path}: it ends too early, or torch.save did not write it."
+        if path.suffix == ".safetensors" and not _is_whole_safetensors(path):
+            return f"{path}: it ends too early, or is no safetensors file."
+    return None
+
+
+def _is_whole_archive(path: Path) -> bool:
+    """Whether a file of ``torch.save`` has its table of contents, which stands at its end."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return bool(archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False
+
+
+def _is_whole_safetensors(path: Path) -> bool:
+    """Whether a safetensors file is as long as its header says."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(length, size)))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name[:2] != "__"]
+    except (struct.error, ValueError, KeyError, AttributeError, TypeError, OSError):
+        return False
+    return bool(size == 8 + length + max(ends, default=0))
