@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from hf_precond.blocks.matrix import LayerMatrix
+from hf_precond.blocks.sharding import full
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,20 @@ class Adapter:
         down: LoRA's A, ``[r, in]``; one object for all roles of a fused weight.
         up: LoRA's B, ``[out, r]``; the role's rows where the weight is fused.
         scaling: factor of the product.
+        magnitude: the module whose ``weight`` (``[out]``) are the norms that
+            DoRA gives the rows of the sum of weight and update; ``None``
+            without DoRA.
     """
 
     down: LayerMatrix
     up: LayerMatrix
     scaling: float
+    magnitude: nn.Module | None = None
+
+    def update(self) -> Tensor:
+        """``scaling · B A``, ``[out, in]``."""
+        up = self.up.read()[:, : self.up.shape[1]]
+        return self.scaling * (up @ self.down.read())
 
 
 @dataclass(eq=False)
@@ -96,7 +108,23 @@ class AttentionBlock:
         adapter = self.adapters.get(role)
         if adapter is None:
             return matrix
-        update = adapter.up.read() @ adapter.down.read()
-        matrix = matrix.clone()
-        matrix[:, : update.shape[1]] += adapter.scaling * update.to(matrix.dtype)
-        return matrix
+        update = adapter.update().to(matrix.dtype)
+        scale = self.row_scale(role)
+        merged = matrix[:, : update.shape[1]] + update
+        if scale is not None:
+            merged = scale[:, None] * merged
+        return torch.cat([merged, matrix[:, update.shape[1] :]], dim=1)
+
+    def row_scale(self, role: str) -> Tensor | None:
+        """What DoRA multiplies the rows of ``W + scaling · B A`` by: ``m / norm``, ``[out]``.
+
+        ``None`` for a role without DoRA.
+        """
+        adapter = self.adapters.get(role)
+        if adapter is None or adapter.magnitude is None:
+            return None
+        update = adapter.update()
+        matrix = self.roles()[role].read()[:, : update.shape[1]] + update
+        magnitude = full(cast(Tensor, adapter.magnitude.weight).detach())
+        rows = adapter.up.bias_view(magnitude).reshape(-1)
+        return rows.to(matrix.dtype) / torch.linalg.vector_norm(matrix, dim=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_precond.blocks import Adapter, LayerMatrix, RowSelection
 from hf_precond.model.matrices import is_linear, is_readable, layer_matrix
@@ -61,8 +61,8 @@ def find_adapter(
 ) -> Adapter | None:
     """The LoRA pair of a tuner layer that trains, or ``None``.
 
-    Only the plain form ``W + scaling · B A`` counts: a DoRA or otherwise
-    varied pair is not one.
+    The plain form ``W + scaling · B A`` counts, and DoRA's; a pair varied
+    otherwise is not one.
 
     Args:
         wrapper: the tuner layer.
@@ -73,7 +73,9 @@ def find_adapter(
     if not isinstance(downs, nn.ModuleDict) or not isinstance(ups, nn.ModuleDict):
         return None
     for key in _active(wrapper, downs):
-        if key not in downs or key not in ups or _is_varied(wrapper, key):
+        magnitude = _magnitude(wrapper, key)
+        varied = magnitude is None and _is_varied(wrapper, key)
+        if key not in downs or key not in ups or varied:
             continue
         down, up = downs[key], ups[key]
         if not (is_linear(down) and is_linear(up) and is_readable(down) and is_readable(up)):
@@ -87,6 +89,7 @@ def find_adapter(
             down=layer_matrix(down, f"{name}.lora_A.{key}", bias=False),
             up=upper,
             scaling=float(getattr(wrapper, "scaling", {}).get(key, 1.0)),
+            magnitude=magnitude,
         )
     return None
 
@@ -95,6 +98,18 @@ def _is_varied(wrapper: nn.Module, key: str) -> bool:
     dora = getattr(wrapper, "use_dora", {})
     variants = getattr(wrapper, "lora_variant", {})
     return bool(dora.get(key)) or key in variants
+
+
+def _magnitude(wrapper: nn.Module, key: str) -> nn.Module | None:
+    """The module with DoRA's magnitudes, one a row, where the pair is DoRA's."""
+    vectors = getattr(wrapper, "lora_magnitude_vector", None)
+    variants: Any = getattr(wrapper, "lora_variant", {})
+    if not isinstance(vectors, nn.ModuleDict) or key not in vectors:
+        return None
+    if key in variants and not type(variants[key]).__name__.startswith("DoraLinear"):
+        return None
+    weight = getattr(vectors[key], "weight", None)
+    return vectors[key] if isinstance(weight, Tensor) and weight.dim() == 1 else None
 
 
 def trains(matrix: LayerMatrix) -> bool:

@@ -6,6 +6,8 @@ For a head h, in torch's layout (``Ŵ = [W | b]``, ``x̂ = (x, 1)``):
 - k: ``A_Q,h = Ŵ_q,h A_X Ŵ_q,hᵀ``, summed over the query heads that share the key
 - v: ``W_o,hᵀ W_o,h``, summed likewise
 - LoRA's B: that of its role; LoRA's A: ``Σ_h B_hᵀ A_h B_h``
+- DoRA scales the rows of ``W + s B A`` by D = diag(m / norm), the norm held constant: its B has
+  ``D_h A_h D_h`` (o's B the identity all the same), its A ``Σ_h B_hᵀ D_h A_h D_h B_h``
 
 Nothing is collected for A_K and A_Q unless queries and keys are rotated or
 normed on their way to the logits.
@@ -91,6 +93,10 @@ class AttentionFactors:
             return self._down(treatment, damped)
         moment = self.role(block, treatment.role, damped)
         assert moment is not None
+        scale = block.row_scale(treatment.role) if treatment.side == "up" else None
+        if scale is not None:
+            rows = heads_of(scale, moment.shape[0]).to(moment.dtype)
+            moment = rows.unsqueeze(-1) * moment * rows.unsqueeze(-2)
         return moment.to(treatment.placed.dtype)
 
     def role(self, block: AttentionBlock, role: str, damped: bool) -> Tensor | None:
@@ -162,6 +168,9 @@ class AttentionFactors:
             if adapter.down is not treatment.placed.matrix:
                 continue
             up = adapter.up.read()[:, : adapter.up.shape[1]].to(dtype)
+            scale = block.row_scale(role)
+            if scale is not None:
+                up = scale[:, None].to(dtype) * up
             moment = self.role(block, role, damped)
             if moment is None:
                 term = up.mT @ up

@@ -1,5 +1,6 @@
 """AFOpt on LoRA's adapters."""
 
+import pytest
 import torch
 
 from hf_precond.registry import create_optimizer
@@ -23,15 +24,18 @@ def changes(module, optimizer):
     return {name: p.detach() - before[name] for name, p in module.named_parameters()}
 
 
-def adapted(targets, dtype=DOUBLE):
+def adapted(targets, dtype=DOUBLE, dora=False):
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, modules_to_save=["classifier"])
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=targets, modules_to_save=["classifier"], use_dora=dora
+    )
     return get_peft_model(make("bert", dtype=dtype), config).train()
 
 
-def test_adapters_of_q_and_v_only():
-    model = adapted(["query", "value"])
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_adapters_of_q_and_v_only(dora):
+    model = adapted(["query", "value"], dora=dora)
     optimizer = create_optimizer(model, "afopt", lr=1e-2, damping=0.5)
     sides = sorted((t.role, t.side) for t in optimizer.plan.treatments)
     assert sides == sorted([("q", "down"), ("q", "up"), ("v", "down"), ("v", "up")] * 2)
@@ -47,13 +51,16 @@ def test_adapters_of_q_and_v_only():
     assert losses[-1] < losses[0] + 0.2
 
 
-def test_adapter_factors_against_dense_ones():
-    model = adapted(["query", "key"])
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_adapter_factors_against_dense_ones(dora):
+    model = adapted(["query", "key"], dora=dora)
     optimizer = create_optimizer(model, "afopt", direction="inverse", damping=0.5, momentum=0.0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.2)
+            if "magnitude" in name:
+                parameter.mul_(torch.rand_like(parameter) + 0.5)
     seen = []
     attention = model.base_model.model.bert.encoder.layer[0].attention.self
     handle = attention.query.register_forward_hook(lambda m, a, out: seen.append(a[0].detach()))
@@ -67,17 +74,28 @@ def test_adapter_factors_against_dense_ones():
     features = torch.cat([kept, kept.new_ones(len(kept), 1)], 1)
     moment = features.mT @ features / len(features)
 
-    def full(role):
+    def merged(role):
         layer = getattr(attention, role)
         update = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * 2.0
-        return torch.cat([layer.base_layer.weight + update, layer.base_layer.bias[:, None]], 1)
+        return (layer.base_layer.weight + update).detach()
+
+    def rows_of(role):
+        if not dora:
+            return torch.ones(16, dtype=DOUBLE)
+        magnitude = getattr(attention, role).lora_magnitude_vector["default"].weight.detach()
+        return magnitude / merged(role).square().sum(1).sqrt()
+
+    def full(role):
+        bias = getattr(attention, role).base_layer.bias[:, None]
+        return torch.cat([rows_of(role).diag() @ merged(role), bias], 1)
 
     def damped(a):
         mean = a.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
         return torch.linalg.inv(a + 0.5 * mean * torch.eye(a.shape[-1], dtype=DOUBLE))
 
     keys = full("key").detach().unflatten(0, (2, 8))
-    left = keys @ moment @ keys.mT
+    scale = torch.diag_embed(rows_of("query").unflatten(0, (2, 8)))
+    left = scale @ keys @ moment @ keys.mT @ scale
     layer = attention.query
     up, down = layer.lora_B["default"].weight, layer.lora_A["default"].weight
     inner = down @ moment[:16, :16] @ down.mT
