@@ -212,8 +212,30 @@ def test_lora_on_a_fused_weight_has_one_down_and_the_rows_of_up() -> None:
     torch.testing.assert_close(block.effective("k")[:, :-1], whole[16:32])
 
 
-def test_dora_is_not_a_plain_adapter() -> None:
-    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2, use_dora=True)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_dora_scales_the_rows_of_the_sum(name: str) -> None:
+    target = {"llama": "q_proj", "gpt2": "c_attn"}[name]
+    config = LoraConfig(
+        target_modules=[target], r=2, use_dora=True, fan_in_fan_out=name == "gpt2"
+    )
+    model = get_peft_model(build(name), config)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.add_(torch.rand_like(parameter))
+    block = find_attention(model)[0]
+    layer = dict(model.named_modules())[block.adapters["q"].down.name.split(".lora_A")[0]]
+    x = torch.randn(5, block.q.shape[1], dtype=torch.float64)
+    outputs = layer(x)[:, : block.q.shape[0]]
+    weight = block.effective("q")
+    rows = torch.cat([x, torch.ones_like(x[:, :1])], 1)[:, : weight.shape[1]]
+    torch.testing.assert_close(rows @ weight.mT, outputs)
+
+
+def test_an_adapter_of_another_form_is_not_one() -> None:
+    config = LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], r=2, alora_invocation_tokens=[1]
+    )
     assert find_attention(get_peft_model(build("llama"), config))[0].adapters == {}
 
 
