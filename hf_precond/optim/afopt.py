@@ -186,7 +186,7 @@ class AFOpt(PrecondOptimizer):
             zeros(f"{moment.key}_updates", torch.int64)
 
     def commit(self, statistics: Mapping[str, Statistic]) -> None:
-        dropped = []
+        dropped: dict[str, Tensor] = {}
         if self.watch is not None:
             self.watch.keep(statistics)
         for moment in self.plan.moments:
@@ -195,11 +195,12 @@ class AFOpt(PrecondOptimizer):
                 continue
             held = moment.tensor(self.state)
             mean = pack(mean_of(statistic.sum, statistic.count)).to(held.device)
-            dropped.append(
-                update_moment(held, moment.updates(self.state), mean, self.config.stat_decay)
-            )
-        if dropped:
-            self.count("statistics_dropped", torch.stack(dropped).sum())
+            bad = update_moment(held, moment.updates(self.state), mean, self.config.stat_decay)
+            # Without a single token, on any rank, there was nothing to drop.
+            bad = bad * (statistic.count > 0).to(bad)
+            name = f"{moment.request.matrix.name} ({moment.request.kind} moment)"
+            dropped[name] = bad + dropped[name] if name in dropped else bad
+        self.count_dropped("statistics_dropped", dropped)
 
     # Refresh ---------------------------------------------------------------
 

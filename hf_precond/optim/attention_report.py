@@ -147,7 +147,10 @@ def _left_condition(refresh: Refresh, treatment: Treatment) -> Tensor | None:
     if treatment.left is None:
         return None
     moment = refresh.factors.left(treatment)
-    values = torch.linalg.eigvalsh(moment.double())
+    # A weight that is lost has no condition number; eigvalsh would raise.
+    finite = torch.isfinite(moment).all(-1).all(-1)
+    values = torch.linalg.eigvalsh(torch.where(finite[..., None, None], moment, 0.0).double())
     shift = mean_eigenvalue(moment).double() * refresh.factors.damping(moment.dtype)
     floor = torch.finfo(torch.float64).tiny
-    return ((values[..., -1] + shift) / (values[..., 0].clamp(min=0) + shift + floor)).max()
+    condition = (values[..., -1] + shift) / (values[..., 0].clamp(min=0) + shift + floor)
+    return torch.where(finite, condition, torch.nan).max()
