@@ -37,7 +37,6 @@ from classification import (
 )
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageClassification,
     Trainer,
     TrainingArguments,
@@ -45,6 +44,9 @@ from transformers import (
     ViTImageProcessor,
     set_seed,
 )
+
+# Early releases of transformers 5 ask for torchvision where it is imported from the top.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import hf_precond  # noqa: F401  the stock Trainer then takes --optim afopt, adamr, nkfac, sgdph
 
