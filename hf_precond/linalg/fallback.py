@@ -68,14 +68,15 @@ def cause(error: RuntimeError) -> Cause | None:
 
 
 def in_parts(
-    work: Callable[[Sequence[Item]], None], items: Sequence[Item]
+    work: Callable[[Sequence[Item]], None], items: Sequence[Item], last: bool = False
 ) -> list[tuple[Item, Cause]]:
-    """``work(items)``; where that fails by :func:`cause`, each item on its own.
+    """``work(items)``; where that fails by :func:`cause`, once more with each item on its own.
 
     Args:
         work: changes what it changes at its end, so that it can be called
             again for some of the items when it has failed.
         items: equal pieces of work.
+        last: whether this is the last attempt already.
 
     Returns:
         The items that failed on their own too, and why.
@@ -90,9 +91,9 @@ def in_parts(
     # Only here are the frames of the failed attempt, and what they held, gone.
     if found == "out_of_memory" and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-    if len(items) == 1:
-        return [(items[0], found)]
-    return [failed for item in items for failed in in_parts(work, [item])]
+    if last:
+        return [(item, found) for item in items]
+    return [failed for item in items for failed in in_parts(work, [item], last=True)]
 
 
 def strikes(before: int, failed: bool, name: str, limit: int = MAX_FAILURES) -> int:

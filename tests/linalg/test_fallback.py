@@ -136,3 +136,73 @@ def test_strikes_stop_with_advice_at_the_third_failure_in_a_row():
     assert count == 2
     with pytest.raises(RuntimeError, match=r"layer\.0.*learning rate"):
         fallback.strikes(count, True, "layer.0")
+
+
+@pytest.mark.parametrize(
+    ("error", "found"),
+    [
+        (torch.linalg.LinAlgError("linalg.eigh: failed to converge"), "solver"),
+        (RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling …"), "solver"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out_of_memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: …"), "out_of_memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling …"), "out_of_memory"),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), None),
+        (RuntimeError("expected scalar type Half"), None),
+    ],
+)
+def test_the_cause_of_an_error(error, found):
+    assert fallback.cause(error) == found
+
+
+def test_work_that_fails_is_done_in_parts():
+    done = []
+
+    def work(items):
+        if len(items) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        if items[0] == 2:
+            raise torch.linalg.LinAlgError("singular")
+        done.extend(items)
+
+    assert fallback.in_parts(work, [1, 2, 3]) == [(2, "solver")]
+    assert done == [1, 3]
+    assert fallback.in_parts(work, [4]) == [] and done == [1, 3, 4]
+    assert fallback.in_parts(work, [2]) == [(2, "solver")]
+
+
+def test_work_on_one_item_is_tried_twice():
+    attempts = []
+
+    def work(items):
+        attempts.append(items)
+        if len(attempts) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+
+    assert fallback.in_parts(work, ["a"]) == [] and attempts == [["a"], ["a"]]
+
+
+def test_an_error_of_another_kind_is_raised(monkeypatch):
+    def fails(matrices):
+        raise RuntimeError("expected scalar type Half")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    for attempt in (lambda: fallback.in_parts(fails, [1]), lambda: fallback.eigh(spd(1, 3))):
+        with pytest.raises(RuntimeError, match="scalar type"):
+            attempt()
+
+
+def test_eigh_that_runs_out_of_memory_climbs_the_ladder(monkeypatch):
+    plain, calls = torch.linalg.eigh, []
+
+    def fails_at_first(matrix):
+        calls.append(matrix.dtype)
+        if len(calls) <= 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return plain(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails_at_first)
+    record = fallback.Record()
+    matrix = spd(1, 5)
+    values, vectors = fallback.eigh(matrix, record=record)
+    assert record.rungs == {"scaled": 1}
+    torch.testing.assert_close(vectors @ torch.diag_embed(values) @ vectors.mT, matrix)

@@ -123,7 +123,7 @@ def test_bad_losses_and_activations_are_dropped_from_the_statistics_and_counted(
 def test_skip_nonfinite_leaves_the_step_out_without_a_trace(name, poison):
     model, optimizer = make_both(name, "vit", skip_nonfinite=True)
     twin, undisturbed = make_both(name, "vit", skip_nonfinite=True)
-    for step in range(5):
+    for step in range(3):
         optimizer.zero_grad()
         poison(model, optimizer, step)
         before = everything(optimizer)
@@ -135,7 +135,7 @@ def test_skip_nonfinite_leaves_the_step_out_without_a_trace(name, poison):
     same(weights(model), weights(twin))
     equal(everything(optimizer), everything(undisturbed))
     seen = optimizer.diagnostics()
-    assert seen.pop("skipped_steps") == 5
+    assert seen.pop("skipped_steps") == 3
     assert seen == undisturbed.diagnostics()
     for each in (optimizer, undisturbed):
         each.close()
@@ -190,9 +190,7 @@ def test_all_finite_looks_at_every_dtype_and_at_nothing():
 
 ERRORS = {
     "solver": torch.linalg.LinAlgError("linalg: the algorithm failed to converge"),
-    "cusolver": RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling …"),
     "out_of_memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB"),
-    "cpu_memory": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to …"),
 }
 SOLVERS = ("eigh", "qr", "inv", "cholesky_ex", "solve_triangular")
 # The solver on which an optimizer's refreshes depend; the others it does without, or has
@@ -204,6 +202,9 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "nkfac-reference": ("inv",),
     "sgdph": (),
 }
+each_needed = pytest.mark.parametrize(
+    ("name", "solver"), [(name, solver) for name, needed in NEEDED.items() for solver in needed]
+)
 # The tensors that then stay as they are.
 KEPT = {
     "adamr": ("_basis",),
@@ -229,55 +230,41 @@ class Failing:
         return self.plain(*args, **kwargs)
 
 
-@pytest.mark.parametrize("name", NEEDED)
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("times", [1, 2])
-def test_a_solver_that_fails_now_and_then_is_asked_again(name, solver, times, monkeypatch):
+@each_needed
+def test_a_solver_that_fails_once_is_asked_again(name, solver, monkeypatch):
     """A batch that failed is refreshed matrix by matrix: nothing is lost but time."""
     model, optimizer = make_both(name)
     twin, undisturbed = make_both(name)
     with monkeypatch.context() as patch:
-        failing = Failing(patch, solver, ERRORS["solver"], times)
+        failing = Failing(patch, solver, ERRORS["solver"], times=1)
         train("bert", model, optimizer, 3)
     train("bert", twin, undisturbed, 3)
-    if not failing.calls:
-        same(weights(model), weights(twin))
-    else:
-        assert all(torch.isfinite(p).all() for p in model.parameters())
-        changed = {
-            k for k, v in optimizer.diagnostics().items() if undisturbed.diagnostics().get(k) != v
-        }
-        if times == 1 and name != "adamr":  # eigenvectors alone differ by rounding from batched
-            for key, value in weights(model).items():
-                torch.testing.assert_close(value, weights(twin)[key], rtol=1e-3, atol=1e-4)
-        if times == 2 and solver in NEEDED[name]:
-            assert changed
+    assert failing.calls > 1
+    assert optimizer.diagnostics().get("refresh_solver", 0) == 0
+    for key, value in weights(model).items():
+        # Batched or not, they differ by rounding, which Adam's first steps enlarge.
+        torch.testing.assert_close(value, weights(twin)[key], rtol=1e-3, atol=1e-4)
     optimizer.close()
     undisturbed.close()
 
 
-@pytest.mark.parametrize("name", NEEDED)
-@pytest.mark.parametrize("error", ERRORS)
-@pytest.mark.parametrize("solver", SOLVERS)
+@each_needed
+@pytest.mark.parametrize("kind", ERRORS)
 def test_a_solver_that_always_fails_leaves_the_last_preconditioner(
-    name, solver, error, monkeypatch
+    name, solver, kind, monkeypatch
 ):
     model, optimizer = make_both(name, **{"basis_tolerance": 0.0} if name == "adamr" else {})
     train("bert", model, optimizer, 6)
     before = preconditioner(optimizer)
-    failing = Failing(monkeypatch, solver, ERRORS[error])
+    failing = Failing(monkeypatch, solver, ERRORS[kind])
     train("bert", model, optimizer, 2, start=6)  # two intervals at most: below the limit
     after = preconditioner(optimizer)
     assert all(torch.isfinite(value).all() for value in after.values())
     assert all(torch.isfinite(p).all() for p in model.parameters())
-    kind = "solver" if error in ("solver", "cusolver") else "out_of_memory"
     counts = optimizer.diagnostics()
-    if solver not in NEEDED[name]:
-        assert counts.get(f"refresh_{kind}", 0) == 0
-        return
+    # NKFAC's ladder ends in keeping the inverse: its refresh has not failed.
     assert failing.calls > 0 and counts.get(f"refresh_{kind}", 0) + counts.get("inverse_kept", 0)
-    endings = KEPT.get((name, solver), KEPT[name])
-    kept = [key for key in before if key.endswith(endings)]
+    kept = [key for key in before if key.endswith(KEPT.get((name, solver), KEPT[name]))]
     assert len(kept) > 2
     for key in kept:
         assert torch.equal(before[key], after[key]), key
@@ -287,13 +274,23 @@ def test_a_solver_that_always_fails_leaves_the_last_preconditioner(
     optimizer.close()
 
 
-@each_name
-def test_an_error_of_another_kind_is_raised(name, monkeypatch):
-    if not NEEDED[name]:
-        pytest.skip("it calls no solver")
+@pytest.mark.parametrize("name", NEEDED)
+@pytest.mark.parametrize("kind", ERRORS)
+def test_without_the_solvers_that_are_not_needed_training_goes_on(name, kind, monkeypatch):
+    model, optimizer = make_both(name)
+    for solver in set(SOLVERS) - set(NEEDED[name]):
+        Failing(monkeypatch, solver, ERRORS[kind])
+    train("bert", model, optimizer, 5)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert (optimizer.diagnostics().get("basis_kept", 0) > 0) == (name == "adamr")
+    optimizer.close()
+
+
+@each_needed
+def test_an_error_of_another_kind_is_raised(name, solver, monkeypatch):
     model, optimizer = make_both(name)
     train("bert", model, optimizer, 2)
-    Failing(monkeypatch, NEEDED[name][0], RuntimeError("expected scalar type Half"))
+    Failing(monkeypatch, solver, RuntimeError("expected scalar type Half"))
     with pytest.raises(RuntimeError, match="scalar type"):
         train("bert", model, optimizer, 3, start=2)
     optimizer.close()
@@ -310,10 +307,10 @@ def test_memory_that_runs_out_while_a_basis_turns_changes_nothing(transport, sid
     chosen = Batch([leaf], optimizer.rule.plan(leaf))
     plain, outcomes = rotation_refresh.turn, []
     for number in range(5):
-        calls = itertools.count()
+        calls, attempts = itertools.count(), itertools.count()
 
-        def turn(*args, calls=calls, number=number):
-            if next(calls) == number:
+        def turn(*args, calls=calls, attempts=attempts, number=number):
+            if next(calls) >= number and next(attempts) < 2:
                 raise ERRORS["out_of_memory"]
             return plain(*args)
 
