@@ -1,0 +1,88 @@
+"""Accumulation and activation checkpointing under the Trainer leave everything as it was."""
+
+import pytest
+import torch
+
+from hf_precond.trainer.compat import own_optimizer
+from hf_precond.trainer.register import NAMES
+from tests.optim.models import weights
+from tests.trainer.test_trainer import losses, make
+from tests.trainer.tiny import bert, llama, text_data
+
+each_name = pytest.mark.parametrize("name", NAMES)
+# Statistics on every step, so that every step's are compared.
+OFTEN = {
+    "adamr": "basis_source=feature,stat_interval=1,basis_interval=2",
+    "afopt": "scope=all_linear,stat_interval=1,inverse_interval=2",
+    "nkfac": "stat_interval=1,inverse_interval=2",
+    "sgdph": "probe_interval=1",
+}
+
+
+def run(name, folder, model, data, steps, **fields):
+    """A Trainer after training, and the statistics that each of its steps committed."""
+    fields = {"optim_args": OFTEN[name], "max_steps": steps, "weight_decay": 0.01} | fields
+    trainer = make(name, folder, model, data, **fields)
+    optimizer = own_optimizer(trainer.create_optimizer())
+    commit, committed = optimizer.commit, []
+
+    def noted(statistics):
+        assert statistics
+        committed.append({k: (s.sum.clone(), s.count.clone()) for k, s in statistics.items()})
+        return commit(statistics)
+
+    optimizer.commit = noted
+    trainer.train()
+    assert len(committed) == steps
+    return trainer, committed
+
+
+# A model whose loss is summed over num_items_in_batch (Llama; in others the Trainer trains a loss
+# that is larger by the number of micro-batches), in float64, where what differs is not rounding.
+@each_name
+def test_four_micro_batches_are_one_batch_of_four_times_the_size(name, tmp_path):
+    data = [{"input_ids": d["input_ids"], "labels": d["input_ids"]} for d in text_data(128)]
+    sizes = {"per_device_train_batch_size": 32}, {
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 4,
+    }
+    whole, parts = (
+        run(name, tmp_path, llama().double(), data, 3, max_grad_norm=0.0, **size) for size in sizes
+    )
+    for one, four in zip(whole[1], parts[1], strict=True):
+        assert one.keys() == four.keys()
+        for key in one:
+            for ours, theirs in zip(one[key], four[key], strict=True):
+                scale = theirs.abs().max().item()
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * scale, msg=key)
+    assert losses(parts[0]) == pytest.approx(losses(whole[0]), rel=1e-5)
+    start, one, four = weights(llama().double()), weights(whole[0].model), weights(parts[0].model)
+    for key, first in start.items():
+        moved = (one[key] - first).abs().max().item()
+        assert moved > 0
+        torch.testing.assert_close(one[key], four[key], rtol=0.0, atol=1e-5 * moved, msg=key)
+
+
+@each_name
+@pytest.mark.parametrize("family", [bert, llama])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_activation_checkpointing_changes_nothing(name, family, reentrant, tmp_path):
+    data = text_data()
+    if family is llama:
+        data = [{"input_ids": d["input_ids"], "labels": d["input_ids"]} for d in data]
+    plain, committed = run(name, tmp_path, family(), data, 4)
+    checkpointed, again = run(
+        name,
+        tmp_path,
+        family(),
+        data,
+        4,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+    )
+    assert losses(checkpointed) == losses(plain)
+    for one, other in zip(committed, again, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key][1], other[key][1]) for key in one)
+    for key, value in weights(plain.model).items():
+        assert torch.equal(value, checkpointed.model.get_parameter(key)), key
