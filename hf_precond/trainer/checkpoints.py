@@ -54,15 +54,22 @@ def damage(checkpoint: str | os.PathLike[str]) -> str | None:
         return f"{state}: it ends too early."
     for path in sorted(folder.iterdir()):
         if path.suffix in (".pt", ".pth", ".bin") and not _is_whole_archive(path):
-            return f"{path}: it ends too early, or torch.save did not write it."
+            return f"{path}: it ends too early."
         if path.suffix == ".safetensors" and not _is_whole_safetensors(path):
-            return f"{path}: it ends too early, or is no safetensors file."
+            return f"{path}: it ends too early."
     return None
 
 
 def _is_whole_archive(path: Path) -> bool:
-    """Whether a file of ``torch.save`` has its table of contents, which stands at its end."""
+    """Whether a file of ``torch.save`` has its table of contents, which stands at its end.
+
+    A file in torch's format of before 1.6 is taken to be whole.
+    """
     try:
+        with path.open("rb") as file:
+            start = file.read(2)
+        if start and start != b"PK":
+            return True
         with zipfile.ZipFile(path) as archive:
             return bool(archive.namelist())
     except (zipfile.BadZipFile, OSError):

@@ -11,7 +11,7 @@ from hf_precond.configs import OptimizerConfig
 from hf_precond.trainer import compat
 from hf_precond.trainer.arguments import config_in_use
 from hf_precond.trainer.callbacks import logged_diagnostics
-from hf_precond.trainer.checkpoints import last_checkpoint
+from hf_precond.trainer.checkpoints import damage, last_checkpoint
 from hf_precond.trainer.model_card import TAG, add_section
 
 
@@ -39,9 +39,17 @@ class PrecondTrainerMixin:
         return config_in_use(self)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As ``Trainer.train``; ``True`` is the newest checkpoint that is whole."""
+        """As ``Trainer.train``; ``True`` is the newest checkpoint that is whole.
+
+        Raises:
+            ValueError: the checkpoint is not whole; nothing has been loaded.
+        """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True
+        elif isinstance(resume_from_checkpoint, str) and os.path.isdir(resume_from_checkpoint):
+            problem = damage(resume_from_checkpoint)
+            if problem is not None:
+                raise ValueError(f"{problem} Resume from an earlier checkpoint.")
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
