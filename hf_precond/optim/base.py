@@ -13,12 +13,13 @@ from hf_precond import distributed
 from hf_precond.blocks import Blocks, Route, RoutingTable, Statistic, StatisticsSource
 from hf_precond.blocks.found import Request
 from hf_precond.blocks.scaler import loss_scale
-from hf_precond.blocks.sharding import all_finite, like
+from hf_precond.blocks.sharding import like
 from hf_precond.blocks.statistics import request_shape
 from hf_precond.configs import OptimizerConfig, compute_dtype
 from hf_precond.optim.base_rules import make_rule
 from hf_precond.optim.checkpoint import complete, restored
 from hf_precond.optim.failures import Failures
+from hf_precond.optim.gradients import are_finite, gradients_of, refuse_sparse
 from hf_precond.optim.identity import KEY, identity, refuse_other
 from hf_precond.optim.leaf import Leaf
 from hf_precond.optim.placed import PlacedMatrix, Preconditioned, Slot, fused_rests
@@ -33,6 +34,12 @@ class PrecondOptimizer(torch.optim.Optimizer):
     are refreshed (:meth:`refresh`) and what a gradient becomes
     (:meth:`precondition`); all other parameters go through the base rule.
 
+    A statistic that is not finite is dropped and counted; a refresh that fails
+    keeps the preconditioner there is; either stops training when it goes on
+    (:mod:`hf_precond.optim.failures`). A gradient that is not finite enters the
+    weights and the base rule's moments as in torch's optimizers, and no
+    preconditioner; ``skip_nonfinite=True`` leaves its step out.
+
     Args:
         param_groups: as for any torch optimizer.
         blocks: what was found in the model.
@@ -40,7 +47,8 @@ class PrecondOptimizer(torch.optim.Optimizer):
 
     Raises:
         ValueError: for complex parameters.
-        RuntimeError: at a step, for sparse gradients.
+        RuntimeError: at a step, for sparse gradients and for too many failures
+            in a row, with advice.
     """
 
     finishes = False
@@ -132,7 +140,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._refuse_sparse()
+        refuse_sparse(self.param_groups, self.config.name)
         for placed in self.placed:
             self.allocate(placed)
         if self._only_allocates():
@@ -152,8 +160,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
 
     def _skips(self) -> bool:
         """Whether this step is left out because a gradient is not finite; every rank alike."""
-        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
-        skips = not all_finite(grads)
+        skips = not are_finite(self.param_groups)
         self.failures.note("step", self.config.name, skips)
         if skips:
             self.count("skipped_steps")
@@ -224,18 +231,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
         """Checkpointing allocates state by a step with zero gradients and lr 0."""
         if any(isinstance(g["lr"], Tensor) or g["lr"] != 0 for g in self.param_groups):
             return False
-        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
-        return not any(bool(grad.count_nonzero()) for grad in grads)
-
-    def _refuse_sparse(self) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None and parameter.grad.is_sparse:
-                    raise RuntimeError(
-                        f"{self.config.name}: sparse gradients are not supported (a parameter of "
-                        f"shape {tuple(parameter.shape)} has one); build its nn.Embedding with "
-                        "sparse=False."
-                    )
+        return not any(bool(g.count_nonzero()) for g in gradients_of(self.param_groups))
 
     # Binding to parameter groups and to the model ----------------------------
 
