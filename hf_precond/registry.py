@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 
 from hf_precond.blocks import Blocks, RoutingTable
-from hf_precond.blocks.sharding import refuse_tensor_parallel
 from hf_precond.configs import (
     AdamRConfig,
     AFOptConfig,
@@ -19,6 +18,7 @@ from hf_precond.configs import (
     OptimizerConfig,
     SGDPHConfig,
 )
+from hf_precond.model.engines import refused_engine
 from hf_precond.model.groups import parameter_groups
 from hf_precond.model.routing import (
     attention_matrices,
@@ -133,8 +133,8 @@ def create_optimizer(
 
     Raises:
         ValueError: an unknown name or field, a value out of range, complex
-            parameters, a tensor-parallel model, or one in which nothing would be
-            preconditioned.
+            parameters, a model in which nothing would be preconditioned, or a
+            training under DeepSpeed, FSDP1, Megatron-LM or tensor parallelism.
     """
     config = make_config(name_or_config, **values)
     info = get_info(config.name)
@@ -152,9 +152,11 @@ def read_blocks(model: nn.Module, config: OptimizerConfig) -> Blocks:
     """What the optimizer of ``config`` would precondition in ``model``.
 
     Raises:
-        ValueError: nothing would be, or the model is tensor-parallel.
+        ValueError: nothing would be, or what runs the training cannot be served.
     """
-    refuse_tensor_parallel(model, config.name)
+    refused = refused_engine(model, config.name)
+    if refused is not None:
+        raise ValueError(refused)
     blocks = get_info(config.name).select(model, config)
     blocks.find = functools.partial(read_blocks, config=config)
     return blocks

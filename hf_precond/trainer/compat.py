@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 LOWEST, BEYOND = (5, 4), (6, 0)
 SUPPORTED = "transformers>=5.4,<6"
@@ -161,56 +161,9 @@ def wrap_model_card(module: ModuleType, correct: Callable[[Any, dict[str, Any]],
     )
 
 
-def refused_engine(args: Any, model: nn.Module) -> str | None:
-    """Why the engine that runs the training cannot be used, in one sentence; ``None`` if it can.
-
-    Args:
-        args: the training arguments.
-        model: what the optimizer is to be made for.
-    """
-    deepspeed = getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None)
-    if deepspeed or _distributed_type() == "DEEPSPEED":
-        return (
-            f"--optim {_value(args)}: DeepSpeed is not supported, because ZeRO flattens and "
-            "partitions the gradient matrices that are preconditioned; use DDP (torchrun), or "
-            "FSDP2 (--fsdp true with fsdp_config version 2) where the model does not fit."
-        )
-    if _is_fsdp1(args, model):
-        return (
-            f"--optim {_value(args)}: FSDP1 is not supported, because it flattens the matrices "
-            "that are preconditioned; use FSDP2 (version 2 in fsdp_config, or fsdp_version: 2 in "
-            "accelerate's config), or DDP."
-        )
-    return None
-
-
-def _value(args: Any) -> str:
-    return str(getattr(args.optim, "value", args.optim))
-
-
-def _is_fsdp1(args: Any, model: nn.Module) -> bool:
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None:
-        flat = fsdp.FullyShardedDataParallel
-        if any(isinstance(module, flat) for module in model.modules()):
-            return True
-    plugin = getattr(_accelerator_state(), "fsdp_plugin", None)
-    if plugin is None or _distributed_type() != "FSDP":
-        return False
-    return int(getattr(plugin, "fsdp_version", 1) or 1) == 1
-
-
-def _accelerator_state() -> Any:
-    """accelerate's shared state, where a Trainer or Accelerator has made it."""
-    state = sys.modules.get("accelerate.state")
-    if state is None or not state.AcceleratorState._shared_state:
-        return None
-    return state.AcceleratorState()
-
-
-def _distributed_type() -> str:
-    kind = getattr(_accelerator_state(), "distributed_type", None)
-    return str(getattr(kind, "value", kind))
+def uses_deepspeed(args: Any) -> bool:
+    """Whether training arguments ask for DeepSpeed."""
+    return bool(getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None))
 
 
 def own_optimizer(optimizer: Any) -> Any:

@@ -64,15 +64,15 @@ class OptimizerFactory:
             config: the config.
 
         Raises:
-            ValueError: under DeepSpeed or FSDP1, and whatever
-                ``create_optimizer`` refuses.
+            ValueError: under DeepSpeed, and whatever ``create_optimizer``
+                refuses.
         """
+        from hf_precond.model import engines
         from hf_precond.registry import create_optimizer
         from hf_precond.trainer import compat
 
-        reason = compat.refused_engine(args, model)
-        if reason is not None:
-            raise ValueError(reason)
+        if compat.uses_deepspeed(args):
+            raise ValueError(f"{config.name}: {engines.DEEPSPEED}{engines.INSTEAD}")
         return create_optimizer(model, config)
 
 
