@@ -40,7 +40,7 @@ NOT_TWICE = (
 )
 SHARDED = (
     "sgdph: the model is sharded (FSDP2, or parameters that are DTensors), and its backward pass "
-    "cannot be differentiated; train with DDP (torchrun), or choose afopt or adamr."
+    "cannot be differentiated; train with DDP (torchrun), or choose afopt, adamr or nkfac."
 )
 
 
