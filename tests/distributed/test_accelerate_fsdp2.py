@@ -6,6 +6,7 @@ a CPU.
 
 import os
 
+import peft
 import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
@@ -23,6 +24,23 @@ from tests.optim.test_shared import QUICK
 
 LAYERS = {"bert": "BertLayer", "gpt2": "GPT2Block"}
 FORMATS = ("SHARDED_STATE_DICT", "FULL_STATE_DICT")
+ADAPTERS = {"lora": {}, "dora": {"use_dora": True}}
+
+
+def model_of(kind, seed):
+    """``bert``, or ``bert-lora`` for one whose adapters, head and norms alone train."""
+    model_name, _, adapter = kind.partition("-")
+    model = make(model_name, seed=seed, dtype=torch.float64)
+    if not adapter:
+        return model
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(
+        r=4,
+        target_modules=["query", "value"],
+        modules_to_save=["classifier", "LayerNorm"],
+        **ADAPTERS[adapter],
+    )
+    return peft.get_peft_model(model, config).train()
 
 
 def fsdp_accelerator(model_name, state_dict_type):
@@ -42,9 +60,9 @@ def fsdp_accelerator(model_name, state_dict_type):
 class Run:
     """One prepared model and optimizer."""
 
-    def __init__(self, name, model_name, state_dict_type, seed):
-        model = make(model_name, seed=seed, dtype=torch.float64)
-        self.model_name = model_name
+    def __init__(self, name, kind, state_dict_type, seed):
+        model = model_of(kind, seed)
+        self.model_name = model_name = kind.partition("-")[0]
         fields = {"lr": 1e-3, "weight_decay": 0.01} | QUICK.get(name, {})
         self.optimizer = create_optimizer(model, name, **fields)
         if state_dict_type is None:
@@ -56,7 +74,7 @@ class Run:
         assert len(layers) == 2 and all(isinstance(layer, FSDPModule) for layer in layers)
         held = [p for group in self.optimizer.param_groups for p in group["params"]]
         assert all(is_sharded(parameter) for parameter in held)
-        assert {id(p) for p in held} == {id(p) for p in self.model.parameters()}
+        assert {id(p) for p in held} == {id(p) for p in self.model.parameters() if p.requires_grad}
 
     def advance(self, first, last):
         for step in range(first, last):
@@ -71,7 +89,8 @@ class Run:
 
 
 def cases():
-    return [(n, m, f) for n in SHARDABLE for m in LAYERS for f in FORMATS]
+    whole = [(n, m, f) for n in SHARDABLE for m in LAYERS for f in FORMATS]
+    return whole + [(n, f"bert-{a}", FORMATS[0]) for n in SHARDABLE for a in ADAPTERS]
 
 
 def trained_and_saved(folder):
