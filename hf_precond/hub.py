@@ -39,15 +39,7 @@ class HubMixin(ABC):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / CONFIG_FILE
-        handle, draft = tempfile.mkstemp(prefix=f".{CONFIG_FILE}.", dir=folder)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(self.to_json())
-            os.chmod(draft, 0o666 & ~_umask())
-            os.replace(draft, target)
-        except BaseException:
-            Path(draft).unlink(missing_ok=True)
-            raise
+        write_whole(target, self.to_json())
         return str(target)
 
     @classmethod
@@ -146,6 +138,28 @@ class HubMixin(ABC):
     def to_json(self) -> str:
         """:meth:`to_dict` and the package's version, as JSON."""
         return json.dumps(self.to_dict() | {"hf_precond_version": version()}, indent=2) + "\n"
+
+
+def write_whole(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file that appears whole or not at all; what it replaces stays until then.
+
+    Args:
+        path: the file; its folder exists.
+        text: written in UTF-8.
+    """
+    target = Path(path)
+    handle, draft = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            # Else the new name may reach the disk before what it names.
+            os.fsync(file.fileno())
+        os.chmod(draft, 0o666 & ~_umask())
+        os.replace(draft, target)
+    except BaseException:
+        Path(draft).unlink(missing_ok=True)
+        raise
 
 
 def version() -> str:

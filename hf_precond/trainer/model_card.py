@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from hf_precond.hub import write_whole
 from hf_precond.trainer.arguments import config_in_use
 
 TAG = "hf_precond"
@@ -94,7 +95,7 @@ def add_section(path: str | Path, config: Any, optimizer: Any = None) -> None:
         text = text.replace(_BEFORE, f"{made}\n{_BEFORE}", 1)
     else:
         text = f"{text.rstrip()}\n\n{made}"
-    Path(path).write_text(text, encoding="utf-8")
+    write_whole(path, text)
 
 
 def _shown(value: Any) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from hf_precond import AdamRConfig, AFOptConfig, NKFACConfig, OptimizerConfig, SGDPHConfig
 from hf_precond import load_config as load
-from hf_precond.hub import CONFIG_FILE
+from hf_precond.hub import CONFIG_FILE, write_whole
 from tests.trainer.loopback import loopback_hub
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +56,23 @@ def test_the_file_is_written_whole_with_the_usual_mode(tmp_path):
         Broken().save_pretrained(tmp_path)
     assert (tmp_path / CONFIG_FILE).read_text() == before
     assert sorted(os.listdir(tmp_path)) == [CONFIG_FILE, "plain"]
+
+
+@pytest.mark.parametrize("fails", ["fsync", "chmod", "replace"])
+def test_a_file_that_is_there_stays_until_the_new_one_is_whole(fails, tmp_path, monkeypatch):
+    card = tmp_path / "README.md"
+    write_whole(card, "old")
+
+    def breaks(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, fails, breaks)
+    with pytest.raises(OSError, match="no space"):
+        write_whole(card, "new")
+    assert card.read_text() == "old" and os.listdir(tmp_path) == ["README.md"]
+    monkeypatch.undo()
+    write_whole(card, "new")
+    assert card.read_text() == "new"
 
 
 @pytest.mark.parametrize(
