@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from hf_precond.blocks import Statistic
+
+BUCKET = 1 << 23
+"""Bytes that are broadcast together: enough to hide the latency, few enough to stay in a cache."""
 
 
 def world_size() -> int:
@@ -92,23 +97,78 @@ def is_mine(owner: int) -> bool:
 def share(results: Sequence[Tensor], owner: Sequence[int]) -> None:
     """Give every rank the tensors that their owners have computed, in place.
 
-    One broadcast per owner and dtype, of a flat bucket. Does nothing in a
-    world of one rank.
+    Broadcast in buckets, one owner's and one dtype's tensors in each; a large
+    tensor goes by itself, without a copy. Does nothing in a world of one rank.
 
     Args:
-        results: tensors that exist on every rank; the owner's values are
-            right before, everybody's after.
+        results: tensors that exist on every rank, of any strides; the owner's
+            values are right before, everybody's after.
         owner: the rank that has computed each.
     """
     if world_size() == 1:
         return
-    buckets: dict[tuple[int, str], list[Tensor]] = {}
+    kinds: dict[tuple[int, str], list[Tensor]] = {}
     for tensor, source in zip(results, owner, strict=True):
-        buckets.setdefault((source, str(tensor.dtype)), []).append(tensor)
-    for (source, _), tensors in sorted(buckets.items(), key=lambda item: item[0]):
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        dist.broadcast(flat, source)
-        pieces = flat.split([tensor.numel() for tensor in tensors])
-        for tensor, piece in zip(tensors, pieces, strict=True):
-            tensor.copy_(piece.view_as(tensor))
+        kinds.setdefault((source, str(tensor.dtype)), []).append(tensor)
+    queues = [
+        [(tensors, source) for tensors in _buckets(kind)]
+        for (source, _), kind in sorted(kinds.items(), key=lambda item: item[0])
+    ]
+    under_way: deque[_Broadcast] = deque()
+    # Owners take turns, so that data flows in both directions at a time.
+    for turn in zip_longest(*queues):
+        under_way.extend(_Broadcast(*bucket) for bucket in turn if bucket is not None)
+        while len(under_way) > len(turn):
+            under_way.popleft().finish()
+    for broadcast in under_way:
+        broadcast.finish()
 
+
+def total(numbers: Tensor) -> Tensor:
+    """The sum over all ranks, in place; nothing happens in a world of one."""
+    if world_size() > 1:
+        dist.all_reduce(numbers)
+    return numbers
+
+
+def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Tensors of one dtype, those that are sent together in one list."""
+    buckets: list[list[Tensor]] = []
+    room = 0
+    for tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if size > room:
+            buckets.append([])
+            room = BUCKET
+        buckets[-1].append(tensor)
+        room -= size
+    return buckets
+
+
+class _Broadcast:
+    """One bucket on its way."""
+
+    def __init__(self, tensors: list[Tensor], source: int) -> None:
+        self.tensors, self.mine = tensors, is_mine(source)
+        self.flat: Tensor | None = None
+        if len(tensors) == 1 and tensors[0].is_contiguous():
+            self.work = dist.broadcast(tensors[0], source, async_op=True)
+            return
+        self.flat = tensors[0].new_empty(sum(tensor.numel() for tensor in tensors))
+        if self.mine:
+            for tensor, piece in self._pieces():
+                piece.copy_(tensor)
+        self.work = dist.broadcast(self.flat, source, async_op=True)
+
+    def _pieces(self) -> list[tuple[Tensor, Tensor]]:
+        """Each tensor with its place in the bucket, in its shape."""
+        assert self.flat is not None
+        pieces = self.flat.split([tensor.numel() for tensor in self.tensors])
+        return [(t, piece.view(t.shape)) for t, piece in zip(self.tensors, pieces, strict=True)]
+
+    def finish(self) -> None:
+        """Wait for the bucket, and unpack what others sent."""
+        self.work.wait()
+        if self.flat is not None and not self.mine:
+            for tensor, piece in self._pieces():
+                tensor.copy_(piece)

@@ -22,11 +22,15 @@ import torch
 from torch import Tensor
 
 from hf_precond.linalg import fallback
+from hf_precond.linalg.triangle import lower_factor
 from hf_precond.linalg.workspace import Workspace
 
 BANDED = 256
 """Symmetric products at least this wide are computed in bands of their lower triangle, on a CPU."""
-BANDS = 4
+BANDS = {256: 3, 512: 4, 768: 6, 1536: 8}
+"""Bands from these widths on: more save multiplications and make each product slower."""
+TILE = 64
+"""Rows that are mirrored at a time on a CPU, so that both sides of the copy stay in the cache."""
 
 
 def eigenbasis(
@@ -49,7 +53,7 @@ def eigenbasis(
 
 
 def refresh(
-    factor: Tensor, sweeps: int = 1, workspace: Workspace | None = None
+    factor: Tensor, sweeps: int = 1, workspace: Workspace | None = None, whole: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Turn a basis towards the eigenvectors of ``B = Qᵀ A Q``. No host synchronisation.
 
@@ -60,6 +64,7 @@ def refresh(
         sweeps: how often all pairs are turned, >= 1.
         workspace: memory for intermediate results, the second one returned
             among them.
+        whole: whether the upper triangle of ``factor`` is B's too.
 
     Returns:
         ``P``, orthogonal, and ``Pᵀ B P`` (at least its lower triangle), each
@@ -67,11 +72,12 @@ def refresh(
     """
     workspace = Workspace() if workspace is None else workspace
     rotation = None
-    for _ in range(sweeps):
-        whole = mirrored(factor, workspace)
-        further = pair_rotation(whole, workspace)
+    for sweep in range(sweeps):
+        if sweep or not whole:
+            factor = mirrored(factor, workspace)
+        further = pair_rotation(factor, workspace)
         rotation = further if rotation is None else rotation @ further
-        factor = congruence(further, whole, workspace)
+        factor = congruence(further, factor, workspace)
     assert rotation is not None
     return rotation, factor
 
@@ -90,7 +96,7 @@ def pair_rotation(factor: Tensor, workspace: Workspace | None = None) -> Tensor:
     skew = jacobi_tangents(factor, workspace)
     gram = lower_product(skew.mT, skew, workspace.take("half", factor.shape, factor))
     gram.diagonal(dim1=-2, dim2=-1).add_(1.0)
-    lower, _ = torch.linalg.cholesky_ex(gram)
+    lower = lower_factor(gram)
     skew.diagonal(dim1=-2, dim2=-1).fill_(1.0)
     return torch.linalg.solve_triangular(lower.mT, skew, upper=True, left=False)
 
@@ -133,8 +139,10 @@ def congruence(rotation: Tensor, factor: Tensor, workspace: Workspace | None = N
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """``a @ b`` into ``out``, ``[b, m, n]``; one matrix as a matrix."""
-    if len(a) == 1:
+    """``a @ b`` into ``out``, ``[m, n]`` or ``[b, m, n]``; one matrix as a matrix."""
+    if a.dim() == 2:
+        torch.mm(a, b, out=out)
+    elif len(a) == 1:
         torch.mm(a[0], b[0], out=out[0])
     else:
         torch.bmm(a, b, out=out)
@@ -142,8 +150,8 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def bands(size: int) -> list[slice]:
-    """The rows of a ``size`` wide matrix, in :data:`BANDS` bands of about equal height."""
-    height = -(-size // BANDS)
+    """The rows of a ``size`` wide matrix, in bands of about equal height."""
+    height = -(-size // max([count for width, count in BANDS.items() if width <= size], default=1))
     return [slice(start, min(start + height, size)) for start in range(0, size, height)]
 
 
@@ -159,30 +167,52 @@ def lower_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 def orthonormal(basis: Tensor) -> Tensor:
     """One Newton-Schulz step ``Q + Q (I - QᵀQ) / 2`` against accumulated rounding."""
-    gram = basis.mT @ basis
+    gram = mirrored(lower_product(basis.mT, basis, torch.empty_like(basis)))
     return torch.baddbmm(basis, basis, gram, beta=1.5, alpha=-0.5)
 
 
 def mirrored(lower: Tensor, workspace: Workspace | None = None) -> Tensor:
     """The symmetric matrices whose lower triangles are given."""
     workspace = Workspace() if workspace is None else workspace
-    below = torch.tril(lower, -1, out=workspace.take("half", lower.shape, lower))
-    whole = torch.add(below, below.mT, out=workspace.take("whole", lower.shape, lower))
-    whole.diagonal(dim1=-2, dim2=-1).copy_(lower.diagonal(dim1=-2, dim2=-1))
+    whole = workspace.take("whole", lower.shape, lower)
+    if len(lower) > 1 or lower.shape[-1] < BANDED or not lower.is_cpu:
+        below = torch.tril(lower, -1, out=workspace.take("half", lower.shape, lower))
+        torch.add(below, below.mT, out=whole)
+        whole.diagonal(dim1=-2, dim2=-1).copy_(lower.diagonal(dim1=-2, dim2=-1))
+        return whole
+    matrix = whole.copy_(lower)[0]
+    for start in range(0, len(matrix), TILE):
+        rows = slice(start, start + TILE)
+        matrix[:start, rows] = matrix[rows, :start].mT
+        corner = matrix[rows, rows]
+        below = torch.tril(corner, -1)
+        corner.tril_().add_(below.mT)
     return whole
 
 
-def off_diagonal_energy(factor: Tensor, workspace: Workspace | None = None) -> Tensor:
+def off_diagonal_energy(
+    factor: Tensor, workspace: Workspace | None = None, whole: bool = False
+) -> Tensor:
     """``Σ_{i≠j} B_ij² / Σ B_ij²`` of each matrix, in [0, 1]; 0 for a zero matrix.
 
-    The lower triangle is read.
+    Args:
+        factor: B, symmetric, ``[b, n, n]``; the lower triangle is read.
+        workspace: memory for intermediate results.
+        whole: whether the upper triangle of ``factor`` is B's too, which
+            saves taking it out; energies then are exact to rounding beside 1.
     """
     workspace = Workspace() if workspace is None else workspace
     values = factor.diagonal(dim1=-2, dim2=-1)
     scale = values.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(factor.dtype).tiny)
-    below = torch.tril(factor, -1, out=workspace.take("half", factor.shape, factor))
+    on = (values / scale).square().sum(-1)
+    half = workspace.take("half", factor.shape, factor)
+    if whole:
+        scaled = torch.mul(factor, scale.reciprocal()[:, None], out=half)
+        total = torch.linalg.vector_norm(scaled, dim=(-2, -1)).square_()
+        return ((total - on) / total.clamp_min(1.0)).clamp_min(0.0)
+    below = torch.tril(factor, -1, out=half)
     beside = 2 * torch.linalg.vector_norm(below.div_(scale[:, None]), dim=(-2, -1)).square_()
-    return beside / (beside + (values / scale).square().sum(-1)).clamp_min(1.0)
+    return beside / (beside + on).clamp_min(1.0)
 
 
 def overlap(rotation: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 MAX_FAILURES = 3
+RUNGS = ("scaled", "damped", "float64", "cpu", "kept")
 
 Factorise = Callable[[Tensor], tuple[Tensor, ...]]
 Item = TypeVar("Item")

@@ -109,8 +109,7 @@ class AdamR(PrecondOptimizer):
 
     def allocate_rule(self, leaves: Sequence[Leaf]) -> None:
         """Make the state of every leaf, where it is missing."""
-        for leaf in self._known(leaves):
-            self.rule.allocate(leaf)
+        self.rule.allocate_all(self._known(leaves))
 
     def _known(self, leaves: Sequence[Leaf]) -> list[Leaf]:
         matrices = {placed.weight: placed.matrix for placed in self.placed}

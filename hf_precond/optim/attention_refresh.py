@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_precond.blocks.sharding import is_sharded
 from hf_precond.configs import AFOptConfig
 from hf_precond.linalg import roots
 from hf_precond.linalg.packed import pack
@@ -15,6 +18,13 @@ from hf_precond.optim.attention_factors import AttentionFactors, merged, quadrat
 from hf_precond.optim.attention_plan import Plan, RightFactor, State, Treatment
 from hf_precond.optim.failures import Failures
 from hf_precond.optim.leaf import grouped
+from hf_precond.optim.placed import PlacedMatrix
+from hf_precond.optim.shared_refresh import Pieces
+
+Due = RightFactor | Treatment
+COUNTERS = ("failed_refreshes", "identity_factors")
+ROOT_COST = 60
+"""Multiplications of an inverse square root over those of an inverse."""
 
 
 class Refresh:
@@ -48,15 +58,38 @@ class Refresh:
         return step % config.inverse_interval == phase
 
     def run(self, step: int) -> None:
-        """Refresh what is due at step number ``step``."""
+        """Refresh what is due at step number ``step``, every rank its share of it."""
         rights = [right for right in self.plan.rights if self.due(step, right.phase)]
-        for batch in grouped(rights, _right_batch):
-            self.failures.attempt(self._rights, batch, name_of_right, self.count)
         lefts = [t for t in self.plan.treatments if t.left and self.due(step, t.phase)]
-        for alike in grouped(lefts, _left_batch):
-            self.failures.attempt(self._lefts, alike, name_of_left, self.count)
+        due: list[Due] = [*rights, *lefts]
+        # Reading a sharded weight takes all ranks.
+        together = [item for item in due if not _reads_shards(item)]
+        for items, shared in ((together, True), ([i for i in due if _reads_shards(i)], False)):
+            if items:
+                self._run(items, shared)
 
-    def _rights(self, rights: Sequence[RightFactor]) -> None:
+    def _run(self, items: Sequence[Due], shared: bool) -> None:
+        """Refresh some of what is due."""
+        device = _placed(items[0]).weight.device
+        pieces = Pieces(items, [_cost(item) for item in items], device, COUNTERS, shared=shared)
+        rights = [item for item in pieces.mine() if isinstance(item, RightFactor)]
+        for batch in grouped(rights, _right_batch):
+            pieces.attempt(lambda chosen: self._rights(chosen, pieces), batch)
+        lefts = [item for item in pieces.mine() if isinstance(item, Treatment)]
+        for alike in grouped(lefts, _left_batch):
+            pieces.attempt(lambda chosen: self._lefts(chosen, pieces), alike)
+        pieces.share(self._results)
+        pieces.report(self.failures, _name, self.count, zeros=True)
+
+    def _results(self, item: Due) -> list[Tensor]:
+        """What a refresh changes."""
+        if isinstance(item, RightFactor):
+            return [item.tensor(self.state)]
+        names = ("left", *(("left_moment", "own") if item.in_logits else ()))
+        held = item.held(self.state)
+        return [held[item.name(name)] for name in names if item.name(name) in held]
+
+    def _rights(self, rights: Sequence[Any], pieces: Pieces[Due]) -> None:
         moments, means = zip(*(self.right_moment(right) for right in rights), strict=True)
         batch = torch.stack(moments)
         blocks = batch.shape[1] if batch.dim() == 4 else 1
@@ -64,9 +97,8 @@ class Refresh:
         mean = torch.stack(means).repeat_interleave(blocks)
         work = batch.view(-1, size, size)
         found = _root(rights[0].kind, work, self.config.damping, mean, blocks)
-        names = [name_of_right(right) for right in rights]
         held = [right.tensor(self.state) for right in rights]
-        self._keep(names, held, found, batch.shape, rights[0].packed)
+        self._keep(rights, held, found, batch.shape, pieces, rights[0].packed)
 
     def right_moment(self, right: RightFactor) -> tuple[Tensor, Tensor]:
         """The moment under a right factor, and its mean eigenvalue."""
@@ -88,7 +120,7 @@ class Refresh:
             moment[-1, :, last:] = 0
         return moment, merged(moment, right.columns)
 
-    def _lefts(self, treatments: Sequence[Treatment]) -> None:
+    def _lefts(self, treatments: Sequence[Any], pieces: Pieces[Due]) -> None:
         factors = self.factors
         moments = torch.stack([factors.left(treatment) for treatment in treatments])
         kind = treatments[0].left
@@ -96,8 +128,8 @@ class Refresh:
         damping = factors.damping(moments.dtype)
         found = _root(kind, moments.flatten(0, 1), damping)
         held = [(t.held(self.state), t) for t in treatments]
-        names = [name_of_left(treatment) for treatment in treatments]
-        self._keep(names, [state[t.name("left")] for state, t in held], found, moments.shape)
+        kept = [state[t.name("left")] for state, t in held]
+        self._keep(treatments, kept, found, moments.shape, pieces)
         if self.plan.predicts and treatments[0].in_logits:
             for state, treatment in held:
                 state[treatment.name("left_moment")].copy_(factors.left(treatment, damped=False))
@@ -105,8 +137,8 @@ class Refresh:
             for state, treatment in held:
                 own = self._own_moment(treatment).to(moments.dtype)
                 found = _root("inverse", own, damping)
-                name = f"{treatment.placed.matrix.name} (own factor)"
-                self._keep([name], [state[treatment.name("own")]], found, own[None].shape)
+                kept = [state[treatment.name("own")]]
+                self._keep([treatment], kept, found, own[None].shape, pieces)
 
     def _own_moment(self, treatment: Treatment) -> Tensor:
         """A_Q for q, A_K for k: what the joint correction takes out of the other factor's space."""
@@ -119,10 +151,11 @@ class Refresh:
 
     def _keep(
         self,
-        names: Sequence[str],
+        items: Sequence[Due],
         held: Sequence[Tensor],
         found: roots.Refreshed,
         shape: torch.Size,
+        pieces: Pieces[Due],
         packed: bool = False,
     ) -> None:
         """Copy new factors into the state where they are usable."""
@@ -132,9 +165,9 @@ class Refresh:
             values, usable = pack(values), usable[..., 0]
         for place, tensor in enumerate(held):
             tensor.copy_(torch.where(usable[place], values[place].to(tensor.dtype), tensor))
-        self.failures.watch("factor", names, ~found.usable.view(len(held), -1).all(1))
-        self.count("failed_refreshes", (~found.usable).sum())
-        self.count("identity_factors", found.identity.sum())
+        pieces.fail(items, ~found.usable.view(len(held), -1).all(1))
+        pieces.count("failed_refreshes", (~found.usable).sum())
+        pieces.count("identity_factors", found.identity.sum())
 
 
 def _root(
@@ -146,14 +179,31 @@ def _root(
     return (roots.inverse if kind == "inverse" else roots.inverse_factor)(moments, damping, mean)
 
 
-def name_of_right(right: RightFactor) -> str:
-    """A right factor's name in messages."""
-    return f"{right.anchor.matrix.name} (input factor {right.key})"
+def _name(item: Due) -> str:
+    """A factor's name in messages."""
+    if isinstance(item, RightFactor):
+        return f"{item.anchor.matrix.name} (input factor {item.key})"
+    return f"{item.placed.matrix.name} (left factor)"
 
 
-def name_of_left(treatment: Treatment) -> str:
-    """A left factor's name in messages."""
-    return f"{treatment.placed.matrix.name} (left factor)"
+def _placed(item: Due) -> PlacedMatrix:
+    """The matrix whose state holds a factor."""
+    return item.anchor if isinstance(item, RightFactor) else item.placed
+
+
+def _reads_shards(item: Due) -> bool:
+    """Whether computing a factor gathers a sharded weight."""
+    reads = isinstance(item, Treatment) or item.down is not None
+    return reads and is_sharded(_placed(item).weight)
+
+
+def _cost(item: Due) -> float:
+    """Of a refresh, in multiplications."""
+    if isinstance(item, RightFactor):
+        size, copies = item.shape[-1], math.prod(item.shape[:-2])
+        return copies * size**3 * (ROOT_COST if item.kind == "root" else 1)
+    columns = item.placed.matrix.columns
+    return item.heads * item.rows * (columns**2 + item.rows * (columns + item.rows))
 
 
 def _right_batch(r: RightFactor) -> tuple:

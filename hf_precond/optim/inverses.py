@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_precond.linalg.fallback import Record, spd_inverse
+from hf_precond.linalg.fallback import RUNGS, Record, spd_inverse
 from hf_precond.linalg.inverse import spd_block_inverse
 from hf_precond.linalg.newton import newton_step
 from hf_precond.linalg.power import largest_eigenvalue
@@ -29,6 +29,10 @@ factorisations, from here on (not measured yet)."""
 
 BATCH_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 """Entries of the factors inverted in one batch: more gain nothing there, and cost memory."""
+
+
+COUNTERS = ("newton_restarts", *(f"inverse_{rung}" for rung in RUNGS))
+"""What :func:`invert` counts."""
 
 
 def choose_solver(size: int, device: torch.device) -> Solver:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_precond import distributed
 from hf_precond.blocks import MomentRequest, Statistic
 from hf_precond.configs import NKFACConfig
 from hf_precond.linalg.precision import float32_products
@@ -19,7 +18,9 @@ from hf_precond.optim.inverses import batches, choose_solver, stacked
 from hf_precond.optim.kronecker import Factor, KroneckerBlock, factors_of
 from hf_precond.optim.leaf import grouped
 from hf_precond.optim.placed import PlacedMatrix, Preconditioned
+from hf_precond.optim.shared_refresh import Pieces
 
+COUNTERS = ("newton_inverses", "exact_inverses", *inverses.COUNTERS)
 FLOOR = 1e-4
 """Smallest damping of a factor of unit Frobenius norm (the authors' value)."""
 
@@ -124,16 +125,22 @@ class NKFAC(PrecondOptimizer):
         if self.steps % self.config.inverse_interval:
             return
         seen = self._seen([f for placed in self.placed for f in self.factors(placed)])
-        owners = distributed.owners([float(factor.size) ** 3 for factor in seen])
-        mine = [f for f, owner in zip(seen, owners, strict=True) if distributed.is_mine(owner)]
+        if not seen:
+            return
+        costs = [float(factor.size) ** 3 for factor in seen]
+        device = self._read(seen[0], "inverse").device
+        pieces = Pieces(seen, costs, device, COUNTERS)
+
+        def work(factors: Sequence[Factor]) -> None:
+            self._refresh_batch(factors, pieces)
+
         with float32_products(tf32=False):
-            for batch in grouped(mine, self._kind):
+            for batch in grouped(pieces.mine(), self._kind):
                 size, _, device, _ = self._kind(batch[0])
                 for part in batches(len(batch), size, device):
-                    self.failures.attempt(
-                        self._refresh_batch, batch[part], lambda factor: factor.key, self.count
-                    )
-        distributed.share([self._read(factor, "inverse") for factor in seen], owners)
+                    pieces.attempt(work, batch[part])
+        pieces.share(lambda factor: [self._read(factor, "inverse")])
+        pieces.report(self.failures, lambda factor: factor.key, self.count)
         for factor in seen:
             self.state[factor.placed.weight][factor.name("refreshes")] += 1
 
@@ -165,7 +172,7 @@ class NKFAC(PrecondOptimizer):
             solver = choose_solver(factor.size, inverse.device)
         return config.newton_steps if solver == "newton" else 0
 
-    def _refresh_batch(self, factors: Sequence[Factor]) -> None:
+    def _refresh_batch(self, factors: Sequence[Factor], pieces: Pieces[Factor]) -> None:
         """New inverses of factors of one kind."""
         _, dtype, _, newton_steps = self._kind(factors[0])
         moments = stacked([self._read(factor, "factor") for factor in factors], dtype)
@@ -179,11 +186,10 @@ class NKFAC(PrecondOptimizer):
         else:
             damping = self.config.damping
             matrices = inverses.damped(moments, damping, FLOOR)
-            found, kept = inverses.invert(matrices, previous, newton_steps, self.count, damping)
-            for factor, lost in zip(factors, kept, strict=True):
-                self.failures.note("factor", factor.key, lost)
+            found, kept = inverses.invert(matrices, previous, newton_steps, pieces.count, damping)
+            pieces.fail(factors, kept)
         torch._foreach_copy_(held, list(found.unbind()))
-        self.count("newton_inverses" if newton_steps else "exact_inverses", len(factors))
+        pieces.count("newton_inverses" if newton_steps else "exact_inverses", len(factors))
 
     # Directions -------------------------------------------------------------------
 

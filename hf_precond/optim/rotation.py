@@ -3,43 +3,51 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_precond import distributed
 from hf_precond.configs import AdamRConfig, OptimizerConfig, compute_dtype
 from hf_precond.linalg.precision import matmul
 from hf_precond.linalg.workspace import Workspace
 from hf_precond.optim.leaf import Leaf
-from hf_precond.optim.rotation_batch import CPU_ELEMENTS, Batch, batches
+from hf_precond.optim.rotation_batch import CPU_ELEMENTS, Batch, Part, batches
 from hf_precond.optim.rotation_plan import RotationPlan, plan_rotation
-from hf_precond.optim.rotation_refresh import BasisRefresh, accumulate, observe, turn
+from hf_precond.optim.rotation_products import accumulate, observe, turn
+from hf_precond.optim.rotation_refresh import BasisRefresh, Turn
 from hf_precond.optim.rules import AdamWRule, Rule
+
+WINDOW = 1 << 25
+"""Elements of the gradients that are held while ranks share out a refresh."""
 
 
 @dataclass(eq=False)
-class Part:
-    """Some rows or columns of a batch: views of its gradient, its moments and its parameter.
+class _Begun:
+    """A step of a batch under way.
 
     Args:
-        gradient: G, not to be written to.
-        first: M.
-        second: V.
-        target: the parameter, where a product can be added to it in place.
-        leads: whether it is the first part of its batch.
-        seen: the rows whose gradient is not zero, where most are (an embedding
-            on a CPU, where asking costs nothing): the others need no rotation.
+        batch: the batch.
+        collects: the sides whose factor has still to take the gradient in.
+        started: whether there is a step at all; the first call collects only.
+        turns: the bases whose turn it is.
+        squares: ``‖G‖²`` of each tile, where somebody asks.
+        usable: see :meth:`BasisRefresh.usable`.
+        parts: its parts.
+        rotated: the gradient in the bases before they turn, where it is held.
     """
 
-    gradient: Tensor
-    first: Tensor
-    second: Tensor
-    target: Tensor | None
-    leads: bool = True
-    seen: Tensor | None = None
+    batch: Batch
+    collects: list[str]
+    started: bool
+    turns: list[Turn]
+    squares: Tensor | float | None
+    usable: Tensor | None
+    parts: list[Part]
+    rotated: Tensor | None = None
 
 
 class RotatedAdamRule(Rule):
@@ -118,78 +126,110 @@ class RotatedAdamRule(Rule):
         leaf["updates"] = 0
         leaf["observed"] = 0
 
+    def allocate_all(self, leaves: Sequence[Leaf]) -> None:
+        """:meth:`allocate` those that are new, the costliest first: so their refreshes spread."""
+        new = [leaf for leaf in leaves if "exp_avg" not in leaf]
+        for leaf in sorted(new, key=lambda leaf: -sum(self.plan(leaf).refresh_cost.values())):
+            self.allocate(leaf)
+
     # The step -----------------------------------------------------------------
 
     def update(self, leaves: Sequence[Leaf]) -> None:
-        plain: list[Leaf] = []
-        rotated: list[tuple[Leaf, RotationPlan]] = []
-        for leaf in leaves:
-            plan = self.plan(leaf)
-            if plan.rotated:
-                self.allocate(leaf)
-                rotated.append((leaf, plan))
-            else:
-                plain.append(leaf)
+        self.allocate_all(leaves)
+        planned = [(leaf, self.plan(leaf)) for leaf in leaves]
+        plain = [leaf for leaf, plan in planned if not plan.rotated]
+        rotated = [(leaf, plan) for leaf, plan in planned if plan.rotated]
         if plain:
             self.adamw.update(plain)
         self.bases.gradients.clear()
-        for batch in batches(rotated):
-            self._step(batch)
+        alone = distributed.world_size() == 1
+        for window in self._windows(batches(rotated), 0 if alone else WINDOW):
+            started = [self._begin(batch, hold=alone) for batch in window]
+            rotations = self.bases.refresh([turn for begun in started for turn in begun.turns])
+            for begun in started:
+                self._finish(begun, rotations if alone else {})
         self.bases.judge()
 
-    def _step(self, batch: Batch) -> None:
-        gradient = batch.gradient()
-        parts = self._parts(batch, gradient)
+    def _windows(self, found: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+        """Batches that are stepped together, of about ``size`` elements; each alone for 0.
+
+        On one rank a batch stays in the cache from its refresh to its step;
+        several ranks share out the refreshes of as many batches as may have
+        their gradients held together.
+        """
+        window: list[Batch] = []
+        room = size
+        for batch in found:
+            elements = sum(leaf.param.numel() for leaf in batch.leaves)
+            if window and elements > room:
+                yield window
+                window, room = [], size
+            window.append(batch)
+            room -= elements
+        if window:
+            yield window
+
+    def _begin(self, batch: Batch, hold: bool) -> _Begun:
+        """Take the gradient in where a basis turns: it turns towards this gradient too."""
         collects = self._collects(batch)
-        squares = self._squares(gradient) if collects or self.config.floor > 0 else None
+        parts = self._parts(batch)
+        squares = self._squares(batch, parts) if collects or self.config.floor > 0 else None
         usable = self.bases.usable(squares) if collects and squares is not None else None
         if collects:
             for name in ("updates", *(f"{side}_updates" for side in collects)):
                 batch.set(name, batch.number(name) + 1)
         started = batch.number("updates") > 1 or batch.number("step") > 0
-        due = self.bases.due(batch) if started else {}
-        held = None
-        if due or not started:
-            for part in parts:
-                held = self._rotated(batch, part)
-                self._collect(batch, held, collects, part.leads, usable)
-            collects = []
-            held = held if len(parts) == 1 and batch.number("step") > 0 else None
-            held = self._refresh(batch, due, held)
-        if not started:
+        turns = self.bases.due(batch) if started else []
+        begun = _Begun(batch, collects, started, turns, squares, usable, parts)
+        if started and not turns:
+            return begun
+        for part in parts:
+            rotated = self._rotated(batch, part)
+            self._collect(batch, rotated, collects, part.leads, usable)
+            if hold and len(parts) == 1 and batch.number("step") > 0:
+                begun.rotated = rotated
+        begun.collects = []
+        return begun
+
+    def _finish(self, begun: _Begun, rotations: Mapping[str, Tensor]) -> None:
+        """Adam's step in the bases as they are now."""
+        batch = begun.batch
+        if not begun.started:
             return
         batch.set("step", batch.number("step") + 1)
-        self._measure(batch, squares)
-        for part in parts:
+        held = self._turned(begun, rotations)
+        self._measure(batch, begun.squares)
+        for part in begun.parts:
             rotated = self._rotated(batch, part) if held is None else held
-            self._collect(batch, rotated, collects, part.leads, usable)
+            self._collect(batch, rotated, begun.collects, part.leads, begun.usable)
             if part.seen is not None:
                 zeros = self.workspace.take("seen", part.gradient.shape, rotated).zero_()
-                rotated = zeros.index_copy_(1, part.seen, rotated)
-            self._descend(batch, part, self._adam(batch, part, rotated))
+                rotated = zeros.index_copy_(-2, part.seen, rotated)
+            self._descend(batch, part, *self._adam(batch, part, rotated))
 
-    def _refresh(
-        self, batch: Batch, due: dict[str, list[int]], rotated: Tensor | None
-    ) -> Tensor | None:
-        """Turn the bases that are due; returns the rotated gradient turned with them, if it can."""
-        for side, chosen in due.items():
-            rotation = self.bases.refresh(batch.part(chosen), side)
-            whole = len(chosen) == len(batch.leaves)
-            if rotated is not None and rotation is not None and whole:
-                rotated.copy_(turn(side, rotation, rotated, self.workspace))
-            else:
-                rotated = None
+    def _turned(self, begun: _Begun, rotations: Mapping[str, Tensor]) -> Tensor | None:
+        """The rotated gradient that is held, turned with the bases; ``None`` where it cannot be."""
+        rotated = begun.rotated
+        for side in begun.batch.plan.sides:
+            if rotated is None or not any(side in turn.stale for turn in begun.turns):
+                continue
+            found = rotations.get(side)
+            if found is not None and rotated.dim() == 2:
+                found = found[0]
+            role = f"held {side}"
+            rotated = None if found is None else turn(side, found, rotated, self.workspace, role)
         return rotated
 
-    def _parts(self, batch: Batch, gradient: Tensor) -> list[Part]:
-        first, second, target = batch["exp_avg"], batch["exp_avg_sq"], batch.target()
+    def _parts(self, batch: Batch) -> list[Part]:
+        gradient, target = batch.gradient(), batch.target()
+        first, second = batch.matrices("exp_avg"), batch.matrices("exp_avg_sq")
         if target is None or not gradient.is_cpu:
             return [Part(gradient, first, second, target)]
         parts = []
         for number, (rows, columns) in enumerate(batch.slices(CPU_ELEMENTS)):
-            g, m, v, p = (t[:, rows, columns] for t in (gradient, first, second, target))
-            seen = g[0].any(dim=1).nonzero().squeeze(1) if batch.embeds else None
-            if seen is not None and 2 * len(seen) > g.shape[1]:
+            g, m, v, p = (t[rows, columns] for t in (gradient, first, second, target))
+            seen = g.any(dim=1).nonzero().squeeze(1) if batch.embeds else None
+            if seen is not None and 2 * len(seen) > len(g):
                 seen = None
             parts.append(Part(g, m, v, p, leads=number == 0, seen=seen))
         return parts
@@ -224,10 +264,10 @@ class RotatedAdamRule(Rule):
             rotated = torch.where(usable, rotated, 0.0)
         for side in sides:
             decay = min(self.config.stat_decay, 1 - 1 / batch.number(f"{side}_updates"))
-            root, factor = rotated if side == "left" else rotated.mT, batch[f"{side}_factor"]
-            keep = decay if leads else 1.0
+            root = rotated if side == "left" else rotated.mT
+            factor, keep = batch.matrices(f"{side}_factor"), decay if leads else 1.0
             if usable is not None:
-                factor.mul_(torch.where(usable, keep, 1.0))
+                factor.mul_(torch.where(usable, factor.new_full((), keep), factor.new_ones(())))
                 keep = 1.0
             accumulate(factor, root, keep, 1 - decay)
 
@@ -250,66 +290,86 @@ class RotatedAdamRule(Rule):
             dropped.append(observe(leaf, side, mean, decay))
         return torch.stack(dropped).sum()
 
-    def _squares(self, gradient: Tensor) -> Tensor:
-        """``‖G‖²`` of each tile, ``[tiles, 1, 1]``."""
-        tiles = gradient.flatten(1)
-        if len(tiles) == 1:
-            return torch.dot(tiles[0], tiles[0]).view(1, 1, 1)
-        return torch.linalg.vector_norm(tiles, dim=1).square_()[:, None, None]
+    def _squares(self, batch: Batch, parts: Sequence[Part]) -> Tensor | float:
+        """``‖G‖²`` of each tile, ``[tiles, 1, 1]``; of a lone matrix on a CPU as a number."""
+        gradient = parts[0].gradient
+        if batch.lone and gradient.is_cpu:
+            total = sum(float(torch.linalg.vector_norm(part.gradient)) ** 2 for part in parts)
+            return total if total <= torch.finfo(gradient.dtype).max else math.inf
+        norms = torch.linalg.vector_norm(gradient, dim=(-2, -1), keepdim=True)
+        return norms.square_().view(-1, 1, 1)
 
-    def _measure(self, batch: Batch, squares: Tensor | None) -> None:
+    def _measure(self, batch: Batch, squares: Tensor | float | None) -> None:
         """``mean V``: by ``‖Ĝ‖ = ‖G‖`` it follows without looking at V."""
         if self.config.floor > 0 and squares is not None:
-            size = batch.plan.rows * batch.plan.columns
-            batch["mean_sq"].lerp_(squares / size, 1 - batch.group["betas"][1])
+            mean, held = squares / (batch.plan.rows * batch.plan.columns), batch["mean_sq"]
+            beta2 = batch.group["betas"][1]
+            held.lerp_(mean if isinstance(mean, Tensor) else held.new_tensor(mean), 1 - beta2)
 
     def _rotated(self, batch: Batch, part: Part) -> Tensor:
         """``Q_Lᵀ G Q_R`` (its ``seen`` rows); the gradient itself before there is a basis."""
         matrix = part.gradient
         if part.seen is not None:
-            matrix = matrix.index_select(1, part.seen)
+            matrix = matrix.index_select(-2, part.seen)
         if batch.number("step") == 0:
             return matrix
         if batch.plan.left:
-            matrix = self._product("a", batch["left_basis"].mT, matrix)
+            role = "turning" if batch.plan.right else "rotated"
+            matrix = self._product(role, batch.matrices("left_basis").mT, matrix)
         if batch.plan.right:
-            matrix = self._product("b", matrix, batch["right_basis"])
+            matrix = self._product("rotated", matrix, batch.matrices("right_basis"))
         return matrix
 
-    def _adam(self, batch: Batch, part: Part, rotated: Tensor) -> Tensor:
-        """``M / (max(√V, floor · rms √V) + ε c₂)``, ``c₂ = √(1-β₂ᵗ)``, in ``rotated``'s memory."""
-        (beta1, beta2), eps = batch.group["betas"], batch.group["eps"]
-        part.first.lerp_(rotated, 1 - beta1)
-        part.second.mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
-        denominator = torch.sqrt(part.second, out=rotated)
-        if self.config.floor > 0:
-            denominator.clamp_min_(batch["mean_sq"].sqrt().mul_(self.config.floor))
-        denominator.add_(eps * math.sqrt(1 - beta2 ** batch.number("step")))
-        return torch.div(part.first, denominator, out=denominator)
+    def _adam(self, batch: Batch, part: Part, rotated: Tensor) -> tuple[Tensor, float]:
+        """Adam's direction and what it is to be multiplied with.
 
-    def _descend(self, batch: Batch, part: Part, direction: Tensor) -> None:
-        """Rotate back and step; the bias corrections ``c₂ / (1-β₁ᵗ)`` go into the last product."""
-        (beta1, beta2), step = batch.group["betas"], batch.number("step")
-        scale = math.sqrt(1 - beta2**step) / (1 - beta1**step)
-        factors = (direction, batch["right_basis"].mT) if batch.plan.right else None
+        ``M / (max(√V, floor · rms √V) + ε c₂)`` with ``c₂ = √(1-β₂ᵗ)``, to be
+        multiplied with the bias corrections ``c₂ / (1-β₁ᵗ)``.
+        """
+        (beta1, beta2), eps, step = batch.group["betas"], batch.group["eps"], batch.number("step")
+        first, second, floor = part.first, part.second, self.config.floor
+        direction = self.workspace.take("turning", rotated.shape, rotated)
+        if rotated.is_cpu and all(t.is_contiguous() for t in (rotated, first, second)):
+            torch._fused_adamw_(
+                [direction.zero_()], [rotated], [first], [second], [], [torch.tensor(float(step))],
+                lr=-1.0, beta1=beta1, beta2=beta2, weight_decay=0.0, eps=eps,
+                amsgrad=False, maximize=False,
+            )  # fmt: skip
+            # The kernel knows no floor; mostly there is nothing below it.
+            lowest = floor**2 * float(batch["mean_sq"].amax())
+            if floor == 0 or float(second.amin()) >= lowest:
+                return direction, 1.0
+        else:
+            first.lerp_(rotated, 1 - beta1)
+            second.mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
+        torch.sqrt(second, out=direction)
+        if floor > 0:
+            direction.clamp_min_(batch.matrices("mean_sq").sqrt().mul_(floor))
+        correction = math.sqrt(1 - beta2**step)
+        torch.div(first, direction.add_(eps * correction), out=direction)
+        return direction, correction / (1 - beta1**step)
+
+    def _descend(self, batch: Batch, part: Part, direction: Tensor, scale: float) -> None:
+        """Rotate back and step; ``scale`` goes into the last product."""
+        left, right = direction, None
+        if batch.plan.right:
+            right = batch.matrices("right_basis").mT
         if batch.plan.left:
-            if factors is None:
-                factors = (batch["left_basis"], direction)
+            basis = batch.matrices("left_basis")
+            if right is None:
+                left, right = basis, direction
             else:
-                factors = (self._product("a", batch["left_basis"], direction), factors[1])
-        assert factors is not None
+                left = self._product("rotated", basis, direction)
+        assert right is not None
         lr = batch.group["lr"]
         if part.target is not None and (part.target.is_cpu or self.config.precision == "highest"):
             keep = 1 - lr * batch.group["weight_decay"]
-            part.target[0].addmm_(factors[0][0], factors[1][0], beta=keep, alpha=-lr * scale)
+            part.target.addmm_(left, right, beta=keep, alpha=-lr * scale)
         else:
-            batch.descend(matmul(*factors, self.config.precision).mul_(scale))
+            batch.descend(matmul(left, right, self.config.precision).mul_(scale))
 
     def _product(self, role: str, a: Tensor, b: Tensor) -> Tensor:
-        shape = (a.shape[0], a.shape[1], b.shape[2])
-        out = self.workspace.take(role, shape, a)
-        if len(a) == 1:
-            return matmul(a[0], b[0], self.config.precision, out=out[0])[None]
+        out = self.workspace.take(role, (*a.shape[:-1], b.shape[-1]), a)
         return matmul(a, b, self.config.precision, out=out)
 
     def diagnostics(self) -> dict[str, float]:

@@ -55,6 +55,11 @@ class Batch:
         matrix = getattr(self.leaves[0], "matrix", None)
         return len(self.leaves) == 1 and matrix is not None and is_embedding(matrix)
 
+    @property
+    def lone(self) -> bool:
+        """Whether it is one matrix."""
+        return len(self.leaves) == 1 and self.plan.tiles == 1
+
     def number(self, name: str) -> int:
         """A plain number that all leaves share."""
         return self.leaves[0][name]
@@ -68,6 +73,10 @@ class Batch:
             for leaf, view in zip(self.leaves, stack.split(self.plan.tiles), strict=True):
                 leaf[name] = view
         return stack
+
+    def matrices(self, name: str) -> Tensor:
+        """State ``name``: ``[rows, columns]`` of a lone matrix, else stacked."""
+        return self.leaves[0][name][0] if self.lone else self[name]
 
     def read(self, name: str) -> Tensor:
         """State ``name``, stacked; a copy where the leaves are not neighbours in memory."""
@@ -96,25 +105,28 @@ class Batch:
         return Batch([self.leaves[index] for index in chosen], self.plan)
 
     def gradient(self) -> Tensor:
-        """``[leaves · tiles, rows, columns]`` in the dtype of the state; not to be written to."""
-        dtype = compute_dtype(self.leaves[0].param.dtype)
+        """The gradient like :meth:`matrices`, in the dtype of the state; not to be written to."""
+        dtype, plan = compute_dtype(self.leaves[0].param.dtype), self.plan
+        if self.lone:
+            return full(self.leaves[0].grad).reshape(plan.rows, plan.columns).to(dtype)
         tiles = [self._tiled(full(leaf.grad)).to(dtype) for leaf in self.leaves]
         return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
 
     def target(self) -> Tensor | None:
-        """The parameter as ``[1, rows, columns]``, where a product can be added to it in place."""
+        """A lone parameter as ``[rows, columns]``, where a product can be added to it in place."""
         param = self.leaves[0].param
-        if len(self.leaves) > 1 or self.plan.tiles > 1 or is_sharded(param):
+        if not self.lone or is_sharded(param):
             return None
         if param.dtype != compute_dtype(param.dtype) or not param.is_contiguous():
             return None
         if isinstance(self.group["lr"], Tensor):
             return None
-        return param.detach().view(1, self.plan.rows, self.plan.columns)
+        return param.detach().view(self.plan.rows, self.plan.columns)
 
     def descend(self, directions: Tensor) -> None:
         """``p ← (1 - lr·wd) p - lr · u``."""
         steps = []
+        directions = directions[None] if self.lone else directions
         for leaf, tiles in zip(self.leaves, directions.split(self.plan.tiles), strict=True):
             untiled = tiles.transpose(0, 1) if self.plan.split == "columns" else tiles
             step = like(leaf.param, untiled.reshape(leaf.param.shape))
@@ -122,7 +134,7 @@ class Batch:
         descend(steps)
 
     def slices(self, elements: int) -> list[tuple[slice, slice]]:
-        """Rows and columns to go through one after the other, the rotated side whole.
+        """Rows and columns of a lone matrix to go through in turn, the rotated side whole.
 
         A matrix with one rotated side falls into parts of about ``elements``
         along the other; any other batch is one part.
@@ -145,6 +157,30 @@ class Batch:
         if plan.split == "columns":
             return tensor.reshape(plan.rows, plan.tiles, plan.columns).transpose(0, 1)
         return tensor.reshape(plan.tiles, plan.rows, plan.columns)
+
+
+@dataclass(eq=False)
+class Part:
+    """Some rows or columns of a batch: views of its gradient, its moments and its parameter.
+
+    Without the first dimension where the batch is one matrix: :attr:`Batch.lone`.
+
+    Args:
+        gradient: G, not to be written to.
+        first: M.
+        second: V.
+        target: the parameter, where a product can be added to it in place.
+        leads: whether it is the first part of its batch.
+        seen: the rows whose gradient is not zero, where most are (an embedding
+            on a CPU, where asking costs nothing): the others need no rotation.
+    """
+
+    gradient: Tensor
+    first: Tensor
+    second: Tensor
+    target: Tensor | None
+    leads: bool = True
+    seen: Tensor | None = None
 
 
 def batches(planned: Sequence[tuple[Leaf, RotationPlan]]) -> Iterator[Batch]:

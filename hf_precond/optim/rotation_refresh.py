@@ -2,21 +2,64 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hf_precond import distributed
 from hf_precond.configs import AdamRConfig, compute_dtype
 from hf_precond.linalg import eigenbasis, fallback
 from hf_precond.linalg.workspace import Workspace
 from hf_precond.optim.failures import Failures
-from hf_precond.optim.leaf import Leaf
+from hf_precond.optim.leaf import Leaf, grouped
 from hf_precond.optim.rotation_batch import Batch
 from hf_precond.optim.rotation_plan import RotationPlan
+from hf_precond.optim.rotation_products import lower_bands, turn
+from hf_precond.optim.shared_refresh import Pieces
 
 CLEAN_EVERY = 8
 """Refreshes of a basis between two corrections of its orthogonality."""
+CHECK_EVERY = 8
+"""Steps between two looks at what a GPU says of its gradients."""
+
+COUNTERS = ("basis_refreshes", *(f"basis_{rung}" for rung in fallback.RUNGS))
+
+
+@dataclass(eq=False)
+class Turn:
+    """A leaf that has bases whose turn it is.
+
+    Args:
+        batch: the batch that the leaf is stepped in.
+        place: its place there.
+        measured: the sides whose off-diagonal energy is due.
+        stale: the sides that are refreshed.
+    """
+
+    batch: Batch
+    place: int
+    measured: tuple[str, ...]
+    stale: tuple[str, ...]
+
+    @property
+    def leaf(self) -> Leaf:
+        """The leaf."""
+        return self.batch.leaves[self.place]
+
+    @property
+    def name(self) -> str:
+        """The leaf and its sides, for messages."""
+        return name_of(self.leaf, " and ".join(self.stale or self.measured))
+
+    @property
+    def cost(self) -> float:
+        """Of its refreshes, in multiplications; a skipped one takes a look at its factor."""
+        cost = self.batch.plan.refresh_cost
+        size = self.batch.leaves[self.place].param.numel()
+        return sum(cost[side] for side in self.stale) + 10.0 * size * len(self.measured)
 
 
 class BasisRefresh:
@@ -40,13 +83,17 @@ class BasisRefresh:
         self.counters: dict[str, int | Tensor] = {}
         self.failures = Failures()
         self.gradients: list[bool | Tensor] = []
+        self.calls = 0
         self.loads = [0] * config.basis_interval
+        self.allocated = 0
 
     def allocate(self, leaf: Leaf, plan: RotationPlan) -> None:
         """Factors and bases of a leaf.
 
         ``left_factor`` is ``Q_Lᵀ L Q_L`` (its lower triangle), ``left_phase``
-        the step of an interval on which that basis is refreshed.
+        the step of an interval on which that basis is refreshed, and
+        ``left_clean`` the interval of :data:`CLEAN_EVERY` in which it is made
+        orthogonal again: neither work falls on all bases at once.
         """
         dtype, device = compute_dtype(leaf.param.dtype), leaf.param.device
         kept = self.config.factor_dtype(leaf.param.dtype)
@@ -57,33 +104,32 @@ class BasisRefresh:
             leaf[f"{side}_basis"] = torch.zeros(square, dtype=dtype, device=device)
             phase = min(range(len(self.loads)), key=self.loads.__getitem__)
             self.loads[phase] += cost
+            self.allocated += 1
             leaf[f"{side}_phase"] = phase
+            leaf[f"{side}_clean"] = self.allocated // len(self.loads) % CLEAN_EVERY
             leaf[f"{side}_energy"] = _host_scalar(device, dtype, float("inf"))
             leaf[f"{side}_strikes"] = 0
             leaf[f"{side}_updates"] = 0
 
-    def due(self, batch: Batch) -> dict[str, list[int]]:
-        """Per side, the leaves whose basis turns now; sides without any are left out.
+    def due(self, batch: Batch) -> list[Turn]:
+        """The leaves with bases that turn now.
 
         A basis whose turn it is stays as it is while the off-diagonal energy
         found at its previous turn was below ``basis_tolerance``.
         """
         step, interval = batch.number("step"), self.config.basis_interval
-        everything = list(range(len(batch.leaves)))
+        sides, places = batch.plan.sides, range(len(batch.leaves))
         if step < interval:
-            return {side: everything for side in batch.plan.sides if step & (step - 1) == 0}
-        chosen = {}
-        for side in batch.plan.sides:
-            turns = [
-                n for n in everything if step % interval == batch.leaves[n][f"{side}_phase"]
-            ]
-            stale = [n for n in turns if not self._is_good(batch.leaves[n], side)]
-            if turns:
-                self._measure(batch.part(turns), side)
-                self._count("basis_skipped", len(turns) - len(stale))
-            if stale:
-                chosen[side] = stale
-        return chosen
+            return [Turn(batch, n, (), sides) for n in places if step & (step - 1) == 0]
+        turns = []
+        for place in places:
+            leaf = batch.leaves[place]
+            measured = tuple(s for s in sides if step % interval == leaf[f"{s}_phase"])
+            stale = tuple(side for side in measured if not self._is_good(leaf, side))
+            self._count("basis_skipped", len(measured) - len(stale))
+            if measured:
+                turns.append(Turn(batch, place, measured, stale))
+        return turns
 
     def _is_good(self, leaf: Leaf, side: str) -> bool:
         """Whether the energy found at the previous turn was small; counts what is not finite."""
@@ -99,23 +145,15 @@ class BasisRefresh:
         leaf[f"{side}_strikes"] = strikes
         return value < self.config.basis_tolerance
 
-    def _measure(self, batch: Batch, side: str) -> None:
-        """Off-diagonal energies, copied to the host where they are read an interval later."""
-        factor = batch.read(f"{side}_factor").to(batch.leaves[0]["exp_avg"].dtype)
-        energies = eigenbasis.off_diagonal_energy(factor, self.workspace)
-        energies = energies.view(len(batch.leaves), -1).amax(1)
-        for leaf, energy in zip(batch.leaves, energies.unbind(), strict=True):
-            if leaf.param.is_cuda:
-                fresh = _host_scalar(leaf.param.device, energy.dtype, float("nan"))
-                leaf[f"{side}_energy"] = fresh
-            leaf[f"{side}_energy"].copy_(energy, non_blocking=True)
-
-    def usable(self, squares: Tensor) -> Tensor | None:
+    def usable(self, squares: Tensor | float) -> Tensor | None:
         """Where a gradient may enter the factors; ``None``, on a CPU, where all may.
 
         Args:
             squares: ``‖G‖²``, which bounds what it would add to a factor.
         """
+        if isinstance(squares, float):
+            self.gradients.append(not math.isfinite(squares))
+            return torch.tensor(False) if self.gradients[-1] else None
         usable = torch.isfinite(squares)
         if not squares.is_cpu:
             self.gradients.append(usable.all().logical_not())
@@ -134,50 +172,142 @@ class BasisRefresh:
             bad = torch.stack([flag.to(flags[0].device) for flag in flags]).any()
             self._count("gradients_dropped", bad.to(torch.int64))
             self.failures.watch("gradient", ["adamr"], bad[None])
-        self.failures.check()
+        self.calls += 1
+        # A copy to the host at every step would cost more than the news is worth.
+        if not flags or self.calls % CHECK_EVERY == 0:
+            self.failures.check()
 
-    def refresh(self, batch: Batch, side: str) -> Tensor | None:
-        """Turn the bases of one side of a batch; the moments follow.
+    def refresh(self, turns: Sequence[Turn]) -> dict[str, Tensor]:
+        """Turn the bases that are due, every rank its share of them; the moments follow.
+
+        Args:
+            turns: those of one batch, or of all.
 
         Returns:
-            The rotation P; ``None`` where not all of the bases turned at once,
-            because a solver failed or memory ran out.
+            For ``turns`` of one batch that one rank has turned whole, the
+            rotation P of each side.
         """
-        rotations: list[Tensor] = []
+        if not turns:
+            return {}
+        device = turns[0].leaf.param.device
+        pieces = Pieces(turns, [turn.cost for turn in turns], device, COUNTERS, numbers=2)
+        rotations: dict[str, Tensor] = {}
+        for mine in grouped(pieces.mine(), lambda turn: id(turn.batch)):
+            for side in mine[0].batch.plan.sides:
+                left = [t for t in mine if side in t.measured and side not in t.stale]
+                self._measure(left, side, pieces)
+                rotation = self._refresh([t for t in mine if side in t.stale], side, pieces)
+                if rotation is not None:
+                    rotations[side] = rotation
+        pieces.share(self._results)
+        if distributed.world_size() > 1:
+            self._follow(pieces.others())
+        self._note_energies(pieces)
+        pieces.report(self.failures, lambda turn: turn.name, self._count)
+        return rotations
 
-        def work(chosen: Sequence[int]) -> None:
-            rotations.append(self._turn(batch.part(chosen), side))
+    def _refresh(self, turns: Sequence[Turn], side: str, pieces: Pieces[Turn]) -> Tensor | None:
+        """Turn one side of leaves of one batch; the rotation, where all of the batch turned."""
+        if not turns:
+            return None
+        batch, rotations = turns[0].batch, []
 
-        everything = range(len(batch.leaves))
-        self.failures.attempt(
-            work, everything, lambda n: name_of(batch.leaves[n], side), self._count
-        )
+        def work(chosen: Sequence[Turn]) -> None:
+            part = batch.part([turn.place for turn in chosen])
+            rotation, energies = self._turn(part, side, pieces)
+            rotations.append(rotation)
+            if energies is not None:
+                self._put(chosen, side, energies, pieces)
+
+        pieces.attempt(work, turns)
         whole = len(rotations) == 1 and len(rotations[0]) == len(batch.leaves) * batch.plan.tiles
         return rotations[0] if whole else None
 
-    def _turn(self, batch: Batch, side: str) -> Tensor:
-        """:meth:`refresh` of a batch, which changes all or, where it raises, nothing."""
+    def _measure(self, turns: Sequence[Turn], side: str, pieces: Pieces[Turn]) -> None:
+        """Off-diagonal energies of one side of leaves of one batch."""
+        if not turns:
+            return
+        batch = turns[0].batch.part([turn.place for turn in turns])
+        factor = batch.read(f"{side}_factor").to(turns[0].leaf["exp_avg"].dtype)
+        self._put(turns, side, eigenbasis.off_diagonal_energy(factor, self.workspace), pieces)
+
+    def _put(
+        self, turns: Sequence[Turn], side: str, energies: Tensor, pieces: Pieces[Turn]
+    ) -> None:
+        """Note the energies of one side of leaves of one batch."""
+        number = ("left", "right").index(side)
+        pieces.put(number, turns, energies.view(len(turns), -1).amax(1))
+
+    def _note_energies(self, pieces: Pieces[Turn]) -> None:
+        """Keep energies on the host, where they are read an interval later."""
+        for number, side in enumerate(("left", "right")):
+            for due in pieces.items:
+                if side not in due.measured:
+                    continue
+                leaf, name, energy = due.leaf, f"{side}_energy", pieces.number(number, due)
+                if isinstance(energy, Tensor):
+                    leaf[name] = _host_scalar(energy.device, leaf[name].dtype, float("nan"))
+                    leaf[name].copy_(energy, non_blocking=True)
+                else:
+                    leaf[name].fill_(energy)
+
+    def _results(self, turn: Turn) -> list[Tensor]:
+        """What the turn of a leaf has changed, but for what others can tell from it."""
+        leaf = turn.leaf
+        if not turn.stale:
+            return []
+        results = []
+        for side in turn.stale:
+            results += [*lower_bands(leaf[f"{side}_factor"]), leaf[f"{side}_basis"]]
+        if leaf["step"] > 0:
+            results.append(leaf["exp_avg"])
+            if self._spreads(leaf["step"]) or len(turn.stale) > 1:
+                results += [leaf["exp_avg_sq"], leaf["mean_sq"]]
+        return results
+
+    def _follow(self, turns: Sequence[Turn]) -> None:
+        """Raise V as the owner did, from the momentum that it sent."""
+        for due in turns:
+            if len(due.stale) == 1 and not self._spreads(due.leaf["step"]):
+                part = due.batch.part([due.place])
+                for name, value in self._raised(part, part.read("exp_avg")).items():
+                    part.write(name, value)
+
+    def _turn(
+        self, batch: Batch, side: str, pieces: Pieces[Turn]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Turn one side of a batch, which changes all or, where it raises, nothing.
+
+        Returns:
+            The rotation, and the off-diagonal energies before it, past the
+            first interval.
+        """
         step, interval = batch.number("step"), self.config.basis_interval
         factor = batch.read(f"{side}_factor").to(batch.leaves[0]["exp_avg"].dtype)
         moments: dict[str, Tensor] = {}
+        energies = None
         if step == 0:
             record = fallback.Record()
             basis, factor = eigenbasis.eigenbasis(factor, record)
             rotation = basis
-            record.counted("basis", self._count)
+            record.counted("basis", pieces.count)
         else:
             sweeps = 2 if step < interval else 1
-            rotation, factor = eigenbasis.refresh(factor, sweeps, self.workspace)
+            factor = eigenbasis.mirrored(factor, self.workspace)
+            if step >= interval:
+                energies = eigenbasis.off_diagonal_energy(factor, self.workspace, whole=True)
+            rotation, factor = eigenbasis.refresh(factor, sweeps, self.workspace, whole=True)
             held = batch.read(f"{side}_basis")
             basis = turn("right", rotation, held, self.workspace, "turned basis")
-            if step // interval % CLEAN_EVERY == 0:
-                basis = eigenbasis.orthonormal(basis)
+            for leaf, part in zip(batch.leaves, basis.split(batch.plan.tiles), strict=True):
+                if step // interval % CLEAN_EVERY == leaf[f"{side}_clean"]:
+                    part.copy_(eigenbasis.orthonormal(part))
             moments = self._transported(batch, side, rotation)
         found = {f"{side}_factor": factor, f"{side}_basis": basis} | moments
         for name, value in found.items():
             batch.write(name, value)
-        self._count("basis_refreshes", len(batch.leaves))
-        return rotation
+        pieces.count("basis_refreshes", len(batch.leaves))
+        return rotation, energies
 
     def _transported(self, batch: Batch, side: str, rotation: Tensor) -> dict[str, Tensor]:
         """The moments in the new basis: ``Pᵀ M``, and V by overlap or with its columns.
@@ -188,22 +318,29 @@ class BasisRefresh:
         follows by overlap.
         """
         first = turn(side, rotation, batch.read("exp_avg"), self.workspace)
-        step, second = batch.number("step"), batch.read("exp_avg_sq")
-        if self.config.transport == "overlap" or step < self.config.basis_interval:
-            second = turn(
-                side, eigenbasis.overlap(rotation), second, self.workspace, "turned second"
-            )
-            return {"exp_avg": first, "exp_avg_sq": second}
-        beta1, beta2 = batch.group["betas"]
+        if not self._spreads(batch.number("step")):
+            return {"exp_avg": first} | self._raised(batch, first)
+        second = batch.read("exp_avg_sq")
+        share = eigenbasis.overlap(rotation)
+        second = turn(side, share, second, self.workspace, "turned second")
+        return {"exp_avg": first, "exp_avg_sq": second}
+
+    def _spreads(self, step: int) -> bool:
+        """Whether V follows a basis by overlap."""
+        return self.config.transport == "overlap" or step < self.config.basis_interval
+
+    def _raised(self, batch: Batch, first: Tensor) -> dict[str, Tensor]:
+        """V where ``M̂² <= V̂``, and its mean."""
+        (beta1, beta2), step = batch.group["betas"], batch.number("step")
+        ratio = (1 - beta2**step) / (1 - beta1**step) ** 2
         lowest = self.workspace.take("turned second", first.shape, first)
-        torch.mul(first, first, out=lowest)
-        lowest.mul_((1 - beta2**step) / (1 - beta1**step) ** 2)
-        second = torch.maximum(second, lowest, out=lowest)
-        mean = second.mean((1, 2), keepdim=True)
-        return {"exp_avg": first, "exp_avg_sq": second, "mean_sq": mean}
+        torch.mul(first, first, out=lowest).mul_(ratio)
+        second = torch.maximum(batch.read("exp_avg_sq"), lowest, out=lowest)
+        return {"exp_avg_sq": second, "mean_sq": second.mean((1, 2), keepdim=True)}
 
     def _count(self, name: str, by: int | Tensor) -> None:
-        self.counters[name] = self.counters.get(name, 0) + by
+        if isinstance(by, Tensor) or by:
+            self.counters[name] = self.counters.get(name, 0) + by
 
 
 def name_of(leaf: Leaf, side: str) -> str:
@@ -215,65 +352,3 @@ def name_of(leaf: Leaf, side: str) -> str:
 def _host_scalar(device: torch.device, dtype: torch.dtype, value: float) -> Tensor:
     """A number on the host that a GPU can write to without being waited for."""
     return torch.full((), value, dtype=dtype, pin_memory=device.type == "cuda")
-
-
-def accumulate(factor: Tensor, root: Tensor, keep: float, weight: float) -> None:
-    """``B ← keep B + weight X Xᵀ``, at least in the lower triangle.
-
-    Args:
-        factor: B, ``[b, n, n]``, changed in place.
-        root: X, ``[b, n, k]``.
-        keep: multiplier of B.
-        weight: multiplier of ``X Xᵀ``.
-    """
-    if factor.dtype != root.dtype:
-        wide = factor.to(root.dtype)
-        factor.copy_(wide.baddbmm_(root, root.mT, beta=keep, alpha=weight))
-    elif len(factor) > 1 or factor.shape[-1] < eigenbasis.BANDED or not factor.is_cpu:
-        factor.baddbmm_(root, root.mT, beta=keep, alpha=weight)
-    else:
-        matrix, lower = root[0], factor[0]
-        for rows in eigenbasis.bands(len(lower)):
-            band, before = lower[rows, : rows.stop], matrix[: rows.stop]
-            band.addmm_(matrix[rows], before.mT, beta=keep, alpha=weight)
-
-
-def observe(leaf: Leaf, side: str, mean: Tensor, decay: float) -> Tensor:
-    """``B ← decay B + (1-decay) Qᵀ S Q`` with a second moment S of the layer's features.
-
-    Args:
-        leaf: the leaf.
-        side: ``left`` or ``right``.
-        mean: S, ``[n, n]``; one that is not finite changes nothing.
-        decay: in [0, 1).
-
-    Returns:
-        1 where S was dropped, else 0: a 0-d tensor.
-    """
-    factor = leaf[f"{side}_factor"]
-    mean = mean.to(leaf["exp_avg"].dtype)[None]
-    if leaf["step"] > 0:
-        mean = eigenbasis.congruence(leaf[f"{side}_basis"], mean)
-    usable = torch.isfinite(mean).all()
-    weight = torch.where(usable, 1 - decay, 0.0)
-    mean = torch.where(usable, mean, 0.0)
-    factor.copy_(factor.to(mean.dtype).mul_(1 - weight).add_(mean * weight))
-    return (~usable).to(torch.int64)
-
-
-def turn(
-    side: str,
-    rotation: Tensor,
-    matrix: Tensor,
-    workspace: Workspace | None = None,
-    role: str = "turn",
-) -> Tensor:
-    """``Pᵀ M`` on the left, ``M P`` on the right.
-
-    With a workspace the result's memory is taken over by the next call of the
-    same role and shape.
-    """
-    out = (workspace or Workspace()).take(role, matrix.shape, matrix)
-    if side == "left":
-        return eigenbasis.product(rotation.mT, matrix, out)
-    return eigenbasis.product(matrix, rotation, out)

@@ -9,7 +9,7 @@ from torch import nn
 from hf_precond.linalg import eigenbasis
 from hf_precond.optim.leaf import Leaf
 from hf_precond.optim.rotation_batch import Batch
-from hf_precond.optim.rotation_refresh import turn
+from hf_precond.optim.rotation_refresh import Turn, turn
 from tests.optim.adamr_cases import adamr, layers, noise, orthogonal, run
 
 SHAPES = [(7, 7), (6, 9), (9, 6), (4, 20), (20, 4), (1, 5), (5, 1)]
@@ -165,7 +165,7 @@ def test_in_a_fixed_basis_it_is_adamw_of_the_rotated_problem(monkeypatch):
     monkeypatch.setattr(
         optimizer.rule.bases,
         "due",
-        lambda batch: {} if batch.number("step") else {"left": [0], "right": [0]},
+        lambda batch: [] if batch.number("step") else [Turn(batch, 0, (), ("left", "right"))],
     )
     plain = nn.Parameter(weight.clone())
     reference = torch.optim.AdamW([plain], **fields)
@@ -253,7 +253,7 @@ def test_a_refresh_moves_no_momentum_and_keeps_the_sum_of_the_second_moment():
     leaf = Leaf(module.weight, module.weight.grad, state, "", optimizer.param_groups[0])
     batch = Batch([leaf], optimizer.rule.plan(leaf))
     for side in ("left", "right"):
-        optimizer.rule.bases.refresh(batch, side)
+        optimizer.rule.bases.refresh([Turn(batch, 0, (), (side,))])
     assert not torch.allclose(bases[0], state["left_basis"], atol=1e-3)
     assert not torch.allclose(bases[1], state["right_basis"], atol=1e-3)
     torch.testing.assert_close(momentum(), before)

@@ -316,7 +316,7 @@ def test_memory_that_runs_out_while_a_basis_turns_changes_nothing(transport, sid
 
         monkeypatch.setattr(rotation_refresh, "turn", turn)
         before = everything(optimizer)
-        outcomes.append(bases.refresh(chosen, side) is not None)
+        outcomes.append(side in bases.refresh([rotation_refresh.Turn(chosen, 0, (), (side,))]))
         if not outcomes[-1]:
             equal(before, everything(optimizer))
             bases.failures = Failures()
