@@ -1,6 +1,7 @@
 """The README: its two commands, its tables, and the settings that the quickstart runs with."""
 
 import re
+import tomllib
 
 import pytest
 
@@ -28,10 +29,24 @@ def test_ci_finds_the_test_command():
     assert found == [blocks(README)[1].strip()]
 
 
+def pins(name):
+    lines = [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
+    assert lines and all(re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9a-z.]*", line) for line in lines)
+    return dict(line.split("==") for line in lines)
+
+
 def test_constraints_pin_versions_and_name_no_host():
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pins = [line for line in lines if not line.startswith("#")]
-    assert pins and all(re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9a-z.]*", pin) for pin in pins)
+    assert pins("constraints.txt").keys() >= {"torch", "transformers", "accelerate", "peft"}
+
+
+def test_the_lowest_constraints_are_the_lowest_that_are_admitted():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pattern = re.compile(r"([\w-]+)>=([\d.]+)")
+    floors = dict(pattern.match(item).groups() for item in project["dependencies"])
+    del floors["torch"]  # a lower one than 2.13 has not been tested
+    lowest = pins("constraints-min.txt")
+    for name, floor in floors.items():
+        assert re.fullmatch(rf"{re.escape(floor)}(\.0)*", lowest[name]), name
 
 
 def test_tables_fit_eighty_columns():
