@@ -91,7 +91,8 @@ def poison_activations(model, optimizer, step):
 
 def poison_gradient(model, optimizer, step):
     backward(model, optimizer, batch("vit", step))
-    model.vit.layers[1].mlp.fc1.weight.grad[0, 0] = math.nan
+    matrices = [p for p in model.parameters() if p.dim() == 2 and p.grad is not None]
+    matrices[len(matrices) // 2].grad[0, 0] = math.nan
 
 
 POISONS = [poison_loss, poison_activations, poison_gradient]
