@@ -43,18 +43,17 @@ def model_of(kind, seed):
     return peft.get_peft_model(model, config).train()
 
 
-def fsdp_accelerator(model_name, state_dict_type):
-    accelerator = Accelerator(cpu=True)
+def run_under_fsdp2(accelerator, layer, state_dict_type):
+    """Tell an accelerator so; each ``layer`` is sharded on its own."""
     kind = DistributedType.FSDP
     PartialState._shared_state["distributed_type"] = accelerator.state.distributed_type = kind
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         cpu_ram_efficient_loading=False,
         auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=[LAYERS[model_name]],
+        transformer_cls_names_to_wrap=[layer],
         state_dict_type=state_dict_type,
     )
-    return accelerator
 
 
 class Run:
@@ -68,7 +67,8 @@ class Run:
         if state_dict_type is None:
             self.model, self.accelerator = model, None
             return
-        self.accelerator = fsdp_accelerator(model_name, state_dict_type)
+        self.accelerator = Accelerator(cpu=True)
+        run_under_fsdp2(self.accelerator, LAYERS[model_name], state_dict_type)
         self.model, self.stepper = self.accelerator.prepare(model, self.optimizer)
         layers = [m for m in self.model.modules() if type(m).__name__.endswith(LAYERS[model_name])]
         assert len(layers) == 2 and all(isinstance(layer, FSDPModule) for layer in layers)

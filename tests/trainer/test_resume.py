@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import Trainer
 
 from hf_precond.trainer.compat import own_optimizer
 from hf_precond.trainer.register import NAMES
@@ -22,7 +23,7 @@ KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CASES = [(name, kind) for name in NAMES for kind in KINDS]
 
 
-def trainer_of(name, kind, folder, seed, size, family=bert):
+def trainer_of(name, kind, folder, seed, size, family=bert, cls=Trainer):
     """A Trainer that saves after half of its steps; eight rows a step over all ranks."""
     data = text_data()
     if family is llama:
@@ -32,6 +33,7 @@ def trainer_of(name, kind, folder, seed, size, family=bert):
         f"{folder}/{name}-{kind}",
         family(seed=seed).to(KINDS[kind]),
         data,
+        cls,
         optim_args=MIDWAY[name],
         max_steps=LAST,
         per_device_train_batch_size=8 // size,
