@@ -213,8 +213,9 @@ class Capture:
                 scale = self.loss_scale() if callable(self.loss_scale) else self.loss_scale
                 if scale is not None:
                     rows = rows / scale
+                spares = self.stage.spares
                 for collection in gradients:
-                    part = output_part(collection, rows, weights, self.step)
+                    part = output_part(collection, rows, weights, self.step, spares)
                     self.stage.add(part, in_pass)
 
         result.register_hook(stage)
@@ -242,14 +243,16 @@ class Capture:
             inputs = input_of(module, collection.matrix, args, kwargs)
         if inputs is None:
             return None
+        spares, step = self.stage.spares, self.step
         if isinstance(layer, CONVOLUTIONS):
-            return patch_part(collection, layer, inputs.detach().to(dtype), self.step)
+            return patch_part(collection, layer, inputs.detach().to(dtype), step, spares)
         if weights is not None:
-            return input_part(collection, inputs.detach().to(dtype), weights.to(dtype), self.step)
+            rows = inputs.detach().to(dtype)
+            return input_part(collection, rows, weights.to(dtype), step, spares)
 
         def compute() -> Part:
             masked = point.reader.read(tuple(inputs.shape), dtype)
-            return input_part(collection, inputs.detach().to(dtype), masked, self.step)
+            return input_part(collection, inputs.detach().to(dtype), masked, step, spares)
 
         # Layers of one parent read the same mask.
         parent = self.paths[module].rpartition(".")[0]
@@ -288,9 +291,13 @@ class Capture:
                     found = Statistic(found.sum[:size, :size], found.count, found.passes)
             if found is not None:
                 taken[request.key] = found
-        self.stage.clear()
+        self.stage.lend()
         self.tokens.forget()
         return taken
+
+    def recycle(self) -> None:
+        """Say that nobody reads any more what was last taken: its memory serves the next sums."""
+        self.stage.recycle()
 
     def drop(self) -> None:
         """Forget what was staged (a skipped step)."""
@@ -306,6 +313,7 @@ class Capture:
         self.heads.close()
         self.switch.release()
         self.stage.clear()
+        self.stage.spares.clear()
 
 
 def _release(held: list[Any]) -> None:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from hf_precond.blocks import LayerMatrix
 from hf_precond.model.matrices import CONVOLUTIONS
 from hf_precond.model.rows import patches, select_outputs
-from hf_precond.model.stage import Part, block_moment, centred, count_of, moment
+from hf_precond.model.stage import Part, Spares, block_moment, centred, count_of, moment
 
 GOLDEN = (5**0.5 - 1) / 2
 _PATCHES = 2**24  # entries of a convolution's patches that are laid out at once
@@ -57,17 +58,27 @@ def thinned(rows: Tensor, limit: int, step: int) -> Tensor:
 
 
 def output_part(
-    collection: Collection, rows: Tensor, weights: Tensor | None, step: int = 0
+    collection: Collection,
+    rows: Tensor,
+    weights: Tensor | None,
+    step: int = 0,
+    spares: Spares | None = None,
 ) -> Part:
     """The moment of output gradients ``[n, out]``; ``weights`` only count them."""
     chosen = thinned(select_outputs(collection.matrix, rows), collection.rows, step)
     counted = None if weights is None else thinned(weights.flatten(), collection.rows, step)
     count = count_of(len(chosen), counted, chosen)
-    return Part(collection.name, moment(chosen, None, constant=False), count)
+    out = _spare(spares, chosen, False)
+    total = moment(chosen, None, constant=False, out=out)
+    return Part(collection.name, total, count, out is not None)
 
 
 def input_part(
-    collection: Collection, rows: Tensor, weights: Tensor | None, step: int = 0
+    collection: Collection,
+    rows: Tensor,
+    weights: Tensor | None,
+    step: int = 0,
+    spares: Spares | None = None,
 ) -> Part:
     """The moment of an input ``[…, T, d]``, each leading index a sequence."""
     if collection.center:
@@ -79,19 +90,39 @@ def input_part(
     count = count_of(len(flat), weights, flat)
     if collection.constant and collection.center:  # the constant less its mean is zero
         flat = torch.nn.functional.pad(flat, (0, 1))
-    return Part(collection.name, _moment(collection, flat, weights, constant), count)
+    out = None if collection.blocks > 1 else _spare(spares, flat, constant)
+    total = _moment(collection, flat, weights, constant, out)
+    return Part(collection.name, total, count, out is not None)
+
+
+def _spare(spares: Spares | None, rows: Tensor, constant: bool) -> Tensor | None:
+    """Memory for the moment of ``[n, d]`` on a CPU.
+
+    None inside the transforms of ``torch.func``, which write to no memory made outside.
+    """
+    if spares is None or not rows.is_cpu or is_functorch_wrapped_tensor(rows):
+        return None
+    return spares.take(rows.shape[-1] + constant, rows)
 
 
 def _moment(
-    collection: Collection, rows: Tensor, weights: Tensor | None, constant: bool
+    collection: Collection,
+    rows: Tensor,
+    weights: Tensor | None,
+    constant: bool,
+    out: Tensor | None = None,
 ) -> Tensor:
     if collection.blocks > 1:
         return block_moment(rows, weights, constant=constant, blocks=collection.blocks)
-    return moment(rows, weights, constant=constant)
+    return moment(rows, weights, constant=constant, out=out)
 
 
 def patch_part(
-    collection: Collection, layer: nn.Module, inputs: Tensor, at_step: int = 0
+    collection: Collection,
+    layer: nn.Module,
+    inputs: Tensor,
+    at_step: int = 0,
+    spares: Spares | None = None,
 ) -> Part:
     """The moment of a convolution's patches, a part of the batch at a time to bound memory."""
     assert isinstance(layer, CONVOLUTIONS)
@@ -103,9 +134,15 @@ def patch_part(
     for part in inputs.split(step):
         limit = -(-collection.rows * len(part) // len(inputs))
         seen = thinned(patches(layer, part).flatten(0, 1), limit, at_step)
-        term = _moment(collection, seen, None, collection.constant)
-        total = term if total is None else total.add_(term)
+        out = None if collection.blocks > 1 else _spare(spares, seen, collection.constant)
+        term = _moment(collection, seen, None, collection.constant, out)
+        if total is None:
+            total = term
+        else:
+            total.add_(term)
+            if spares is not None and out is not None:
+                spares.give(out)
         rows += len(seen)
     assert total is not None
-    return Part(collection.name, total, count_of(rows, None, total))
+    return Part(collection.name, total, count_of(rows, None, total), out is not None)
 

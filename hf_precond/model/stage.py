@@ -16,16 +16,19 @@ def weigh(rows: Tensor, weights: Tensor | None) -> Tensor:
     return rows if weights is None else rows * weights.unsqueeze(-1)
 
 
-def moment(rows: Tensor, weights: Tensor | None, *, constant: bool) -> Tensor:
+def moment(
+    rows: Tensor, weights: Tensor | None, *, constant: bool, out: Tensor | None = None
+) -> Tensor:
     """``sum of w x̂ x̂ᵀ`` over the second-last dimension.
 
     Args:
         rows: ``[…, n, d]``.
         weights: ``[…, n]``, or ``None`` for ones.
         constant: put a 1 behind every row: ``[…, d + 1, d + 1]``.
+        out: where to write the moment of ``[n, d]``, of any strides.
     """
     if rows.dim() == 2:
-        return _flat_moment(rows, weights, constant)
+        return _flat_moment(rows, weights, constant, out)
     weighted = weigh(rows, weights)
     product = weighted.mT @ rows
     if not constant:
@@ -37,12 +40,14 @@ def moment(rows: Tensor, weights: Tensor | None, *, constant: bool) -> Tensor:
     return result
 
 
-def _flat_moment(rows: Tensor, weights: Tensor | None, constant: bool) -> Tensor:
+def _flat_moment(
+    rows: Tensor, weights: Tensor | None, constant: bool, out: Tensor | None
+) -> Tensor:
     """:func:`moment` of ``[n, d]``."""
     if not constant:
-        return gram(rows, weights)
+        return gram(rows, weights, out=out)
     size = rows.shape[-1]
-    result = rows.new_empty(size + 1, size + 1)
+    result = rows.new_empty(size + 1, size + 1) if out is None else out
     gram(rows, weights, out=result[:size, :size])
     total = (rows.new_ones(len(rows)) if weights is None else weights) @ rows
     _border(result, rows, weights, total)
@@ -101,11 +106,46 @@ def count_of(rows: int, weights: Tensor | None, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Part:
-    """What one call of a layer adds to a collection's sum and count."""
+    """What one call of a layer adds to a collection's sum and count.
+
+    Args:
+        collection: the collection's name.
+        sum: the sum.
+        count: the count.
+        spare: whether the sum's memory is one of :class:`Spares`.
+    """
 
     collection: str
     sum: Tensor
     count: Tensor
+    spare: bool = False
+
+
+class Spares:
+    """Square matrices that are needed again and again, on a CPU.
+
+    There fresh pages cost a sixth of the product that is written to them. A
+    GPU has its caching allocator.
+    """
+
+    def __init__(self) -> None:
+        self._idle: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+
+    def take(self, size: int, like: Tensor) -> Tensor:
+        """An uninitialised ``[size, size]``, for the caller alone until it is given back."""
+        idle = self._idle.get((size, like.dtype))
+        if idle:
+            return idle.pop()
+        # Rows that start at a multiple of 64 bytes make products faster.
+        return like.new_empty(size, -(-size // 16) * 16)[:, :size]
+
+    def give(self, matrix: Tensor) -> None:
+        """Give back what :meth:`take` gave; nobody else may hold it."""
+        self._idle.setdefault((len(matrix), matrix.dtype), []).append(matrix)
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self._idle.clear()
 
 
 class Stage:
@@ -115,15 +155,22 @@ class Stage:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor] = {}
         self.passes: dict[str, set[int]] = {}
+        self.spares = Spares()
+        self.owed: dict[str, Tensor] = {}
+        self.lent: list[Tensor] = []
 
     def add(self, part: Part, in_pass: int) -> None:
         """Add a part that the pass numbered ``in_pass`` brought."""
         if part.collection in self.sums:
             self.sums[part.collection].add_(part.sum)
             self.counts[part.collection].add_(part.count)
+            if part.spare:
+                self.spares.give(part.sum)
         else:
             self.sums[part.collection] = part.sum
             self.counts[part.collection] = part.count.clone()
+            if part.spare:
+                self.owed[part.collection] = part.sum
         self.passes.setdefault(part.collection, set()).add(in_pass)
 
     def get(self, collection: str) -> Statistic | None:
@@ -133,8 +180,23 @@ class Stage:
         passes = len(self.passes[collection])
         return Statistic(self.sums[collection], self.counts[collection], passes)
 
+    def lend(self) -> None:
+        """Forget everything; whoever got it may keep it until :meth:`recycle`, if that comes."""
+        self.lent = list(self.owed.values())
+        self.owed.clear()
+        self.clear()
+
+    def recycle(self) -> None:
+        """Use the memory of what was last lent for the next sums."""
+        for matrix in self.lent:
+            self.spares.give(matrix)
+        self.lent = []
+
     def clear(self) -> None:
         """Forget everything."""
+        for matrix in self.owed.values():
+            self.spares.give(matrix)
+        self.owed.clear()
         self.sums.clear()
         self.counts.clear()
         self.passes.clear()

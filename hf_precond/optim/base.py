@@ -223,6 +223,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
                 staged, self._shapes(), compute_dtype(first.dtype), first.device
             )
         self.commit(staged)
+        getattr(self.statistics, "recycle", lambda: None)()
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {request.key: request_shape(request) for request in self.requests()}
