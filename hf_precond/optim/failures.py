@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_precond.linalg import fallback
-
-Item = TypeVar("Item")
 
 MAX_DROPPED = 10
 """Statistics of one layer, gradients or steps in a row at which training stops."""
@@ -135,39 +133,6 @@ class Failures:
             done = torch.cuda.Event()
             done.record(torch.cuda.current_stream(device))
             self._copies.append((keys, values, done))
-
-    def attempt(
-        self,
-        work: Callable[[Sequence[Item]], None],
-        items: Sequence[Item],
-        name: Callable[[Item], str],
-        count: Callable[[str, int], None],
-    ) -> list[Item]:
-        """Refresh items in one batch, and where that fails one by one.
-
-        Failures are counted as ``refresh_out_of_memory`` and
-        ``refresh_solver``: these items keep the preconditioner they have.
-
-        Args:
-            work: as for :func:`hf_precond.linalg.fallback.in_parts`.
-            items: what is due, of one shape.
-            name: an item's name, for the message.
-            count: the optimizer's counter.
-
-        Returns:
-            The items that failed.
-
-        Raises:
-            RuntimeError: see :meth:`note`.
-        """
-        failed = fallback.in_parts(work, items)
-        causes = {id(item): cause for item, cause in failed}
-        for cause in causes.values():
-            count(f"refresh_{cause}", 1)
-        for item in items:
-            for kind in ("out_of_memory", "solver"):
-                self.note(kind, name(item), causes.get(id(item)) == kind)
-        return [item for item, _ in failed]
 
     def _judge_all(self, keys: Sequence[tuple[str, str]], values: Tensor) -> None:
         for (kind, name), value in zip(keys, values.tolist(), strict=True):
