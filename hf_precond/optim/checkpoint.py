@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 STATELESS = "stateless"
@@ -23,6 +24,8 @@ def complete(state_dict: dict[str, Any]) -> dict[str, Any]:
     Args:
         state_dict: of a torch optimizer; changed in place.
     """
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # what GPUs are still writing to the host belongs to the state
     state = state_dict["state"]
     if any(state.values()):
         for group in state_dict["param_groups"]:

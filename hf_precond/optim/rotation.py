@@ -291,13 +291,12 @@ class RotatedAdamRule(Rule):
         return torch.stack(dropped).sum()
 
     def _squares(self, batch: Batch, parts: Sequence[Part]) -> Tensor | float:
-        """``‖G‖²`` of each tile, ``[tiles, 1, 1]``; of a lone matrix on a CPU as a number."""
+        """``‖G‖²``, ``[tiles, 1, 1]`` or ``[1, 1]`` of a lone matrix; on a CPU its is a number."""
         gradient = parts[0].gradient
         if batch.lone and gradient.is_cpu:
             total = sum(float(torch.linalg.vector_norm(part.gradient)) ** 2 for part in parts)
             return total if total <= torch.finfo(gradient.dtype).max else math.inf
-        norms = torch.linalg.vector_norm(gradient, dim=(-2, -1), keepdim=True)
-        return norms.square_().view(-1, 1, 1)
+        return torch.linalg.vector_norm(gradient, dim=(-2, -1), keepdim=True).square_()
 
     def _measure(self, batch: Batch, squares: Tensor | float | None) -> None:
         """``mean V``: by ``‖Ĝ‖ = ‖G‖`` it follows without looking at V."""
