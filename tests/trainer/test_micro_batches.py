@@ -5,6 +5,7 @@ import torch
 
 from hf_precond.trainer.compat import own_optimizer
 from hf_precond.trainer.register import NAMES
+from tests import ranks
 from tests.optim.models import weights
 from tests.trainer.test_trainer import losses, make
 from tests.trainer.tiny import bert, llama, text_data
@@ -86,3 +87,34 @@ def test_activation_checkpointing_changes_nothing(name, family, reentrant, tmp_p
         assert all(torch.equal(one[key][1], other[key][1]) for key in one)
     for key, value in weights(plain.model).items():
         assert torch.equal(value, checkpointed.model.get_parameter(key)), key
+
+
+KINDS = {
+    "accumulated": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+    "checkpointed": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    },
+    "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+}
+
+
+def of_one_family(folder, kinds, size):
+    """Losses of each optimizer by kind of run, sixteen rows a step over all ranks."""
+    data = [{"input_ids": d["input_ids"], "labels": d["input_ids"]} for d in text_data()]
+    found = {}
+    for kind in kinds:
+        for name in NAMES:
+            fields = {"per_device_train_batch_size": 16 // size} | KINDS.get(kind, {})
+            trainer, _ = run(name, folder, llama(), data, 4, **fields)
+            found[f"{kind}/{name}"] = torch.tensor(losses(trainer), dtype=torch.float64)
+    return found
+
+
+@pytest.mark.slow
+def test_two_ranks_accumulate_checkpoint_and_compile_like_one(tmp_path):
+    one = of_one_family(str(tmp_path), ["plain"], 1)
+    for result in ranks.run(of_one_family, str(tmp_path), list(KINDS), 2):
+        for key, found in result.items():
+            expected = one[f"plain/{key.split('/')[1]}"]
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=0.0, msg=key)

@@ -8,6 +8,7 @@ from hf_precond import create_optimizer
 from hf_precond.registry import make_config
 from hf_precond.trainer.arguments import parse_pairs
 from hf_precond.trainer.register import NAMES
+from tests.distributed.test_ranks_agree import flat_state
 from tests.optim.models import weights
 from tests.trainer.test_resume import KINDS, LAST, MIDWAY, SAVED, in_new_processes
 from tests.trainer.tiny import bert, text_data
@@ -72,3 +73,29 @@ def test_a_loaded_state_goes_on_bit_for_bit(size, tmp_path):
         assert result.keys() == whole[0].keys() and len(result) > 20 * len(CASES)
         for key, value in result.items():
             assert torch.equal(value, whole[0][key]), key
+
+
+def restored(folder, save):
+    """Weights and optimizer state after the first half, saved or loaded."""
+    found = {}
+    for name, kind in CASES:
+        loop = Loop(name, kind, seed=0 if save else 7)
+        if save:
+            loop.advance(0, SAVED)
+            loop.accelerator.save_state(f"{folder}/{name}-{kind}")
+        else:
+            loop.accelerator.load_state(f"{folder}/{name}-{kind}")
+        held = weights(loop.accelerator.unwrap_model(loop.model)) | flat_state(loop.optimizer)
+        found |= {f"{name}-{kind}/{key}": value for key, value in held.items()}
+        assert loop.optimizer.steps == SAVED
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_any_number_of_ranks_loads_the_whole_state(before, after, tmp_path):
+    saved = in_new_processes(restored, str(tmp_path), before, True)[0]
+    for result in in_new_processes(restored, str(tmp_path), after, False):
+        assert result.keys() == saved.keys()
+        for key, value in result.items():
+            assert value.dtype == saved[key].dtype and torch.equal(value, saved[key]), key
