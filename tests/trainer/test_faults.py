@@ -56,6 +56,7 @@ def test_bad_batches_are_left_out_and_logged(name, tmp_path):
     assert seen == [0.0] + [1.0] * 4 + [2.0] * 3
 
 
+@pytest.mark.slow
 @each_name
 def test_a_bad_micro_batch_leaves_its_whole_step_out(name, tmp_path):
     rows = vectors(bad=(13,))
