@@ -65,28 +65,28 @@ def test_four_micro_batches_are_one_batch_of_four_times_the_size(name, tmp_path)
 
 
 @each_name
-@pytest.mark.parametrize("family", [bert, llama])
-@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-def test_activation_checkpointing_changes_nothing(name, family, reentrant, tmp_path):
+@pytest.mark.parametrize("family", [pytest.param(bert, marks=pytest.mark.slow), llama])
+def test_activation_checkpointing_changes_nothing(name, family, tmp_path):
     data = text_data()
     if family is llama:
         data = [{"input_ids": d["input_ids"], "labels": d["input_ids"]} for d in data]
     plain, committed = run(name, tmp_path, family(), data, 4)
-    checkpointed, again = run(
-        name,
-        tmp_path,
-        family(),
-        data,
-        4,
-        gradient_checkpointing=True,
-        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
-    )
-    assert losses(checkpointed) == losses(plain)
-    for one, other in zip(committed, again, strict=True):
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[key][1], other[key][1]) for key in one)
-    for key, value in weights(plain.model).items():
-        assert torch.equal(value, checkpointed.model.get_parameter(key)), key
+    for reentrant in (False, True):
+        checkpointed, again = run(
+            name,
+            tmp_path,
+            family(),
+            data,
+            4,
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+        )
+        assert losses(checkpointed) == losses(plain)
+        for one, other in zip(committed, again, strict=True):
+            assert one.keys() == other.keys()
+            assert all(torch.equal(one[key][1], other[key][1]) for key in one)
+        for key, value in weights(plain.model).items():
+            assert torch.equal(value, checkpointed.model.get_parameter(key)), key
 
 
 KINDS = {

@@ -78,8 +78,10 @@ def is_trained(name):
 
 
 @each_case
-def test_the_trainable_leaves_move_and_nothing_else_does(name, family, kind, tmp_path):
-    _, model = adapted(family, kind)
+def test_only_the_trainable_leaves_move_and_merged_they_compute_the_same(
+    name, family, kind, tmp_path
+):
+    base, model = adapted(family, kind)
     before = weights(model)
     trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     assert trainable == {key for key in before if is_trained(key)}
@@ -99,26 +101,25 @@ def test_the_trainable_leaves_move_and_nothing_else_does(name, family, kind, tmp
         if name == "afopt":  # adapters outside the attentions go by its base rule
             adapters = {key for key in adapters if any(f".{t}." in key for t in ATTENTION)}
         assert len(adapters) >= 8 and adapters <= preconditioned, adapters - preconditioned
+    assert_merges(base, model, family)
 
 
+def assert_merges(base, model, family):
+    expected, plain = logits(model, family), logits(base, family)
+    assert (expected - plain).abs().max() > 1e-3
+    merged = model.merge_and_unload()
+    assert type(merged) is type(base) and hooks(merged) == 0
+    assert set(merged.state_dict()) == set(base.state_dict())
+    torch.testing.assert_close(logits(merged, family), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", BASES)
 @pytest.mark.parametrize("name", NAMES)
 def test_adapters_learn(name, family, tmp_path):
     _, model = adapted(family, "dora")
     seen = losses(train(name, family, model, tmp_path, max_steps=40, learning_rate=2e-2))
     assert sum(seen[-8:]) < sum(seen[:8]) - 0.05
-
-
-@each_case
-def test_merged_after_training_the_model_computes_the_same(name, family, kind, tmp_path):
-    base, model = adapted(family, kind)
-    train(name, family, model, tmp_path)
-    expected, plain = logits(model, family), logits(base, family)
-    merged = model.merge_and_unload()
-    assert type(merged) is type(base) and hooks(merged) == 0
-    assert set(merged.state_dict()) == set(base.state_dict())
-    torch.testing.assert_close(logits(merged, family), expected, rtol=1e-4, atol=1e-5)
-    assert (expected - plain).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", NAMES)
