@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_precond.model.adapters import base_of
+
 INSTEAD = (
     "use DDP (torchrun), or FSDP2 where the model does not fit (fully_shard; fsdp_version: 2 in "
     "accelerate's config; --fsdp true with version 2 in --fsdp_config under the Trainer)."
@@ -23,8 +25,7 @@ FSDP1 = (
 MEGATRON = "Megatron-LM is not supported, because it cuts the matrices that are preconditioned; "
 PARALLEL = (
     "tensor parallelism is not supported, because it cuts the matrices that are preconditioned "
-    "({name} is a DTensor with placements {placements}, which fully_shard alone does not make); "
-    "load the model without tp_plan, tp_size or parallelize_module and "
+    "({seen}); load the model without tp_plan, tp_size or parallelize_module and "
 )
 
 
@@ -73,7 +74,10 @@ def _accelerator_state() -> Mapping[str, Any]:
 
 
 def _cut(model: nn.Module) -> str | None:
-    """Whether some rank runs a part of a layer."""
+    """Why a model is refused of whose layers some rank runs a part."""
+    size: Any = getattr(base_of(model), "tp_size", None) or 1
+    if isinstance(size, int) and size > 1:
+        return PARALLEL.format(seen=f"the model's tp_size is {size}")
     tensors = sys.modules.get("torch.distributed.tensor")
     if tensors is None:
         return None
@@ -89,7 +93,8 @@ def _cut(model: nn.Module) -> str | None:
     }
     for name, parameter in parallel:
         if id(parameter) not in gathered or not _only_stored_apart(parameter, tensors):
-            return PARALLEL.format(name=name, placements=parameter.placements)
+            placed = f"{name} is a DTensor with placements {parameter.placements}"
+            return PARALLEL.format(seen=f"{placed}, which fully_shard alone does not make")
     return None
 
 

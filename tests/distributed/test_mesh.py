@@ -13,6 +13,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.distributed.tensor.placement_types import Replicate, Shard
+from transformers import LlamaForCausalLM
 
 from hf_precond.registry import create_optimizer, list_optimizers
 from tests import ranks
@@ -82,7 +83,13 @@ PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
 FIELDS = {"afopt": {"scope": "all_linear"}}
 
 
-def parallel_model(kind):
+KINDS = ("transformers", "tensor parallel", "tensor parallel below FSDP2", "by hand")
+SIGNS = ("tp_size is 2", "up.", "down.")
+
+
+def parallel_model(kind, folder):
+    if kind == "transformers":
+        return LlamaForCausalLM.from_pretrained(folder, tp_plan="auto")
     if kind == "tensor parallel":
         return parallelize_module(Layers(), init_device_mesh("cpu", (2,)), PLAN)
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("shard", "tensor"))
@@ -95,10 +102,10 @@ def parallel_model(kind):
     return model
 
 
-def refusals():
+def refusals(folder):
     messages = {}
-    for kind in ("tensor parallel", "tensor parallel below FSDP2", "by hand"):
-        model = parallel_model(kind)
+    for kind in KINDS:
+        model = parallel_model(kind, folder)
         for name in list_optimizers():
             with pytest.raises(ValueError, match=r"tensor parallelism is not supported") as error:
                 create_optimizer(model, name, **FIELDS.get(name, {}))
@@ -107,10 +114,11 @@ def refusals():
 
 
 @pytest.mark.slow
-def test_tensor_parallelism_is_refused_with_what_to_use_instead():
-    for messages in ranks.run(refusals):
-        assert len(messages) == 3 * len(list_optimizers())
+def test_tensor_parallelism_is_refused_with_what_to_use_instead(tmp_path):
+    make("llama").save_pretrained(tmp_path)
+    for messages in ranks.run(refusals, str(tmp_path)):
+        assert len(messages) == len(KINDS) * len(list_optimizers())
         for key, message in messages.items():
             assert message.startswith(f"{key.split('/')[1]}: ")
-            assert "up." in message or "down." in message
+            assert any(sign in message for sign in SIGNS), message
             assert "use DDP (torchrun), or FSDP2" in message
