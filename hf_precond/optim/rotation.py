@@ -15,7 +15,7 @@ from hf_precond.configs import AdamRConfig, OptimizerConfig, compute_dtype
 from hf_precond.linalg.precision import matmul
 from hf_precond.linalg.workspace import Workspace
 from hf_precond.optim.leaf import Leaf
-from hf_precond.optim.rotation_batch import CPU_ELEMENTS, Batch, Part, batches
+from hf_precond.optim.rotation_batch import CPU_ELEMENTS, SLICE, Batch, Part, batches
 from hf_precond.optim.rotation_plan import RotationPlan, plan_rotation
 from hf_precond.optim.rotation_products import accumulate, observe, turn
 from hf_precond.optim.rotation_refresh import BasisRefresh, Turn
@@ -226,12 +226,16 @@ class RotatedAdamRule(Rule):
         if target is None or not gradient.is_cpu:
             return [Part(gradient, first, second, target)]
         parts = []
-        for number, (rows, columns) in enumerate(batch.slices(CPU_ELEMENTS)):
+        # Rows that a step does not read are put together again, which belongs into the cache.
+        size = CPU_ELEMENTS if batch.embeds else SLICE
+        for number, (rows, columns) in enumerate(batch.slices(size)):
             g, m, v, p = (t[rows, columns] for t in (gradient, first, second, target))
-            seen = g.any(dim=1).nonzero().squeeze(1) if batch.embeds else None
-            if seen is not None and 2 * len(seen) > len(g):
-                seen = None
-            parts.append(Part(g, m, v, p, leads=number == 0, seen=seen))
+            part = Part(g, m, v, p, leads=number == 0)
+            if batch.embeds:
+                part.norms = torch.linalg.vector_norm(g, dim=1)
+                seen = (part.norms != 0).nonzero().squeeze(1)
+                part.seen = None if 2 * len(seen) > len(g) else seen
+            parts.append(part)
         return parts
 
     def _collects(self, batch: Batch) -> list[str]:
@@ -294,7 +298,8 @@ class RotatedAdamRule(Rule):
         """``‖G‖²``, ``[tiles, 1, 1]`` or ``[1, 1]`` of a lone matrix; on a CPU its is a number."""
         gradient = parts[0].gradient
         if batch.lone and gradient.is_cpu:
-            total = sum(float(torch.linalg.vector_norm(part.gradient)) ** 2 for part in parts)
+            known = [part.gradient if part.norms is None else part.norms for part in parts]
+            total = sum(float(torch.linalg.vector_norm(values)) ** 2 for values in known)
             return total if total <= torch.finfo(gradient.dtype).max else math.inf
         return torch.linalg.vector_norm(gradient, dim=(-2, -1), keepdim=True).square_()
 

@@ -17,7 +17,9 @@ from hf_precond.optim.rotation_plan import RotationPlan, is_embedding
 from hf_precond.optim.rules import descend
 
 CPU_ELEMENTS = 1 << 18
-"""Elements handled at a time on a CPU: they stay in the cache from one product to the next."""
+"""Elements of a batch on a CPU: they stay in the cache from one product to the next."""
+SLICE = 1 << 22
+"""Elements of a larger matrix handled at a time on a CPU: bounds the memory of its products."""
 GPU_ELEMENTS = 1 << 25
 """Elements of a batch on a GPU: bounds the memory of the products' results."""
 
@@ -171,6 +173,7 @@ class Part:
         second: V.
         target: the parameter, where a product can be added to it in place.
         leads: whether it is the first part of its batch.
+        norms: of the gradient's rows, where they are asked for.
         seen: the rows whose gradient is not zero, where most are (an embedding
             on a CPU, where asking costs nothing): the others need no rotation.
     """
@@ -180,6 +183,7 @@ class Part:
     second: Tensor
     target: Tensor | None
     leads: bool = True
+    norms: Tensor | None = None
     seen: Tensor | None = None
 
 

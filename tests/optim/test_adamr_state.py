@@ -84,9 +84,10 @@ def test_a_matrix_in_slices_steps_as_a_whole(shape, monkeypatch):
 
     gradients = noise(shape, steps=4)
     sliced, whole = zeros(shape), zeros(shape)
+    monkeypatch.setattr(rotation, "SLICE", 1 << 18)
     optimizer = adamr(sliced, basis="one_sided")
     run(optimizer, sliced, gradients)
-    monkeypatch.setattr(rotation, "CPU_ELEMENTS", 1 << 30)
+    monkeypatch.setattr(rotation, "SLICE", 1 << 30)
     run(adamr(whole, basis="one_sided"), whole, gradients)
     torch.testing.assert_close(sliced[0].weight, whole[0].weight, rtol=0, atol=1e-9)
 
