@@ -24,6 +24,8 @@ def run(name, folder, model, data, steps, **fields):
     """A Trainer after training, and the statistics that each of its steps committed."""
     fields = {"optim_args": OFTEN[name], "max_steps": steps, "weight_decay": 0.01} | fields
     trainer = make(name, folder, model, data, **fields)
+    # The Trainer divides the loss; that of transformers 5.4 let accelerate divide it again.
+    trainer.accelerator.gradient_accumulation_steps = 1
     optimizer = own_optimizer(trainer.create_optimizer())
     commit, committed = optimizer.commit, []
 
