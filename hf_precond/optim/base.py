@@ -17,7 +17,7 @@ from hf_precond.blocks.sharding import like
 from hf_precond.blocks.statistics import request_shape
 from hf_precond.configs import OptimizerConfig, compute_dtype
 from hf_precond.optim.base_rules import make_rule
-from hf_precond.optim.checkpoint import complete, restored
+from hf_precond.optim.checkpoint import complete, forget_empty, restored
 from hf_precond.optim.failures import Failures
 from hf_precond.optim.gradients import are_finite, gradients_of, refuse_sparse
 from hf_precond.optim.identity import KEY, identity, refuse_other
@@ -334,6 +334,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
         Once there is state, every parameter has an entry.
         """
         own = identity(self.config, self.param_groups, self.routing)
+        forget_empty(self.state)
         return complete(super().state_dict()) | {KEY: own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -350,8 +351,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
         for index, parameter in zip(saved, held, strict=True):
             if index in state_dict["state"]:
                 self.state[parameter] = restored(state_dict["state"][index], parameter)
-                if not self.state[parameter]:
-                    del self.state[parameter]
+        forget_empty(self.state)
         self._announce()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -33,6 +33,18 @@ def complete(state_dict: dict[str, Any]) -> dict[str, Any]:
                 if not state.get(index):
                     state[index] = {STATELESS: 1}
     return state_dict
+
+
+def forget_empty(state: MutableMapping[Tensor, dict[str, Any]]) -> None:
+    """Remove entries without content, which looking a parameter's state up leaves behind.
+
+    One of a parameter that was since swapped for another would have no index.
+
+    Args:
+        state: an optimizer's state; changed in place.
+    """
+    for parameter in [parameter for parameter, held in state.items() if not held]:
+        del state[parameter]
 
 
 def restored(saved: Mapping[str, Any], parameter: Tensor, prefix: str = "") -> dict[str, Any]:
