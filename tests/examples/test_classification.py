@@ -55,7 +55,7 @@ def test_text_script_fine_tunes_minilm(tmp_path):
     """The command of the script's docstring, shortened, learns on the shipped BANKING77 subset."""
     run_example(
         "text_classification.py", "--do_train", "--do_eval", "--optim", "afopt",
-        "--learning_rate", "1.5e-4", "--optim_args", "head_lr_scale=67",
+        "--learning_rate", "3e-4", "--optim_args", "scope=all_linear,head_lr_scale=33",
         "--per_device_train_batch_size", "32", "--max_steps", "60",
         "--max_eval_samples", "300", "--report_to", "none", "--output_dir", "out",
         "--save_strategy", "no", folder=tmp_path,
