@@ -30,10 +30,10 @@ class Sharded(PrecondTrainer):
 class SavedWhole(Sharded):
     """Its checkpoints hold whole tensors."""
 
-    state_dict_type = FORMATS[1]
+    state_dict_type = FORMATS[-1]
 
 
-CLASSES = dict(zip(FORMATS, (Sharded, SavedWhole), strict=True))
+CLASSES = {FORMATS[0]: Sharded, FORMATS[-1]: SavedWhole}
 
 
 def trained(folder, resume, cases):
