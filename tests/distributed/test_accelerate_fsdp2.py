@@ -25,9 +25,13 @@ from tests.optim.models import batch, make, train_step
 from tests.optim.test_shared import QUICK
 
 LAYERS = {"bert": "BertLayer", "gpt2": "GPT2Block"}
-# accelerate 1.6 fills the empty state of a fresh optimizer from shards, which loads nothing.
-LOADS_SHARDS = "get_optimizer_state_dict" in inspect.getsource(load_fsdp_optimizer)
-FORMATS = ("SHARDED_STATE_DICT", "FULL_STATE_DICT")[0 if LOADS_SHARDS else 1 :]
+FORMATS = ("SHARDED_STATE_DICT", "FULL_STATE_DICT")
+# accelerate 1.6 fills the empty state of a fresh optimizer from shards, which loads nothing, and
+# waits for ever for a whole model's.
+resumes = pytest.mark.skipif(
+    "get_optimizer_state_dict" not in inspect.getsource(load_fsdp_optimizer),
+    reason="this accelerate cannot load what it saved under FSDP2",
+)
 ADAPTERS = {"lora": {}, "dora": {"use_dora": True}}
 
 
@@ -117,6 +121,7 @@ def loaded_and_trained(folder):
     return found
 
 
+@resumes
 @pytest.mark.slow
 def test_swapped_parameters_train_as_whole_ones_and_a_loaded_state_goes_on_bit_for_bit(tmp_path):
     results = ranks.run(trained_and_saved, str(tmp_path))

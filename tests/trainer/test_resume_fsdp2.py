@@ -8,7 +8,7 @@ import torch
 from hf_precond import PrecondTrainer
 from hf_precond.blocks.sharding import is_sharded
 from tests import ranks
-from tests.distributed.test_accelerate_fsdp2 import FORMATS, run_under_fsdp2
+from tests.distributed.test_accelerate_fsdp2 import FORMATS, resumes, run_under_fsdp2
 from tests.distributed.test_fsdp2 import SHARDABLE, all_full
 from tests.trainer.test_resume import SAVED, trainer_of
 from tests.trainer.test_trainer import losses
@@ -53,6 +53,7 @@ def trained(folder, resume, cases):
     return found
 
 
+@resumes
 @pytest.mark.slow
 def test_under_fsdp2_it_trains_as_under_ddp_and_resumes_bit_for_bit(tmp_path):
     plain = ranks.run(trained, str(tmp_path), False, [(name, None) for name in SHARDABLE])[0]
