@@ -59,7 +59,7 @@ class NKFAC(PrecondOptimizer):
     Start from the learning rate of the base rule. Signs of trouble:
     ``newton_restarts`` of :meth:`diagnostics` at every refresh (the curvature
     changes faster than it is followed: lower ``inverse_interval``), a loss
-    that jumps after a refresh (raise ``damping``), ``dropped_statistics``
+    that jumps after a refresh (raise ``damping``), ``statistics_dropped``
     growing (activations or gradients overflow).
 
     Args:
@@ -116,7 +116,7 @@ class NKFAC(PrecondOptimizer):
                 else:
                     total = found.sum / found.count if factor.side == "input" else found.sum
                     lost[factor.key] = reference.average_moment(moment, updates, total, decay)
-        self.count_dropped("dropped_statistics", lost)
+        self.count_dropped("statistics_dropped", lost)
 
     # Inverses ---------------------------------------------------------------------
 

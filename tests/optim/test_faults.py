@@ -111,7 +111,6 @@ def test_bad_losses_and_activations_are_dropped_from_the_statistics_and_counted(
     seen = optimizer.diagnostics()
     counter = {
         "adamr": "gradients_dropped",
-        "nkfac": "dropped_statistics",
         "sgdph": "dropped_probes",
     }.get(name, "statistics_dropped")
     # A loss that is not a number leaves finite inputs, which are all that AFOpt looks at.

@@ -351,7 +351,7 @@ def test_a_layer_without_gradient_only_decays(values):
         assert torch.isfinite(p).all()
     for state in optimizer.state.values():
         assert all(torch.isfinite(v).all() for v in state.values() if isinstance(v, torch.Tensor))
-    assert optimizer.diagnostics()["dropped_statistics"] == 0
+    assert optimizer.diagnostics()["statistics_dropped"] == 0
     optimizer.close()
 
 
@@ -388,8 +388,8 @@ def test_a_statistic_that_is_not_finite_is_dropped_and_counted(bad, values):
             ours.statistics.sums = copy.deepcopy(sums)
         step_on(model, ours, data(step))
         step_on(twin, theirs, data(step))
-    assert ours.diagnostics()["dropped_statistics"] == 2
-    assert theirs.diagnostics()["dropped_statistics"] == 0
+    assert ours.diagnostics()["statistics_dropped"] == 2
+    assert theirs.diagnostics()["statistics_dropped"] == 0
     state = ours.state[model[0].weight]
     assert state["input_updates"] == 5 and state["output_updates"] == 6
     assert torch.isfinite(state["input_factor"]).all()
