@@ -28,8 +28,12 @@ from sgdph_tasks import DATA, ResNet, images
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
+from hf_precond.model.curvature.hessian_products import (
+    GraphProduct,
+    diagonal_estimates,
+    probe_vectors,
+)
 from hf_precond.model.double_backward import DoubleBackward
-from hf_precond.model.hessian_products import GraphProduct, diagonal_estimates, probe_vectors
 from hf_precond.model.norms import channel_parameters
 
 Loss = Callable[[Tensor], Tensor]

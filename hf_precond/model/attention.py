@@ -20,7 +20,7 @@ from hf_precond.model.conventions import (
     forget_attention,
 )
 from hf_precond.model.matrices import is_linear, is_readable, layer_matrix, refusal
-from hf_precond.model.rotation import called_names, rotates
+from hf_precond.model.moments.rotation import called_names, rotates
 
 __all__ = ["declare_attention", "find_attention", "forget_attention"]
 

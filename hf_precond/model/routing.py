@@ -25,8 +25,8 @@ from hf_precond.blocks import (
 from hf_precond.blocks.found import Request
 from hf_precond.model.adapters import trains
 from hf_precond.model.attention import HOW_TO_DECLARE, find_attention
-from hf_precond.model.capture import Capture
 from hf_precond.model.matrices import CONVOLUTIONS, find_matrices, is_linear
+from hf_precond.model.moments.capture import Capture
 from hf_precond.model.norms import channel_parameters
 from hf_precond.model.survey import Survey, add_reason
 
@@ -42,7 +42,7 @@ def open_statistics(model: nn.Module, requests: Sequence[Request]) -> Statistics
     """
     curvature = [request for request in requests if isinstance(request, CurvatureRequest)]
     if curvature and len(curvature) == len(requests):
-        from hf_precond.model.partial_hessian import open_probe
+        from hf_precond.model.curvature.partial_hessian import open_probe
 
         return open_probe(model, curvature)
     if curvature:

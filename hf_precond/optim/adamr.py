@@ -14,8 +14,8 @@ from hf_precond.optim.base import PrecondOptimizer
 from hf_precond.optim.leaf import Leaf
 from hf_precond.optim.moments import mean_of
 from hf_precond.optim.placed import PlacedMatrix
-from hf_precond.optim.rotation import RotatedAdamRule
-from hf_precond.optim.rotation_batch import MatrixLeaf
+from hf_precond.optim.rotation.batch import MatrixLeaf
+from hf_precond.optim.rotation.rule import RotatedAdamRule
 
 Moment = Literal["input", "output_grad"]
 FEATURED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -25,7 +25,7 @@ class AdamR(PrecondOptimizer):
     """Adam's step in the eigenbasis of the gradient's Kronecker second moments.
 
     Every parameter of two or more dimensions is stepped by
-    :class:`~hf_precond.optim.rotation.RotatedAdamRule` (its formula is there),
+    :class:`~hf_precond.optim.rotation.rule.RotatedAdamRule` (its formula is there),
     every other by AdamW. ``basis="identity"`` is ``torch.optim.AdamW``.
 
     ``basis_source="feature"`` takes for the factors the second moments of the

@@ -13,14 +13,14 @@ from hf_precond.blocks.found import Request
 from hf_precond.blocks.statistics import request_shape
 from hf_precond.configs import AFOptConfig
 from hf_precond.linalg.packed import pack, packed_size, unpack
-from hf_precond.optim import scaling
-from hf_precond.optim.attention_entropy import EntropyWatch
-from hf_precond.optim.attention_factors import AttentionFactors, heads_of
-from hf_precond.optim.attention_plan import Plan, RightFactor, Treatment, observes
-from hf_precond.optim.attention_refresh import Refresh
-from hf_precond.optim.attention_report import logit_scale, report
+from hf_precond.optim.attention import scaling
+from hf_precond.optim.attention.directions import Sandwich
+from hf_precond.optim.attention.entropy import EntropyWatch
+from hf_precond.optim.attention.factors import AttentionFactors, heads_of
+from hf_precond.optim.attention.plan import Plan, RightFactor, Treatment, observes
+from hf_precond.optim.attention.refresh import Refresh
+from hf_precond.optim.attention.report import logit_scale, report
 from hf_precond.optim.base import PrecondOptimizer
-from hf_precond.optim.directions import Sandwich
 from hf_precond.optim.leaf import Leaf, grouped
 from hf_precond.optim.moments import mean_of, update_moment
 from hf_precond.optim.muon import MuonRule
@@ -379,10 +379,10 @@ class AFOpt(PrecondOptimizer):
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, float]:
-        """Counters, and what :func:`~hf_precond.optim.attention_report.report` says.
+        """Counters, and what :func:`~hf_precond.optim.attention.report.report` says.
 
         With ``attention_entropy``, what
-        :meth:`~hf_precond.optim.attention_entropy.EntropyWatch.values` says
+        :meth:`~hf_precond.optim.attention.entropy.EntropyWatch.values` says
         too. Costs about as much as a step: call it when logging.
         """
         watched = {} if self.watch is None else self.watch.values()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hf_precond.optim.muon import MuonRule
-from hf_precond.optim.rotation import RotatedAdamRule
+from hf_precond.optim.rotation.rule import RotatedAdamRule
 from hf_precond.optim.rules import AdamWRule, Rule, SGDRule
 
 

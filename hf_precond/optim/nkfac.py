@@ -11,11 +11,11 @@ from torch import Tensor
 from hf_precond.blocks import MomentRequest, Statistic
 from hf_precond.configs import NKFACConfig
 from hf_precond.linalg.precision import float32_products
-from hf_precond.optim import inverses, kronecker
-from hf_precond.optim import nkfac_reference as reference
 from hf_precond.optim.base import PrecondOptimizer
-from hf_precond.optim.inverses import batches, choose_solver, stacked
-from hf_precond.optim.kronecker import Factor, KroneckerBlock, factors_of
+from hf_precond.optim.kronecker import blocks as kronecker
+from hf_precond.optim.kronecker import inverses, reference
+from hf_precond.optim.kronecker.blocks import Factor, KroneckerBlock, factors_of
+from hf_precond.optim.kronecker.inverses import batches, choose_solver, stacked
 from hf_precond.optim.leaf import grouped
 from hf_precond.optim.placed import PlacedMatrix, Preconditioned
 from hf_precond.optim.shared_refresh import Pieces
@@ -54,7 +54,7 @@ class NKFAC(PrecondOptimizer):
     ``reference=True`` reproduces the authors' published code: NKFAC with
     ``base="sgd"`` (weight decay coupled), AdaNKFAC with ``base="adamw"``
     (weight decay inside the bias-corrected step); see
-    :mod:`~hf_precond.optim.nkfac_reference`.
+    :mod:`~hf_precond.optim.kronecker.reference`.
 
     Start from the learning rate of the base rule. Signs of trouble:
     ``newton_restarts`` of :meth:`diagnostics` at every refresh (the curvature

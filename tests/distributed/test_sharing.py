@@ -6,7 +6,7 @@ from torch import nn
 
 from hf_precond import distributed
 from hf_precond.linalg import fallback, roots
-from hf_precond.optim import inverses
+from hf_precond.optim.kronecker import inverses
 from hf_precond.registry import create_optimizer
 from tests import ranks
 from tests.optim.models import batch, make, train_step

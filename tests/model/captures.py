@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_precond.blocks import LayerMatrix, MomentRequest, Statistic
-from hf_precond.model.capture import Capture
 from hf_precond.model.matrices import find_matrices, is_linear
+from hf_precond.model.moments.capture import Capture
 
 OPEN: list[Capture] = []
 

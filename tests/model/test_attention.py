@@ -8,9 +8,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hf_precond.blocks import Heads, MomentRequest
-from hf_precond.model import lookup
 from hf_precond.model.attention import declare_attention, find_attention, forget_attention
-from hf_precond.model.capture import Capture
+from hf_precond.model.moments import lookup
+from hf_precond.model.moments.capture import Capture
 from tests.model.families import FAMILIES, build, loss_of
 
 

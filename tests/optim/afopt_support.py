@@ -5,8 +5,8 @@ from torch import nn
 
 from hf_precond.blocks import AttentionBlock, Blocks, Heads, LayerMatrix, RowSelection
 from hf_precond.configs import AFOptConfig
-from hf_precond.model.capture import Capture
 from hf_precond.model.groups import parameter_groups
+from hf_precond.model.moments.capture import Capture
 from hf_precond.model.routing import attention_matrices
 from hf_precond.optim.afopt import AFOpt
 

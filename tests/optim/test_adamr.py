@@ -8,8 +8,8 @@ from torch import nn
 
 from hf_precond.linalg import eigenbasis
 from hf_precond.optim.leaf import Leaf
-from hf_precond.optim.rotation_batch import Batch
-from hf_precond.optim.rotation_refresh import Turn, turn
+from hf_precond.optim.rotation.batch import Batch
+from hf_precond.optim.rotation.refresh import Turn, turn
 from tests.optim.adamr_cases import adamr, layers, noise, orthogonal, run
 
 SHAPES = [(7, 7), (6, 9), (9, 6), (4, 20), (20, 4), (1, 5), (5, 1)]

@@ -6,7 +6,7 @@ from torch import nn
 
 from hf_precond.blocks import LayerMatrix
 from hf_precond.configs import AdamRConfig
-from hf_precond.optim.rotation_plan import RotationPlan, plan_rotation, state_elements
+from hf_precond.optim.rotation.plan import RotationPlan, plan_rotation, state_elements
 from tests.optim.adamr_cases import adamr, noise, run
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_precond.linalg import eigenbasis
-from hf_precond.optim import rotation_refresh
+from hf_precond.optim.rotation import refresh as rotation_refresh
 from tests.optim.adamr_cases import RotatedQuadratic, adamr, layers, orthogonal
 
 SIZE, STEPS = 12, 300

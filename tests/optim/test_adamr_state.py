@@ -12,9 +12,9 @@ from hf_precond.configs import AdamRConfig, NKFACConfig
 from hf_precond.linalg import fallback
 from hf_precond.optim.adamr import AdamR
 from hf_precond.optim.base_rules import make_rule
-from hf_precond.optim.rotation import RotatedAdamRule
-from hf_precond.optim.rotation_batch import Batch
-from hf_precond.optim.rotation_plan import RotationPlan
+from hf_precond.optim.rotation.batch import Batch
+from hf_precond.optim.rotation.plan import RotationPlan
+from hf_precond.optim.rotation.rule import RotatedAdamRule
 from tests.optim.adamr_cases import adamr, layers, noise, run
 
 SHAPES = [(7, 7), (7, 7), (6, 40), (40, 6), (7, 7)]
@@ -80,7 +80,7 @@ def test_a_matrix_without_a_gradient_waits_and_disturbs_no_other():
 @pytest.mark.parametrize("shape", [(900, 400), (300, 1400)])
 def test_a_matrix_in_slices_steps_as_a_whole(shape, monkeypatch):
     """Large enough for slices along the side that is not rotated, and for factors in bands."""
-    from hf_precond.optim import rotation
+    from hf_precond.optim.rotation import rule as rotation
 
     gradients = noise(shape, steps=4)
     sliced, whole = zeros(shape), zeros(shape)

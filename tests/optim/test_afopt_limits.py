@@ -6,7 +6,7 @@ from torch import nn
 
 from hf_precond.blocks import AttentionBlock, Blocks, Heads, LayerMatrix
 from hf_precond.configs import AFOptConfig
-from hf_precond.model.capture import Capture
+from hf_precond.model.moments.capture import Capture
 from hf_precond.optim.afopt import AFOpt
 from hf_precond.registry import create_optimizer
 from tests.optim.afopt_support import (

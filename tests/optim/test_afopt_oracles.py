@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_precond.linalg.msign import newton_schulz
-from hf_precond.optim import directions as directions_module
+from hf_precond.optim.attention import directions as directions_module
 from tests.optim.afopt_support import (
     Attention,
     backward,

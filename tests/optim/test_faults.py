@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from hf_precond.blocks.sharding import all_finite
-from hf_precond.optim import rotation_refresh
 from hf_precond.optim.failures import MAX_DROPPED, Failures
-from hf_precond.optim.rotation_batch import Batch
+from hf_precond.optim.rotation import refresh as rotation_refresh
+from hf_precond.optim.rotation.batch import Batch
 from hf_precond.registry import list_optimizers
 from tests.optim.models import backward, batch, make, train, train_step, weights
 from tests.optim.test_shared import build, same

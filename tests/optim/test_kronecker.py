@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_precond.optim import kronecker
-from hf_precond.optim.kronecker import KroneckerBlock, norm_recovered
+from hf_precond.optim.kronecker import blocks as kronecker
+from hf_precond.optim.kronecker.blocks import KroneckerBlock, norm_recovered
 
 PATHS = [kronecker._average_on_host, kronecker._average_on_device]
 

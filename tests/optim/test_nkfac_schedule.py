@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_precond.configs import NKFACConfig
-from hf_precond.optim import inverses
+from hf_precond.optim.kronecker import inverses
 from hf_precond.registry import create_optimizer
 
 F64 = torch.float64

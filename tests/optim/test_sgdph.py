@@ -10,8 +10,8 @@ from torch import nn
 
 from hf_precond.blocks import Blocks, NormParameter, Statistic
 from hf_precond.configs import SGDPHConfig
+from hf_precond.model.curvature.partial_hessian import open_probe
 from hf_precond.model.norms import channel_parameters
-from hf_precond.model.partial_hessian import open_probe
 from hf_precond.optim.sgdph import SGDPH
 from hf_precond.registry import create_optimizer
 
@@ -388,7 +388,7 @@ def test_steps_that_are_not_due_compute_no_product(monkeypatch):
     model = network()
     optimizer = build(model, probe_interval=3)
     calls = []
-    import hf_precond.model.partial_hessian as module
+    import hf_precond.model.curvature.partial_hessian as module
 
     original = module.GraphProduct
     monkeypatch.setattr(

@@ -14,8 +14,8 @@ from hf_precond.blocks.sharding import is_sharded
 from hf_precond.configs import AFOptConfig
 from hf_precond.linalg import roots
 from hf_precond.linalg.packed import pack
-from hf_precond.optim.attention_factors import AttentionFactors, merged, quadratic
-from hf_precond.optim.attention_plan import Plan, RightFactor, State, Treatment
+from hf_precond.optim.attention.factors import AttentionFactors, merged, quadratic
+from hf_precond.optim.attention.plan import Plan, RightFactor, State, Treatment
 from hf_precond.optim.failures import Failures
 from hf_precond.optim.leaf import grouped
 from hf_precond.optim.placed import PlacedMatrix

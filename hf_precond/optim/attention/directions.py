@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_precond.linalg.msign import gram_newton_schulz, newton_schulz
 from hf_precond.linalg.precision import Precision, float32_products, matmul
-from hf_precond.optim.attention_plan import Form
+from hf_precond.optim.attention.plan import Form
 
 
 @dataclass

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from hf_precond.blocks import LayerMatrix, MomentRequest
 from hf_precond.model.attention import find_attention
-from hf_precond.model.capture import Capture
 from hf_precond.model.matrices import find_matrices
+from hf_precond.model.moments.capture import Capture
 from tests.model.captures import (
     Recorder,
     close_all,
@@ -39,7 +39,7 @@ CONVOLUTIONS = [
 @pytest.mark.parametrize("entries", [1, 2**24])
 @pytest.mark.parametrize("layer", CONVOLUTIONS, ids=["plain", "grouped", "depthwise"])
 def test_convolutions(layer: nn.Module, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_precond.model.parts._PATCHES", entries)
+    monkeypatch.setattr("hf_precond.model.moments.parts._PATCHES", entries)
     torch.manual_seed(0)
     layer = copy.deepcopy(layer).double()
     (matrix,) = find_matrices(layer)

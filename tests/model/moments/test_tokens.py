@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_precond.blocks import MomentRequest
 from hf_precond.model.attention import find_attention
-from hf_precond.model.capture import Capture
+from hf_precond.model.moments.capture import Capture
 from tests.model.families import TEXT, build, loss_of, text
 
 OPEN: list[Capture] = []

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_precond.model.stage import Part
+from hf_precond.model.moments.stage import Part
 
 
 @dataclass

@@ -10,8 +10,8 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from hf_precond.blocks import LayerMatrix
 from hf_precond.model.matrices import CONVOLUTIONS
-from hf_precond.model.rows import patches, select_outputs
-from hf_precond.model.stage import Part, Spares, block_moment, centred, count_of, moment
+from hf_precond.model.moments.rows import patches, select_outputs
+from hf_precond.model.moments.stage import Part, Spares, block_moment, centred, count_of, moment
 
 GOLDEN = (5**0.5 - 1) / 2
 _PATCHES = 2**24  # entries of a convolution's patches that are laid out at once

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_precond.blocks import LayerMatrix, MomentRequest, Statistic
 from hf_precond.model.attention import find_attention
-from hf_precond.model.capture import Capture
 from hf_precond.model.matrices import find_matrices
+from hf_precond.model.moments.capture import Capture
 from tests.model.captures import (
     Recorder,
     assert_same,

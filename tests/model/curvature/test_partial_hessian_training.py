@@ -17,9 +17,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from hf_precond.blocks import CurvatureRequest
-from hf_precond.model import partial_hessian
+from hf_precond.model.curvature import partial_hessian
+from hf_precond.model.curvature.partial_hessian import open_probe
 from hf_precond.model.norms import channel_parameters
-from hf_precond.model.partial_hessian import open_probe
 from tests.optim.models import batch, make
 
 

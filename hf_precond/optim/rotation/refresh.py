@@ -15,9 +15,9 @@ from hf_precond.linalg import eigenbasis, fallback
 from hf_precond.linalg.workspace import Workspace
 from hf_precond.optim.failures import Failures
 from hf_precond.optim.leaf import Leaf, grouped
-from hf_precond.optim.rotation_batch import Batch
-from hf_precond.optim.rotation_plan import RotationPlan
-from hf_precond.optim.rotation_products import lower_bands, turn
+from hf_precond.optim.rotation.batch import Batch
+from hf_precond.optim.rotation.plan import RotationPlan
+from hf_precond.optim.rotation.products import lower_bands, turn
 from hf_precond.optim.shared_refresh import Pieces
 
 CLEAN_EVERY = 8

@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_precond.model.attention import find_attention
 from hf_precond.model.matrices import layer_matrix
-from hf_precond.model.rows import multihead_inner, output_rows, patches, select_outputs
+from hf_precond.model.moments.rows import multihead_inner, output_rows, patches, select_outputs
 from tests.model.families import build
 
 CONVOLUTIONS: dict[str, tuple[type[nn.Module], tuple[int, ...], dict[str, Any]]] = {

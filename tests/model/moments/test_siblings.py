@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_precond.blocks import MomentRequest
-from hf_precond.model import capture as capture_module
+from hf_precond.model.moments import capture as capture_module
 from tests.model.captures import close_all, linears, opened
 from tests.model.families import FAMILIES, build, loss_of
 

@@ -7,9 +7,13 @@ import torch
 from torch import nn
 
 from hf_precond.blocks import CurvatureRequest, NormParameter
-from hf_precond.model.hessian_products import GraphProduct, diagonal_estimates, probe_vectors
+from hf_precond.model.curvature.hessian_products import (
+    GraphProduct,
+    diagonal_estimates,
+    probe_vectors,
+)
+from hf_precond.model.curvature.partial_hessian import open_probe
 from hf_precond.model.norms import channel_parameters
-from hf_precond.model.partial_hessian import open_probe
 
 PROBES = ("rademacher", "ones", "exact")
 NORMS = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "rms": nn.RMSNorm}

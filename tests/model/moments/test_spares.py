@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from hf_precond.blocks import LayerMatrix, MomentRequest
-from hf_precond.model.capture import Capture
+from hf_precond.model.moments.capture import Capture
 
 
 def collect(capture, model, seed, passes=1):

@@ -6,8 +6,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_precond.blocks import CurvatureRequest
+from hf_precond.model.curvature.partial_hessian import open_probe
 from hf_precond.model.norms import channel_parameters
-from hf_precond.model.partial_hessian import open_probe
 
 LOW = torch.bfloat16
 

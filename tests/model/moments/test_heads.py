@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
 from hf_precond.blocks import AttentionBlock, MomentRequest
-from hf_precond.model import lookup
 from hf_precond.model.attention import find_attention
-from hf_precond.model.capture import Capture
-from hf_precond.model.rotation import average, half_split, read_layout, tables
+from hf_precond.model.moments import lookup
+from hf_precond.model.moments.capture import Capture
+from hf_precond.model.moments.rotation import average, half_split, read_layout, tables
 from tests.model.families import FAMILIES, TEXT, build, loss_of, text
 
 

@@ -15,20 +15,20 @@ from hf_precond.blocks import LayerMatrix, MomentRequest, Statistic
 from hf_precond.model.adapters import trains, wrappers_of
 from hf_precond.model.attention import find_attention
 from hf_precond.model.double_backward import DoubleBackward
-from hf_precond.model.heads import HEADS, HeadMoments
 from hf_precond.model.hooks import Hook
 from hf_precond.model.matrices import CONVOLUTIONS, is_linear
-from hf_precond.model.parts import Collection, input_part, output_part, patch_part
-from hf_precond.model.rows import (
+from hf_precond.model.moments.heads import HEADS, HeadMoments
+from hf_precond.model.moments.parts import Collection, input_part, output_part, patch_part
+from hf_precond.model.moments.rows import (
     input_of,
     multihead_inner,
     multihead_role,
     multihead_weights,
     output_rows,
 )
-from hf_precond.model.siblings import SharedInputs
-from hf_precond.model.stage import Part, Stage, no_autocast
-from hf_precond.model.tokens import Reader, TokenWeights
+from hf_precond.model.moments.siblings import SharedInputs
+from hf_precond.model.moments.stage import Part, Stage, no_autocast
+from hf_precond.model.moments.tokens import Reader, TokenWeights
 
 
 @dataclass

@@ -13,7 +13,7 @@ from hf_precond.blocks import LayerMatrix
 from hf_precond.blocks.sharding import full, is_sharded, like
 from hf_precond.configs import compute_dtype
 from hf_precond.optim.leaf import Leaf, grouped
-from hf_precond.optim.rotation_plan import RotationPlan, is_embedding
+from hf_precond.optim.rotation.plan import RotationPlan, is_embedding
 from hf_precond.optim.rules import descend
 
 CPU_ELEMENTS = 1 << 18

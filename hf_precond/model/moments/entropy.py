@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hf_precond.model.lookup import Call
+from hf_precond.model.moments.lookup import Call
 
 
 def spaced(length: int, rows: int) -> slice:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hf_precond.blocks import AttentionBlock
 from hf_precond.configs import AFOptConfig
-from hf_precond.optim.attention_plan import Moment, Plan, State, Treatment
+from hf_precond.optim.attention.plan import Moment, Plan, State, Treatment
 
 JITTER = 8
 """Damping beside the covariant one, in units of rounding times the mean eigenvalue (1e-6)."""

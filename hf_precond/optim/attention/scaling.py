@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_precond.configs import compute_dtype
-from hf_precond.optim.directions import times_right
+from hf_precond.optim.attention.directions import times_right
 from hf_precond.optim.leaf import Leaf
 from hf_precond.optim.rules import AdamWRule, Rule, SGDRule
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from hf_precond.blocks import AttentionBlock
 from hf_precond.linalg.roots import mean_eigenvalue
-from hf_precond.optim.attention_factors import heads_of
-from hf_precond.optim.attention_plan import Plan, RightFactor, Treatment
-from hf_precond.optim.attention_refresh import Refresh
-from hf_precond.optim.directions import times_right
+from hf_precond.optim.attention.directions import times_right
+from hf_precond.optim.attention.factors import heads_of
+from hf_precond.optim.attention.plan import Plan, RightFactor, Treatment
+from hf_precond.optim.attention.refresh import Refresh
 
 POWER_STEPS = 12
 

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_precond.blocks import LayerMatrix, MomentRequest
-from hf_precond.model.capture import Capture
-from hf_precond.model.parts import thinned
+from hf_precond.model.moments.capture import Capture
+from hf_precond.model.moments.parts import thinned
 from tests.optim.models import batch, make
 
 F64 = torch.float64

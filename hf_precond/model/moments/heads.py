@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_precond.blocks import AttentionBlock, MomentRequest, Statistic
-from hf_precond.model.entropy import entropies, spaced
 from hf_precond.model.hooks import Hook
-from hf_precond.model.lookup import Call, Observation
-from hf_precond.model.rotation import (
+from hf_precond.model.moments.entropy import entropies, spaced
+from hf_precond.model.moments.lookup import Call, Observation
+from hf_precond.model.moments.rotation import (
     Layout,
     average,
     from_complex,
@@ -22,8 +22,8 @@ from hf_precond.model.rotation import (
     read_layout,
     tables,
 )
-from hf_precond.model.stage import Part, Stage, centred, count_of, moment, no_autocast
-from hf_precond.model.tokens import Reader, TokenWeights
+from hf_precond.model.moments.stage import Part, Stage, centred, count_of, moment, no_autocast
+from hf_precond.model.moments.tokens import Reader, TokenWeights
 
 HEADS = ("query", "key", "entropy")
 """Kinds of requests that are answered from the calls of an attention's kernel."""

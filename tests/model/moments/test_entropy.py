@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from hf_precond.blocks import MomentRequest
 from hf_precond.model.attention import find_attention
-from hf_precond.model.capture import Capture
-from hf_precond.model.entropy import entropies, spaced
-from hf_precond.model.lookup import Call
+from hf_precond.model.moments.capture import Capture
+from hf_precond.model.moments.entropy import entropies, spaced
+from hf_precond.model.moments.lookup import Call
 from tests.model.families import FAMILIES, TEXT, build, loss_of
 
 GROUPED = TEXT | {"num_key_value_heads": 2, "head_dim": 4}

@@ -15,10 +15,10 @@ from hf_precond.configs import AdamRConfig, OptimizerConfig, compute_dtype
 from hf_precond.linalg.precision import matmul
 from hf_precond.linalg.workspace import Workspace
 from hf_precond.optim.leaf import Leaf
-from hf_precond.optim.rotation_batch import CPU_ELEMENTS, SLICE, Batch, Part, batches
-from hf_precond.optim.rotation_plan import RotationPlan, plan_rotation
-from hf_precond.optim.rotation_products import accumulate, observe, turn
-from hf_precond.optim.rotation_refresh import BasisRefresh, Turn
+from hf_precond.optim.rotation.batch import CPU_ELEMENTS, SLICE, Batch, Part, batches
+from hf_precond.optim.rotation.plan import RotationPlan, plan_rotation
+from hf_precond.optim.rotation.products import accumulate, observe, turn
+from hf_precond.optim.rotation.refresh import BasisRefresh, Turn
 from hf_precond.optim.rules import AdamWRule, Rule
 
 WINDOW = 1 << 25

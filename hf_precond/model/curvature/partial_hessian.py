@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from hf_precond.blocks import CurvatureRequest, Statistic
-from hf_precond.model import backward_hook
-from hf_precond.model.double_backward import DoubleBackward, compiled_code_runs
-from hf_precond.model.finite_difference import DifferenceProduct
-from hf_precond.model.full_precision import FullPrecision
-from hf_precond.model.hessian_products import (
+from hf_precond.model.curvature import backward_hook
+from hf_precond.model.curvature.finite_difference import DifferenceProduct
+from hf_precond.model.curvature.full_precision import FullPrecision
+from hf_precond.model.curvature.hessian_products import (
     GraphProduct,
     depends_on,
     diagonal_estimates,
     probe_vectors,
 )
+from hf_precond.model.double_backward import DoubleBackward, compiled_code_runs
 from hf_precond.model.hooks import Hook
 
 NO_LOSS = (

@@ -1,0 +1,1 @@
+"""Second moments collected from a model's passes."""

@@ -1,0 +1,1 @@
+"""AFOpt's parts: which factors each matrix has, how they are refreshed, the directions."""

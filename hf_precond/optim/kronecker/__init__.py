@@ -1,0 +1,1 @@
+"""NKFAC's parts: Kronecker factors, their inverses, the authors' rules."""
