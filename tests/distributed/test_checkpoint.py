@@ -125,6 +125,6 @@ def test_a_sharded_run_resumes_in_new_processes_whatever_their_number(size, othe
         for result in ranks.run(loaded_and_trained, str(tmp_path), size=other):
             assert result.keys() == whole.keys()
             for key, value in result.items():
-                # One rank turns the gradient that AdamR holds, several rotate it anew: rounding.
-                bound = 1e-12 if other != size and key.startswith("adamr") else 0.0
+                # Other numbers of ranks batch other refreshes together: rounding, of float64.
+                bound = 1e-12 if other != size else 0.0
                 torch.testing.assert_close(value, whole[key], rtol=0, atol=bound, msg=key)
