@@ -50,6 +50,8 @@ def all_reduce_statistics(
         if found is None:
             parts.append(torch.zeros(size + 2, dtype=dtype, device=device))
             continue
+        if tuple(found.sum.shape) != tuple(shape):
+            raise ValueError(f"{key}: its sum is {tuple(found.sum.shape)}, not {tuple(shape)}.")
         tail = torch.stack(
             [found.count.to(dtype).reshape(()), found.count.new_tensor(found.passes).to(dtype)]
         )

@@ -101,6 +101,8 @@ def request_shape(request: MomentRequest | CurvatureRequest) -> tuple[int, ...]:
             return (request.blocks, width, width)
         return (columns, columns)
     heads = request.attention.heads
+    if request.kind == "entropy":
+        return (heads.query,)
     count = heads.query if request.kind == "query" else heads.key_value
     return (count, heads.size, heads.size)
 

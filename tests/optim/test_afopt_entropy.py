@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from hf_precond.blocks.statistics import request_shape
 from hf_precond.registry import create_optimizer
 from tests.model.families import FAMILIES, build, loss_of
 
@@ -31,6 +32,17 @@ def test_entropies_of_every_layer_between_none_and_uniform():
     twin.attach(model)
     assert any(request.kind == "entropy" for request in twin.requests())
     twin.close()
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "bart"])
+def test_every_statistic_has_the_shape_that_ranks_expect(name):
+    model = build(name, torch.float32)
+    optimizer = create_optimizer(model, "afopt", scope="all_linear", attention_entropy=True)
+    loss_of(model, FAMILIES[name].batch()).backward()
+    taken = optimizer.statistics.take()
+    shapes = {request.key: request_shape(request) for request in optimizer.requests()}
+    assert {key: tuple(found.sum.shape) for key, found in taken.items()} == shapes
+    optimizer.close()
 
 
 def test_nothing_is_collected_unless_asked():
