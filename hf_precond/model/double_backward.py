@@ -74,9 +74,9 @@ _EAGER_CODE = _EagerCode()
 class DoubleBackward:
     """The switches that one model's products need.
 
-    :meth:`expect` is for the moment before the model is called, compiled or
-    not; :meth:`acquire` for its forward pass; :meth:`release`, when its
-    backward pass is done, takes both back. Each may be called repeatedly.
+    :meth:`expect` is for the moment before the passes of a step; :meth:`acquire`
+    for a forward pass; :meth:`release`, when its backward pass is done, takes
+    both back. Each may be called repeatedly.
 
     Args:
         model: its modules' reentrant checkpointing (transformers') is run
@@ -87,14 +87,24 @@ class DoubleBackward:
         self.model = model
         self.held: list[_Shared] = []
         self.checkpoints: list[tuple[nn.Module, Any]] = []
+        self.idled = False
 
-    def expect(self) -> None:
-        """Let compiled code run uncompiled from now on."""
-        self._hold(_EAGER_CODE)
+    def expect(self, due: bool) -> None:
+        """Let compiled code run uncompiled from now on, where the step is due; undo the rest.
+
+        A compiled model has been compiled once a step that was not due is
+        over. So until then, and from then on if anything was; otherwise the
+        process may compile what it likes, also after a training that ended
+        before a step that would have been due.
+        """
+        self.release()
+        self.idled = self.idled or not due
+        if due and (not self.idled or compiled_code_runs()):
+            self._hold(_EAGER_CODE)
 
     def acquire(self) -> None:
-        """Switch attention and checkpointing."""
-        self.expect()
+        """Switch compiled code, attention and checkpointing."""
+        self._hold(_EAGER_CODE)
         if _MATH_ATTENTION in self.held:
             return
         self._hold(_MATH_ATTENTION)

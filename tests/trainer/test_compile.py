@@ -1,7 +1,5 @@
 """Compiled models: one compilation, and no graph break for the sake of a hook."""
 
-import gc
-
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -27,7 +25,6 @@ WARM = 3
 @pytest.fixture(autouse=True)
 def anew():
     """Every test compiles anew, and lets others recompile."""
-    gc.collect()  # an optimizer that was dropped while statistics were due holds compilation back
     torch._dynamo.reset()
     counters.clear()
     yield

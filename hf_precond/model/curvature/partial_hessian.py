@@ -21,7 +21,7 @@ from hf_precond.model.curvature.hessian_products import (
     diagonal_estimates,
     probe_vectors,
 )
-from hf_precond.model.double_backward import DoubleBackward, compiled_code_runs
+from hf_precond.model.double_backward import DoubleBackward
 from hf_precond.model.hooks import Hook
 
 NO_LOSS = (
@@ -102,7 +102,6 @@ class CurvatureProbe:
         self.seen: list[Callable[[], Any]] = []
         self.by_differences = False
         self.versions: list[int] = []
-        self.idled = False
         self.switches = DoubleBackward(model)
         self.precision = FullPrecision(model)
         # Children too: some trainers call a part of the model and never its root.
@@ -122,9 +121,7 @@ class CurvatureProbe:
         self.due = due and any(step % r.period == r.phase for r in self.requests)
         self.step = step
         self.vectors = {}
-        self.switches.release()
-        self.idled = self.idled or not self.due
-        self._expect()
+        self.switches.expect(self.due)
 
     def take(self) -> dict[str, Statistic]:
         """What was staged; the stage is empty afterwards.
@@ -183,15 +180,7 @@ class CurvatureProbe:
 
     def release(self) -> None:
         """The backward pass is done."""
-        self.switches.release()
-        self._expect()
-
-    def _expect(self) -> None:
-        # A compiled model has been compiled once a step that was not due is over. Until then,
-        # and from then on if it was, compiled code is to run uncompiled. Otherwise the process
-        # may compile what it likes, also after a training that ends before a due step.
-        if self.due and (not self.idled or compiled_code_runs()):
-            self.switches.expect()
+        self.switches.expect(self.due)
 
     def observe(
         self,

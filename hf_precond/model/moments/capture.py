@@ -80,7 +80,6 @@ class Capture:
         self.requests = list(requests)
         self.stage = Stage()
         self.siblings = SharedInputs()
-        self.enabled = False
         self.step = -1
         self.paths = {module: path for path, module in model.named_modules()}
         self.wrappers = wrappers_of(model)
@@ -91,7 +90,6 @@ class Capture:
         self.tokens = TokenWeights(model)
         # Compiled code runs uncompiled on due steps: hooks that act would break its graphs.
         self.switch = DoubleBackward(model)
-        weakref.finalize(self, _release, self.switch.held)
         self.points: dict[nn.Module, _Point] = {}
         self.served: dict[str, str] = {}
         heads = [request for request in self.requests if request.kind in HEADS]
@@ -105,6 +103,11 @@ class Capture:
             )
             for point in self.points.values()
         ]
+        # The model holds its hooks, they hold the capture weakly: it ends with its optimizer.
+        self._leave = weakref.finalize(
+            self, _leave, self.handles, self.tokens, self.heads, self.switch
+        )
+        self._leave.atexit = False
 
     # What is hooked -----------------------------------------------------------
 
@@ -171,14 +174,17 @@ class Capture:
     # What is seen -------------------------------------------------------------
 
     def _make_hook(self, point: _Point) -> Callable[..., None]:
+        tokens, reference = self.tokens, weakref.WeakMethod(self._observe)
+
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> None:
-            if not self.enabled or not module.training or not torch.is_grad_enabled():
+            if not tokens.enabled or not module.training or not torch.is_grad_enabled():
                 return
             result = output[0] if isinstance(output, (tuple, list)) else output
-            if isinstance(result, Tensor) and result.requires_grad:
-                self._observe(point, args, kwargs, result)
+            observe = reference()
+            if observe is not None and isinstance(result, Tensor) and result.requires_grad:
+                observe(point, args, kwargs, result)
 
         return hook
 
@@ -261,6 +267,11 @@ class Capture:
 
     # The StatisticsSource -----------------------------------------------------
 
+    @property
+    def enabled(self) -> bool:
+        """Whether the passes under way are collected."""
+        return self.tokens.enabled
+
     def enable(self, due: bool, step: int) -> None:
         """Collect (or not) in the passes before the optimizer's step number ``step``.
 
@@ -269,12 +280,10 @@ class Capture:
         if step != self.step:
             self.stage.clear()
         self.step = step
-        self.enabled = self.tokens.enabled = due
+        self.tokens.enabled = due
         self.heads.enable(due)
-        if due:
-            self.switch.expect()
-        else:
-            self.switch.release()
+        self.switch.expect(due)
+        if not due:
             self.tokens.forget()
             self.siblings.forget()
 
@@ -305,21 +314,24 @@ class Capture:
 
     def close(self) -> None:
         """Remove every hook."""
-        self.enabled = False
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
-        self.tokens.close()
-        self.heads.close()
-        self.switch.release()
+        self._leave()
         self.stage.clear()
         self.stage.spares.clear()
 
 
-def _release(held: list[Any]) -> None:
-    """Take back the switches of a capture that was forgotten while they were held."""
-    while held:
-        held.pop().release()
+def _leave(
+    handles: list[RemovableHandle],
+    tokens: TokenWeights,
+    heads: HeadMoments,
+    switch: DoubleBackward,
+) -> None:
+    """What :meth:`Capture.close` undoes, also when it is collected as garbage."""
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+    tokens.close()
+    heads.close()
+    switch.release()
 
 
 def moment_dtype(point: _Point) -> torch.dtype:

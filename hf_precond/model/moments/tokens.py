@@ -81,6 +81,7 @@ class TokenWeights:
 
     def close(self) -> None:
         """Remove the hooks."""
+        self.enabled = False
         for handle in self.handles:
             handle.remove()
         self.handles.clear()

@@ -3,7 +3,6 @@
 import copy
 import gc
 import pickle
-from contextlib import nullcontext
 
 import psutil
 import pytest
@@ -17,7 +16,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from hf_precond.blocks import CurvatureRequest
-from hf_precond.model.curvature import partial_hessian
 from hf_precond.model.curvature.partial_hessian import open_probe
 from hf_precond.model.norms import channel_parameters
 from tests.optim.models import batch, make
@@ -196,24 +194,6 @@ def test_a_source_whose_optimizer_stopped_rests():
     source.enable(True, 40)
     accelerator.backward(loss_of(model))
     assert len(source.take()) == 2
-    source.close()
-
-
-def test_compilation_is_left_alone_where_nothing_was_compiled(monkeypatch):
-    stances = []
-    monkeypatch.setattr(
-        torch.compiler, "set_stance", lambda stance: stances.append(stance) or nullcontext()
-    )
-    monkeypatch.setattr(partial_hessian, "compiled_code_runs", lambda: False)
-    source = open_source(attention_model())
-    source.enable(True, 0)
-    assert stances == ["force_eager"]
-    source.enable(False, 1)
-    source.enable(True, 2)
-    assert len(stances) == 1
-    monkeypatch.setattr(partial_hessian, "compiled_code_runs", lambda: True)
-    source.enable(True, 3)
-    assert len(stances) == 2
     source.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 from collections.abc import Callable, Iterator
@@ -268,6 +269,25 @@ def test_close_removes_every_hook() -> None:
     capture.close()
     loss_of(model, FAMILIES["llama"].batch()).backward()
     assert capture.take() == {}
+
+
+def test_a_capture_that_nobody_holds_leaves_the_model_and_the_compiler() -> None:
+    model = build("llama")
+    before = _hooks(model)
+    block = find_attention(model)[0]
+    rotated = MomentRequest("k", "key", block.k, block, average_rotation=True)
+    capture = Capture(model, [*requests_for(linears(model)), rotated])
+    capture.enable(True, 0)
+    loss_of(model, FAMILIES["llama"].batch()).backward()
+    switch = capture.switch
+    assert switch.held
+    gc.disable()
+    try:
+        del capture
+        assert _hooks(model) == before
+        assert not switch.held
+    finally:
+        gc.enable()
 
 
 def test_copies_and_pickles_of_the_model_do_not_feed_the_capture() -> None:
