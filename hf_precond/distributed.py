@@ -14,6 +14,8 @@ from hf_precond.blocks import Statistic
 
 BUCKET = 1 << 23
 """Bytes that are broadcast together: enough to hide the latency, few enough to stay in a cache."""
+ALONE = 1 << 20
+"""Bytes from which on the results of one piece are broadcast by themselves."""
 
 
 def world_size() -> int:
@@ -96,22 +98,29 @@ def is_mine(owner: int) -> bool:
     return owner == rank()
 
 
-def share(results: Sequence[Tensor], owner: Sequence[int]) -> None:
+def share(results: Sequence[Sequence[Tensor]], owner: Sequence[int]) -> None:
     """Give every rank the tensors that their owners have computed, in place.
 
-    Broadcast in buckets, one owner's and one dtype's tensors in each; a large
-    tensor goes by itself, without a copy. Does nothing in a world of one rank.
+    Broadcast in buckets, one owner's and one dtype's tensors in each. The
+    results of a piece from :data:`ALONE` bytes on are a bucket, which goes
+    without a copy where they lie one after the other in memory. Which bucket a
+    tensor is in depends on shapes alone, so ranks may differ in how theirs
+    lie. Does nothing in a world of one rank.
 
     Args:
-        results: tensors that exist on every rank, of any strides; the owner's
-            values are right before, everybody's after.
-        owner: the rank that has computed each.
+        results: the tensors of each piece, which exist on every rank, of any
+            strides; the owner's values are right before, everybody's after.
+        owner: the rank that has computed each piece.
     """
     if world_size() == 1:
         return
-    kinds: dict[tuple[int, str], list[Tensor]] = {}
-    for tensor, source in zip(results, owner, strict=True):
-        kinds.setdefault((source, str(tensor.dtype)), []).append(tensor)
+    kinds: dict[tuple[int, str], list[list[Tensor]]] = {}
+    for tensors, source in zip(results, owner, strict=True):
+        same: dict[str, list[Tensor]] = {}
+        for tensor in tensors:
+            same.setdefault(str(tensor.dtype), []).append(tensor)
+        for dtype, alike in same.items():
+            kinds.setdefault((source, dtype), []).append(alike)
     queues = [
         [(tensors, source) for tensors in _buckets(kind)]
         for (source, _), kind in sorted(kinds.items(), key=lambda item: item[0])
@@ -133,18 +142,33 @@ def total(numbers: Tensor) -> Tensor:
     return numbers
 
 
-def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Tensors of one dtype, those that are sent together in one list."""
+def _buckets(pieces: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """The results of pieces, of one dtype, those that are sent together in one list."""
     buckets: list[list[Tensor]] = []
     room = 0
-    for tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if size > room:
+    for tensors in pieces:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        alone = size >= ALONE
+        if alone or size > room:
             buckets.append([])
             room = BUCKET
-        buckets[-1].append(tensor)
-        room -= size
+        buckets[-1].extend(tensors)
+        room = 0 if alone else room - size
     return buckets
+
+
+def _run(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The memory of tensors that lie one after the other, as a vector, else ``None``."""
+    first = tensors[0]
+    start = end = first.storage_offset()
+    storage = first.untyped_storage().data_ptr()
+    for tensor in tensors:
+        if not tensor.is_contiguous() or tensor.storage_offset() != end:
+            return None
+        if tensor.untyped_storage().data_ptr() != storage:
+            return None
+        end += tensor.numel()
+    return first.as_strided((end - start,), (1,), start)
 
 
 class _Broadcast:
@@ -153,14 +177,13 @@ class _Broadcast:
     def __init__(self, tensors: list[Tensor], source: int) -> None:
         self.tensors, self.mine = tensors, is_mine(source)
         self.flat: Tensor | None = None
-        if len(tensors) == 1 and tensors[0].is_contiguous():
-            self.work = dist.broadcast(tensors[0], source, async_op=True)
-            return
-        self.flat = tensors[0].new_empty(sum(tensor.numel() for tensor in tensors))
-        if self.mine:
-            for tensor, piece in self._pieces():
-                piece.copy_(tensor)
-        self.work = dist.broadcast(self.flat, source, async_op=True)
+        run = _run(tensors)
+        if run is None:
+            run = self.flat = tensors[0].new_empty(sum(tensor.numel() for tensor in tensors))
+            if self.mine:
+                for tensor, piece in self._pieces():
+                    piece.copy_(tensor)
+        self.work = dist.broadcast(run, source, async_op=True)
 
     def _pieces(self) -> list[tuple[Tensor, Tensor]]:
         """Each tensor with its place in the bucket, in its shape."""

@@ -33,13 +33,39 @@ def share_squares():
     for number, (tensor, source) in enumerate(zip(tensors, owner, strict=True)):
         if distributed.is_mine(source):
             tensor.fill_(number + 1)
-    distributed.share(tensors, owner)
+    distributed.share([[tensor] for tensor in tensors], owner)
     return tensors
 
 
 def test_every_rank_gets_what_the_owners_computed():
     for result in ranks.run(share_squares):
         assert [tensor.tolist() for tensor in result] == [[n, n] for n in (1.0, 2.0, 3.0, 4.0)]
+
+
+def share_neighbours():
+    """Large pieces: neighbours in memory, of two dtypes, and on one rank apart and transposed."""
+    distributed.ALONE, distributed.BUCKET = 64, 96
+    room = torch.zeros(60)
+    pieces = [list(room.view(10, 6).split([3, 3, 4]))]
+    if distributed.rank() == 1:
+        pieces = [[torch.zeros(6, 3).T, torch.zeros(3, 6), torch.zeros(6, 4).T]]
+    pieces.append([torch.zeros(20), torch.zeros(20, dtype=torch.float64), torch.zeros(2)])
+    pieces += [[torch.zeros(5)], [torch.zeros(4)], []]
+    owner = [0, 1, 1, 0, 1]
+    for number, (piece, source) in enumerate(zip(pieces, owner, strict=True)):
+        for place, tensor in enumerate(piece):
+            if distributed.is_mine(source):
+                tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape) + number + place)
+    distributed.share(pieces, owner)
+    return [[tensor.contiguous() for tensor in piece] for piece in pieces]
+
+
+def test_pieces_arrive_however_they_lie_in_memory():
+    first, second = ranks.run(share_neighbours)
+    for number, (piece, twin) in enumerate(zip(first, second, strict=True)):
+        for place, (tensor, other) in enumerate(zip(piece, twin, strict=True)):
+            expected = torch.arange(tensor.numel()).view(tensor.shape) + number + place
+            assert torch.equal(tensor, expected.to(tensor)) and torch.equal(other, tensor)
 
 
 @pytest.mark.parametrize(
@@ -57,5 +83,5 @@ def test_the_costliest_work_goes_first_to_the_least_loaded(costs, size, expected
 def test_one_rank_talks_to_nobody():
     assert distributed.world_size() == 1 and distributed.rank() == 0
     tensor = torch.ones(2)
-    distributed.share([tensor], [0])
+    distributed.share([[tensor]], [0])
     assert tensor.tolist() == [1.0, 1.0]

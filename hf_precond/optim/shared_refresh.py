@@ -105,12 +105,12 @@ class Pieces(Generic[Item]):
         """Give everybody the results of every piece, and what was found on the way.
 
         Args:
-            results: the tensors that hold a piece's result.
+            results: the tensors that hold a piece's result; neighbours in
+                memory, in their order, are sent without a copy.
         """
         if not self._shared:
             return
-        found = [(tensor, owner) for item, owner in self._owned() for tensor in results(item)]
-        distributed.share([tensor for tensor, _ in found], [owner for _, owner in found])
+        distributed.share([results(item) for item in self.items], self._owners)
         known = [0.0 if isinstance(value, Tensor) else value for value in self._values]
         numbers = torch.tensor(known, dtype=torch.float64, device=self.device)
         for place, value in enumerate(self._values):

@@ -14,6 +14,7 @@ from hf_precond.optim.adamr import AdamR
 from hf_precond.optim.base_rules import make_rule
 from hf_precond.optim.rotation.batch import Batch
 from hf_precond.optim.rotation.plan import RotationPlan
+from hf_precond.optim.rotation.refresh import Turn
 from hf_precond.optim.rotation.rule import RotatedAdamRule
 from tests.optim.adamr_cases import adamr, layers, noise, run
 
@@ -277,6 +278,7 @@ def test_momentum_turned_into_an_empty_direction_finds_a_second_moment_there(tra
     half[0, 1] *= -1
     for name, value in optimizer.rule.bases._transported(batch, "left", half[None]).items():
         batch.write(name, value)
+    optimizer.rule.bases._raise([Turn(batch, 0, ("left",), ("left",))])
     beta1, beta2 = optimizer.param_groups[0]["betas"]
     first = state["exp_avg"] / (1 - beta1 ** state["step"])
     second = state["exp_avg_sq"] / (1 - beta2 ** state["step"])

@@ -91,7 +91,8 @@ class Batch:
         parts = [leaf[name] for leaf in self.leaves]
         stack = adjacent(parts)
         if stack is not None:
-            stack.copy_(value)
+            if stack.data_ptr() != value.data_ptr():
+                stack.copy_(value)
         else:
             torch._foreach_copy_(parts, list(value.split(self.plan.tiles)))
 

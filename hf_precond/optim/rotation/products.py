@@ -10,13 +10,6 @@ from hf_precond.linalg.workspace import Workspace
 from hf_precond.optim.leaf import Leaf
 
 
-def lower_bands(factor: Tensor) -> list[Tensor]:
-    """Views that hold the lower triangles, which is all that a factor says."""
-    if not factor.is_cpu:
-        return [factor]
-    return [factor[:, rows, : rows.stop] for rows in eigenbasis.bands(factor.shape[-1])]
-
-
 def accumulate(factor: Tensor, root: Tensor, keep: float, weight: float) -> None:
     """``B ← keep B + weight X Xᵀ``, at least in the lower triangle.
 

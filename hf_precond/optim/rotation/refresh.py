@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hf_precond import distributed
 from hf_precond.configs import AdamRConfig, compute_dtype
 from hf_precond.linalg import eigenbasis, fallback
 from hf_precond.linalg.workspace import Workspace
@@ -17,7 +16,7 @@ from hf_precond.optim.failures import Failures
 from hf_precond.optim.leaf import Leaf, grouped
 from hf_precond.optim.rotation.batch import Batch
 from hf_precond.optim.rotation.plan import RotationPlan
-from hf_precond.optim.rotation.products import lower_bands, turn
+from hf_precond.optim.rotation.products import turn
 from hf_precond.optim.shared_refresh import Pieces
 
 CLEAN_EVERY = 8
@@ -88,7 +87,7 @@ class BasisRefresh:
         self.allocated = 0
 
     def allocate(self, leaf: Leaf, plan: RotationPlan) -> None:
-        """Factors and bases of a leaf.
+        """The momentum, factors and bases of a leaf.
 
         ``left_factor`` is ``Q_Lᵀ L Q_L`` (its lower triangle), ``left_phase``
         the step of an interval on which that basis is refreshed, and
@@ -97,11 +96,17 @@ class BasisRefresh:
         """
         dtype, device = compute_dtype(leaf.param.dtype), leaf.param.device
         kept = self.config.factor_dtype(leaf.param.dtype)
+        squares = {"left": (plan.tiles, plan.rows, plan.rows)}
+        squares["right"] = (plan.tiles, plan.columns, plan.columns)
+        # What turns together lies together, and is sent to other ranks without a copy.
+        shapes = {"exp_avg": (plan.tiles, plan.rows, plan.columns)}
+        if plan.left:
+            shapes = {"left_factor": squares["left"], "left_basis": squares["left"]} | shapes
+        if plan.right:
+            shapes |= {"right_factor": squares["right"], "right_basis": squares["right"]}
+        for name, tensor in _neighbours(shapes, dtype, kept, device).items():
+            leaf[name] = tensor
         for side, cost in plan.refresh_cost.items():
-            size = plan.rows if side == "left" else plan.columns
-            square = (plan.tiles, size, size)
-            leaf[f"{side}_factor"] = torch.zeros(square, dtype=kept, device=device)
-            leaf[f"{side}_basis"] = torch.zeros(square, dtype=dtype, device=device)
             phase = min(range(len(self.loads)), key=self.loads.__getitem__)
             self.loads[phase] += cost
             self.allocated += 1
@@ -200,8 +205,7 @@ class BasisRefresh:
                 if rotation is not None:
                     rotations[side] = rotation
         pieces.share(self._results)
-        if distributed.world_size() > 1:
-            self._follow(pieces.others())
+        self._raise([turn for turn in turns if turn.stale])
         self._note_energies(pieces)
         pieces.report(self.failures, lambda turn: turn.name, self._count)
         return rotations
@@ -252,26 +256,33 @@ class BasisRefresh:
                     leaf[name].fill_(energy)
 
     def _results(self, turn: Turn) -> list[Tensor]:
-        """What the turn of a leaf has changed, but for what others can tell from it."""
-        leaf = turn.leaf
-        if not turn.stale:
-            return []
-        results = []
-        for side in turn.stale:
-            results += [*lower_bands(leaf[f"{side}_factor"]), leaf[f"{side}_basis"]]
-        if leaf["step"] > 0:
-            results.append(leaf["exp_avg"])
-            if self._spreads(leaf["step"]) or len(turn.stale) > 1:
-                results += [leaf["exp_avg_sq"], leaf["mean_sq"]]
-        return results
+        """What the turn of a leaf has changed, as it lies in memory."""
+        leaf, step = turn.leaf, turn.leaf["step"]
+        names = [f"{side}_{kind}" for side in turn.stale for kind in ("factor", "basis")]
+        if names and step > 0:
+            names.insert(2 if "left" in turn.stale else 0, "exp_avg")
+            if self._spreads(step):
+                names.append("exp_avg_sq")
+        return [leaf[name] for name in names]
 
-    def _follow(self, turns: Sequence[Turn]) -> None:
-        """Raise V as the owner did, from the momentum that it sent."""
-        for due in turns:
-            if len(due.stale) == 1 and not self._spreads(due.leaf["step"]):
-                part = due.batch.part([due.place])
-                for name, value in self._raised(part, part.read("exp_avg")).items():
-                    part.write(name, value)
+    def _raise(self, turns: Sequence[Turn]) -> None:
+        """Raise V to where ``M̂² <= V̂``, after bases have turned that it did not follow.
+
+        The momentum turns into directions that had none, where Adam's ratio
+        would have no bound.
+        """
+        for same in grouped(turns, lambda turn: id(turn.batch)):
+            batch = same[0].batch.part([turn.place for turn in same])
+            step = batch.number("step")
+            if step == 0 or self._spreads(step):
+                continue
+            beta1, beta2 = batch.group["betas"]
+            ratio = (1 - beta2**step) / (1 - beta1**step) ** 2
+            first, second = batch.read("exp_avg"), batch.read("exp_avg_sq")
+            lowest = self.workspace.take("lowest", first.shape, first)
+            torch.mul(first, first, out=lowest).mul_(ratio)
+            batch.write("exp_avg_sq", torch.maximum(second, lowest, out=second))
+            batch.write("mean_sq", second.mean((1, 2), keepdim=True))
 
     def _turn(
         self, batch: Batch, side: str, pieces: Pieces[Turn]
@@ -310,33 +321,21 @@ class BasisRefresh:
         return rotation, energies
 
     def _transported(self, batch: Batch, side: str, rotation: Tensor) -> dict[str, Tensor]:
-        """The moments in the new basis: ``Pᵀ M``, and V by overlap or with its columns.
+        """The moments in the new basis: ``Pᵀ M``, and V by overlap where it does not stay.
 
-        V that stays is raised to ``M̂² <= V̂`` where the momentum turned into a
-        direction that had none: Adam's ratio would have no bound there. While
-        the factors are young their null spaces turn freely, and V always
+        While the factors are young their null spaces turn freely, and V always
         follows by overlap.
         """
-        first = turn(side, rotation, batch.read("exp_avg"), self.workspace)
-        if not self._spreads(batch.number("step")):
-            return {"exp_avg": first} | self._raised(batch, first)
-        second = batch.read("exp_avg_sq")
-        share = eigenbasis.overlap(rotation)
-        second = turn(side, share, second, self.workspace, "turned second")
-        return {"exp_avg": first, "exp_avg_sq": second}
+        moments = {"exp_avg": turn(side, rotation, batch.read("exp_avg"), self.workspace)}
+        if self._spreads(batch.number("step")):
+            share = eigenbasis.overlap(rotation)
+            second = batch.read("exp_avg_sq")
+            moments["exp_avg_sq"] = turn(side, share, second, self.workspace, "turned second")
+        return moments
 
     def _spreads(self, step: int) -> bool:
         """Whether V follows a basis by overlap."""
         return self.config.transport == "overlap" or step < self.config.basis_interval
-
-    def _raised(self, batch: Batch, first: Tensor) -> dict[str, Tensor]:
-        """V where ``M̂² <= V̂``, and its mean."""
-        (beta1, beta2), step = batch.group["betas"], batch.number("step")
-        ratio = (1 - beta2**step) / (1 - beta1**step) ** 2
-        lowest = self.workspace.take("turned second", first.shape, first)
-        torch.mul(first, first, out=lowest).mul_(ratio)
-        second = torch.maximum(batch.read("exp_avg_sq"), lowest, out=lowest)
-        return {"exp_avg_sq": second, "mean_sq": second.mean((1, 2), keepdim=True)}
 
     def _count(self, name: str, by: int | Tensor) -> None:
         if isinstance(by, Tensor) or by:
@@ -352,3 +351,21 @@ def name_of(leaf: Leaf, side: str) -> str:
 def _host_scalar(device: torch.device, dtype: torch.dtype, value: float) -> Tensor:
     """A number on the host that a GPU can write to without being waited for."""
     return torch.full((), value, dtype=dtype, pin_memory=device.type == "cuda")
+
+
+def _neighbours(
+    shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, kept: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """Zeros of these shapes, each after the one before in memory; factors in the dtype ``kept``."""
+    dtypes = {name: kept if name.endswith("factor") else dtype for name in shapes}
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    totals = dict.fromkeys(dtypes.values(), 0)
+    for name, size in sizes.items():
+        totals[dtypes[name]] += size
+    rooms = {kind: torch.zeros(n, dtype=kind, device=device) for kind, n in totals.items()}
+    found, places = {}, dict.fromkeys(rooms, 0)
+    for name, shape in shapes.items():
+        kind = dtypes[name]
+        start, places[kind] = places[kind], places[kind] + sizes[name]
+        found[name] = rooms[kind][start : places[kind]].view(shape)
+    return found

@@ -118,7 +118,6 @@ class RotatedAdamRule(Rule):
             return
         dtype, device = compute_dtype(leaf.param.dtype), leaf.param.device
         shape = (plan.tiles, plan.rows, plan.columns)
-        leaf["exp_avg"] = torch.zeros(shape, dtype=dtype, device=device)
         leaf["exp_avg_sq"] = torch.zeros(shape, dtype=dtype, device=device)
         leaf["mean_sq"] = torch.zeros((plan.tiles, 1, 1), dtype=dtype, device=device)
         self.bases.allocate(leaf, plan)
