@@ -282,12 +282,12 @@ def test_accumulation_equals_the_larger_batch(name, tmp_path):
     # A model whose loss is summed over num_items_in_batch: others ignore it, and the Trainer
     # then trains a loss that is larger by the number of micro-batches.
     data = [{"input_ids": d["input_ids"], "labels": d["input_ids"]} for d in text_data()]
-    whole = make(name, tmp_path, llama(), data)
+    whole = make(name, tmp_path, llama().double(), data)
     whole.train()
     parts = make(
         name,
         tmp_path,
-        llama(),
+        llama().double(),
         data,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,

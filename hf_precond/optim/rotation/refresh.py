@@ -83,16 +83,13 @@ class BasisRefresh:
         self.failures = Failures()
         self.gradients: list[bool | Tensor] = []
         self.calls = 0
-        self.loads = [0] * config.basis_interval
-        self.allocated = 0
+        self.loads = [0.0] * config.basis_interval
+        self.cleans = [[0.0] * CLEAN_EVERY for _ in self.loads]
 
     def allocate(self, leaf: Leaf, plan: RotationPlan) -> None:
         """The momentum, factors and bases of a leaf.
 
-        ``left_factor`` is ``Q_Lᵀ L Q_L`` (its lower triangle), ``left_phase``
-        the step of an interval on which that basis is refreshed, and
-        ``left_clean`` the interval of :data:`CLEAN_EVERY` in which it is made
-        orthogonal again: neither work falls on all bases at once.
+        ``left_factor`` is ``Q_Lᵀ L Q_L``, its lower triangle.
         """
         dtype, device = compute_dtype(leaf.param.dtype), leaf.param.device
         kept = self.config.factor_dtype(leaf.param.dtype)
@@ -106,15 +103,25 @@ class BasisRefresh:
             shapes |= {"right_factor": squares["right"], "right_basis": squares["right"]}
         for name, tensor in _neighbours(shapes, dtype, kept, device).items():
             leaf[name] = tensor
-        for side, cost in plan.refresh_cost.items():
-            phase = min(range(len(self.loads)), key=self.loads.__getitem__)
-            self.loads[phase] += cost
-            self.allocated += 1
-            leaf[f"{side}_phase"] = phase
-            leaf[f"{side}_clean"] = self.allocated // len(self.loads) % CLEAN_EVERY
+        for side in plan.sides:
             leaf[f"{side}_energy"] = _host_scalar(device, dtype, float("inf"))
             leaf[f"{side}_strikes"] = 0
             leaf[f"{side}_updates"] = 0
+
+    def spread(self, planned: Sequence[tuple[Leaf, RotationPlan]]) -> None:
+        """Give new bases their steps, the costliest first, so that none is much longer.
+
+        ``left_phase`` is the step of an interval on which a basis is
+        refreshed, ``left_clean`` the interval of :data:`CLEAN_EVERY` in which
+        it is made orthogonal again.
+        """
+        costs = [(cost, leaf, s) for leaf, plan in planned for s, cost in plan.turn_cost.items()]
+        for cost, leaf, side in sorted(costs, key=lambda found: -found[0]):
+            phase = min(range(len(self.loads)), key=self.loads.__getitem__)
+            clean = min(range(CLEAN_EVERY), key=self.cleans[phase].__getitem__)
+            self.loads[phase] += cost
+            self.cleans[phase][clean] += cost
+            leaf[f"{side}_phase"], leaf[f"{side}_clean"] = phase, clean
 
     def due(self, batch: Batch) -> list[Turn]:
         """The leaves with bases that turn now.

@@ -103,6 +103,16 @@ class RotatedAdamRule(Rule):
         return plan_rotation(leaf.param.shape, self.config, getattr(leaf, "matrix", None))
 
     def allocate(self, leaf: Leaf) -> None:
+        self.allocate_all([leaf])
+
+    def allocate_all(self, leaves: Sequence[Leaf]) -> None:
+        """Make the state of leaves where it is missing, their refreshes spread over steps."""
+        new = [(leaf, self.plan(leaf)) for leaf in leaves if "exp_avg" not in leaf]
+        for leaf, plan in new:
+            self._make(leaf, plan)
+        self.bases.spread([(leaf, plan) for leaf, plan in new if plan.rotated])
+
+    def _make(self, leaf: Leaf, plan: RotationPlan) -> None:
         """Moments, factors, bases and counters of a leaf.
 
         ``step`` counts Adam's steps, ``updates`` the calls that brought
@@ -110,9 +120,6 @@ class RotatedAdamRule(Rule):
         ``observed`` is 1 once these come from the layer's features; ``mean_sq``
         is the mean of ``exp_avg_sq``, which no rotation changes.
         """
-        if "exp_avg" in leaf:
-            return
-        plan = self.plan(leaf)
         if not plan.rotated:
             self.adamw.allocate(leaf)
             return
@@ -124,12 +131,6 @@ class RotatedAdamRule(Rule):
         leaf["step"] = 0
         leaf["updates"] = 0
         leaf["observed"] = 0
-
-    def allocate_all(self, leaves: Sequence[Leaf]) -> None:
-        """:meth:`allocate` those that are new, the costliest first: so their refreshes spread."""
-        new = [leaf for leaf in leaves if "exp_avg" not in leaf]
-        for leaf in sorted(new, key=lambda leaf: -sum(self.plan(leaf).refresh_cost.values())):
-            self.allocate(leaf)
 
     # The step -----------------------------------------------------------------
 
