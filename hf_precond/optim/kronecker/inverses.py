@@ -103,16 +103,16 @@ def invert(
 def _exact(
     matrices: Tensor, previous: Tensor, count: Callable[[str, int], None], damping: float
 ) -> tuple[Tensor, list[bool]]:
-    if damping >= WELL_CONDITIONED or matrices.dtype == torch.float64:
-        inverses = spd_block_inverse(matrices)
-        failed = ~torch.isfinite(inverses.diagonal(dim1=-2, dim2=-1)).all(-1)
-        places = failed.nonzero().flatten()
-    else:
-        inverses = torch.empty_like(matrices)
-        places = torch.arange(len(matrices), device=matrices.device)
+    record = Record()
+    if damping < WELL_CONDITIONED and matrices.dtype != torch.float64:
+        inverses, _ = spd_inverse(matrices, previous, record)
+        record.counted("inverse", count)
+        return inverses, record.failed
+    inverses = spd_block_inverse(matrices)
+    failed = ~torch.isfinite(inverses.diagonal(dim1=-2, dim2=-1)).all(-1)
+    places = failed.nonzero().flatten()
     kept = [False] * len(matrices)
     if len(places):
-        record = Record()
         inverses[places], _ = spd_inverse(matrices[places], previous[places], record)
         record.counted("inverse", count)
         for place, lost in zip(places.tolist(), record.failed, strict=True):
