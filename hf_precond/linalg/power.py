@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_precond.linalg.transfer import sent
+
 _TINY = 1e-30
 
 
@@ -31,11 +33,14 @@ def largest_eigenvalue_from_ones(matrix: Tensor, rounds: int = 10) -> Tensor:
 
 
 def start_vectors(size: int, count: int, like: Tensor) -> Tensor:
-    """Gaussian columns of unit length, ``[size, count]``, the same on every call and rank."""
+    """Gaussian columns of unit length, ``[size, count]``, the same on every call and rank.
+
+    Drawn on the CPU, and sent to a GPU without waiting for it.
+    """
     generator = torch.Generator().manual_seed(size)
     columns = torch.randn(size, count, generator=generator, dtype=torch.float64)
     columns /= columns.norm(dim=0, keepdim=True)
-    return columns.to(device=like.device, dtype=like.dtype)
+    return sent(columns, like.device, like.dtype)
 
 
 def largest_eigenvalue(matrix: Tensor, rounds: int = 20, columns: int = 4) -> Tensor:

@@ -58,17 +58,24 @@ class AdamWRule(Rule):
         for leaf in leaves:
             self.allocate(leaf)
         for batch in by_group(leaves):
-            if not self.decay_in_step:
+            if not self.decay_in_step or batch[0].group["weight_decay"] == 0:
                 self._adamw(batch, batch[0].group["weight_decay"])
+                continue
+            if batch[0].param.is_cuda:
+                self._adamw(batch, 0.0, _kept_by_decay(batch))
                 continue
             for same in grouped(batch, lambda leaf: float(leaf["step"])):
                 group = same[0].group
                 correction = 1 - group["betas"][0] ** (float(same[0]["step"]) + 1)
                 self._adamw(same, group["weight_decay"] / correction)
 
-    def _adamw(self, leaves: Sequence[Leaf], weight_decay: float) -> None:
+    def _adamw(
+        self, leaves: Sequence[Leaf], weight_decay: float, kept: Sequence[Tensor] = ()
+    ) -> None:
         group = leaves[0].group
         with compute_copies(leaves) as (params, grads):
+            for param, keep in zip(params, kept, strict=False):
+                param.mul_(keep)
             fused = all(t.is_contiguous() for t in params + grads)
             adamw(
                 params,
@@ -110,6 +117,13 @@ class AdamWRule(Rule):
                     (leaf["exp_avg_sq"] / (1 - beta2**step)).sqrt_(),
                 )
         return [pairs[id(leaf)] for leaf in leaves]
+
+
+def _kept_by_decay(leaves: Sequence[Leaf]) -> Sequence[Tensor]:
+    """``1 - lr·wd / (1-β₁ᵗ)`` of each leaf, from the step counts on the device."""
+    group = leaves[0].group
+    steps = torch.stack([leaf["step"] for leaf in leaves]).double() + 1
+    return (1 - group["lr"] * group["weight_decay"] / (1 - group["betas"][0] ** steps)).unbind()
 
 
 class SGDRule(Rule):

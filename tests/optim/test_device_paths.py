@@ -14,6 +14,7 @@ CASES += [
     ("adamr", {"max_dim": 10}),
     ("adamr", {"floor": 0.0}),
     ("nkfac", {"base": "adamr"}),
+    ("nkfac", {"reference": True, "weight_decay": 0.1}),
 ]
 
 

@@ -1,11 +1,11 @@
-"""On a GPU that torch only pretends to have: no step mixes devices, none waits between refreshes."""
+"""On a GPU that torch only pretends to have: no devices mixed, no wait between refreshes."""
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from hf_precond.registry import create_optimizer, list_optimizers
-from tests.optim.fake_cuda import GPU, Watch, on_gpu, pretended, step, with_source
+from tests.fake_cuda import GPU, Watch, on_gpu, pretended, step, with_source
 from tests.optim.models import make
 from tests.optim.test_shared import QUICK
 

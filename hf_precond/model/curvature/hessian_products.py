@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hf_precond.linalg.transfer import sent
+
 Probe = Literal["rademacher", "ones", "exact"]
 Product = Callable[[Sequence[Tensor]], list[Tensor]]
 
@@ -28,10 +30,13 @@ def probe_vectors(parameters: Sequence[Tensor], probe: Probe, step: int) -> list
     generator = torch.Generator().manual_seed(step)
     total = sum(p.numel() for p in parameters)
     signs = torch.randint(0, 2, (total,), generator=generator).mul_(2).sub_(1)
-    parts = signs.split([p.numel() for p in parameters])
+    sizes = [p.numel() for p in parameters]
+    kinds = [(p.device, _dtype(p.dtype)) for p in parameters]
+    # One copy to a device, not one a parameter, and none that waits.
+    parts = {kind: sent(signs, *kind).split(sizes) for kind in dict.fromkeys(kinds)}
     return [
-        part.view(p.shape).to(device=p.device, dtype=_dtype(p.dtype))
-        for part, p in zip(parts, parameters, strict=True)
+        parts[kind][place].view(p.shape)
+        for place, (kind, p) in enumerate(zip(kinds, parameters, strict=True))
     ]
 
 
@@ -62,9 +67,9 @@ def _exact_diagonal(product: Product, parameters: Sequence[Tensor]) -> list[Tens
     diagonals = [torch.zeros_like(unit) for unit in units]
     for number, (unit, diagonal) in enumerate(zip(units, diagonals, strict=True)):
         for channel in range(unit.numel()):
-            unit.view(-1)[channel] = 1
+            unit.view(-1)[channel].fill_(1)
             diagonal.view(-1)[channel] = product(units)[number].view(-1)[channel]
-            unit.view(-1)[channel] = 0
+            unit.view(-1)[channel].fill_(0)
     return diagonals
 
 

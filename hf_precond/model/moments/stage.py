@@ -59,7 +59,11 @@ def _border(result: Tensor, rows: Tensor, weights: Tensor | None, total: Tensor)
     size = rows.shape[-1]
     result[..., size, :size] = total
     result[..., :size, size] = total
-    result[..., size, size] = rows.shape[-2] if weights is None else weights.sum(-1)
+    corner = result[..., size, size]
+    if weights is None:
+        corner.fill_(rows.shape[-2])  # an assignment would copy the number from the host, and wait
+    else:
+        corner.copy_(weights.sum(-1))
 
 
 def block_moment(
