@@ -27,7 +27,7 @@ from hf_precond.linalg.workspace import Workspace
 
 BANDED = 256
 """Symmetric products at least this wide are computed in bands of their lower triangle, on a CPU."""
-BANDS = {256: 3, 512: 4, 768: 6, 1536: 8}
+BANDS = {256: 3, 384: 4, 768: 6, 1536: 8}
 """Bands from these widths on: more save multiplications and make each product slower."""
 TILE = 64
 """Rows that are mirrored at a time on a CPU, so that both sides of the copy stay in the cache."""

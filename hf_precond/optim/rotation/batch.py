@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_precond.blocks import LayerMatrix
 from hf_precond.blocks.sharding import full, is_sharded, like
 from hf_precond.configs import compute_dtype
+from hf_precond.linalg import eigenbasis
 from hf_precond.optim.leaf import Leaf, grouped
 from hf_precond.optim.rotation.plan import RotationPlan, is_embedding
 from hf_precond.optim.rules import descend
@@ -192,10 +193,17 @@ def batches(planned: Sequence[tuple[Leaf, RotationPlan]]) -> Iterator[Batch]:
     """Leaves that take the same step together, in batches of a bounded size."""
     for same in grouped(planned, _history):
         plan, leaves = same[0][1], [leaf for leaf, _ in same]
-        bound = CPU_ELEMENTS if leaves[0].param.device.type == "cpu" else GPU_ELEMENTS
-        size = max(1, bound // (plan.tiles * plan.rows * plan.columns))
+        size = _batch_size(plan, leaves[0].param.is_cpu)
         for start in range(0, len(leaves), size):
             yield Batch(leaves[start : start + size], plan)
+
+
+def _batch_size(plan: RotationPlan, on_cpu: bool) -> int:
+    """How many leaves are stepped together: one where its factors are computed in bands."""
+    if on_cpu and plan.widest >= eigenbasis.BANDED:
+        return 1
+    bound = CPU_ELEMENTS if on_cpu else GPU_ELEMENTS
+    return max(1, bound // (plan.tiles * plan.rows * plan.columns))
 
 
 def _history(planned: tuple[Leaf, RotationPlan]) -> tuple[Any, ...]:

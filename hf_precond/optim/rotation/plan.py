@@ -47,10 +47,15 @@ class RotationPlan:
         """Whether any side is rotated; otherwise the weight is stepped by AdamW."""
         return self.left or self.right
 
-    @property
+    @functools.cached_property
     def sides(self) -> tuple[str, ...]:
         """The rotated sides."""
         return tuple(side for side in ("left", "right") if getattr(self, side))
+
+    @property
+    def widest(self) -> int:
+        """The widest rotated side."""
+        return max(self.left * self.rows, self.right * self.columns)
 
     @property
     def state_elements(self) -> int:

@@ -228,8 +228,11 @@ class RotatedAdamRule(Rule):
         parts = []
         # Rows that a step does not read are put together again, which belongs into the cache.
         size = CPU_ELEMENTS if batch.embeds else SLICE
-        for number, (rows, columns) in enumerate(batch.slices(size)):
-            g, m, v, p = (t[rows, columns] for t in (gradient, first, second, target))
+        slices = batch.slices(size)
+        for number, (rows, columns) in enumerate(slices):
+            g, m, v, p = gradient, first, second, target
+            if len(slices) > 1:
+                g, m, v, p = (tensor[rows, columns] for tensor in (g, m, v, p))
             part = Part(g, m, v, p, leads=number == 0)
             if batch.embeds:
                 part.norms = torch.linalg.vector_norm(g, dim=1)
@@ -306,9 +309,9 @@ class RotatedAdamRule(Rule):
     def _measure(self, batch: Batch, squares: Tensor | float | None) -> None:
         """``mean V``: by ``‖Ĝ‖ = ‖G‖`` it follows without looking at V."""
         if self.config.floor > 0 and squares is not None:
-            mean, held = squares / (batch.plan.rows * batch.plan.columns), batch["mean_sq"]
             beta2 = batch.group["betas"][1]
-            held.lerp_(mean if isinstance(mean, Tensor) else held.new_tensor(mean), 1 - beta2)
+            share = (1 - beta2) / (batch.plan.rows * batch.plan.columns)
+            batch["mean_sq"].mul_(beta2).add_(squares, alpha=share)
 
     def _rotated(self, batch: Batch, part: Part) -> Tensor:
         """``Q_Lᵀ G Q_R`` (its ``seen`` rows); the gradient itself before there is a basis."""
