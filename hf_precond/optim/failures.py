@@ -60,11 +60,12 @@ class Failures:
     def __init__(self) -> None:
         self._rows: dict[tuple[str, str], int] = {}
         self._streaks: dict[tuple[str, str], Tensor] = {}
+        self._attempts: list[tuple[list[tuple[str, str]], Tensor]] = []
         self._changed = False
         self._copies: list[tuple[list[tuple[str, str]], Tensor, torch.cuda.Event]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_rows": {}, "_streaks": {}, "_changed": False, "_copies": []}
+        return {"_rows": {}, "_streaks": {}, "_attempts": [], "_changed": False, "_copies": []}
 
     def note(self, kind: str, name: str, failed: bool) -> None:
         """One more attempt, whose outcome the host knows.
@@ -86,23 +87,49 @@ class Failures:
     def watch(self, kind: str, names: Sequence[str], failed: Tensor) -> None:
         """One more attempt of each name, whose outcome is on the device. No synchronisation.
 
+        It enters the count at the next :meth:`check`, together with all others.
+
         Args:
             kind: a key of :data:`ADVICE`.
             names: the matrices.
             failed: ``[len(names)]``, not zero where it failed.
         """
-        flags = (failed != 0).to(torch.int64)
-        held = []
-        for name in names:
-            streak = self._streaks.get((kind, name))
-            if streak is None or streak.device != flags.device:
-                streak = torch.zeros((), dtype=torch.int64, device=flags.device)
-                self._streaks[kind, name] = streak
-            held.append(streak)
-        if held:
-            torch._foreach_add_(held, 1)
-            torch._foreach_mul_(held, list(flags.unbind()))
-            self._changed = True
+        if names:
+            self._attempts.append(([(kind, name) for name in names], failed.detach()))
+
+    def _count(self) -> None:
+        """Put the attempts since the last call into the streaks.
+
+        Those of one device and dtype together, as far as no name comes twice.
+        """
+        attempts, self._attempts = self._attempts, []
+        self._changed = self._changed or bool(attempts)
+        while attempts:
+            device, dtype = attempts[0][1].device, attempts[0][1].dtype
+            taken: dict[tuple[str, str], None] = {}
+            flags, left = [], []
+            for keys, failed in attempts:
+                alike = (failed.device, failed.dtype) == (device, dtype)
+                if left or not alike or not taken.keys().isdisjoint(keys):
+                    left.append((keys, failed))
+                    continue
+                taken |= dict.fromkeys(keys)
+                flags.append(failed)
+            self._extend(list(taken), torch.cat(flags).ne(0).to(torch.int64))
+            attempts = left
+
+    def _extend(self, keys: Sequence[tuple[str, str]], flags: Tensor) -> None:
+        """``streak ← (streak + 1) · flag``."""
+        new = [
+            key
+            for key in keys
+            if key not in self._streaks or self._streaks[key].device != flags.device
+        ]
+        if new:
+            self._streaks |= zip(new, flags.new_zeros(len(new)).unbind(), strict=True)
+        held = [self._streaks[key] for key in keys]
+        torch._foreach_add_(held, 1)
+        torch._foreach_mul_(held, list(flags.unbind()))
 
     def check(self) -> None:
         """Judge what has reached the host, and send what has changed since.
@@ -117,6 +144,7 @@ class Failures:
             else:
                 waiting.append((keys, values, done))
         self._copies = waiting
+        self._count()
         if not self._changed or waiting:
             return
         self._changed = False
