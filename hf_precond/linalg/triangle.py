@@ -13,7 +13,7 @@ def lower_factor(matrices: Tensor) -> Tensor:
     """L with ``L Lᵀ = A``, for matrices far from singular. No host synchronisation.
 
     On a CPU the library's factorisation runs at a fraction of the speed of a
-    product. By halves nearly all of the work is in products::
+    product. By halves of whole leaves nearly all of the work is in products::
 
         A = [[P, ·], [Q, S]];   L = [[C, 0], [W, D]],
         C Cᵀ = P,  W = Q C⁻ᵀ,  D Dᵀ = S - W Wᵀ
@@ -41,7 +41,8 @@ def _factorise(matrix: Tensor) -> None:
     if size <= LEAF:
         matrix.copy_(torch.linalg.cholesky_ex(matrix)[0])
         return
-    half = size // 2
+    # Leaves of full width: the library is slowest at widths that are powers of two.
+    half = LEAF * ((size // LEAF + 1) // 2)
     corner, below, rest = matrix[:half, :half], matrix[half:, :half], matrix[half:, half:]
     _factorise(corner)
     shares = torch.linalg.solve_triangular(corner.mT, below, upper=True, left=False)
