@@ -14,6 +14,7 @@ from hf_precond.blocks.statistics import request_shape
 from hf_precond.configs import AFOptConfig
 from hf_precond.linalg.packed import pack, packed_size, unpack
 from hf_precond.optim.attention import scaling
+from hf_precond.optim.attention.averages import average
 from hf_precond.optim.attention.directions import Sandwich
 from hf_precond.optim.attention.entropy import EntropyWatch
 from hf_precond.optim.attention.factors import AttentionFactors, heads_of
@@ -22,9 +23,13 @@ from hf_precond.optim.attention.refresh import Refresh
 from hf_precond.optim.attention.report import logit_scale, report
 from hf_precond.optim.base import PrecondOptimizer
 from hf_precond.optim.leaf import Leaf, grouped
-from hf_precond.optim.moments import mean_of, update_moment
 from hf_precond.optim.muon import MuonRule
-from hf_precond.optim.placed import PlacedMatrix, Preconditioned
+from hf_precond.optim.placed import (
+    PlacedMatrix,
+    Preconditioned,
+    split_stack,
+    stacked_gradients,
+)
 
 CHUNK = 1 << 25
 """Elements that are stepped in one batch, to bound the memory of temporaries."""
@@ -186,20 +191,9 @@ class AFOpt(PrecondOptimizer):
             zeros(f"{moment.key}_updates", torch.int64)
 
     def commit(self, statistics: Mapping[str, Statistic]) -> None:
-        dropped: dict[str, Tensor] = {}
         if self.watch is not None:
             self.watch.keep(statistics)
-        for moment in self.plan.moments:
-            statistic = statistics.get(moment.request.key)
-            if statistic is None:
-                continue
-            held = moment.tensor(self.state)
-            mean = pack(mean_of(statistic.sum, statistic.count)).to(held.device)
-            bad = update_moment(held, moment.updates(self.state), mean, self.config.stat_decay)
-            # Without a single token, on any rank, there was nothing to drop.
-            bad = bad * (statistic.count > 0).to(bad)
-            name = f"{moment.request.matrix.name} ({moment.request.kind} moment)"
-            dropped[name] = bad + dropped[name] if name in dropped else bad
+        dropped = average(self.plan.moments, statistics, self.state, self.config.stat_decay)
         self.count_dropped("statistics_dropped", dropped)
 
     # Refresh ---------------------------------------------------------------
@@ -215,7 +209,8 @@ class AFOpt(PrecondOptimizer):
 
     def precondition(self, placed: Sequence[PlacedMatrix]) -> Iterable[Preconditioned]:
         for batch in self._batches(placed):
-            raw = torch.stack([_gradient(treatment.placed) for treatment in batch])
+            items = [treatment.placed for treatment in batch]
+            raw = stacked_gradients(items)
             if self.config.scaling == "norm_recovery":
                 target = scaling.norms(raw)
                 directions = self._directions(batch, raw)
@@ -225,8 +220,9 @@ class AFOpt(PrecondOptimizer):
                 directions = self._directions(batch, self._momentum(batch, raw))
                 directions *= self._scale(batch, directions, base)
             finished = self.config.scaling != "norm_recovery"
-            for treatment, matrix in zip(batch, directions, strict=True):
-                yield Preconditioned(treatment.placed, matrix, finished)
+            parts = split_stack(items, directions)
+            for item, matrix, part in zip(items, directions, parts, strict=True):
+                yield Preconditioned(item, matrix, finished, part)
 
     def _batches(self, placed: Sequence[PlacedMatrix]) -> Iterator[list[Treatment]]:
         treatments = [self.plan.by_placed[item] for item in placed]
@@ -387,9 +383,3 @@ class AFOpt(PrecondOptimizer):
         """
         watched = {} if self.watch is None else self.watch.values()
         return super().diagnostics() | report(self) | watched
-
-
-def _gradient(placed: PlacedMatrix) -> Tensor:
-    gradient = placed.gradient()
-    assert gradient is not None
-    return gradient

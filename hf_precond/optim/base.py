@@ -177,7 +177,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
         for item in self.precondition(ready):
             # A finished direction needs no state: an empty one must not appear in self.state.
             state = {} if item.finished else self.state
-            leaves = item.placed.leaves(item.matrix, self.param_groups, state, gathered)
+            leaves = item.placed.leaves(item.matrix, self.param_groups, state, gathered, item.parts)
             (finished if item.finished else others).extend(leaves)
             done.add(item.placed)
         others.extend(self._raw_leaves(done, gathered))

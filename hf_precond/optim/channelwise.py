@@ -40,28 +40,32 @@ def allocate(leaf: Leaf, base: str) -> None:
         leaf.zeros("momentum_buffer")
 
 
-def average_probe(
-    leaf: Leaf, estimate: Tensor, present: Tensor, decay: float, absolute: bool
-) -> Tensor:
+def average_probes(
+    leaves: Sequence[Leaf], estimates: Sequence[Tensor], present: Tensor, decay: float,
+    absolute: bool,
+) -> Tensor:  # fmt: skip
     """``D ← b D + (1 - b) ĥ`` in place; an estimate that is absent or not finite changes nothing.
 
     Args:
-        leaf: the parameter; its ``curvature`` and ``probes`` are changed.
-        estimate: ĥ, shaped like the parameter.
-        present: whether any rank staged it, a 0-d tensor.
+        leaves: parameters of one dtype and device; ``curvature`` and ``probes`` are changed.
+        estimates: ĥ of each, shaped like the parameter.
+        present: whether any rank staged it, ``[len(leaves)]``.
         decay: b in [0, 1).
         absolute: average ``|ĥ|`` (the authors') instead of ĥ.
 
     Returns:
-        1 where a present estimate was dropped, else 0: a 0-d tensor.
+        Per leaf 1 where a present estimate was dropped, else 0.
     """
-    curvature = leaf["curvature"]
-    estimate = estimate.to(curvature.dtype).view_as(curvature)
-    finite = torch.isfinite(estimate).all()
+    curvatures = [leaf["curvature"] for leaf in leaves]
+    finite = torch.isfinite(torch.stack(torch._foreach_norm(list(estimates), float("inf"))))
     usable = finite & present
-    estimate = torch.where(usable, estimate.abs() if absolute else estimate, curvature)
-    curvature.lerp_(estimate, 1 - decay)
-    leaf["probes"] += usable
+    flat = torch.cat([e.reshape(-1) for e in estimates]).to(curvatures[0].dtype)
+    held = _flat(leaves, "curvature")
+    chosen = _spread(usable, [curvature.numel() for curvature in curvatures])
+    held.lerp_(torch.where(chosen, flat.abs() if absolute else flat, held), 1 - decay)
+    torch._foreach_copy_(curvatures, apart(held, leaves))
+    probes = [leaf["probes"] for leaf in leaves]
+    torch._foreach_add_(probes, list(usable.to(probes[0].dtype).unbind()))
     return (present & ~finite).to(torch.int64)
 
 

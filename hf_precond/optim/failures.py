@@ -107,7 +107,8 @@ class Failures:
         while attempts:
             device, dtype = attempts[0][1].device, attempts[0][1].dtype
             taken: dict[tuple[str, str], None] = {}
-            flags, left = [], []
+            flags: list[Tensor] = []
+            left: list[tuple[list[tuple[str, str]], Tensor]] = []
             for keys, failed in attempts:
                 alike = (failed.device, failed.dtype) == (device, dtype)
                 if left or not alike or not taken.keys().isdisjoint(keys):

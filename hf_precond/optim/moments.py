@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,4 +35,32 @@ def update_moment(moment: Tensor, updates: Tensor, mean: Tensor, decay: float) -
     weight = torch.where(usable, 1 - keep, 0.0)
     mean = torch.where(usable, mean, 0.0)
     moment.copy_(moment.to(mean.dtype).mul_(1 - weight).add_(mean * weight))
+    return (~usable).to(torch.int64)
+
+
+def update_moments(
+    moments: Sequence[Tensor], updates: Sequence[Tensor], means: Tensor, decay: float
+) -> Tensor:
+    """:func:`update_moment` of moments of one shape, on a GPU all in a few kernels.
+
+    Args:
+        moments: n tensors, changed in place.
+        updates: k of each, 0-d tensors, changed in place.
+        means: ``[n, …]``.
+        decay: in [0, 1).
+
+    Returns:
+        Per mean 1 where it was dropped, else 0: ``[n]``.
+    """
+    if not means.is_cuda:
+        each = zip(moments, updates, means, strict=True)
+        return torch.stack([update_moment(*one, decay) for one in each])
+    usable = torch.isfinite(means).flatten(1).all(1)
+    counts = torch.stack(list(updates)) + usable
+    keep = torch.clamp(1 - 1 / counts.clamp(min=1).to(means.dtype), max=decay)
+    weight = torch.where(usable, 1 - keep, 0.0).view(-1, *[1] * (means.dim() - 1))
+    means = torch.where(usable.view(weight.shape), means, 0.0)
+    found = torch.stack(list(moments)).to(means.dtype).mul_(1 - weight).add_(means.mul_(weight))
+    torch._foreach_copy_(list(moments), list(found.unbind()))
+    torch._foreach_copy_(list(updates), list(counts.unbind()))
     return (~usable).to(torch.int64)

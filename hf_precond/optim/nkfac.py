@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,17 @@ from hf_precond.optim.kronecker import inverses, reference
 from hf_precond.optim.kronecker.blocks import Factor, KroneckerBlock, factors_of
 from hf_precond.optim.kronecker.inverses import batches, choose_solver, stacked
 from hf_precond.optim.leaf import grouped
-from hf_precond.optim.placed import PlacedMatrix, Preconditioned
+from hf_precond.optim.placed import (
+    PlacedMatrix,
+    Preconditioned,
+    split_stack,
+    stacked_gradients,
+)
 from hf_precond.optim.shared_refresh import Pieces
 
 COUNTERS = ("newton_inverses", "exact_inverses", *inverses.COUNTERS)
+BATCH = 1 << 25
+"""Elements that are preconditioned in one batch on a GPU: bounds the memory of temporaries."""
 FLOOR = 1e-4
 """Smallest damping of a factor of unit Frobenius norm (the authors' value)."""
 
@@ -102,21 +109,26 @@ class NKFAC(PrecondOptimizer):
 
     def commit(self, statistics: Mapping[str, Statistic]) -> None:
         """One update of every factor that has a statistic."""
-        decay = self.config.stat_decay
+        factors = [factor for placed in self.placed for factor in self.factors(placed)]
+        found = [(f, statistics[f.key].sum, statistics[f.key].count)
+                 for f in factors if f.key in statistics]  # fmt: skip
         lost: dict[str, Tensor] = {}
-        for placed in self.placed:
-            for factor in self.factors(placed):
-                found = statistics.get(factor.key)
-                if found is None:
-                    continue
-                moment, updates = self._read(factor, "factor"), self._read(factor, "updates")
-                if not self.config.reference:
-                    average = kronecker.average_unit_moment
-                    lost[factor.key] = average(moment, updates, found.sum, decay)
-                else:
-                    total = found.sum / found.count if factor.side == "input" else found.sum
-                    lost[factor.key] = reference.average_moment(moment, updates, total, decay)
+        for alike in grouped(found, lambda one: (one[0].size, one[1].dtype, one[1].device)):
+            names = [factor.key for factor, _, _ in alike]
+            lost |= zip(names, self._average(alike).unbind(), strict=True)
         self.count_dropped("statistics_dropped", lost)
+
+    def _average(self, found: Sequence[tuple[Factor, Tensor, Tensor]]) -> Tensor:
+        """Update factors of one size by sums and counts; per factor, whether its sum was lost."""
+        moments = [self._read(factor, "factor") for factor, _, _ in found]
+        updates = [self._read(factor, "updates") for factor, _, _ in found]
+        decay = self.config.stat_decay
+        if not self.config.reference:
+            totals = [total for _, total, _ in found]
+            return kronecker.average_unit_moments(moments, updates, totals, decay)
+        means = [total / count if f.side == "input" else total for f, total, count in found]
+        each = zip(moments, updates, means, strict=True)
+        return torch.stack([reference.average_moment(*one, decay) for one in each])
 
     # Inverses ---------------------------------------------------------------------
 
@@ -198,16 +210,34 @@ class NKFAC(PrecondOptimizer):
         recovered: Callable[[Tensor, Tensor], Tensor] = (
             reference.norm_recovered if self.config.reference else kronecker.norm_recovered
         )
-        for item in placed:
-            gradient = item.gradient()
-            if gradient is None or not self.factors(item):
-                continue
-            block = self.preconditioner(item)
-            if block.output is None and block.input is None:
-                yield Preconditioned(item, gradient)
-                continue
-            direction = block.apply(gradient, self.config.precision)
-            yield Preconditioned(item, recovered(gradient, direction))
+        ready = [item for item in placed if self.factors(item)]
+        for batch in self._batches(ready):
+            blocks = [self.preconditioner(item) for item in batch]
+            gradients = _gradients(batch)
+            found = [
+                block.apply(gradient, self.config.precision)
+                for block, gradient in zip(blocks, gradients, strict=True)
+            ]
+            directions = stacked(found, gradients.dtype)
+            if any(block.output is not None or block.input is not None for block in blocks):
+                directions = recovered(gradients, directions)
+            parts = split_stack(batch, directions)
+            for item, direction, part in zip(batch, directions, parts, strict=True):
+                yield Preconditioned(item, direction, parts=part)
+
+    def _batches(self, placed: Sequence[PlacedMatrix]) -> Iterator[list[PlacedMatrix]]:
+        """Layers of one shape that are preconditioned together; on a CPU each in the cache."""
+        for alike in grouped(placed, self._shape):
+            length = 1
+            if alike[0].weight.is_cuda and not self.config.reference:
+                length = max(1, BATCH // alike[0].weight.numel())
+            for start in range(0, len(alike), length):
+                yield alike[start : start + length]
+
+    def _shape(self, placed: PlacedMatrix) -> tuple[Any, ...]:
+        matrix, weight = placed.matrix, placed.weight
+        seen = [bool(self._read(factor, "refreshes")) for factor in self.factors(placed)]
+        return matrix.shape, matrix.columns, any(seen), weight.dtype, weight.device
 
     def preconditioner(self, placed: PlacedMatrix) -> KroneckerBlock:
         """``L̂ ⊗ R̂`` of a layer; the identity for a side without an inverse yet."""
@@ -231,3 +261,12 @@ class NKFAC(PrecondOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_factors": self._factors}
+
+
+def _gradients(batch: Sequence[PlacedMatrix]) -> Tensor:
+    """Gradients of layers of one shape, ``[n, out, in(+1)]``; not to be written to."""
+    if len(batch) > 1:
+        return stacked_gradients(batch)
+    gradient = batch[0].gradient()
+    assert gradient is not None
+    return gradient.unsqueeze(0)

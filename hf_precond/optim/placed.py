@@ -15,6 +15,7 @@ from hf_precond.configs import compute_dtype
 from hf_precond.optim.leaf import Leaf
 
 Slot = tuple[int, int]
+Parts = tuple[Tensor, Tensor | None]
 
 
 @dataclass(eq=False)
@@ -60,13 +61,15 @@ class PlacedMatrix:
         groups: list[dict[str, Any]],
         state: dict[Tensor, dict[str, Any]],
         gathered: dict[Tensor, Tensor],
+        parts: Parts | None = None,
     ) -> list[Leaf]:
         """``matrix`` ([out, in(+1)]) as the leaves of weight and bias, each with its group.
 
         Rows of a sharded fused weight have no view in the shards: their leaf
         steps a copy gathered into ``gathered``, to be scattered afterwards.
+        ``parts``, where they are known: those of ``matrix``.
         """
-        weight_part, bias_part = self.matrix.split(matrix)
+        weight_part, bias_part = self.matrix.split(matrix) if parts is None else parts
         weight = self.weight
         found = [(weight, weight_part, self.weight_slot)]
         bias = self.matrix.bias_parameter
@@ -98,11 +101,58 @@ class Preconditioned:
         matrix: ``[out, in(+1)]``.
         finished: a direction to descend along (decay decoupled) instead of a
             gradient for the base rule.
+        parts: ``matrix`` as its weight and bias parts, where they are known.
     """
 
     placed: PlacedMatrix
     matrix: Tensor
     finished: bool = False
+    parts: Parts | None = None
+
+
+def stacked_gradients(placed: Sequence[PlacedMatrix]) -> Tensor:
+    """``[dW | db]`` of matrices of one shape and dtype that have gradients, ``[n, out, in(+1)]``.
+
+    A copy; a few kernels for all of them where they are whole layers alike.
+    """
+    if len(placed) == 1 or not _alike(placed):
+        gradients = [item.gradient() for item in placed]
+        return torch.stack([gradient for gradient in gradients if gradient is not None])
+    matrix = placed[0].matrix
+    weights = torch.stack([item.weight.grad for item in placed if item.weight.grad is not None])
+    weights = weights.mT if matrix.layout == "transposed" else weights.flatten(2)
+    if matrix.bias is None:
+        return weights.contiguous().to(placed[0].dtype)
+    biases = [item.matrix.bias_parameter for item in placed]
+    columns = torch.stack([b.grad for b in biases if b is not None and b.grad is not None])
+    return torch.cat([weights, columns.unsqueeze(-1).to(weights.dtype)], 2).to(placed[0].dtype)
+
+
+def split_stack(placed: Sequence[PlacedMatrix], matrices: Tensor) -> Sequence[Parts | None]:
+    """The weight and bias parts of ``[n, out, in(+1)]``; ``None`` where each is split by itself."""
+    if len(placed) == 1 or not _alike(placed):
+        return [None] * len(placed)
+    matrix = placed[0].matrix
+    weights = matrices if matrix.bias is None else matrices[..., :-1]
+    weights = weights.mT if matrix.layout == "transposed" else weights
+    weights = weights.reshape(len(placed), *placed[0].weight.shape).contiguous()
+    if matrix.bias is None:
+        return [(weight, None) for weight in weights.unbind()]
+    return list(zip(weights.unbind(), matrices[..., -1].contiguous().unbind(), strict=True))
+
+
+def _alike(placed: Sequence[PlacedMatrix]) -> bool:
+    """Whether these are whole, unsharded weights of one layout, all or none with a bias."""
+    first = placed[0].matrix
+    for item in placed:
+        matrix, bias = item.matrix, item.matrix.bias_parameter
+        if matrix.rows is not None or is_sharded(item.weight) or matrix.layout != first.layout:
+            return False
+        if item.weight.shape != placed[0].weight.shape or (bias is None) != (first.bias is None):
+            return False
+        if bias is not None and (bias.grad is None or is_sharded(bias)):
+            return False
+    return True
 
 
 def fused_rests(placed: Sequence[PlacedMatrix]) -> list[PlacedMatrix]:

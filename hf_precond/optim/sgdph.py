@@ -15,7 +15,7 @@ from hf_precond.blocks import CurvatureRequest, CurvatureSource, NormParameter, 
 from hf_precond.configs import SGDPHConfig
 from hf_precond.optim import channelwise
 from hf_precond.optim.base import PrecondOptimizer
-from hf_precond.optim.leaf import Leaf, by_group
+from hf_precond.optim.leaf import Leaf, by_group, grouped
 from hf_precond.optim.placed import Slot
 from hf_precond.optim.rules import descend
 
@@ -168,17 +168,23 @@ class SGDPH(PrecondOptimizer):
         """Put the probes into the running averages."""
         ranks = distributed.world_size()
         decay = self.config.momentum if self.config.reference else self.config.stat_decay
-        lost: dict[str, Tensor] = {}
-        for channel in self.channels:
-            staged = statistics.get(channel.norm.name)
-            if staged is None:
-                continue
-            leaf = self._leaf(channel)
+        names = [c.norm.name for c in self.channels if c.norm.name in statistics]
+        leaves = [self._leaf(c) for c in self.channels if c.norm.name in statistics]
+        for leaf in leaves:
             channelwise.allocate(leaf, self.config.base)
+        lost: dict[str, Tensor] = {}
+        found = zip(names, leaves, strict=True)
+        for alike in grouped(found, lambda one: (one[1].param.dtype, one[1].param.device)):
+            staged = [statistics[name] for name, _ in alike]
             # A rank that did not reach the parameter adds zero, as to its gradient.
-            lost[channel.norm.name] = channelwise.average_probe(
-                leaf, staged.sum / ranks, staged.count > 0, decay, absolute=self.config.reference
+            dropped = channelwise.average_probes(
+                [leaf for _, leaf in alike],
+                torch._foreach_div([statistic.sum for statistic in staged], ranks),
+                torch.stack([statistic.count for statistic in staged]) > 0,
+                decay,
+                absolute=self.config.reference,
             )
+            lost |= zip((name for name, _ in alike), dropped.unbind(), strict=True)
         self.count_dropped("dropped_probes", lost)
         self.count("probes")
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from hf_precond.optim.failures import Failures
 from hf_precond.registry import create_optimizer, list_optimizers
 from tests.fake_cuda import GPU, Watch, on_gpu, pretended, step, with_source
 from tests.optim.models import make
@@ -75,12 +76,12 @@ def gpu(monkeypatch):
         yield
 
 
-def build(name, model_name="bert", dtype=None, table=RARELY, **values):
+def build(name, model_name="bert", dtype=None, table=RARELY, layers=1, **values):
     """An optimizer over a model that is on the GPU, with statistics from nowhere."""
     with unset_fake_temporarily():
         model = make(model_name)
     if model_name == "bert":  # one layer has every kind of matrix, and is tested sooner
-        model.bert.encoder.layer = model.bert.encoder.layer[:1]
+        model.bert.encoder.layer = model.bert.encoder.layer[:layers]
     fields = {"lr": 1e-3, "weight_decay": 0.01} | table[name] | values
     return with_source(create_optimizer(on_gpu(model, dtype), name, **fields))
 
@@ -143,6 +144,34 @@ def test_a_step_with_skip_nonfinite_waits_once_for_each_dtype():
     step(optimizer)
     (wait,) = step(optimizer).waits
     assert "sharding.py" in wait
+
+
+@pytest.mark.parametrize(
+    ("name", "values"), [("afopt", {"stat_interval": 50}), ("nkfac", {}), ("sgdph", {})], ids=str
+)
+def test_another_layer_costs_a_step_its_products_alone(name, values):
+    kernels = []
+    for layers in (1, 2):
+        optimizer = build(name, layers=layers, **values)
+        step(optimizer)
+        kernels.append(step(optimizer).kernels)  # NKFAC's with statistics
+    # A shape that only one layer has is not stacked.
+    assert set(kernels[1] - kernels[0]) <= {"mm", "stack"}
+
+
+def test_another_layer_costs_a_probe_no_kernel():
+    first, second = (step(build("sgdph", layers=layers)).kernels for layers in (1, 2))
+    assert set(second - first) <= {"zeros", "zeros_like"}  # its state
+
+
+def test_names_whose_failures_are_watched_share_their_kernels():
+    failures = Failures()
+    for names in (["a", "b"], ["c"], ["d"]):
+        failures.watch("factor", names, torch.empty(len(names), device=GPU))
+    with Watch() as watch:
+        failures.check()
+    # The counts of new names, their change, and the stack that is sent to the host.
+    assert watch.total <= 8 and watch.waits == []
 
 
 def test_the_watch_sees_what_it_should():

@@ -163,8 +163,8 @@ class Refresh:
         usable = found.usable.view(*shape[:-2], 1, 1)
         if packed:
             values, usable = pack(values), usable[..., 0]
-        for place, tensor in enumerate(held):
-            tensor.copy_(torch.where(usable[place], values[place].to(tensor.dtype), tensor))
+        kept = torch.where(usable, values.to(held[0].dtype), torch.stack(list(held)))
+        torch._foreach_copy_(list(held), list(kept.unbind()))
         pieces.fail(items, ~found.usable.view(len(held), -1).all(1))
         pieces.count("failed_refreshes", (~found.usable).sum())
         pieces.count("identity_factors", found.identity.sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +17,8 @@ from hf_precond.optim.placed import PlacedMatrix
 Side = Literal["input", "output"]
 TINY = 1e-12
 """Norms below this, or above its inverse, may have lost squares to float32's range."""
+AVERAGED = 1 << 25
+"""Entries that are averaged in one batch on a GPU: bounds the memory of temporaries."""
 
 
 @dataclass(frozen=True)
@@ -73,29 +76,47 @@ def factors_of(placed: PlacedMatrix, max_dim: int) -> list[Factor]:
     return [factor for factor in factors if factor.size <= max_dim]
 
 
-def average_unit_moment(moment: Tensor, updates: Tensor, total: Tensor, decay: float) -> Tensor:
+def average_unit_moments(
+    moments: Sequence[Tensor], updates: Sequence[Tensor], totals: Sequence[Tensor], decay: float
+) -> Tensor:
     """``A ← b A + (1 - b) S / ‖S‖_F`` in place, ``b = min(decay, 1 - 1/k)``, k counting updates.
 
     The first update sets A, the second averages two, and so on until the decay
     rules: no start-up bias. The unit norm takes the loss's scale and the
     number of rows out. A sum that is not finite, or zero (no rows, no
     gradient), says nothing of A's shape: it changes and counts nothing. No
-    host synchronisation.
+    host synchronisation; on a GPU a few kernels for all.
 
     Args:
-        moment: A, ``[n, n]``, changed in place.
-        updates: k so far, a 0-d tensor, changed in place.
-        total: S, a sum of outer products, ``[n, n]``.
+        moments: A of each factor, all ``[n, n]`` of one dtype, changed in place.
+        updates: k so far of each, 0-d tensors, changed in place.
+        totals: S of each, sums of outer products, ``[n, n]``.
         decay: in [0, 1).
 
     Returns:
-        1 where S was not finite, else 0: a 0-d tensor.
+        Per factor 1 where S was not finite, else 0: ``[len(moments)]``.
     """
+    if not totals[0].is_cuda:
+        each = zip(moments, updates, totals, strict=True)
+        return torch.stack([_average_alone(*one, decay) for one in each])
+    length, dropped = max(1, AVERAGED // totals[0].numel()), []
+    for start in range(0, len(totals), length):
+        part = slice(start, start + length)
+        total = torch.stack(list(totals[part]))
+        kept = torch.stack(list(moments[part])).to(total.dtype)
+        counts = torch.stack(list(updates[part]))
+        largest = total.diagonal(dim1=-2, dim2=-1).amax(-1)
+        dropped.append(_average_on_device(kept, counts, total, largest, decay))
+        torch._foreach_copy_(list(moments[part]), list(kept.unbind()))
+        torch._foreach_copy_(list(updates[part]), list(counts.unbind()))
+    return torch.cat(dropped)
+
+
+def _average_alone(moment: Tensor, updates: Tensor, total: Tensor, decay: float) -> Tensor:
     # No entry exceeds the diagonal's; divided by it, the squares stay within float32.
     largest = total.diagonal().amax()
     kept = moment.to(total.dtype)
-    average = _average_on_host if total.device.type == "cpu" else _average_on_device
-    dropped = average(kept, updates, total, largest, decay)
+    dropped = _average_on_host(kept, updates, total, largest, decay)
     moment.copy_(kept)
     return dropped
 
@@ -103,14 +124,15 @@ def average_unit_moment(moment: Tensor, updates: Tensor, total: Tensor, decay: f
 def _average_on_device(
     kept: Tensor, updates: Tensor, total: Tensor, largest: Tensor, decay: float
 ) -> Tensor:
-    """Without reading a number back."""
-    total = total / largest
-    norm = torch.linalg.vector_norm(total)
+    """Without reading a number back; ``[…, n, n]``, updates and largest ``[…]``."""
+    total = total / largest[..., None, None]
+    norm = torch.linalg.vector_norm(total, dim=(-2, -1))
     usable = torch.isfinite(norm)
     updates += usable
     keep = torch.clamp(1 - 1 / updates.clamp(min=1).to(total.dtype), max=decay)
-    unit = torch.where(usable, total.div_(norm), kept)
-    kept.lerp_(unit, torch.where(usable, 1 - keep, 0.0))
+    weight = torch.where(usable, 1 - keep, 0.0)[..., None, None]
+    unit = torch.where(usable[..., None, None], total.div_(norm[..., None, None]), kept)
+    kept.lerp_(unit, weight)
     return (~usable & (largest != 0)).to(torch.int64)
 
 
@@ -131,8 +153,11 @@ def _average_on_host(
 
 
 def norm_recovered(gradient: Tensor, direction: Tensor) -> Tensor:
-    """``direction`` scaled to the Frobenius norm of ``gradient``, in place."""
-    wanted, found = torch.linalg.vector_norm(gradient), torch.linalg.vector_norm(direction)
+    """``direction`` scaled to the Frobenius norm of ``gradient``, in place; ``[…, out, in]``."""
+    wanted, found = (
+        torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True)
+        for matrix in (gradient, direction)
+    )
     return direction.mul_(torch.where(found > 0, wanted / found, 1.0))
 
 
