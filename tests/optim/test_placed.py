@@ -20,7 +20,8 @@ LAYERS = {
 def placed(kind, dtype=torch.float32):
     torch.manual_seed(0)
     make, fields = LAYERS[kind]
-    items = [PlacedMatrix(LayerMatrix(f"l{n}", make().to(dtype), **fields), (0, 0), None)
+    slot = (0, 1) if "bias" in fields else None
+    items = [PlacedMatrix(LayerMatrix(f"l{n}", make().to(dtype), **fields), (0, 0), slot)
              for n in range(3)]  # fmt: skip
     for item in items:
         for parameter in item.matrix.module.parameters():
@@ -51,6 +52,8 @@ def test_parts(kind, frozen):
         groups, states = [{"lr": 1.0}], ({}, {})
         each = [item.leaves(matrix, groups, state, {}, given)
                 for state, given in zip(states, (parts, None), strict=True)]  # fmt: skip
+        assert len(each[0]) == 1 + (item.matrix.bias is not None and not (
+            frozen and item is items[1]))  # fmt: skip
         for one, other in zip(*each, strict=True):
             assert torch.equal(one.grad, other.grad) and one.grad.is_contiguous()
     one_by_one = kind == "fused" or (frozen and items[0].matrix.bias is not None)
