@@ -64,8 +64,8 @@ class Arm:
 # Learning rates: examples/benchmarks/quickstart.md has the grids that they come from.
 ARMS = {
     "adamw": Arm("adamw_torch_fused", "", 1e-3),
-    "afopt": Arm("afopt", "", 4e-3),
-    "afopt_all_linear": Arm("afopt", "scope=all_linear", 1e-3),
+    "afopt": Arm("afopt", "", 1e-3),
+    "afopt_attention": Arm("afopt", "scope=attention", 4e-3),
     "adamr": Arm("adamr", "", 4e-3),
     "nkfac": Arm("nkfac", "base=adamw", 1e-3),
     "sgdph": Arm("sgdph", "base=adamw", 1e-3),

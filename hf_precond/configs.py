@@ -149,9 +149,9 @@ def compute_dtype(parameter_dtype: torch.dtype) -> torch.dtype:
 class AFOptConfig(OptimizerConfig):
     """AFOpt: the gradient step of attention taken in the space of its logits.
 
-    For fine-tuning take the body's learning rate that suits AdamW, a
-    ``head_lr_scale`` that brings a new head to about 1e-2, and
-    ``scope="all_linear"``: measured on MiniLM only.
+    Start from the learning rate that suits AdamW; for fine-tuning from that
+    of its body, with a ``head_lr_scale`` that brings a new head to about
+    1e-2 (measured on MiniLM only).
 
     Args:
         momentum: M's decay in the spectral direction and the SGD rule's
@@ -160,6 +160,8 @@ class AFOptConfig(OptimizerConfig):
             ``sgd``, ``adamr`` or ``muon``.
         scope: which matrices are preconditioned: ``query_key``,
             ``attention`` (q, k, v, o) or ``all_linear`` (MLP linears too).
+            ``attention`` is cheaper, takes higher rates, and was better only
+            where a task hangs on attention alone.
         direction: ``spectral`` (msign between the inverse square roots of the
             factors), ``inverse`` or ``inverse_sqrt``.
         scaling: ``rms``, ``logit_rms``, ``cap``, ``graft`` or
@@ -198,7 +200,7 @@ class AFOptConfig(OptimizerConfig):
 
     momentum: float = decay(0.9)
     base: Literal["adamw", "sgd", "adamr", "muon"] = "adamw"
-    scope: Literal["query_key", "attention", "all_linear"] = "attention"
+    scope: Literal["query_key", "attention", "all_linear"] = "all_linear"
     direction: Literal["spectral", "inverse", "inverse_sqrt"] = "spectral"
     scaling: Literal["rms", "logit_rms", "cap", "graft", "norm_recovery"] = "rms"
     lr_scale: float = positive(4.0)

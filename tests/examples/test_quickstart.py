@@ -21,7 +21,7 @@ def quickstart():
 
 def make_run(quickstart, **fields):
     values = {
-        "arm": "afopt_all_linear", "optim": "afopt", "optim_args": "", "learning_rate": 1e-3,
+        "arm": "afopt_attention", "optim": "afopt", "optim_args": "", "learning_rate": 1e-3,
         "seed": 0, "losses": [2.0, 1.0], "train_loss": 1.0, "test_loss": 1.5,
         "test_accuracy": 0.5, "seconds_per_step": 0.1,
     }  # fmt: skip
@@ -37,9 +37,9 @@ def test_table_averages_over_seeds_and_fits_eighty_columns(quickstart):
     lines = quickstart.table(runs).splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[2].split() == [
-        "afopt_all_linear", "1.0e-03", "1.000", "0.600", "82.0", "±", "2.8", "0.100",
+        "afopt_attention", "1.0e-03", "1.000", "0.600", "82.0", "±", "2.8", "0.100",
     ]  # fmt: skip
-    assert lines[3].split() == ["afopt_all_linear", "2.0e-03", "1.000", "1.500", "100.0", "0.100"]
+    assert lines[3].split() == ["afopt_attention", "2.0e-03", "1.000", "1.500", "100.0", "0.100"]
     assert len({len(line) for line in lines[2:]}) == 1
 
 
@@ -62,7 +62,7 @@ def test_all_optimizers_train_and_differ(tmp_path):
     )
     results = json.loads((output / "results.json").read_text())
     names = [run["arm"] for run in results]
-    assert names == ["adamw", "afopt", "afopt_all_linear", "adamr", "nkfac", "sgdph"]
+    assert names == ["adamw", "afopt", "afopt_attention", "adamr", "nkfac", "sgdph"]
     assert all(name in printed for name in names)
     assert (output / "loss_curves.png").stat().st_size > 0
     # Same initial weights and batches: the first losses agree, the last ones do not.

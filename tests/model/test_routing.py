@@ -21,7 +21,7 @@ SELECTIONS = {
     "adamr": (every_matrix, AdamRConfig()),
     "nkfac": (layer_matrices, NKFACConfig(base="sgd")),
     "query_key": (attention_matrices, AFOptConfig(scope="query_key")),
-    "attention": (attention_matrices, AFOptConfig()),
+    "attention": (attention_matrices, AFOptConfig(scope="attention")),
     "all_linear": (attention_matrices, AFOptConfig(scope="all_linear")),
     "sgdph": (norm_parameters, SGDPHConfig()),
 }
@@ -210,11 +210,11 @@ def test_sgdph_takes_the_scale_of_weight_norm() -> None:
 def test_nothing_to_precondition_says_why() -> None:
     unknown = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(ValueError, match=r"no attention that it knows.*declare_attention\("):
-        attention_matrices(unknown, AFOptConfig())
+        attention_matrices(unknown, AFOptConfig(scope="attention"))
     bert = build("bert", torch.float32)
     bert.bert.requires_grad_(False)
     with pytest.raises(ValueError, match="2 attentions, but no matrix in scope=attention trains"):
-        attention_matrices(bert, AFOptConfig())
+        attention_matrices(bert, AFOptConfig(scope="attention"))
     with pytest.raises(ValueError, match="include_bias=True"):
         norm_parameters(unknown, SGDPHConfig())
     with pytest.raises(ValueError, match="adamw_torch"):

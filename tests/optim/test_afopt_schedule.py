@@ -34,7 +34,9 @@ def changes(module, optimizer):
 
 def test_refreshes_at_the_first_statistics_then_staggered():
     model = make("bert")
-    optimizer = create_optimizer(model, "afopt", stat_interval=2, inverse_interval=6)
+    optimizer = create_optimizer(
+        model, "afopt", scope="attention", stat_interval=2, inverse_interval=6
+    )
     changed = {t: [] for t in optimizer.plan.treatments if t.role == "q"}
     for step in range(16):
         before = {t: copy.deepcopy(t.held(optimizer.state).get("left")) for t in changed}
@@ -127,7 +129,14 @@ def test_muon_steps_the_matrices_left():
     model = make("bert")
     peer = copy.deepcopy(model)
     optimizer = create_optimizer(
-        model, "afopt", base="muon", lr=1e-2, weight_decay=0.1, lr_scale=3.0, momentum=0.9
+        model,
+        "afopt",
+        scope="attention",
+        base="muon",
+        lr=1e-2,
+        weight_decay=0.1,
+        lr_scale=3.0,
+        momentum=0.9,
     )
     inside = {m.weight_parameter for m in optimizer.blocks.others}
     assert len(inside) == 5
