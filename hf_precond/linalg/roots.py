@@ -135,8 +135,11 @@ def _cholesky(
         # A CUDA device always retries: asking whether it must would stall the host.
         if not info.is_cuda and not info.any():
             break
-        damped, _ = damp(moment, damping * 10.0**attempt, mean)
-        again, again_info = torch.linalg.cholesky_ex(damped)
+        shifts = [(mean * (damping * 10.0**times)).clamp(min=FLOOR) for times in (0, attempt)]
+        raised = damped.clone()
+        more = torch.where(identity, 0.0, shifts[1] - shifts[0])
+        raised.diagonal(dim1=-2, dim2=-1).add_(more[..., None])
+        again, again_info = torch.linalg.cholesky_ex(raised)
         lower = torch.where((info == 0)[..., None, None], lower, again)
         info = torch.where(info == 0, info, again_info)
     usable = info == 0
