@@ -3,12 +3,12 @@
     python examples/benchmarks/adamr_step_time.py step
     python examples/benchmarks/adamr_step_time.py training --tokens 1024 2048 4096
 
-``step`` times the optimizers alone, on matrices of the shapes of a BERT-base and a ViT-S layer and
-random gradients. ``training`` times forward, backward and step of a BERT with the shapes of
-MiniLM-L6 (hidden size 384, 6 layers, 30,522 tokens); both optimizers step their own copy of the
-model with the same gradients, so the two ratios share their forward and backward passes. Times are
-CPU time of the process where ``--clock cpu`` (other work on the machine does not count), or wall
-time.
+``step`` times the optimizers alone, on matrices of the shapes of a BERT-base and a ViT-S layer
+(``--copies 12``: of all layers) and random gradients, ``training`` forward, backward and step of a
+BERT with the shapes of MiniLM-L6 (hidden size 384, 6 layers, 30,522 tokens); both optimizers step
+their own copy of the model with the same gradients, so the two ratios share their forward and
+backward passes. Times are CPU time of the process where ``--clock cpu`` (other work on the machine
+does not count), or wall time.
 """
 
 import argparse
@@ -111,6 +111,7 @@ def main():
     parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--copies", type=int, default=1, help="layers that `step` steps")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--clock", choices=CLOCKS, default="cpu")
     parser.add_argument("--device", default="cpu")
@@ -122,7 +123,8 @@ def main():
     fields = hf_precond.AdamRConfig.parse(pairs)
     if args.what == "step":
         for name in args.shapes:
-            times = time_step(SHAPES[name], args.steps, args.clock, args.device, **fields)
+            shapes = SHAPES[name] * args.copies
+            times = time_step(shapes, args.steps, args.clock, args.device, **fields)
             mean, median, late = summary(times)
             print(
                 f"{name:<10} mean {mean:8.1f} ms  median {median:8.1f} ms  "
