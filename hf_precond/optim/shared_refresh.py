@@ -101,6 +101,11 @@ class Pieces(Generic[Item]):
         """A number of a piece, wherever it was computed; a 0-d tensor where that is a GPU."""
         return self._values[self._own(number, item)]
 
+    def interrupted(self, item: Item) -> Number:
+        """1 where computing a piece broke off, else 0; after :meth:`share` wherever it was."""
+        flags = [self._values[self._flag(kind, item)] for kind in KINDS[1:]]
+        return flags[0] + flags[1]
+
     def share(self, results: Callable[[Item], Sequence[Tensor]]) -> None:
         """Give everybody the results of every piece, and what was found on the way.
 

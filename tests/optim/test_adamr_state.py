@@ -16,6 +16,7 @@ from hf_precond.optim.rotation import refresh
 from hf_precond.optim.rotation.batch import Batch
 from hf_precond.optim.rotation.plan import RotationPlan
 from hf_precond.optim.rotation.refresh import Turn
+from hf_precond.optim.shared_refresh import Pieces
 from hf_precond.optim.rotation.rule import RotatedAdamRule
 from tests.optim.adamr_cases import adamr, layers, noise, run
 
@@ -281,7 +282,8 @@ def test_momentum_turned_into_an_empty_direction_finds_a_second_moment_there(tra
     half[0, 1] *= -1
     for name, value in optimizer.rule.bases._transported(batch, "left", half[None]).items():
         batch.write(name, value)
-    optimizer.rule.bases._raise([Turn(batch, 0, ("left",), ("left",))])
+    turns = [Turn(batch, 0, ("left",), ("left",))]
+    optimizer.rule.bases._raise(turns, Pieces(turns, [1.0], half.device))
     beta1, beta2 = optimizer.param_groups[0]["betas"]
     first = state["exp_avg"] / (1 - beta1 ** state["step"])
     second = state["exp_avg_sq"] / (1 - beta2 ** state["step"])

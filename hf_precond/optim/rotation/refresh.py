@@ -212,7 +212,7 @@ class BasisRefresh:
                 if rotation is not None:
                     rotations[side] = rotation
         pieces.share(self._results)
-        self._raise([turn for turn in turns if turn.stale])
+        self._raise([turn for turn in turns if turn.stale], pieces)
         self._note_energies(pieces)
         pieces.report(self.failures, lambda turn: turn.name, self._count)
         return rotations
@@ -272,13 +272,15 @@ class BasisRefresh:
                 names.append("exp_avg_sq")
         return [leaf[name] for name in names]
 
-    def _raise(self, turns: Sequence[Turn]) -> None:
+    def _raise(self, turns: Sequence[Turn], pieces: Pieces[Turn]) -> None:
         """Raise V to where ``M̂² <= V̂``, after bases have turned that it did not follow.
 
         The momentum turns into directions that had none, where Adam's ratio
-        would have no bound.
+        would have no bound. Where the only turn of a leaf broke off, nothing is raised.
         """
-        for same in grouped(turns, lambda turn: id(turn.batch)):
+        broken = {t: pieces.interrupted(t) if len(t.stale) == 1 else 0.0 for t in turns}
+        turned = [turn for turn, flag in broken.items() if isinstance(flag, Tensor) or not flag]
+        for same in grouped(turned, lambda turn: id(turn.batch)):
             batch = same[0].batch.part([turn.place for turn in same])
             step = batch.number("step")
             if step == 0 or self._spreads(step):
@@ -288,6 +290,10 @@ class BasisRefresh:
             first, second = batch.read("exp_avg"), batch.read("exp_avg_sq")
             lowest = self.workspace.take("lowest", first.shape, first)
             torch.mul(first, first, out=lowest).mul_(ratio)
+            flags = [broken[turn] for turn in same]
+            if any(isinstance(flag, Tensor) for flag in flags):  # not known to the host
+                usable = torch.stack([first.new_ones(()) * (flag == 0) for flag in flags])
+                lowest.mul_(usable.repeat_interleave(batch.plan.tiles)[:, None, None])
             batch.write("exp_avg_sq", torch.maximum(second, lowest, out=second))
             batch.write("mean_sq", second.mean((1, 2), keepdim=True))
 
