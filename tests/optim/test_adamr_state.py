@@ -16,8 +16,8 @@ from hf_precond.optim.rotation import refresh
 from hf_precond.optim.rotation.batch import Batch
 from hf_precond.optim.rotation.plan import RotationPlan
 from hf_precond.optim.rotation.refresh import Turn
-from hf_precond.optim.shared_refresh import Pieces
 from hf_precond.optim.rotation.rule import RotatedAdamRule
+from hf_precond.optim.shared_refresh import Pieces
 from tests.optim.adamr_cases import adamr, layers, noise, run
 
 SHAPES = [(7, 7), (7, 7), (6, 40), (40, 6), (7, 7)]
