@@ -3,7 +3,7 @@
 Offline, on the shipped Fashion-MNIST subset, a small ViT from random weights:
 
     python examples/image_classification.py --do_train --do_eval --optim afopt \\
-        --optim_args "scope=all_linear" --learning_rate 1e-3 --max_steps 200 \\
+        --learning_rate 1e-3 --max_steps 200 \\
         --per_device_train_batch_size 64
 
 A pretrained checkpoint on folders of images (one sub-folder per class), or on the Hub's data:
