@@ -43,7 +43,9 @@ def main() -> None:
         panel.set_yscale("log")
         panel.minorticks_off()
         low, high = panel.get_ylim()
-        ticks = [t for t in (0.001, 0.01, 0.1, 0.5, 1, 1.5, 2, 2.5, 3, 3.5) if low <= t <= high]
+        decades = [10.0**power for power in range(-6, 2)]
+        known = decades if high > 30 * low else [0.5 * number for number in range(1, 20)]
+        ticks = [tick for tick in known if low <= tick <= high]
         panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         panel.legend(fontsize=8)
     figure.tight_layout()
