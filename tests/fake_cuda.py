@@ -10,6 +10,7 @@ import os
 import types
 from collections import Counter
 
+import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -140,9 +141,12 @@ def pretended(monkeypatch):
     library = os.path.join(os.path.dirname(torch.__file__), "lib", "libc10.so")
     # Indexing asks which device is current; a build without CUDA has nobody to answer. The guard
     # of meta tensors, which does nothing, stands in for that of CUDA's.
-    guards = (ctypes.c_void_p * 16).in_dll(
-        ctypes.CDLL(library), "_ZN3c104impl26device_guard_impl_registryE"
-    )
+    try:
+        guards = (ctypes.c_void_p * 16).in_dll(
+            ctypes.CDLL(library), "_ZN3c104impl26device_guard_impl_registryE"
+        )
+    except (OSError, ValueError):
+        pytest.skip("this build of torch keeps its device guards elsewhere")
     before, meta = guards[1], 14
     if not before:
         guards[1] = guards[meta]
