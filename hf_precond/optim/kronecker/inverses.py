@@ -72,6 +72,7 @@ def invert(
     rms eigenvalue error above :data:`MAX_ERROR`, or not finite) and with
     ``newton_steps`` 0 they are exact: by blocks where the damping bounds the
     condition, by Cholesky's factorisation elsewhere and where that fails.
+    On a GPU the host waits once a batch, to know which matrices these are.
 
     Args:
         matrices: A, ``[b, n, n]``.
