@@ -162,11 +162,11 @@ def test_in_a_fixed_basis_it_is_adamw_of_the_rotated_problem(monkeypatch):
     (module,) = layers(left @ weight @ right.T)
     fields = {"lr": 2e-2, "weight_decay": 0.1}
     optimizer = adamr([module], basis="two_sided", basis_interval=1000, floor=0.0, **fields)
-    monkeypatch.setattr(
-        optimizer.rule.bases,
-        "due",
-        lambda batch: [] if batch.number("step") else [Turn(batch, 0, (), ("left", "right"))],
-    )
+
+    def once(batch, chosen):
+        return [] if batch.number("step") else [Turn(batch, 0, (), ("left", "right"))]
+
+    monkeypatch.setattr(optimizer.rule.bases, "due", once)
     plain = nn.Parameter(weight.clone())
     reference = torch.optim.AdamW([plain], **fields)
     curvature = torch.logspace(0, 4, 54, dtype=torch.float64).reshape(6, 9)

@@ -12,7 +12,7 @@ from hf_precond.configs import AdamRConfig, NKFACConfig
 from hf_precond.linalg import fallback
 from hf_precond.optim.adamr import AdamR
 from hf_precond.optim.base_rules import make_rule
-from hf_precond.optim.rotation import refresh
+from hf_precond.optim.rotation import schedule
 from hf_precond.optim.rotation.batch import Batch
 from hf_precond.optim.rotation.plan import RotationPlan
 from hf_precond.optim.rotation.refresh import Turn
@@ -59,7 +59,7 @@ def test_a_deep_copy_steps_alike():
 
 def test_one_batch_or_one_by_one_is_the_same(monkeypatch):
     # Which refresh makes a basis orthogonal again depends on what else there is.
-    monkeypatch.setattr(refresh, "CLEAN_EVERY", 1)
+    monkeypatch.setattr(schedule, "CLEAN_EVERY", 1)
     together, alone = zeros(*SHAPES), zeros(*SHAPES)
     gradients = noise(*SHAPES, steps=20)
     run(adamr(together, basis_interval=1), together, gradients)

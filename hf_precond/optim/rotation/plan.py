@@ -63,12 +63,12 @@ class RotationPlan:
         sides = self.left * self.rows**2 + self.right * self.columns**2
         return 2 * self.tiles * (self.rows * self.columns + sides)
 
-    @property
+    @functools.cached_property
     def refresh_cost(self) -> dict[str, float]:
         """Multiplications of a refresh of each rotated side, elementwise work in proportion."""
         return self._cost(4.5, 1.0)
 
-    @property
+    @functools.cached_property
     def turn_cost(self) -> dict[str, float]:
         """What a step that refreshes a side costs more: the gradient that is held turns too."""
         return self._cost(4.5, 2.0)

@@ -17,12 +17,14 @@ from hf_precond.optim.leaf import Leaf, grouped
 from hf_precond.optim.rotation.batch import Batch
 from hf_precond.optim.rotation.plan import RotationPlan
 from hf_precond.optim.rotation.products import turn
+from hf_precond.optim.rotation.schedule import Due, TurnSchedule
 from hf_precond.optim.shared_refresh import Pieces
 
-CLEAN_EVERY = 8
-"""Refreshes of a basis between two corrections of its orthogonality."""
 CHECK_EVERY = 8
 """Steps between two looks at what a GPU says of its gradients."""
+
+Chosen = dict[Leaf, dict[str, bool]]
+"""The bases whose turn it is, and whether each turns."""
 
 COUNTERS = ("basis_refreshes", *(f"basis_{rung}" for rung in fallback.RUNGS))
 
@@ -65,11 +67,10 @@ class BasisRefresh:
     """Refreshes the bases that are due, and counts.
 
     A basis is refreshed at Adam's steps 0, 1, 2, 4, 8, … below
-    ``basis_interval`` and then once an interval, each on a step of its own so
-    that no step is much longer than the others; a basis that is still good is
-    left as it is. The first is an
-    eigendecomposition; from then on the basis is followed by
-    :func:`hf_precond.linalg.eigenbasis.refresh`.
+    ``basis_interval`` and then once an interval, on steps of their own
+    (:class:`~hf_precond.optim.rotation.schedule.TurnSchedule`); a basis that is
+    still good is left as it is. The first is an eigendecomposition; from then
+    on the basis is followed by :func:`hf_precond.linalg.eigenbasis.refresh`.
 
     Args:
         config: AdamR's fields.
@@ -83,8 +84,7 @@ class BasisRefresh:
         self.failures = Failures()
         self.gradients: list[bool | Tensor] = []
         self.calls = 0
-        self.loads = [0.0] * config.basis_interval
-        self.cleans = [[0.0] * CLEAN_EVERY for _ in self.loads]
+        self.schedule = TurnSchedule(config.basis_interval)
 
     def allocate(self, leaf: Leaf, plan: RotationPlan) -> None:
         """The momentum, factors and bases of a leaf.
@@ -108,54 +108,57 @@ class BasisRefresh:
             leaf[f"{side}_strikes"] = 0
             leaf[f"{side}_updates"] = 0
 
-    def spread(self, planned: Sequence[tuple[Leaf, RotationPlan]]) -> None:
-        """Give new bases their steps, the costliest first, so that none is much longer.
-
-        ``left_phase`` is the step of an interval on which a basis is
-        refreshed, ``left_clean`` the interval of :data:`CLEAN_EVERY` in which
-        it is made orthogonal again.
-        """
-        costs = [(cost, leaf, s) for leaf, plan in planned for s, cost in plan.turn_cost.items()]
-        for cost, leaf, side in sorted(costs, key=lambda found: -found[0]):
-            phase = min(range(len(self.loads)), key=self.loads.__getitem__)
-            clean = min(range(CLEAN_EVERY), key=self.cleans[phase].__getitem__)
-            self.loads[phase] += cost
-            self.cleans[phase][clean] += cost
-            leaf[f"{side}_phase"], leaf[f"{side}_clean"] = phase, clean
-
-    def due(self, batch: Batch) -> list[Turn]:
-        """The leaves with bases that turn now.
+    def decide(self, planned: Sequence[tuple[Leaf, RotationPlan]]) -> Chosen:
+        """Choose the bases that turn at this step, among those of all leaves that take it.
 
         A basis whose turn it is stays as it is while the off-diagonal energy
         found at its previous turn was below ``basis_tolerance``.
+
+        Returns:
+            For each leaf with bases whose turn it is, whether each turns.
         """
-        step, interval = batch.number("step"), self.config.basis_interval
-        sides, places = batch.plan.sides, range(len(batch.leaves))
-        if step < interval:
+        chosen: Chosen = {}
+        due = self.schedule.due(planned)
+        if not due:
+            return chosen
+        stale = [one for one in due if not self._energy(one) < self.config.basis_tolerance]
+        turning = self.schedule.put_off(stale, self.schedule.average(planned))
+        skipped = [one for one in due if one not in stale]
+        self._count("basis_skipped", len(skipped))
+        for one in (*skipped, *turning):
+            chosen.setdefault(one.leaf, {})[one.side] = one not in skipped
+            self._strike(one)
+        return chosen
+
+    def due(self, batch: Batch, chosen: Chosen) -> list[Turn]:
+        """The leaves of a batch with bases that turn now."""
+        step, sides, places = batch.number("step"), batch.plan.sides, range(len(batch.leaves))
+        if step < self.config.basis_interval:
             return [Turn(batch, n, (), sides) for n in places if step & (step - 1) == 0]
         turns = []
         for place in places:
-            leaf = batch.leaves[place]
-            measured = tuple(s for s in sides if step % interval == leaf[f"{s}_phase"])
-            stale = tuple(side for side in measured if not self._is_good(leaf, side))
-            self._count("basis_skipped", len(measured) - len(stale))
+            turning = chosen.get(batch.leaves[place], {})
+            measured = tuple(side for side in sides if side in turning)
             if measured:
+                stale = tuple(side for side in measured if turning[side])
                 turns.append(Turn(batch, place, measured, stale))
         return turns
 
-    def _is_good(self, leaf: Leaf, side: str) -> bool:
-        """Whether the energy found at the previous turn was small; counts what is not finite."""
-        energy = leaf[f"{side}_energy"]
+    def _energy(self, due: Due) -> float:
+        """The energy found at a basis' previous turn; NaN where it was not finite."""
+        energy = due.leaf[f"{due.side}_energy"]
         value = float(energy)
-        if value != value and leaf.param.is_cuda:  # NaN: perhaps the copy is still under way
-            torch.cuda.current_stream(leaf.param.device).synchronize()
+        if value != value and due.leaf.param.is_cuda:  # perhaps the copy is still under way
+            torch.cuda.current_stream(due.leaf.param.device).synchronize()
             value = float(energy)
-        failed = value != value
-        if failed:
-            self._count("basis_kept", 1)
-        strikes = fallback.strikes(leaf[f"{side}_strikes"], failed, name_of(leaf, side))
-        leaf[f"{side}_strikes"] = strikes
-        return value < self.config.basis_tolerance
+        return value
+
+    def _strike(self, due: Due) -> None:
+        """Count how often in a row a basis was found not finite; stop where that goes on."""
+        name = f"{due.side}_strikes"
+        failed = math.isnan(float(due.leaf[f"{due.side}_energy"]))
+        self._count("basis_kept", int(failed))
+        due.leaf[name] = fallback.strikes(due.leaf[name], failed, name_of(due.leaf, due.side))
 
     def usable(self, squares: Tensor | float) -> Tensor | None:
         """Where a gradient may enter the factors; ``None``, on a CPU, where all may.
@@ -324,7 +327,7 @@ class BasisRefresh:
             held = batch.read(f"{side}_basis")
             basis = turn("right", rotation, held, self.workspace, "turned basis")
             for leaf, part in zip(batch.leaves, basis.split(batch.plan.tiles), strict=True):
-                if step // interval % CLEAN_EVERY == leaf[f"{side}_clean"]:
+                if self.schedule.is_clean(leaf, side):
                     part.copy_(eigenbasis.orthonormal(part))
             moments = self._transported(batch, side, rotation)
         found = {f"{side}_factor": factor, f"{side}_basis": basis} | moments

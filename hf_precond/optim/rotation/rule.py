@@ -18,7 +18,7 @@ from hf_precond.optim.leaf import Leaf
 from hf_precond.optim.rotation.batch import CPU_ELEMENTS, SLICE, Batch, Part, batches
 from hf_precond.optim.rotation.plan import RotationPlan, plan_rotation
 from hf_precond.optim.rotation.products import accumulate, observe, turn
-from hf_precond.optim.rotation.refresh import BasisRefresh, Turn
+from hf_precond.optim.rotation.refresh import BasisRefresh, Chosen, Turn
 from hf_precond.optim.rules import AdamWRule, Rule
 
 WINDOW = 1 << 25
@@ -110,7 +110,7 @@ class RotatedAdamRule(Rule):
         new = [(leaf, self.plan(leaf)) for leaf in leaves if "exp_avg" not in leaf]
         for leaf, plan in new:
             self._make(leaf, plan)
-        self.bases.spread([(leaf, plan) for leaf, plan in new if plan.rotated])
+        self.bases.schedule.spread([(leaf, plan) for leaf, plan in new if plan.rotated])
 
     def _make(self, leaf: Leaf, plan: RotationPlan) -> None:
         """Moments, factors, bases and counters of a leaf.
@@ -142,9 +142,10 @@ class RotatedAdamRule(Rule):
         if plain:
             self.adamw.update(plain)
         self.bases.gradients.clear()
+        chosen = self.bases.decide(rotated)
         alone = distributed.world_size() == 1
         for window in self._windows(batches(rotated), 0 if alone else WINDOW):
-            started = [self._begin(batch, hold=alone) for batch in window]
+            started = [self._begin(batch, chosen, hold=alone) for batch in window]
             rotations = self.bases.refresh([turn for begun in started for turn in begun.turns])
             for begun in started:
                 self._finish(begun, rotations if alone else {})
@@ -169,7 +170,7 @@ class RotatedAdamRule(Rule):
         if window:
             yield window
 
-    def _begin(self, batch: Batch, hold: bool) -> _Begun:
+    def _begin(self, batch: Batch, chosen: Chosen, hold: bool) -> _Begun:
         """Take the gradient in where a basis turns: it turns towards this gradient too."""
         collects = self._collects(batch)
         parts = self._parts(batch)
@@ -179,7 +180,7 @@ class RotatedAdamRule(Rule):
             for name in ("updates", *(f"{side}_updates" for side in collects)):
                 batch.set(name, batch.number(name) + 1)
         started = batch.number("updates") > 1 or batch.number("step") > 0
-        turns = self.bases.due(batch) if started else []
+        turns = self.bases.due(batch, chosen) if started else []
         begun = _Begun(batch, collects, started, turns, squares, usable, parts)
         if started and not turns:
             return begun

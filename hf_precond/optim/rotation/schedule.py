@@ -1,0 +1,110 @@
+"""On which step of an interval each basis of AdamR turns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hf_precond.optim.leaf import Leaf
+from hf_precond.optim.rotation.plan import RotationPlan
+
+CLEAN_EVERY = 8
+"""Refreshes of a basis between two corrections of its orthogonality."""
+
+
+@dataclass(frozen=True, eq=False)
+class Due:
+    """One basis of a leaf at the step of its turn.
+
+    Args:
+        leaf: the leaf.
+        side: ``left`` or ``right``.
+        cost: of a step that turns it, any unit.
+    """
+
+    leaf: Leaf
+    side: str
+    cost: float
+
+
+class TurnSchedule:
+    """Spreads the turns of bases over the steps, so that no step is much longer than the others.
+
+    Kept in a leaf's state, for each rotated side: ``left_phase``, the step of
+    an interval on which it turns; ``left_clean``, the interval of
+    :data:`CLEAN_EVERY` in which it is made orthogonal again; ``left_turned``,
+    Adam's step at which it turned last.
+
+    The phases are spread by cost when the state is made. Bases that are left
+    as they are make their steps short and leave the others too long by
+    comparison, so a step that has more to turn than an average one puts off
+    what it can to the next.
+
+    Args:
+        interval: steps between two turns of a basis, >= 1.
+    """
+
+    def __init__(self, interval: int) -> None:
+        self.interval = interval
+        self.loads = [0.0] * interval
+        self.cleans = [[0.0] * CLEAN_EVERY for _ in self.loads]
+
+    def spread(self, planned: Sequence[tuple[Leaf, RotationPlan]]) -> None:
+        """Give new bases their steps, the costliest first."""
+        costs = [(cost, leaf, s) for leaf, plan in planned for s, cost in plan.turn_cost.items()]
+        for cost, leaf, side in sorted(costs, key=lambda found: -found[0]):
+            phase = min(range(self.interval), key=self.loads.__getitem__)
+            clean = min(range(CLEAN_EVERY), key=self.cleans[phase].__getitem__)
+            self.loads[phase] += cost
+            self.cleans[phase][clean] += cost
+            leaf[f"{side}_phase"], leaf[f"{side}_clean"] = phase, clean
+            leaf[f"{side}_turned"] = 0
+
+    def is_clean(self, leaf: Leaf, side: str) -> bool:
+        """Whether a basis that turns at this step is made orthogonal again."""
+        clean: int = leaf[f"{side}_clean"]
+        return leaf["step"] // self.interval % CLEAN_EVERY == clean
+
+    def due(self, planned: Sequence[tuple[Leaf, RotationPlan]]) -> list[Due]:
+        """The bases whose step of the interval it is, of leaves past their first interval."""
+        found = []
+        for leaf, plan in planned:
+            place = leaf["step"] % self.interval
+            if leaf["step"] >= self.interval:
+                sides = [side for side in plan.sides if place == leaf[f"{side}_phase"]]
+                found += [Due(leaf, side, plan.turn_cost[side]) for side in sides]
+        return found
+
+    def average(self, planned: Sequence[tuple[Leaf, RotationPlan]]) -> float:
+        """Cost of an average step: all bases but those that did not turn for two intervals."""
+        total = 0.0
+        for leaf, plan in planned:
+            oldest = leaf["step"] - 2 * self.interval
+            for side, cost in plan.turn_cost.items():
+                total += cost if leaf[f"{side}_turned"] > oldest else 0.0
+        return total / self.interval
+
+    def put_off(self, stale: Sequence[Due], average: float) -> list[Due]:
+        """Leave to the next step what makes this one longer than an average one.
+
+        Those that have waited longest turn, one of them at least. With an
+        ``interval`` of 1 all do.
+
+        Args:
+            stale: the bases that are due and not good any more.
+            average: see :meth:`average`.
+
+        Returns:
+            Those that turn at this step.
+        """
+        turning: list[Due] = []
+        load = 0.0
+        for due in sorted(stale, key=lambda due: due.leaf[f"{due.side}_turned"]):
+            if self.interval == 1 or not turning or load + due.cost / 2 <= average:
+                turning.append(due)
+                load += due.cost
+                due.leaf[f"{due.side}_turned"] = due.leaf["step"]
+            else:
+                phase = due.leaf[f"{due.side}_phase"]
+                due.leaf[f"{due.side}_phase"] = (phase + 1) % self.interval
+        return turning

@@ -1,0 +1,106 @@
+"""The steps on which AdamR's bases turn: loads as even as they come, and nobody waits for long."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from hf_precond.optim.leaf import Leaf
+from hf_precond.optim.rotation.plan import RotationPlan
+from hf_precond.optim.rotation.schedule import Due, TurnSchedule
+
+SQUARE = RotationPlan(1, 8, 8, "rows", True, True)
+LONG = RotationPlan(1, 32, 8, "rows", False, True)
+
+
+def leaves(*plans):
+    """Leaves without values: all that a schedule reads is their counters."""
+    nothing = torch.empty(0)
+    return [(Leaf(nothing, nothing, {"step": 0}, "", {}), plan) for plan in plans]
+
+
+def simulate(schedule, planned, steps, is_stale):
+    """The cost of every step past the first interval, and the steps on which each basis turned."""
+    loads, turned = [], {}
+    for step in range(steps):
+        for leaf, _ in planned:
+            leaf["step"] = step
+        stale = [due for due in schedule.due(planned) if is_stale(due, step)]
+        turning = schedule.put_off(stale, schedule.average(planned))
+        for due in turning:
+            turned.setdefault((id(due.leaf), due.side), []).append(step)
+        loads.append(sum(due.cost for due in turning))
+    return loads[schedule.interval :], turned
+
+
+def test_equal_costs_are_spread_evenly_and_stay():
+    schedule, planned = TurnSchedule(4), leaves(*[SQUARE] * 8)
+    schedule.spread(planned)
+    loads, turned = simulate(schedule, planned, 60, lambda due, step: True)
+    assert set(loads) == {4 * SQUARE.turn_cost["left"]}
+    for steps in turned.values():
+        assert {late - early for early, late in pairwise(steps)} == {4}
+
+
+def test_steps_are_even_again_where_costly_bases_stay_as_they_are():
+    schedule, planned = TurnSchedule(3), leaves(LONG, LONG, *[SQUARE] * 4)
+    schedule.spread(planned)
+    unit = SQUARE.turn_cost["left"]
+
+    def square(due, step):
+        return due.cost == unit
+
+    loads, turned = simulate(schedule, planned, 90, square)
+    assert max(loads[:9]) > 3 * unit  # four of the eight bases began on the step without a LONG one
+    assert max(loads[12:]) <= 3 * unit and min(loads[12:]) >= 2 * unit
+    for steps in turned.values():
+        gaps = [late - early for early, late in pairwise(steps)]
+        assert max(gaps) <= 5 and gaps[-20:] == [3] * 20
+
+
+def test_bases_that_come_and_go_keep_every_step_near_the_average():
+    schedule, planned = TurnSchedule(5), leaves(*[SQUARE] * 20)
+    schedule.spread(planned)
+    generator = torch.Generator().manual_seed(0)
+    loads, turned = simulate(
+        schedule, planned, 400, lambda due, step: torch.rand((), generator=generator) < 0.7
+    )
+    unit = SQUARE.turn_cost["left"]
+    assert max(loads) <= 8 * unit + unit / 2  # 40 bases in 5 steps
+    for steps in turned.values():
+        assert len(steps) > 0.6 * 0.7 * 400 / 5
+
+
+def test_those_that_have_waited_longest_turn_first():
+    schedule, planned = TurnSchedule(3), leaves(SQUARE, SQUARE)
+    schedule.spread(planned)
+    stale = []
+    for number, (leaf, plan) in enumerate(planned):
+        leaf["step"] = 30
+        for place, side in enumerate(plan.sides):
+            leaf[f"{side}_phase"], leaf[f"{side}_turned"] = 0, 28 - 2 * number - place
+            stale.append(Due(leaf, side, 1.0))
+    turning = schedule.put_off(stale, average=2.0)
+    assert [(due.leaf, due.side) for due in turning] == [
+        (planned[1][0], "right"), (planned[1][0], "left"),
+    ]  # fmt: skip
+    assert [due.leaf[f"{due.side}_phase"] for due in stale] == [1, 1, 0, 0]
+    assert [due.leaf[f"{due.side}_turned"] for due in turning] == [30, 30]
+
+
+@pytest.mark.parametrize("interval", [1, 2, 7])
+def test_a_lone_matrix_is_never_put_off(interval):
+    schedule, planned = TurnSchedule(interval), leaves(SQUARE)
+    schedule.spread(planned)
+    _, turned = simulate(schedule, planned, 70, lambda due, step: True)
+    for steps in turned.values():
+        assert len(steps) == len(range(interval, 70, interval))
+
+
+def test_an_interval_of_one_turns_everything_at_every_step():
+    schedule, planned = TurnSchedule(1), leaves(LONG, SQUARE, SQUARE)
+    schedule.spread(planned)
+    # All were good for long, so that an average step turns nothing.
+    _, turned = simulate(schedule, planned, 40, lambda due, step: step > 30)
+    assert all(steps == list(range(31, 40)) for steps in turned.values())
+    assert len(turned) == 5
