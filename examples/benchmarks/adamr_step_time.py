@@ -4,7 +4,8 @@
     python examples/benchmarks/adamr_step_time.py training --tokens 1024 2048 4096
 
 ``step`` times the optimizers alone, on matrices of the shapes of a BERT-base and a ViT-S layer
-(``--copies 12``: of all layers) and random gradients, ``training`` forward, backward and step of a
+(``--copies 12``: of all layers) and random gradients, of each step the least of ``--repeats`` equal
+runs, which leaves out what else the machine did; ``training`` forward, backward and step of a
 BERT with the shapes of MiniLM-L6 (hidden size 384, 6 layers, 30,522 tokens); both optimizers step
 their own copy of the model with the same gradients, so the two ratios share their forward and
 backward passes. Times are CPU time of the process where ``--clock cpu`` (other work on the machine
@@ -113,6 +114,7 @@ def main():
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--copies", type=int, default=1, help="layers that `step` steps")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=1, help="equal runs of `step`")
     parser.add_argument("--clock", choices=CLOCKS, default="cpu")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
@@ -124,8 +126,11 @@ def main():
     if args.what == "step":
         for name in args.shapes:
             shapes = SHAPES[name] * args.copies
-            times = time_step(shapes, args.steps, args.clock, args.device, **fields)
-            mean, median, late = summary(times)
+            runs = [
+                time_step(shapes, args.steps, args.clock, args.device, **fields)
+                for _ in range(args.repeats)
+            ]
+            mean, median, late = summary([min(times) for times in zip(*runs, strict=True)])
             print(
                 f"{name:<10} mean {mean:8.1f} ms  median {median:8.1f} ms  "
                 f"p95 / median {late / median:.2f}"

@@ -104,7 +104,7 @@ class BasisRefresh:
         for name, tensor in _neighbours(shapes, dtype, kept, device).items():
             leaf[name] = tensor
         for side in plan.sides:
-            leaf[f"{side}_energy"] = _host_scalar(device, dtype, float("inf"))
+            leaf[f"{side}_energy"] = _host_tensor((), device, dtype, float("inf"))
             leaf[f"{side}_strikes"] = 0
             leaf[f"{side}_updates"] = 0
 
@@ -254,16 +254,22 @@ class BasisRefresh:
 
     def _note_energies(self, pieces: Pieces[Turn]) -> None:
         """Keep energies on the host, where they are read an interval later."""
+        found = []
         for number, side in enumerate(("left", "right")):
             for due in pieces.items:
-                if side not in due.measured:
-                    continue
-                leaf, name, energy = due.leaf, f"{side}_energy", pieces.number(number, due)
-                if isinstance(energy, Tensor):
-                    leaf[name] = _host_scalar(energy.device, leaf[name].dtype, float("nan"))
-                    leaf[name].copy_(energy, non_blocking=True)
-                else:
-                    leaf[name].fill_(energy)
+                if side in due.measured:
+                    found.append((due.leaf, f"{side}_energy", pieces.number(number, due)))
+        on_gpu = [(leaf, name, e) for leaf, name, e in found if isinstance(e, Tensor)]
+        for leaf, name, energy in found:
+            if not isinstance(energy, Tensor):
+                leaf[name].fill_(energy)
+        for same in grouped(on_gpu, lambda one: (one[2].device, one[0][one[1]].dtype)):
+            energies = torch.stack([energy for _, _, energy in same])
+            dtype = same[0][0][same[0][1]].dtype
+            copies = _host_tensor((len(same),), energies.device, dtype, float("nan"))
+            copies.copy_(energies, non_blocking=True)
+            for (leaf, name, _), copy in zip(same, copies.unbind(), strict=True):
+                leaf[name] = copy
 
     def _results(self, turn: Turn) -> list[Tensor]:
         """What the turn of a leaf has changed, as it lies in memory."""
@@ -364,9 +370,11 @@ def name_of(leaf: Leaf, side: str) -> str:
     return f"{name} ({side} side)"
 
 
-def _host_scalar(device: torch.device, dtype: torch.dtype, value: float) -> Tensor:
-    """A number on the host that a GPU can write to without being waited for."""
-    return torch.full((), value, dtype=dtype, pin_memory=device.type == "cuda")
+def _host_tensor(
+    shape: Sequence[int], device: torch.device, dtype: torch.dtype, value: float
+) -> Tensor:
+    """Numbers on the host that a GPU can write to without being waited for."""
+    return torch.full(shape, value, dtype=dtype, pin_memory=device.type == "cuda")
 
 
 def _neighbours(
