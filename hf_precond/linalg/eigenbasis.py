@@ -27,7 +27,7 @@ from hf_precond.linalg.workspace import Workspace
 
 BANDED = 256
 """Symmetric products at least this wide are computed in bands of their lower triangle, on a CPU."""
-BANDS = {256: 3, 384: 4, 768: 6, 1536: 8}
+BANDS = {256: 3, 768: 6, 1536: 8}
 """Bands from these widths on: more save multiplications and make each product slower."""
 TILE = 64
 """Rows that are mirrored at a time on a CPU, so that both sides of the copy stay in the cache."""
@@ -98,7 +98,8 @@ def pair_rotation(factor: Tensor, workspace: Workspace | None = None) -> Tensor:
     gram.diagonal(dim1=-2, dim2=-1).add_(1.0)
     lower = lower_factor(gram)
     skew.diagonal(dim1=-2, dim2=-1).fill_(1.0)
-    return torch.linalg.solve_triangular(lower.mT, skew, upper=True, left=False)
+    # (C⁻ᵀ (I + X)ᵀ)ᵀ: the library solves by columns, and these are in its order of memory.
+    return torch.linalg.solve_triangular(lower, skew.mT, upper=False).mT
 
 
 def jacobi_tangents(factor: Tensor, workspace: Workspace | None = None) -> Tensor:
