@@ -8,19 +8,23 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+SMALLEST = 0.3
+"""What parameters are at least taken to measure: some norms store the scale's distance from 1."""
+
 
 class DifferenceProduct:
     """``v ↦ H v`` by the four-point central difference of gradients.
 
     ``(8 (∇L(p + εv) - ∇L(p - εv)) - (∇L(p + 2εv) - ∇L(p - 2εv))) / 12ε``
 
-    with ``ε = (machine epsilon)^(1/3) · rms(p) / rms(v)``: four forward and
-    backward passes a product. The error is of order ``ε⁴`` by truncation and
+    with ``ε = (machine epsilon)^(1/3) · max(rms(p), 0.3) / max|v|``: four forward
+    and backward passes a product. The error is of order ``ε⁴`` by truncation and
     ``machine epsilon / ε`` by rounding, so parameters must be float32 or
     float64 and the loss not computed under autocast.
 
     All passes draw the random numbers that the next pass of the training
-    draws (dropout), and leave generators, buffers and gradients as they were.
+    draws (dropout), and leave generators, buffers and gradients as they were;
+    a graph made before can still be run backward.
 
     Args:
         loss_function: runs the model and returns a scalar.
@@ -62,8 +66,7 @@ class DifferenceProduct:
             near = self._difference(start, vectors, step)
             far = self._difference(start, vectors, 2 * step)
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(list(self.parameters), start)
+            _set(self.parameters, start)
         return [(8 * one - two) / (12 * step) for one, two in zip(near, far, strict=True)]
 
     def _difference(
@@ -80,17 +83,17 @@ class DifferenceProduct:
     def _step(self, vectors: Sequence[Tensor]) -> Tensor:
         """ε, a 0-d tensor: all parameters together, since a shift alone is often zero."""
         with torch.no_grad():
+            number = sum(parameter.numel() for parameter in self.parameters)
             size = torch.stack(torch._foreach_norm(list(self.parameters))).norm()
-            length = torch.stack(torch._foreach_norm(list(vectors))).norm()
+            largest = torch.stack(torch._foreach_norm(list(vectors), float("inf"))).max()
             relative = torch.finfo(self.parameters[0].dtype).eps ** (1 / 3)
-            return relative * torch.where(size > 0, size / length, 1.0)
+            return relative * (size / number**0.5).clamp(min=SMALLEST) / largest
 
     def _gradients(
         self, start: Sequence[Tensor], vectors: Sequence[Tensor], step: Tensor
     ) -> list[Tensor | None]:
-        with torch.no_grad():
-            for parameter, origin, vector in zip(self.parameters, start, vectors, strict=True):
-                parameter.copy_(origin + step * vector)
+        moved = [origin + step * v for origin, v in zip(start, vectors, strict=True)]
+        _set(self.parameters, moved)
         with _undisturbed(self.model):
             # Not autograd.grad: reentrant checkpointing allows backward() alone.
             with torch.enable_grad():
@@ -119,6 +122,10 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
-        with torch.no_grad():
-            for buffer, value in zip(buffers, kept, strict=True):
-                buffer.copy_(value)
+        _set(buffers, kept)
+
+
+def _set(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Change values and not their versions: in the end the values are the old ones again."""
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.data.copy_(value)

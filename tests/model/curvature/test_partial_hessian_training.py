@@ -338,6 +338,68 @@ def test_differences_where_the_graph_cannot_be_used():
     source.close()
 
 
+class ShiftedRMSNorm(nn.Module):
+    """The RMSNorm of Gemma, whose weight is the scale's distance from 1."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x):
+        return nn.functional.rms_norm(x, x.shape[-1:]) * (1 + self.weight)
+
+
+@pytest.mark.parametrize(
+    ("make_norm", "probe", "size"),
+    [
+        *[(ShiftedRMSNorm, "rademacher", size) for size in (0.0, 1e-6, 1e-3)],
+        (ShiftedRMSNorm, "exact", 1e-3),
+        (nn.LayerNorm, "exact", 1.0),
+    ],
+)
+def test_the_step_of_the_differences_suits_weights_and_vectors(make_norm, probe, size):
+    torch.manual_seed(0)
+    layers = [nn.Linear(8, 16)]
+    for _ in range(3):
+        layers += [make_norm(16), nn.Linear(16, 16), nn.GELU()]
+    model = nn.Sequential(*layers, nn.Linear(16, 3))
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, make_norm):
+                module.weight.copy_(size * torch.randn(16))
+    source = open_source(model, probe)
+    x = torch.randn(32, 8)
+    labels = torch.randint(0, 3, (32,))
+
+    def loss_function():
+        return nn.functional.cross_entropy(model(x), labels)
+
+    found = []
+    for way in (loss_function(), loss_function):
+        source.enable(True, 0)
+        source.observe(way)
+        found.append(torch.cat([statistic.sum.flatten() for statistic in source.take().values()]))
+    source.close()
+    assert (found[1] - found[0]).norm() / found[0].norm() < 1e-3
+
+
+def test_a_graph_made_before_the_differences_can_still_be_run_backward():
+    model, twin = (nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3)) for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    for each in (model, twin):
+        each[0].eval()  # its graph then holds the running statistics
+    source = open_source(model)
+    source.enable(True, 0)
+    loss = model(x).square().mean()
+    source.observe(lambda: model(x).square().mean())
+    loss.backward()
+    twin(x).square().mean().backward()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+    source.close()
+
+
 def test_differences_of_low_precision_parameters_are_refused():
     model = attention_model().bfloat16()
     source = open_source(model)
