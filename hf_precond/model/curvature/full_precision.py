@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,6 +22,11 @@ class FullPrecision:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.left: list[tuple[nn.Module, torch.autocast]] = []
+        self._full: bool | None = None
+
+    def expect(self) -> None:
+        """Look at the weights' dtypes anew at the next :meth:`enter`; they hold for a step."""
+        self._full = None
 
     def enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -32,9 +36,8 @@ class FullPrecision:
         What autocast made in lower precision, outside of the module, is cast
         to float32.
         """
-        weights = list(self.model.parameters())
-        device = weights[0].device.type
-        if not torch.is_autocast_enabled(device) or not _full(weights):
+        device = next(self.model.parameters()).device.type
+        if not torch.is_autocast_enabled(device) or not self._is_full():
             return None
         low = torch.get_autocast_dtype(device)
         context = torch.autocast(device, enabled=False)
@@ -51,6 +54,8 @@ class FullPrecision:
         if self.left and self.left[-1][0] is module:
             self.left.pop()[1].__exit__(None, None, None)
 
-
-def _full(weights: Iterable[Tensor]) -> bool:
-    return all(weight.dtype in (torch.float32, torch.float64) for weight in weights)
+    def _is_full(self) -> bool:
+        if self._full is None:
+            allowed = (torch.float32, torch.float64)
+            self._full = all(weight.dtype in allowed for weight in self.model.parameters())
+        return self._full

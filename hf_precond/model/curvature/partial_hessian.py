@@ -121,6 +121,7 @@ class CurvatureProbe:
         self.due = due and any(step % r.period == r.phase for r in self.requests)
         self.step = step
         self.vectors = {}
+        self.precision.expect()
         self.switches.expect(self.due)
 
     def take(self) -> dict[str, Statistic]:
@@ -248,6 +249,8 @@ class CurvatureProbe:
             if not any(product.reached):
                 return False
             self._stage(product, requests, parameters, weight)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise RuntimeError(NOT_TWICE.format(error=str(error).splitlines()[0])) from error
         return True
@@ -261,7 +264,6 @@ class CurvatureProbe:
         parameters = [request.norm.parameter for request in requests]
         product = DifferenceProduct(loss_function, self.model, parameters)
         self._stage(product, requests, parameters, weight)
-        self.versions = [parameter._version for parameter in parameters]
         self.by_differences = True
         self.seen.append(_nothing)
 

@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_precond.blocks import CurvatureRequest
+from hf_precond.model.curvature.full_precision import FullPrecision
 from hf_precond.model.curvature.partial_hessian import open_probe
 from hf_precond.model.norms import channel_parameters
 
@@ -134,4 +135,28 @@ def test_inputs_made_in_low_precision_are_cast():
     with torch.autocast("cpu", LOW):
         model(torch.randn(2, 6).to(LOW))
     assert model.seen == [torch.float32]
+    source.close()
+
+
+def test_the_weights_are_looked_at_once_a_step(monkeypatch):
+    model, looked = as_accelerate_does(Model()), []
+    source = open_source(model)
+    dtypes = FullPrecision._is_full
+
+    def is_full(self):
+        looked.append(self._full is None)
+        return dtypes(self)
+
+    monkeypatch.setattr(FullPrecision, "_is_full", is_full)
+    for step, wanted in ((0, 1), (1, 1)):
+        looked.clear()
+        source.enable(True, step)
+        for _ in range(2):
+            source.observe(loss_of(model))
+        source.take()
+        assert sum(looked) == wanted and len(looked) > 2
+    source.enable(True, 2)
+    model.last.to(LOW)  # from now on autocast makes the dtypes fit
+    source.observe(loss_of(model))
+    assert model.seen[-1] == LOW
     source.close()
