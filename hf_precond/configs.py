@@ -261,7 +261,7 @@ class AdamRConfig(OptimizerConfig):
             of the second moment, >= 0.
         stat_decay: decay of the factors' running average, in [0, 1).
         stat_interval: steps between two updates of the factors, >= 1.
-        basis_interval: steps between two refreshes of the basis, >= 1.
+        basis_interval: steps between two refreshes of a basis, give or take one, >= 1.
         basis_tolerance: a basis is left as it is while the off-diagonal part
             of its factor holds less than this share of the energy, in [0, 1].
         max_dim: a wider side is not rotated, >= 1.
