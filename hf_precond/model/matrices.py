@@ -101,25 +101,36 @@ def _parameters_once(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Te
                 yield path, module, attribute, parameter
 
 
+def _shared_biases(model: nn.Module) -> set[int]:
+    """``id`` of every bias that several layers hold; not to be kept."""
+    counts: dict[int, int] = {}
+    for module in model.modules():
+        vector = getattr(module, "bias", None)
+        if isinstance(vector, Tensor) and (is_linear(module) or isinstance(module, CONVOLUTIONS)):
+            counts[id(vector)] = counts.get(id(vector), 0) + 1
+    return {bias for bias, count in counts.items() if count > 1}
+
+
 def find_matrices(model: nn.Module, *, trainable: bool = True) -> list[LayerMatrix]:
     """Every weight of at least two dimensions, in model order, tied ones once.
 
     Covers ``nn.Linear`` and its subclasses, ``Conv1D``, convolutions (grouped
     and depthwise too), embeddings and any other parameter of two or more
     dimensions (read as ``[first, rest]``). A bias that trains is joined to the
-    weight of linear layers and convolutions. Weights that :func:`refusal`
-    names are left out.
+    weight of linear layers and convolutions, unless several of them share it:
+    each would step it. Weights that :func:`refusal` names are left out.
 
     Args:
         model: the model.
         trainable: leave out frozen weights.
     """
-    found = []
+    found, shared = [], _shared_biases(model)
     for path, module, attribute, parameter in _parameters_once(model):
         if parameter.dim() < 2 or refusal(parameter) or (trainable and not parameter.requires_grad):
             continue
         layered = attribute == "weight" and (is_linear(module) or isinstance(module, CONVOLUTIONS))
-        found.append(layer_matrix(module, path, weight=attribute, bias=layered))
+        joined = layered and id(getattr(module, "bias", None)) not in shared
+        found.append(layer_matrix(module, path, weight=attribute, bias=joined))
     return found
 
 

@@ -63,6 +63,14 @@ def test_tied_weights_come_once_and_are_known() -> None:
     assert tied_names(model) == {"transformer.wte.weight": ("lm_head.weight",)}
 
 
+def test_a_bias_of_several_layers_is_joined_to_none() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    model[2].bias = model[0].bias
+    model.append(model[1])  # one layer called twice is no second owner
+    model.register_parameter("tied", model[1].bias)  # nor is what is no layer
+    assert [matrix.bias for matrix in find_matrices(model)] == [None, "bias", None]
+
+
 def test_lora_leaves_are_found_and_the_base_is_not() -> None:
     config = LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], r=2)
     names = [m.name for m in find_matrices(get_peft_model(build("bert", torch.float32), config))]

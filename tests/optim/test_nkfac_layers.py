@@ -203,6 +203,19 @@ def test_a_layer_called_twice_adds_up_both_calls():
     optimizer.close()
 
 
+def test_a_bias_of_two_layers_is_stepped_once():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    model[2].bias = model[0].bias
+    optimizer = build(model)
+    before = model[0].bias.detach().clone()
+    model(torch.randn(5, 3, dtype=F64)).square().mean().backward()
+    optimizer.step()
+    torch.testing.assert_close(model[0].bias, before - 0.05 * model[0].bias.grad)
+    assert optimizer.routing["0.bias"].reason == "tied to 2.bias"
+    optimizer.close()
+
+
 def test_padded_tokens_leave_no_trace():
     models = [make("bert", dtype=F64) for _ in range(2)]
     optimizers = [build(model) for model in models]
