@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from hf_precond.blocks import NormParameter
 
@@ -18,28 +19,32 @@ _CALLED_NORM = re.compile(r"(?:rms|layer|batch|group|instance)_?norm", re.IGNORE
 def is_norm(module: nn.Module) -> bool:
     """A norm layer: torch's own, or one whose class is called so (``T5LayerNorm``, ``*RMSNorm``).
 
-    A class that only bears the name must hold a vector and no submodules, so
-    that a block which contains a norm is not taken for one.
+    A class that only bears the name must hold vectors alone, and nothing in
+    it any parameter, so that a block which contains a norm is not taken for
+    one (``RobertaPreLayerNormLMHead``, which holds a bias of its own).
     """
     if isinstance(module, NORMS):
         return True
     if not any(_CALLED_NORM.search(cls.__name__) for cls in type(module).__mro__):
         return False
     own = list(module.parameters(recurse=False))
-    return bool(own) and all(p.dim() <= 1 or p.numel() == max(p.shape) for p in own)
+    vectors = all(p.dim() <= 1 or p.numel() == max(p.shape) for p in own)
+    return bool(own) and vectors and len(own) == len(list(module.parameters()))
 
 
-def weight_norm_scale(module: nn.Module) -> str | None:
-    """The attribute of the scale that ``weight_norm`` keeps inside a parametrization list.
+def weight_norm_scales(module: nn.Module) -> list[str]:
+    """The attributes of the scales that ``weight_norm`` keeps in a module.
 
     ``torch.nn.utils.parametrizations.weight_norm`` keeps the scale as
     ``original0`` of ``module.parametrizations.weight`` (and the direction as
-    ``original1``).
+    ``original1``); the older ``torch.nn.utils.weight_norm`` as ``weight_g``
+    of the layer itself.
     """
-    if not isinstance(module, nn.utils.parametrize.ParametrizationList):
-        return None
-    called = {type(child).__name__ for child in module}
-    return "original0" if "_WeightNorm" in called and hasattr(module, "original0") else None
+    if isinstance(module, nn.utils.parametrize.ParametrizationList):
+        called = {type(child).__name__ for child in module}
+        return ["original0"] if "_WeightNorm" in called and hasattr(module, "original0") else []
+    hooks = module._forward_pre_hooks.values()
+    return [f"{hook.name}_g" for hook in hooks if isinstance(hook, WeightNorm)]
 
 
 def channel_parameters(model: nn.Module) -> Iterator[tuple[NormParameter, str]]:
@@ -50,8 +55,7 @@ def channel_parameters(model: nn.Module) -> Iterator[tuple[NormParameter, str]]:
             attributes = [name for name, _ in module.named_parameters(recurse=False)]
             kind = type(module).__name__
         else:
-            scale = weight_norm_scale(module)
-            attributes, kind = ([scale] if scale else []), "weight-norm scale"
+            attributes, kind = weight_norm_scales(module), "weight-norm scale"
         for attribute in attributes:
             if id(getattr(module, attribute)) not in seen:
                 seen.add(id(getattr(module, attribute)))

@@ -16,7 +16,7 @@ from hf_precond.model.matrices import (
     is_linear,
     tied_names,
 )
-from hf_precond.model.norms import is_norm, weight_norm_scale
+from hf_precond.model.norms import is_norm, weight_norm_scales
 
 PRECONDITIONED, FROZEN = "preconditioned", "frozen"
 _HEAD_CHILDREN = frozenset(
@@ -83,7 +83,7 @@ class Survey:
             return "embedding"
         if is_norm(module):
             return f"{'scale' if attribute == 'weight' else 'shift'} of {type(module).__name__}"
-        if weight_norm_scale(module) == attribute:
+        if attribute in weight_norm_scales(module):
             return "weight-norm scale"
         if ".lora_" in name or ".adapter" in name:
             return "adapter"

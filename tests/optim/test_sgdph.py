@@ -444,13 +444,24 @@ def test_the_reference_is_one_set_of_fields():
         SGDPHConfig(reference=True)
 
 
-def test_the_scale_of_weight_norm_is_a_channel_parameter():
+@pytest.mark.parametrize(
+    ("weight_norm", "name"),
+    [
+        (nn.utils.parametrizations.weight_norm, "0.parametrizations.weight.original0"),
+        pytest.param(
+            nn.utils.weight_norm,
+            "0.weight_g",
+            marks=pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated"),
+        ),
+    ],
+)
+def test_the_scale_of_weight_norm_is_a_channel_parameter(weight_norm, name):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 6)), nn.Tanh())
+    model = nn.Sequential(weight_norm(nn.Linear(5, 6)), nn.Tanh())
     model.append(nn.Linear(6, 3)).double()
     optimizer = build(model, lr=0.05, probe_interval=2)
     (norm,) = optimizer.blocks.norms
-    assert norm.name == "0.parametrizations.weight.original0"
+    assert norm.name == name
     before = loss_of(model, 0).item()
     for _ in range(10):
         train_step(model, optimizer, 0)
