@@ -132,7 +132,7 @@ def patch_part(
         enlarged = inputs[:1].numel() * layer.weight[0, 0].numel()
         step = max(1, _PATCHES // max(1, enlarged))
     for part in inputs.split(step):
-        limit = -(-collection.rows * len(part) // len(inputs))
+        limit = -(-collection.rows * len(part) // max(1, len(inputs)))
         seen = thinned(patches(layer, part).flatten(0, 1), limit, at_step)
         out = None if collection.blocks > 1 else _spare(spares, seen, collection.constant)
         term = _moment(collection, seen, None, collection.constant, out)

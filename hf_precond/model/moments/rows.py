@@ -53,7 +53,7 @@ def output_rows(module: nn.Module, gradient: Tensor) -> Tensor:
         dimensions = len(module.kernel_size)
         channel = gradient.dim() - dimensions - 1
         return gradient.movedim(channel, -1).flatten(0, -2)
-    return gradient.flatten(0, -2)
+    return gradient.unsqueeze(0) if gradient.dim() == 1 else gradient.flatten(0, -2)
 
 
 def select_outputs(matrix: LayerMatrix, rows: Tensor) -> Tensor:
@@ -66,14 +66,19 @@ def select_outputs(matrix: LayerMatrix, rows: Tensor) -> Tensor:
 def input_of(
     module: nn.Module, matrix: LayerMatrix, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor | None:
-    """What a call brings to a matrix of a module: the layer's own input in most layers."""
+    """What a call brings to a matrix of a module: the layer's own input in most layers.
+
+    A vector alone is one row.
+    """
     if isinstance(module, nn.MultiheadAttention):
         place = {"q": 0, "k": 1, "v": 2}[multihead_role(matrix)]
         name = ("query", "key", "value")[place]
         value = args[place] if len(args) > place else kwargs.get(name)
     else:
         value = args[0] if args else next(iter(kwargs.values()), None)
-    return value if isinstance(value, Tensor) else None
+    if not isinstance(value, Tensor):
+        return None
+    return value.unsqueeze(0) if value.dim() == 1 else value
 
 
 def multihead_role(matrix: LayerMatrix) -> str:

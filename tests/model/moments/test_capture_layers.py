@@ -67,6 +67,32 @@ def test_convolutions(layer: nn.Module, entries: int, monkeypatch: pytest.Monkey
     assert taken["/output_grad"].count == len(delta)
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(4, 3), nn.Conv2d(4, 3, 1)], ids=["linear", "conv"])
+def test_a_call_without_rows_adds_nothing(layer: nn.Module) -> None:
+    """As of an expert without tokens, or a mask head without boxes."""
+    capture = opened(layer, requests_for(find_matrices(layer)))
+    inputs = torch.randn(2, 4, 5, 5) if isinstance(layer, nn.Conv2d) else torch.randn(2, 4)
+    layer(inputs).square().sum().backward()
+    wanted = capture.take()
+    (layer(inputs[:0]).sum() + layer(inputs).square().sum()).backward()
+    for key, statistic in capture.take().items():
+        assert torch.equal(statistic.sum, wanted[key].sum)
+        assert torch.equal(statistic.count, wanted[key].count)
+
+
+def test_a_vector_alone_is_one_row() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    capture = opened(model, requests_for(find_matrices(model)))
+    inputs, taken = torch.randn(4), []
+    for given in (inputs, inputs[None]):
+        model(given).square().sum().backward()
+        taken.append(capture.take())
+    for key in taken[1]:
+        torch.testing.assert_close(taken[0][key].sum, taken[1][key].sum)
+        assert taken[0][key].count == taken[1][key].count == 1
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("blocks", [2, 3, 5])
 def test_diagonal_blocks_are_those_of_the_whole_moment(blocks: int, bias: bool) -> None:
