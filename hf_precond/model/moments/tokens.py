@@ -31,8 +31,8 @@ class TokenWeights:
     """Reads the masks that a model and the models in it are called with.
 
     A layer's tokens are weighted by the mask of the innermost model around it
-    that was called with one of the layer's batch and length. Anything else
-    (no mask, packed or unpadded sequences, images) weighs 1.
+    whose pass under way was called with one of the layer's batch and length.
+    Anything else (no mask, packed or unpadded sequences, images) weighs 1.
 
     Args:
         model: the root model.
@@ -115,7 +115,9 @@ class Reader:
             return None
         for owner in self.owners:
             name = self._name(owner)
-            for masks in reversed(owner.masks):
+            # Backward recomputes (checkpointing): which pass it is, only the shape can tell.
+            held = owner.masks if _in_backward() else owner.masks[-1:]
+            for masks in reversed(held):
                 mask = masks.get(name)
                 if mask is None and name == "decoder_attention_mask" and "labels" in masks:
                     mask = _up_to_last_label(masks["labels"])
@@ -135,6 +137,10 @@ class Reader:
             decoding = "decoder" in below
             return "decoder_attention_mask" if decoding and not self.memory else "attention_mask"
         return "encoder_attention_mask" if self.memory else "attention_mask"
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 def _positions(module: nn.Module) -> dict[int, str]:

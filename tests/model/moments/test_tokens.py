@@ -96,6 +96,15 @@ def test_two_forwards_before_a_backward_keep_their_masks(reentrant: bool | None)
     assert {found.count.item() for found in taken.values()} == {20}
 
 
+def test_a_pass_without_a_mask_has_none_of_an_earlier_pass() -> None:
+    model = build("bert")
+    capture = counting(model)
+    ids = text()["input_ids"]
+    first = model(input_ids=ids, attention_mask=masks(2, 3, 1)).logits
+    (first * model(input_ids=ids).logits).sum().backward()
+    assert set(counts(capture).values()) == {6 + 21}
+
+
 def test_prompt_tokens_count_as_tokens() -> None:
     config = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4)
     model = get_peft_model(build("bert", torch.float32), config)
