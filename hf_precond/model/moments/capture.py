@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,12 @@ from hf_precond.model.moments.rows import (
 from hf_precond.model.moments.siblings import SharedInputs
 from hf_precond.model.moments.stage import Part, Stage, no_autocast
 from hf_precond.model.moments.tokens import Reader, TokenWeights
+
+EVALUATED = (
+    "no second moment was collected since the last step: the model ran in evaluation mode "
+    "(from_pretrained returns it so), whose passes do not count, and its layers are stepped "
+    "without a preconditioner of theirs; call model.train() before the training loop."
+)
 
 
 @dataclass
@@ -81,6 +88,7 @@ class Capture:
         self.stage = Stage()
         self.siblings = SharedInputs()
         self.step = -1
+        self.evaluated = False
         self.paths = {module: path for path, module in model.named_modules()}
         self.wrappers = wrappers_of(model)
         self.projections: dict[nn.Module, nn.Module] = {
@@ -174,17 +182,21 @@ class Capture:
     # What is seen -------------------------------------------------------------
 
     def _make_hook(self, point: _Point) -> Callable[..., None]:
-        tokens, reference = self.tokens, weakref.WeakMethod(self._observe)
+        tokens, reference = self.tokens, weakref.ref(self)
 
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> None:
-            if not tokens.enabled or not module.training or not torch.is_grad_enabled():
+            if not tokens.enabled or not torch.is_grad_enabled():
                 return
             result = output[0] if isinstance(output, (tuple, list)) else output
-            observe = reference()
-            if observe is not None and isinstance(result, Tensor) and result.requires_grad:
-                observe(point, args, kwargs, result)
+            capture = reference()
+            if capture is None or not (isinstance(result, Tensor) and result.requires_grad):
+                return
+            if module.training:
+                capture._observe(point, args, kwargs, result)
+            else:
+                capture.evaluated = True
 
         return hook
 
@@ -280,6 +292,7 @@ class Capture:
         if step != self.step:
             self.stage.clear()
         self.step = step
+        self.evaluated = False
         self.tokens.enabled = due
         self.heads.enable(due)
         self.switch.expect(due)
@@ -288,7 +301,10 @@ class Capture:
             self.siblings.forget()
 
     def take(self) -> dict[str, Statistic]:
-        """What was staged since the last call, by request key; the stage is empty afterwards."""
+        """What was staged since the last call, by request key; the stage is empty afterwards.
+
+        Warns where nothing was, and the model ran in evaluation mode.
+        """
         taken: dict[str, Statistic] = {}
         for request in self.requests:
             if request.kind in HEADS:
@@ -300,6 +316,8 @@ class Capture:
                     found = Statistic(found.sum[:size, :size], found.count, found.passes)
             if found is not None:
                 taken[request.key] = found
+        if not taken and self.evaluated:
+            warnings.warn(EVALUATED, stacklevel=2)
         self.stage.lend()
         self.tokens.forget()
         return taken

@@ -231,7 +231,8 @@ def test_only_trained_passes_of_due_steps_count() -> None:
     assert capture.take() == {}, "no backward"
     model.eval()
     loss_of(model, batch).backward()
-    assert capture.take() == {}, "eval"
+    with pytest.warns(UserWarning, match=r"evaluation mode .* call model\.train\(\)"):
+        assert capture.take() == {}, "eval"
     model.train()
     loss_of(model, batch).backward()
     capture.drop()
