@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_precond.blocks import Statistic
+from hf_precond.blocks import Statistic, StatisticsSource
 from hf_precond.blocks.statistics import request_shape
 from hf_precond.optim.rotation import batch as rotation_batch
 
@@ -177,14 +177,11 @@ def on_gpu(model, dtype=None):
     return model
 
 
-class Source:
+class Source(StatisticsSource):
     """Statistics on the GPU for every request, whenever they are asked for."""
 
     def __init__(self, requests):
         self.requests = requests
-
-    def enable(self, due, step):
-        pass
 
     def take(self):
         return {
@@ -193,12 +190,6 @@ class Source:
             )
             for request in self.requests
         }
-
-    def drop(self):
-        pass
-
-    def close(self):
-        pass
 
 
 def with_source(optimizer):

@@ -124,13 +124,27 @@ class Statistic:
 
 
 class StatisticsSource(Protocol):
-    """Where an optimizer's statistics come from. Made by ``Blocks.open``."""
+    """Where an optimizer's statistics come from. Made by ``Blocks.open``.
+
+    A source inherits from this; ``loss_scale`` and :meth:`recycle` it may leave as they are.
+
+    Attributes:
+        loss_scale: what the loss is multiplied by before backward (float16
+            training), or a function that tells; ``None`` for 1. Output
+            gradients are divided by it; a source without them ignores it.
+    """
+
+    loss_scale: Tensor | float | Callable[[], Tensor | float | None] | None = None
 
     def enable(self, due: bool, step: int) -> None:
         """Collect (or not) in the passes before the optimizer's step number ``step``."""
 
     def take(self) -> dict[str, Statistic]:
         """What was staged since the last call, by request key; the stage is empty afterwards."""
+
+    def recycle(self) -> None:
+        """Nobody reads any more what was last taken: its memory may serve the next sums."""
+        return
 
     def drop(self) -> None:
         """Forget what was staged (a skipped step)."""

@@ -223,7 +223,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
                 staged, self._shapes(), compute_dtype(first.dtype), first.device
             )
         self.commit(staged)
-        getattr(self.statistics, "recycle", lambda: None)()
+        self.statistics.recycle()
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {request.key: request_shape(request) for request in self.requests()}
@@ -280,7 +280,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
         step that the scaler skipped.
         """
         self.scaler = scaler
-        if self.statistics is not None and hasattr(self.statistics, "loss_scale"):
+        if self.statistics is not None:
             self.statistics.loss_scale = partial(loss_scale, scaler)
 
     def attach(self, model: nn.Module) -> None:

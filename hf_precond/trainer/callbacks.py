@@ -58,9 +58,8 @@ class PrecondCallback(TrainerCallback):
     ) -> None:
         """Tell the loss scale of the passes to come."""
         own = compat.own_optimizer(optimizer)
-        source = None if own is None else own.statistics
-        if source is not None and hasattr(source, "loss_scale"):
-            source.loss_scale = compat.loss_scale(optimizer)
+        if own is not None and own.statistics is not None:
+            own.statistics.loss_scale = compat.loss_scale(optimizer)
 
     def on_optimizer_step(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_precond.blocks import Blocks, LayerMatrix, Statistic
+from hf_precond.blocks import Blocks, LayerMatrix, Statistic, StatisticsSource
 from hf_precond.configs import AdamRConfig, NKFACConfig
 from hf_precond.linalg import fallback
 from hf_precond.optim.adamr import AdamR
@@ -298,7 +298,7 @@ def test_momentum_turned_into_an_empty_direction_finds_a_second_moment_there(tra
 # Sources of statistics --------------------------------------------------------------
 
 
-class Features:
+class Features(StatisticsSource):
     """A source that hands over given moments."""
 
     def __init__(self, requests, moments):
@@ -310,12 +310,6 @@ class Features:
     def take(self):
         return {r.key: Statistic(4 * self.moments[r.kind], torch.tensor(4.0))
                 for r in self.requests}
-
-    def drop(self):
-        pass
-
-    def close(self):
-        pass
 
 
 def featured(layout="linear"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_precond.blocks import Blocks, NormParameter, Statistic
+from hf_precond.blocks import Blocks, NormParameter, Statistic, StatisticsSource
 from hf_precond.configs import SGDPHConfig
 from hf_precond.model.curvature.partial_hessian import open_probe
 from hf_precond.model.norms import channel_parameters
@@ -16,7 +16,7 @@ from hf_precond.optim.sgdph import SGDPH
 from hf_precond.registry import create_optimizer
 
 
-class Prescribed:
+class Prescribed(StatisticsSource):
     """A source that hands over given estimates by step number; ``None`` stages nothing."""
 
     def __init__(self, requests, estimates):
@@ -32,12 +32,6 @@ class Prescribed:
         if given is None:
             return {}
         return {key: Statistic(given.clone(), given.new_ones(())) for key in self.keys}
-
-    def drop(self):
-        pass
-
-    def close(self):
-        pass
 
 
 def one_norm(config, estimates, width=4, seed=0):

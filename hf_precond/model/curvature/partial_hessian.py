@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_precond.blocks import CurvatureRequest, Statistic
+from hf_precond.blocks import CurvatureRequest, CurvatureSource, Statistic
 from hf_precond.model.curvature import backward_hook
 from hf_precond.model.curvature.finite_difference import DifferenceProduct
 from hf_precond.model.curvature.full_precision import FullPrecision
@@ -79,7 +79,7 @@ def _leave(handles: Sequence[Any], switches: DoubleBackward) -> None:
     backward_hook.stop()
 
 
-class CurvatureProbe:
+class CurvatureProbe(CurvatureSource):
     """Stages estimates of the Hessian diagonal on the steps that are due.
 
     It sees the loss through ``Accelerator.backward`` or :meth:`observe`. On

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_precond.blocks import LayerMatrix, MomentRequest, Statistic
+from hf_precond.blocks import LayerMatrix, MomentRequest, Statistic, StatisticsSource
 from hf_precond.model.adapters import trains, wrappers_of
 from hf_precond.model.attention import find_attention
 from hf_precond.model.double_backward import DoubleBackward
@@ -48,8 +48,8 @@ class _Point:
     collections: dict[str, Collection] = field(default_factory=dict)
 
 
-class Capture:
-    """A :class:`~hf_precond.blocks.StatisticsSource` of second moments.
+class Capture(StatisticsSource):
+    """The source of second moments.
 
     A forward hook takes the moment of a layer's input, and a hook on its
     output tensor stages that moment when the output's gradient arrives,
@@ -69,16 +69,9 @@ class Capture:
         model: the model.
         requests: what is asked for.
 
-    Attributes:
-        loss_scale: what the loss was multiplied by before backward (float16
-            training), or a function that tells; output gradients are divided
-            by it. ``None`` for 1.
-
     Raises:
         ValueError: for a request that cannot be served, saying why.
     """
-
-    loss_scale: Tensor | float | Callable[[], Tensor | float | None] | None = None
 
     def __init__(self, model: nn.Module, requests: Sequence[MomentRequest]) -> None:
         keys = [request.key for request in requests]
@@ -323,7 +316,7 @@ class Capture:
         return taken
 
     def recycle(self) -> None:
-        """Say that nobody reads any more what was last taken: its memory serves the next sums."""
+        """Nobody reads any more what was last taken: its memory serves the next sums."""
         self.stage.recycle()
 
     def drop(self) -> None:
