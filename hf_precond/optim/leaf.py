@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -58,6 +58,13 @@ def grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> list[list[Item
     for item in items:
         lists.setdefault(key(item), []).append(item)
     return list(lists.values())
+
+
+def in_batches(items: Sequence[Item], size: int, limit: int) -> Iterator[Sequence[Item]]:
+    """The items in runs of at most ``limit`` elements, one item at least; each has ``size``."""
+    length = max(1, limit // size)
+    for start in range(0, len(items), length):
+        yield items[start : start + length]
 
 
 def by_group(leaves: Sequence[Leaf]) -> list[list[Leaf]]:

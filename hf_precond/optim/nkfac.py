@@ -16,7 +16,7 @@ from hf_precond.optim.kronecker import blocks as kronecker
 from hf_precond.optim.kronecker import inverses, reference
 from hf_precond.optim.kronecker.blocks import Factor, KroneckerBlock, factors_of
 from hf_precond.optim.kronecker.inverses import batches, choose_solver, stacked
-from hf_precond.optim.leaf import grouped
+from hf_precond.optim.leaf import grouped, in_batches
 from hf_precond.optim.placed import (
     PlacedMatrix,
     Preconditioned,
@@ -27,7 +27,7 @@ from hf_precond.optim.shared_refresh import Pieces
 
 COUNTERS = ("newton_inverses", "exact_inverses", *inverses.COUNTERS)
 BATCH = 1 << 25
-"""Elements that are preconditioned in one batch on a GPU: bounds the memory of temporaries."""
+"""Elements that are handled in one batch on a GPU: bounds the memory of temporaries."""
 FLOOR = 1e-4
 """Smallest damping of a factor of unit Frobenius norm (the authors' value)."""
 
@@ -114,8 +114,9 @@ class NKFAC(PrecondOptimizer):
                  for f in factors if f.key in statistics]  # fmt: skip
         lost: dict[str, Tensor] = {}
         for alike in grouped(found, lambda one: (one[0].size, one[1].dtype, one[1].device)):
-            names = [factor.key for factor, _, _ in alike]
-            lost |= zip(names, self._average(alike).unbind(), strict=True)
+            for part in in_batches(alike, alike[0][1].numel(), BATCH):
+                names = [factor.key for factor, _, _ in part]
+                lost |= zip(names, self._average(part).unbind(), strict=True)
         self.count_dropped("statistics_dropped", lost)
 
     def _average(self, found: Sequence[tuple[Factor, Tensor, Tensor]]) -> Tensor:
@@ -225,14 +226,12 @@ class NKFAC(PrecondOptimizer):
             for item, direction, part in zip(batch, directions, parts, strict=True):
                 yield Preconditioned(item, direction, parts=part)
 
-    def _batches(self, placed: Sequence[PlacedMatrix]) -> Iterator[list[PlacedMatrix]]:
+    def _batches(self, placed: Sequence[PlacedMatrix]) -> Iterator[Sequence[PlacedMatrix]]:
         """Layers of one shape that are preconditioned together; on a CPU each in the cache."""
         for alike in grouped(placed, self._shape):
-            length = 1
-            if alike[0].weight.is_cuda and not self.config.reference:
-                length = max(1, BATCH // alike[0].weight.numel())
-            for start in range(0, len(alike), length):
-                yield alike[start : start + length]
+            weight = alike[0].weight
+            together = weight.is_cuda and not self.config.reference
+            yield from in_batches(alike, weight.numel(), BATCH if together else 0)
 
     def _shape(self, placed: PlacedMatrix) -> tuple[Any, ...]:
         matrix, weight = placed.matrix, placed.weight

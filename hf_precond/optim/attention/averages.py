@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_precond.blocks import Statistic
 from hf_precond.linalg.packed import pack
 from hf_precond.optim.attention.plan import Moment, State
-from hf_precond.optim.leaf import grouped
+from hf_precond.optim.leaf import grouped, in_batches
 from hf_precond.optim.moments import mean_of, update_moments
 
 CHUNK = 1 << 25
@@ -41,9 +41,7 @@ def average(
     dropped: dict[str, Tensor] = {}
     for alike in grouped(found, kind):
         total = alike[0][1].sum
-        length = max(1, CHUNK // total.numel()) if total.is_cuda else 1
-        for start in range(0, len(alike), length):
-            part = alike[start : start + length]
+        for part in in_batches(alike, total.numel(), CHUNK if total.is_cuda else 0):
             for (moment, _), flag in zip(part, _average(part, state, decay).unbind(), strict=True):
                 name = f"{moment.request.matrix.name} ({moment.request.kind} moment)"
                 dropped[name] = flag + dropped[name] if name in dropped else flag

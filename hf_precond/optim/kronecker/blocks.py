@@ -17,8 +17,6 @@ from hf_precond.optim.placed import PlacedMatrix
 Side = Literal["input", "output"]
 TINY = 1e-12
 """Norms below this, or above its inverse, may have lost squares to float32's range."""
-AVERAGED = 1 << 25
-"""Entries that are averaged in one batch on a GPU: bounds the memory of temporaries."""
 
 
 @dataclass(frozen=True)
@@ -99,17 +97,14 @@ def average_unit_moments(
     if not totals[0].is_cuda:
         each = zip(moments, updates, totals, strict=True)
         return torch.stack([_average_alone(*one, decay) for one in each])
-    length, dropped = max(1, AVERAGED // totals[0].numel()), []
-    for start in range(0, len(totals), length):
-        part = slice(start, start + length)
-        total = torch.stack(list(totals[part]))
-        kept = torch.stack(list(moments[part])).to(total.dtype)
-        counts = torch.stack(list(updates[part]))
-        largest = total.diagonal(dim1=-2, dim2=-1).amax(-1)
-        dropped.append(_average_on_device(kept, counts, total, largest, decay))
-        torch._foreach_copy_(list(moments[part]), list(kept.unbind()))
-        torch._foreach_copy_(list(updates[part]), list(counts.unbind()))
-    return torch.cat(dropped)
+    total = torch.stack(list(totals))
+    kept = torch.stack(list(moments)).to(total.dtype)
+    counts = torch.stack(list(updates))
+    largest = total.diagonal(dim1=-2, dim2=-1).amax(-1)
+    dropped = _average_on_device(kept, counts, total, largest, decay)
+    torch._foreach_copy_(list(moments), list(kept.unbind()))
+    torch._foreach_copy_(list(updates), list(counts.unbind()))
+    return dropped
 
 
 def _average_alone(moment: Tensor, updates: Tensor, total: Tensor, decay: float) -> Tensor:
