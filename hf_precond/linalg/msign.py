@@ -32,6 +32,7 @@ def newton_schulz(matrix: Tensor, steps: int = STEPS) -> Tensor:
     tall = matrix.shape[-2] > matrix.shape[-1]
     shape = matrix.shape
     x = (matrix.mT if tall else matrix).reshape(-1, min(shape[-2:]), max(shape[-2:]))
+    x = x / largest_entry(x)  # the squares of entries below 1e-22 are nothing in float32
     x = x / _positive(torch.linalg.matrix_norm(x, keepdim=True))
     for _ in range(steps):
         gram = torch.bmm(x, x.mT)
@@ -70,6 +71,12 @@ def gram_newton_schulz(gram: Tensor, steps: int = STEPS) -> Tensor:
             g = torch.bmm(torch.bmm(h, g), h)
     assert product is not None
     return product.reshape(gram.shape) * trace.rsqrt()
+
+
+def largest_entry(matrices: Tensor) -> Tensor:
+    """Largest magnitude in each matrix, ``[…, m, n] -> […, 1, 1]``, never zero."""
+    low, high = matrices.flatten(-2).aminmax(dim=-1, keepdim=True)
+    return _positive(torch.maximum(high, -low)).unsqueeze(-1)
 
 
 def _positive(value: Tensor) -> Tensor:

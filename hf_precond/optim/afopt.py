@@ -12,6 +12,7 @@ from hf_precond.blocks import Statistic
 from hf_precond.blocks.found import Request
 from hf_precond.blocks.statistics import request_shape
 from hf_precond.configs import AFOptConfig
+from hf_precond.linalg.msign import largest_entry
 from hf_precond.linalg.packed import pack, packed_size, unpack
 from hf_precond.optim.attention import scaling
 from hf_precond.optim.attention.averages import average
@@ -212,12 +213,15 @@ class AFOpt(PrecondOptimizer):
             items = [treatment.placed for treatment in batch]
             raw = stacked_gradients(items)
             if self.config.scaling == "norm_recovery":
-                target = scaling.norms(raw)
+                size = largest_entry(raw)
+                target = scaling.norms(raw.div_(size))
                 directions = self._directions(batch, raw)
-                directions *= target / scaling.norms(directions)
+                directions *= size * (target / scaling.norms(directions))
             else:
                 base = self._base_norms(batch, raw)
-                directions = self._directions(batch, self._momentum(batch, raw))
+                # The length is set below: with entries near 1 no square vanishes or overflows.
+                momentum = self._momentum(batch, raw)
+                directions = self._directions(batch, momentum.div_(largest_entry(momentum)))
                 directions *= self._scale(batch, directions, base)
             finished = self.config.scaling != "norm_recovery"
             parts = split_stack(items, directions)
@@ -356,7 +360,7 @@ class AFOpt(PrecondOptimizer):
 
     @torch.no_grad()
     def last_steps(self) -> dict[Treatment, tuple[Tensor, Tensor]]:
-        """Momentum and ``lr·U`` of every matrix, from the state as it stands.
+        """Momentum (its largest entry 1) and ``lr·U`` of every matrix, from the state.
 
         Empty before the first step of this process, and under a scaling that needs the base
         rule's step.
@@ -367,6 +371,7 @@ class AFOpt(PrecondOptimizer):
             return found
         for batch in self._batches(ready):
             momentum = torch.stack([t.held(self.state)[t.name("momentum")] for t in batch])
+            momentum /= largest_entry(momentum)
             directions = self._directions(batch, momentum)
             directions = directions * self._scale(batch, directions, None)
             for treatment, before, after in zip(batch, momentum, directions, strict=True):

@@ -71,3 +71,11 @@ def test_gram_polynomial_is_equivariant_to_a_left_root():
     q, _ = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64))
     turned = q @ newton_schulz(q.mT @ matrix)
     torch.testing.assert_close(turned, newton_schulz(matrix), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("exponent", [-40, -30, -23, 20, 30])
+def test_float32_neither_loses_nor_overflows_the_squares_of_entries(exponent):
+    matrix = with_condition(12, 20, 30)
+    scaled = (matrix * 10.0**exponent).float()
+    expected = newton_schulz(scaled.double()).float()
+    torch.testing.assert_close(newton_schulz(scaled), expected, rtol=0, atol=1e-4)

@@ -305,3 +305,21 @@ def test_center_leaves_the_key_bias_alone_and_helps_where_features_have_a_mean()
         optimizer.close()
     assert found["k"][:, -1].abs().max() < 1e-9 * found["k"].abs().max()
     assert cosines[1] > cosines[0] - 1e-3
+
+
+@pytest.mark.parametrize("scaling", ["rms", "logit_rms", "cap"])
+@pytest.mark.parametrize("direction", ["spectral", "inverse", "inverse_sqrt"])
+def test_gradients_too_small_or_large_to_square_in_float32_make_no_other_step(direction, scaling):
+    """As of a branch without gradient, whose momentum has decayed for some hundred steps."""
+    steps = []
+    for size in (1.0, 1e-30, 1e-25, 1e25):
+        torch.manual_seed(0)
+        module = Attention(d=16, heads=2).float()
+        optimizer = spectral(module, direction=direction, scaling=scaling, lr=1e-2)
+        backward(module, inputs(2, 12, 16).float())
+        for parameter in module.parameters():
+            parameter.grad *= size / parameter.grad.abs().max()
+        steps.append(changes(module, optimizer))
+    for name, expected in steps[0].items():
+        for found in steps[1:]:
+            torch.testing.assert_close(found[name], expected, rtol=2e-3, atol=1e-6)
