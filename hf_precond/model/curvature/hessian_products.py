@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ from hf_precond.linalg.transfer import sent
 
 Probe = Literal["rademacher", "ones", "exact"]
 Product = Callable[[Sequence[Tensor]], list[Tensor]]
+_BROKEN = ("torch::autograd::Error", "WarnNotImplemented")
+"""Nodes that stand for a derivative that is not there."""
 
 
 def _dtype(parameter_dtype: torch.dtype) -> torch.dtype:
@@ -86,6 +90,9 @@ class GraphProduct:
 
     Attributes:
         reached: of each parameter, whether the loss depends on it.
+
+    Raises:
+        RuntimeError: the graph cannot be differentiated twice.
     """
 
     def __init__(
@@ -93,12 +100,13 @@ class GraphProduct:
     ) -> None:
         self.parameters = parameters
         self.scale = scale
-        self.gradients = torch.autograd.grad(
-            loss if scale is None else loss * scale,
-            parameters,
-            create_graph=True,
-            allow_unused=True,
-        )
+        with differentiable_twice(loss):
+            self.gradients = torch.autograd.grad(
+                loss if scale is None else loss * scale,
+                parameters,
+                create_graph=True,
+                allow_unused=True,
+            )
         self.reached = [gradient is not None for gradient in self.gradients]
 
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
@@ -126,16 +134,68 @@ class GraphProduct:
         return product if self.scale is None else product / self.scale
 
 
-def depends_on(loss: Tensor, parameters: Iterable[Tensor]) -> bool:
-    """Whether one of the parameters is a leaf of the loss's graph. Computes nothing."""
-    wanted = {id(parameter) for parameter in parameters}
+def _nodes(loss: Tensor) -> Iterator[Any]:
+    """Every node of a loss's graph."""
     pending, known = [loss.grad_fn], set()
     while pending:
         node = pending.pop()
-        if node is None or node in known:
-            continue
-        known.add(node)
-        if id(getattr(node, "variable", None)) in wanted:
-            return True
-        pending.extend(function for function, _ in node.next_functions)
-    return False
+        if node is not None and node not in known:
+            known.add(node)
+            yield node
+            pending.extend(function for function, _ in node.next_functions)
+
+
+def depends_on(loss: Tensor, parameters: Iterable[Tensor]) -> bool:
+    """Whether one of the parameters is a leaf of the loss's graph. Computes nothing."""
+    wanted = {id(parameter) for parameter in parameters}
+    return any(id(getattr(node, "variable", None)) in wanted for node in _nodes(loss))
+
+
+@contextmanager
+def differentiable_twice(loss: Tensor) -> Iterator[None]:
+    """Around a backward pass with ``create_graph``: refuses custom functions that break its graph.
+
+    The backward of a ``torch.autograd.Function`` that runs a kernel of its own
+    (fused norms, losses, attention) gives gradients that autograd takes for
+    constants, and one marked ``once_differentiable`` is an error only where
+    all gradients are asked for. Products restricted to some parameters would
+    be wrong without a word.
+
+    Args:
+        loss: a scalar with its graph.
+
+    Raises:
+        RuntimeError: naming the function.
+    """
+    custom = [node for node in _nodes(loss) if _is_custom(node)]
+    handles = [node.register_hook(functools.partial(_judge, node.name())) for node in custom]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_custom(node: Any) -> bool:
+    """A node of a ``torch.autograd.Function``, of Python or of C++."""
+    return isinstance(node, torch.autograd.function.BackwardCFunction) or (
+        "CppNode" in node.name()
+    )
+
+
+def _judge(name: str, made: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> None:
+    """Raise where what a custom function made of its output's gradient has no graph.
+
+    A linear function of a constant gradient rightly has none, unless it sums
+    up to a scalar: that is a fused loss.
+    """
+    results = [gradient for gradient in made if gradient is not None]
+    sources = [gradient for gradient in given if gradient is not None]
+    nodes = [gradient.grad_fn for gradient in results if gradient.grad_fn is not None]
+    broken = any(node.name() in _BROKEN for node in nodes)
+    if results and not any(gradient.requires_grad for gradient in results):
+        scalar = all(gradient.numel() == 1 for gradient in sources)
+        many = any(gradient.numel() > 1 for gradient in results)
+        broken = any(gradient.requires_grad for gradient in sources) or (scalar and many)
+    if broken:
+        raise RuntimeError(f"the backward of {name} has no derivative")

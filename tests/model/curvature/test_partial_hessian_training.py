@@ -121,6 +121,91 @@ def test_without_the_switch_the_error_says_what_to_do():
     source.close()
 
 
+class Square(torch.autograd.Function):
+    """By a kernel of its own: autograd does not see how the gradient was made."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (2 * ctx.saved_tensors[0] * grad).detach()
+
+
+class OnceSquare(Square):
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+class TwiceSquare(Square):
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+class FusedLoss(torch.autograd.Function):
+    """Cross-entropy whose gradient is computed in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, logits, labels):
+        with torch.enable_grad():
+            logits = logits.detach().requires_grad_()
+            loss = nn.functional.cross_entropy(logits, labels)
+            ctx.save_for_backward(*torch.autograd.grad(loss, logits))
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.saved_tensors[0] * grad, None
+
+
+@pytest.mark.parametrize("fused", [Square, OnceSquare, FusedLoss])
+def test_fused_kernels_are_refused_instead_of_taken_for_linear(fused):
+    torch.manual_seed(0)
+    norm, head, labels = nn.LayerNorm(8), nn.Linear(8, 3), torch.arange(4) % 3
+    model = nn.Sequential(norm, head)
+    source = open_source(model)
+    source.enable(True, 0)
+    x = torch.randn(4, 8)
+    if fused is FusedLoss:
+        loss = FusedLoss.apply(model(x), labels)
+    else:
+        loss = nn.functional.cross_entropy(head(fused.apply(norm(x))), labels)
+    with pytest.raises(RuntimeError, match=f"{fused.__name__}Backward.*fused kernels"):
+        source.observe(loss)
+    loss.backward()
+    source.close()
+
+
+def test_custom_functions_with_two_derivatives_serve():
+    class Identity(torch.autograd.Function):
+        """Linear: of a constant gradient its own has no graph."""
+
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad.clone()
+
+    torch.manual_seed(0)
+    norm, head, labels = nn.LayerNorm(8), nn.Linear(8, 3), torch.arange(4) % 3
+    model, x = nn.Sequential(norm, head), torch.randn(4, 8)
+
+    def loss(square):
+        return nn.functional.cross_entropy(head(square(norm(x))), labels)
+
+    wanted = expected(model, lambda: loss(torch.square))
+    found = expected(model, lambda: Identity.apply(loss(TwiceSquare.apply)))
+    for key, estimate in found.items():
+        torch.testing.assert_close(estimate, wanted[key])
+
+
 def test_a_forward_whose_backward_never_came_is_switched_back_by_the_step():
     model = attention_model()
     source = open_source(model)
