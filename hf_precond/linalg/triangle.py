@@ -24,8 +24,8 @@ def lower_factor(matrices: Tensor) -> Tensor:
 
     Returns:
         ``[…, n, n]``; above the diagonal there may be anything. Not finite
-        where A is not; NaN or infinite where A is not positive definite
-        beyond rounding.
+        where A is not. Nothing tells of a finite A that is not positive
+        definite: the result is then some other finite matrix, or NaN.
     """
     if matrices.device.type != "cpu" or matrices.shape[-1] <= LEAF:
         return torch.linalg.cholesky_ex(matrices)[0]
