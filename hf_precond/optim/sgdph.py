@@ -154,7 +154,8 @@ class SGDPH(PrecondOptimizer):
             loss: a scalar with its graph; or, where the graph cannot be
                 differentiated twice, a function of no arguments that runs
                 the model and returns the loss: then products are central
-                differences of gradients.
+                differences of gradients (poor on small batches of networks
+                with ReLU, whose kinks they count as curvature).
             scale: the loss scale of float16 training: the products are
                 computed on ``scale * loss`` and divided by it.
 

@@ -20,7 +20,9 @@ class DifferenceProduct:
     with ``ε = (machine epsilon)^(1/3) · max(rms(p), 0.3) / max|v|``: four forward
     and backward passes a product. The error is of order ``ε⁴`` by truncation and
     ``machine epsilon / ε`` by rounding, so parameters must be float32 or
-    float64 and the loss not computed under autocast.
+    float64 and the loss not computed under autocast. Kinks (ReLU) that a step
+    crosses count as curvature, which exact products do not see: on a small
+    batch the two may then have nothing in common.
 
     All passes draw the random numbers that the next pass of the training
     draws (dropout), and leave generators, buffers and gradients as they were;
