@@ -75,6 +75,9 @@ class AttentionBlock:
         rotary: queries and keys are rotated by position (RoPE).
         normed: queries and keys pass a norm of their own (QK-norm).
         cross: keys and values may read another sequence than the queries.
+        apart: ``"k"`` where k's layer is called with another tensor than q's,
+            ``"v"`` where v's is with another than k's; ``cross`` says the
+            former too.
         observed: ``query`` and ``key`` moments can be asked for: the module
             calls ``transformers``' attention look-up.
         adapters: role to its LoRA pair, where it has one that trains.
@@ -93,6 +96,7 @@ class AttentionBlock:
     rotary: bool = False
     normed: bool = False
     cross: bool = False
+    apart: frozenset[str] = frozenset()
     note: str = ""
     observed: bool = False
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -101,6 +105,18 @@ class AttentionBlock:
         """Role to matrix, for the roles this attention has."""
         roles = {"q": self.q, "k": self.k, "v": self.v}
         return roles if self.o is None else roles | {"o": self.o}
+
+    def reads(self, role: str) -> str:
+        """The tensor that enters a role's layer: ``x``, ``context``, ``value`` or ``o``."""
+        if role == "o":
+            return "o"
+        if role == "v" and "v" in self.apart:
+            return "value"
+        return "context" if role != "q" and (self.cross or "k" in self.apart) else "x"
+
+    def readers(self, which: str) -> list[str]:
+        """The roles whose layers a tensor enters."""
+        return [role for role in self.roles() if self.reads(role) == which]
 
     def effective(self, role: str) -> Tensor:
         """``[W | b]`` of a role as the forward pass sees it: with its adapter, if any, merged."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_precond.blocks import Adapter, AttentionBlock, Heads, LayerMatrix, RowSelection
 from hf_precond.model.adapters import find_adapter, trains, unwrap
+from hf_precond.model.callers import called_apart
 from hf_precond.model.conventions import (
     CONVENTIONS,
     UNREADABLE,
@@ -34,7 +35,8 @@ _HEAD_COUNTS = (
 )
 _KEY_VALUE_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "num_heads_kv")
 _HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "d_kv")
-_CROSS = re.compile(r"cross|enc_?dec|encoder_att|multihead_attn", re.IGNORECASE)
+_CROSS = re.compile(r"cross|enc_?dec|encoder_(decoder_)?att|multihead_attn", re.IGNORECASE)
+_GENERIC = ("self", "attention", "attn", "att")
 _QUERY_NORMS = ("q_norm", "q_layernorm", "query_norm", "q_ln", "qk_norm", "query_layernorm")
 
 
@@ -76,7 +78,7 @@ def find_attention(model: nn.Module) -> list[AttentionBlock]:
             if block is None:
                 raise ValueError(_misdeclared(path, module, declaration))
         elif isinstance(module, nn.MultiheadAttention):
-            block = _multihead(path, module)
+            block = _multihead(modules, path, module)
         elif _is_called_attention(module):
             readings = (_read(modules, path, module, names, None) for names in CONVENTIONS)
             block = next((reading for reading in readings if reading is not None), None)
@@ -224,7 +226,13 @@ def _read(
     if output is not None:
         matrices["o"] = _matrix(output, "o", None)
         _add_adapter(adapters, "o", output, None)
-    return _finish(path, module, matrices, adapters, heads, declaration)
+    block = _finish(modules, path, module, matrices, adapters, heads, declaration)
+    if names.query and names.key and names.value:
+        block.apart = called_apart(module, names.query, names.key, names.value)
+        widths = {role: matrix.shape[1] for role, matrix in matrices.items()}
+        block.apart |= {"k"} if widths["k"] != widths["q"] else set()
+        block.apart |= {"v"} if widths["v"] != widths["k"] else set()
+    return block
 
 
 def _matrix(projection: _Projection, role: str, rows: RowSelection | None) -> LayerMatrix:
@@ -272,7 +280,18 @@ def _find_output(
     return None
 
 
+def _names_around(modules: dict[str, nn.Module], path: str) -> str:
+    """The names by which an attention goes: its own, its class's, and those close around it."""
+    parts = path.split(".")
+    while len(parts) > 1 and parts[-1] in _GENERIC:
+        parts.pop()
+    parent = type(modules.get(path.rpartition(".")[0])).__name__
+    kind = parent if "crossatt" in parent.lower() else ""
+    return " ".join([*path.split(".")[-2:], parts[-1], type(modules[path]).__name__, kind])
+
+
 def _finish(
+    modules: dict[str, nn.Module],
     path: str,
     module: nn.Module,
     matrices: dict[str, LayerMatrix],
@@ -280,7 +299,7 @@ def _finish(
     heads: Heads,
     declaration: Declaration | None,
 ) -> AttentionBlock:
-    near = ".".join(path.split(".")[-2:]) + " " + type(module).__name__
+    crosses = bool(_CROSS.search(_names_around(modules, path)))
     rotary = rotates(module)
     normed = any(
         not isinstance(getattr(module, name, None), nn.Identity | type(None))
@@ -303,14 +322,16 @@ def _finish(
         trainable=frozenset(role for role, matrix in matrices.items() if trains(matrix)),
         rotary=declaration.rotary if declaration else rotary,
         normed=declaration.normed if declaration else normed,
-        cross=declaration.cross if declaration else bool(_CROSS.search(near)),
+        cross=declaration.cross if declaration else crosses,
         note=note,
         observed=observed,
         adapters=adapters,
     )
 
 
-def _multihead(path: str, module: nn.MultiheadAttention) -> AttentionBlock | None:
+def _multihead(
+    modules: dict[str, nn.Module], path: str, module: nn.MultiheadAttention
+) -> AttentionBlock | None:
     """``nn.MultiheadAttention``: q, k and v in ``in_proj_weight`` or in three weights."""
     if not isinstance(module.out_proj, nn.Linear) or not is_readable(module.out_proj):
         return None
@@ -333,9 +354,12 @@ def _multihead(path: str, module: nn.MultiheadAttention) -> AttentionBlock | Non
         )
     matrices["o"] = layer_matrix(module.out_proj, f"{path}.out_proj".lstrip("."))
     heads = Heads(module.num_heads, module.num_heads, size, size)
-    block = _finish(path, module, matrices, {}, heads, None)
+    block = _finish(modules, path, module, matrices, {}, heads, None)
     # Called with three tensors; only torch's own layers say which are the same.
-    block.cross = not path.endswith("self_attn")
+    layer = modules.get(path.rpartition(".")[0])
+    own = isinstance(layer, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
+    block.cross = not (own and path.endswith("self_attn"))
+    block.apart = frozenset() if own else frozenset({"v"})
     return block
 
 

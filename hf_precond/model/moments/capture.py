@@ -164,10 +164,9 @@ class Capture(StatisticsSource):
         if request.kind != "input" or block is None or trains(matrix):
             return matrix
         role = next((r for r, m in block.roles().items() if m is matrix), None)
-        if role is None or role == "o" or role in block.adapters or (block.cross and role == "q"):
+        if role is None or role in block.adapters:
             return matrix
-        siblings = ("k", "v") if block.cross else ("q", "k", "v")
-        for sibling in siblings:
+        for sibling in block.readers(block.reads(role)):
             if sibling in block.trainable or sibling in block.adapters:
                 return block.roles()[sibling]
         return matrix

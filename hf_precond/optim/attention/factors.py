@@ -112,8 +112,7 @@ class AttentionFactors:
 
     def keys(self, block: AttentionBlock, damped: bool = False) -> Tensor:
         """A_K, ``[H_kv, d_h, d_h]``."""
-        which = "context" if block.cross else "x"
-        which = "centered" if self.config.center else which
+        which = "centered" if self.config.center else block.reads("k")
         return self._features(block, "k", "key", which, block.heads.key_value, damped)
 
     def queries(self, block: AttentionBlock, damped: bool = False) -> Tensor:

@@ -318,14 +318,12 @@ class _Attention:
         """The moment of what enters the matrix of a role."""
         if role == "k" and self.plan.config.center:
             return self.centered()
-        return self.feature({"q": "x", "k": "context", "v": "context", "o": "o"}[role])
+        return self.feature(self.block.reads(role))
 
     def feature(self, which: str) -> Moment:
-        """``x``: what enters q; ``context``: what enters k and v; ``o``: what enters o."""
-        if which == "context" and not self.block.cross:
-            which = "x"
+        """The moment of one of the tensors that :meth:`AttentionBlock.reads` names."""
         if which not in self.known:
-            name = {"x": "input_moment", "context": "context_moment", "o": "output_moment"}[which]
+            name = {"x": "input", "o": "output"}.get(which, which) + "_moment"
             self.known[which] = self.plan.moment(
                 "input",
                 self._widest(which),
@@ -341,7 +339,7 @@ class _Attention:
         if "centered" not in self.known:
             self.known["centered"] = self.plan.moment(
                 "input",
-                self._widest("context" if self.block.cross else "x"),
+                self._widest(self.block.reads("k")),
                 self.anchor,
                 "centered_moment",
                 f"{self.key}.centered",
@@ -353,10 +351,8 @@ class _Attention:
     def _widest(self, which: str) -> LayerMatrix:
         """The matrix that reads an input with the constant 1 behind it, if one does."""
         block = self.block
-        if which == "o":
-            assert block.o is not None
-            return block.o
-        roles = {"x": "q" if block.cross else "qkv", "context": "kv"}[which]
+        # v first: DeBERTa calls q and k with its relative positions too.
+        roles = sorted(block.readers(which), reverse=True)
         matrices = [block.roles()[role] for role in roles]
         return max(matrices, key=lambda m: (m.columns, m.weight_parameter.requires_grad))
 
@@ -374,7 +370,7 @@ class _Attention:
             elif config.center:
                 self.centered()
             else:
-                self.feature("context")
+                self.feature(self.block.reads("k"))
 
     def _vectors(self, which: str) -> None:
         if which in self.known:
