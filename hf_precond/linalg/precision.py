@@ -1,10 +1,10 @@
-"""Precision of large matrix products on GPUs."""
+"""Precision of large matrix products."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Literal
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -54,3 +54,10 @@ def float32_products(tf32: bool) -> Iterator[None]:
         yield
     finally:
         setattr(setting, name, before)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, products are computed in their operands' dtype, whatever autocast says outside."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

@@ -20,12 +20,16 @@ class Workspace:
         self._held: dict[tuple[Any, ...], Tensor] = {}
 
     def take(self, role: str, shape: Sequence[int], like: Tensor) -> Tensor:
-        """An uninitialised tensor; the next call of the same role and shape returns it again."""
+        """A tensor of any values; the next call of the same role and shape returns it again.
+
+        On a CPU, where only a triangle of some products is written, the rest
+        is never what other programs or NaN left in fresh memory.
+        """
         if not like.is_cpu:
             return like.new_empty(shape)
         key = (role, tuple(shape), like.dtype)
         if key not in self._held:
-            self._held[key] = like.new_empty(shape)
+            self._held[key] = like.new_zeros(shape)
         return self._held[key]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -16,10 +16,11 @@ from hf_precond.blocks.scaler import loss_scale
 from hf_precond.blocks.sharding import like
 from hf_precond.blocks.statistics import request_shape
 from hf_precond.configs import OptimizerConfig, compute_dtype
+from hf_precond.linalg.precision import without_autocast
+from hf_precond.optim import gradients
 from hf_precond.optim.base_rules import make_rule
-from hf_precond.optim.checkpoint import complete, forget_empty, restored
+from hf_precond.optim.checkpoint import complete, forget_empty, restoring
 from hf_precond.optim.failures import Failures
-from hf_precond.optim.gradients import are_finite, gradients_of, refuse_sparse
 from hf_precond.optim.identity import KEY, identity, refuse_other
 from hf_precond.optim.leaf import Leaf
 from hf_precond.optim.placed import PlacedMatrix, Preconditioned, Slot, fused_rests
@@ -126,6 +127,10 @@ class PrecondOptimizer(torch.optim.Optimizer):
         """Steps taken so far; the number of the step under way while in :meth:`step`."""
         return self.param_groups[0]["step"]
 
+    @property
+    def _first(self) -> Tensor:
+        return next(parameter for group in self.param_groups for parameter in group["params"])
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step.
@@ -140,14 +145,20 @@ class PrecondOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        refuse_sparse(self.param_groups, self.config.name)
+        with without_autocast(self._first.device):  # a step is often written inside it
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        gradients.refuse_sparse(self.param_groups, self.config.name)
+        gradients.refuse_strangers(self.handles(), self.param_groups, self.config.name)
         for placed in self.placed:
             self.allocate(placed)
         if self._only_allocates():
             self.allocate_rule(self._raw_leaves(set(self.placed) if self.finishes else set(), {}))
-            return loss
+            return
         if self.config.skip_nonfinite and self._skips():
-            return loss
+            return
         self._commit_staged()
         self.refresh()
         self.failures.check()
@@ -156,11 +167,10 @@ class PrecondOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             group["step"] += 1
         self._announce()
-        return loss
 
     def _skips(self) -> bool:
         """Whether this step is left out because a gradient is not finite; every rank alike."""
-        skips = not are_finite(self.param_groups)
+        skips = not gradients.are_finite(self.param_groups)
         self.failures.note("step", self.config.name, skips)
         if skips:
             self.count("skipped_steps")
@@ -191,20 +201,14 @@ class PrecondOptimizer(torch.optim.Optimizer):
     def _raw_leaves(
         self, done: set[PlacedMatrix], gathered: dict[Tensor, Tensor]
     ) -> list[Leaf]:
-        """Everything with a gradient outside ``done``, to be stepped by its raw gradient.
-
-        A fused weight is always split in its parts, so that its state has one
-        layout whatever its parts' treatment; any other parameter is one leaf.
-        """
-        taken = {placed.weight_slot for placed in done} | {placed.bias_slot for placed in done}
+        """Everything with a gradient outside ``done``, to be stepped by its raw gradient."""
+        taken = {slot for placed in done for slot in (placed.weight_slot, placed.bias_slot)}
         leaves: list[Leaf] = []
         for placed in self.placed + self._rest:
-            if placed.matrix.rows is None:
-                continue
-            taken |= {placed.weight_slot, placed.bias_slot}
-            raw = None if placed in done else placed.gradient()
-            if raw is not None:
-                leaves.extend(placed.leaves(raw, self.param_groups, self.state, gathered))
+            if placed.matrix.rows is not None:
+                taken |= {placed.weight_slot, placed.bias_slot}
+                if placed not in done:
+                    leaves += placed.raw_leaves(self.param_groups, self.state, gathered)
         leaves.extend(
             Leaf(parameter, parameter.grad, self.state[parameter], "", group)
             for number, group in enumerate(self.param_groups)
@@ -218,10 +222,8 @@ class PrecondOptimizer(torch.optim.Optimizer):
             return
         staged = self.statistics.take()
         if distributed.world_size() > 1:
-            first = self.param_groups[0]["params"][0]
-            staged = distributed.all_reduce_statistics(
-                staged, self._shapes(), compute_dtype(first.dtype), first.device
-            )
+            dtype, device = compute_dtype(self._first.dtype), self._first.device
+            staged = distributed.all_reduce_statistics(staged, self._shapes(), dtype, device)
         self.commit(staged)
         self.statistics.recycle()
 
@@ -230,9 +232,12 @@ class PrecondOptimizer(torch.optim.Optimizer):
 
     def _only_allocates(self) -> bool:
         """Checkpointing allocates state by a step with zero gradients and lr 0."""
-        if any(isinstance(g["lr"], Tensor) or g["lr"] != 0 for g in self.param_groups):
+        rates = [group["lr"] for group in self.param_groups]
+        if self.steps and any(isinstance(rate, Tensor) for rate in rates):  # waits for no device
             return False
-        return not any(bool(g.count_nonzero()) for g in gradients_of(self.param_groups))
+        if any(rate != 0 for rate in rates):
+            return False
+        return not any(bool(g.count_nonzero()) for g in gradients.gradients_of(self.param_groups))
 
     # Binding to parameter groups and to the model ----------------------------
 
@@ -243,6 +248,10 @@ class PrecondOptimizer(torch.optim.Optimizer):
             for number, group in enumerate(self.param_groups)
             for index, parameter in enumerate(group["params"])
         }
+
+    def handles(self) -> list[tuple[str, Tensor]]:
+        """What is preconditioned, by name, as the model holds it now."""
+        return [(placed.matrix.name, placed.weight) for placed in self.placed]
 
     def _bind(self) -> None:
         """Find every matrix's place in the parameter groups."""
@@ -310,17 +319,10 @@ class PrecondOptimizer(torch.optim.Optimizer):
         """Add parameters; without a block of theirs they go through the base rule."""
         param_group.setdefault("step", self.param_groups[0]["step"] if self.param_groups else 0)
         super().add_param_group(param_group)
-        for parameter in self.param_groups[-1]["params"]:
-            if hasattr(self, "placed"):
-                name = f"(added) group {len(self.param_groups) - 1}"
-                self.routing.routes.append(
-                    Route(name, tuple(parameter.shape), "base", "added after creation")
-                )
-            if parameter.is_complex():
-                raise ValueError(
-                    f"{self.config.name}: complex parameters are not supported (shape "
-                    f"{tuple(parameter.shape)}); store real and imaginary parts as two tensors."
-                )
+        gradients.refuse_complex(self.param_groups[-1]["params"], self.config.name)
+        for parameter in self.param_groups[-1]["params"] if hasattr(self, "placed") else []:
+            name, shape = f"(added) group {len(self.param_groups) - 1}", tuple(parameter.shape)
+            self.routing.routes.append(Route(name, shape, "base", "added after creation"))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and the statistics staged for a step that did not come."""
@@ -344,13 +346,9 @@ class PrecondOptimizer(torch.optim.Optimizer):
             ValueError: the state is of another model or optimizer, was saved
                 with other fields, or is not whole; nothing has been loaded.
         """
-        refuse_other(state_dict, identity(self.config, self.param_groups, self.routing))
-        super().load_state_dict(state_dict)
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        held = [parameter for group in self.param_groups for parameter in group["params"]]
-        for index, parameter in zip(saved, held, strict=True):
-            if index in state_dict["state"]:
-                self.state[parameter] = restored(state_dict["state"][index], parameter)
+        own = identity(self.config, self.param_groups, self.routing)
+        with restoring(self, lambda given: refuse_other(given, own)):
+            super().load_state_dict(state_dict)
         forget_empty(self.state)
         self._announce()
 

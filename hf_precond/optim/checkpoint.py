@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,6 +46,44 @@ def forget_empty(state: MutableMapping[Tensor, dict[str, Any]]) -> None:
     """
     for parameter in [parameter for parameter, held in state.items() if not held]:
         del state[parameter]
+
+
+@contextmanager
+def restoring(
+    optimizer: torch.optim.Optimizer, check: Callable[[Mapping[str, Any]], None]
+) -> Iterator[None]:
+    """Inside, ``load_state_dict`` of torch gives every parameter :func:`restored` state.
+
+    Torch's own is cast to the parameter's dtype. Ours is made of what the
+    optimizer's pre-hooks have made of the state dict, and its post-hooks find it.
+
+    Args:
+        optimizer: what loads.
+        check: called with the state dict before anything is loaded.
+    """
+    given: list[Mapping[str, Any]] = []
+
+    def before(_: Any, state_dict: dict[str, Any]) -> None:
+        check(state_dict)
+        given.append(state_dict)
+
+    def after(_: Any) -> None:
+        state, groups = given[-1]["state"], given[-1]["param_groups"]
+        saved = [index for group in groups for index in group["params"]]
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for index, parameter in zip(saved, held, strict=True):
+            if index in state:
+                optimizer.state[parameter] = restored(state[index], parameter)
+
+    handles = [
+        optimizer.register_load_state_dict_pre_hook(before),
+        optimizer.register_load_state_dict_post_hook(after, prepend=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def restored(saved: Mapping[str, Any], parameter: Tensor, prefix: str = "") -> dict[str, Any]:

@@ -71,7 +71,7 @@ class PlacedMatrix:
         """
         weight_part, bias_part = self.matrix.split(matrix) if parts is None else parts
         weight = self.weight
-        found = [(weight, weight_part, self.weight_slot)]
+        found = [(weight, weight_part, self.weight_slot)] if weight.grad is not None else []
         bias = self.matrix.bias_parameter
         if bias is not None and bias.grad is None:  # frozen since the matrix was found
             bias = None
@@ -90,6 +90,29 @@ class PlacedMatrix:
                 Leaf(view, like(view, part), state.setdefault(parameter, {}), self.prefix, group)
             )
         return leaves
+
+
+    def raw_leaves(
+        self,
+        groups: list[dict[str, Any]],
+        state: dict[Tensor, dict[str, Any]],
+        gathered: dict[Tensor, Tensor],
+    ) -> list[Leaf]:
+        """The leaves of weight and bias with their raw gradients, those of them that have one.
+
+        A fused weight is always split in its parts, so that its state has one
+        layout whatever its parts' treatment.
+        """
+        weight, bias = self.weight, self.matrix.bias_parameter
+        if weight.grad is None and (bias is None or bias.grad is None):
+            return []
+        gradients = [
+            torch.zeros_like(full(p.detach())) if p.grad is None else full(p.grad)
+            for p in (weight, bias)
+            if p is not None
+        ]
+        matrix = self.matrix.join(*gradients, *[None] * (bias is None))
+        return self.leaves(matrix.to(self.dtype), groups, state, gathered)
 
 
 @dataclass(eq=False)

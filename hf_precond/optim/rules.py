@@ -77,6 +77,8 @@ class AdamWRule(Rule):
             for param, keep in zip(params, kept, strict=False):
                 param.mul_(keep)
             fused = all(t.is_contiguous() for t in params + grads)
+            # torch's foreach kernels on a CPU take no learning rate that is a tensor.
+            alone = isinstance(group["lr"], Tensor) and not params[0].is_cuda
             adamw(
                 params,
                 grads,
@@ -85,7 +87,7 @@ class AdamWRule(Rule):
                 [],
                 [leaf["step"] for leaf in leaves],
                 fused=fused,
-                foreach=not fused,
+                foreach=not (fused or alone),
                 capturable=params[0].is_cuda,
                 amsgrad=False,
                 beta1=group["betas"][0],

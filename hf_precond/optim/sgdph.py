@@ -233,6 +233,10 @@ class SGDPH(PrecondOptimizer):
         group = self.param_groups[channel.slot[0]]
         return Leaf(parameter, grad, self.state[parameter], "", group)
 
+    def handles(self) -> list[tuple[str, Tensor]]:
+        stepped = [(channel.norm.name, channel.norm.parameter) for channel in self.channels]
+        return super().handles() + stepped
+
     def _bind(self) -> None:
         super()._bind()
         slots = self.slots()

@@ -1,0 +1,151 @@
+"""What training loops do around a step, for every optimizer."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hf_precond.registry import create_optimizer, list_optimizers
+from tests.optim.models import backward, batch, make, train, train_step, weights
+from tests.optim.test_shared import QUICK, build, same
+
+each_name = pytest.mark.parametrize("name", list_optimizers())
+
+
+class Network(nn.Module):
+    """A convolution, a norm and two linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.hidden = nn.Conv2d(3, 8, 3), nn.Linear(8, 6)
+        self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, 3)
+
+    def forward(self, images):
+        return self.head(self.norm(self.hidden(self.convolution(images).relu().mean((2, 3)))))
+
+
+@each_name
+def test_a_step_written_inside_autocast_is_the_same_step(name):
+    model, twin = make("bert"), make("bert")
+    optimizer, plain = build(name, model), build(name, twin)
+    for step in range(5):
+        optimizer.zero_grad()
+        backward(model, optimizer, batch("bert", step))
+        with torch.autocast("cpu", torch.bfloat16):
+            optimizer.step()
+    train("bert", twin, plain, 5)
+    same(weights(model), weights(twin))
+    for each in (optimizer, plain):
+        each.close()
+
+
+@each_name
+def test_a_rate_that_is_a_tensor_steps_weights_of_any_layout(name):
+    trained = []
+    for rate, layout in ((1e-3, torch.contiguous_format), (1e-3, torch.channels_last),
+                         (torch.tensor(1e-3), torch.channels_last)):  # fmt: skip
+        torch.manual_seed(0)
+        model = Network().double().to(memory_format=layout)
+        fields = QUICK[name] | ({"scope": "all_linear"} if name == "afopt" else {})
+        optimizer = create_optimizer(model, name, lr=1e-3, weight_decay=0.1, **fields)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.grad = torch.empty_like(parameter).copy_(noise)
+        optimizer.close()
+        for _ in range(2):  # AdamR's first step moves no matrix
+            optimizer.step()
+        trained.append(weights(model))
+    for other in trained[1:]:
+        for key, value in trained[0].items():
+            torch.testing.assert_close(value, other[key], rtol=1e-6, atol=1e-9, msg=key)
+
+
+@each_name
+def test_the_allocation_call_knows_a_rate_that_is_a_tensor(name):
+    model = make("bert")
+    optimizer = build(name, model)
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(0.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert optimizer.steps == 0 and optimizer.state_dict()["state"]
+    optimizer.close()
+
+
+@each_name
+def test_hooks_see_and_change_what_is_loaded(name):
+    model = make("bert", dtype=torch.bfloat16)
+    optimizer = build(name, model)
+    train("bert", model, optimizer, 3)
+    wrapped = {"optimizer": copy.deepcopy(optimizer.state_dict())}
+    for state in wrapped["optimizer"]["state"].values():
+        state["mark"] = 1
+    other = build(name, make("bert", dtype=torch.bfloat16))
+    found = []
+    other.register_load_state_dict_pre_hook(lambda _, given: given["optimizer"])
+    other.register_load_state_dict_post_hook(lambda own: found.append(own.state_dict()))
+    other.load_state_dict(wrapped)
+    for index, state in wrapped["optimizer"]["state"].items():
+        for key, value in found[0]["state"][index].items():
+            if isinstance(value, torch.Tensor):
+                assert value.dtype == state[key].dtype and torch.equal(value, state[key])
+    assert all(state["mark"] == 1 for state in other.state.values())
+    for each in (optimizer, other):
+        each.close()
+
+
+@each_name
+def test_parameters_that_the_model_has_replaced_are_refused(name):
+    model = make("bert")
+    optimizer = build(name, model)
+    train("bert", model, optimizer, 1)
+    loaded = {key: value.clone() for key, value in model.state_dict().items()}
+    model.load_state_dict(loaded, assign=True)
+    with pytest.raises(RuntimeError, match="was replaced since the optimizer was made"):
+        train_step(model, optimizer, batch("bert", 1))
+    optimizer.close()
+
+
+@each_name
+@pytest.mark.parametrize("role", ["weight", "bias"])
+def test_half_of_a_fused_layer_may_stop_training(name, role):
+    model = make("gpt2")
+    optimizer = build(name, model, weight_decay=0.1)
+    train("gpt2", model, optimizer, 2)
+    layer = model.transformer.h[0].attn.c_attn
+    getattr(layer, role).requires_grad_(False)
+    before = weights(model)
+    train("gpt2", model, optimizer, 2, start=2)
+    kept = {key for key, value in weights(model).items() if torch.equal(value, before[key])}
+    assert kept == {f"transformer.h.0.attn.c_attn.{role}"}
+    optimizer.close()
+
+
+@pytest.mark.parametrize("source", ["gradient", "feature"])
+def test_what_fresh_memory_holds_reaches_neither_steps_nor_state(source):
+    # Wide enough for products of which one triangle is computed.
+    trained = []
+    for filled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(260, 8), nn.Linear(8, 3))
+        optimizer = create_optimizer(model, "adamr", basis_source=source, basis_interval=2)
+        # Fills memory with NaN that nobody has written.
+        torch.use_deterministic_algorithms(filled)
+        try:
+            for _ in range(4):
+                optimizer.zero_grad()
+                model(torch.randn(300, 260)).square().mean().backward()
+                optimizer.step()
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert optimizer.diagnostics().get("statistics_dropped", 0) == 0
+        held = [v for state in optimizer.state.values() for v in state.values()]
+        assert all(v.isfinite().all() for v in held if isinstance(v, torch.Tensor) and v.dim())
+        trained.append(weights(model))
+        optimizer.close()
+    same(*trained)
