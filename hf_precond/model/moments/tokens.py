@@ -33,6 +33,8 @@ class TokenWeights:
     A layer's tokens are weighted by the mask of the innermost model around it
     whose pass under way was called with one of the layer's batch and length.
     Anything else (no mask, packed or unpadded sequences, images) weighs 1.
+    A mask of sound counts samples; that of the frames made of them is the one
+    its encoder is called with.
 
     Args:
         model: the root model.
@@ -48,9 +50,16 @@ class TokenWeights:
         for path, module in model.named_modules():
             if module is self.root:
                 root_path = path
-            if module is model or module is self.root or hasattr(module, "base_model_prefix"):
+            named = module is model or module is self.root or hasattr(module, "base_model_prefix")
+            if named or self._stacks_frames(module):
                 self._watch(path, module, counts=module is model)
         self.root_path = root_path
+
+    def _stacks_frames(self, module: nn.Module) -> bool:
+        """Whether a module is the stack of layers of a model of sound, called with a mask."""
+        sound = getattr(self.root, "main_input_name", "") in ("input_values", "input_features")
+        stack = any(isinstance(child, nn.ModuleList) for child in module.children())
+        return sound and stack and "attention_mask" in _positions(module).values()
 
     def _watch(self, path: str, module: nn.Module, *, counts: bool) -> None:
         config = getattr(module, "config", None)
@@ -124,9 +133,9 @@ class Reader:
                 if mask is None:
                     continue
                 if len(shape) == 2 and mask.numel() == shape[0]:
-                    return mask.flatten().to(dtype)
+                    return mask.flatten().ne(0).to(dtype)
                 if len(shape) > 2 and tuple(mask.shape) == tuple(shape[:2]):
-                    return mask.to(dtype)
+                    return mask.ne(0).to(dtype)
             if owner.blind:
                 return None
         return None

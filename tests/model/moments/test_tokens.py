@@ -105,6 +105,32 @@ def test_a_pass_without_a_mask_has_none_of_an_earlier_pass() -> None:
     assert set(counts(capture).values()) == {6 + 21}
 
 
+def test_a_mask_that_numbers_packed_sequences_counts_every_token_once() -> None:
+    model = build("bert")
+    capture = counting(model)
+    numbered = masks(7, 5, 3) + masks(4, 2, 0)
+    model(input_ids=text()["input_ids"], attention_mask=numbered).logits.sum().backward()
+    assert set(counts(capture).values()) == {15}
+
+
+@pytest.mark.parametrize("stable", [False, True])
+def test_padded_frames_of_sound_are_no_tokens(stable: bool) -> None:
+    config = tf.Wav2Vec2Config(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24,
+        conv_dim=(8, 8), conv_stride=(4, 4), conv_kernel=(4, 4), num_feat_extract_layers=2,
+        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, classifier_proj_size=8,
+        feat_extract_norm="layer", do_stable_layer_norm=stable, layerdrop=0.0,
+        apply_spec_augment=False,
+    )  # fmt: skip
+    model = tf.Wav2Vec2ForSequenceClassification(config).train()
+    capture = counting(model)
+    lengths = torch.tensor([160, 80, 120])
+    samples = masks(*lengths.tolist(), width=160)
+    model(input_values=torch.randn(3, 160), attention_mask=samples).logits.sum().backward()
+    frames = model._get_feat_extract_output_lengths(lengths)
+    assert set(counts(capture).values()) == {frames.sum().item()}
+
+
 def test_prompt_tokens_count_as_tokens() -> None:
     config = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4)
     model = get_peft_model(build("bert", torch.float32), config)
