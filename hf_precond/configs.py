@@ -307,7 +307,8 @@ class NKFACConfig(OptimizerConfig):
         solver: how inverses are refreshed: ``newton`` (from the previous
             ones), ``exact`` (anew each time), or ``auto``, the cheaper
             for a factor's size and device.
-        max_dim: a wider side is not preconditioned, >= 1.
+        max_dim: a wider side of a weight is not preconditioned, >= 1; a bias
+            does not count.
         reference: reproduce the authors' published code step by step:
             NKFAC with ``base="sgd"``, AdaNKFAC with ``base="adamw"``.
         precision: precision of large products on GPUs: ``highest``, ``tf32``

@@ -114,7 +114,7 @@ def layer_matrices(model: nn.Module, config: Any) -> Blocks:
         name = survey.name_of(matrix.weight_parameter)
         module = matrix.module
         layered = matrix.weight == "weight" and (is_linear(module) or _is_convolution(module))
-        wide = [side for side in _sides(matrix) if side > config.max_dim]
+        wide = [side for side in matrix.shape if side > config.max_dim]
         if not layered or name in survey.tied:
             continue
         if module in hidden:
@@ -136,10 +136,6 @@ def layer_matrices(model: nn.Module, config: Any) -> Blocks:
 
 def _is_convolution(module: nn.Module) -> bool:
     return isinstance(module, CONVOLUTIONS)
-
-
-def _sides(matrix: LayerMatrix) -> tuple[int, int]:
-    return matrix.shape[0], matrix.columns
 
 
 def attention_matrices(model: nn.Module, config: Any) -> Blocks:

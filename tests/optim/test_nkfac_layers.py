@@ -154,6 +154,16 @@ def test_a_side_wider_than_max_dim_has_no_factor(max_dim):
     optimizer.close()
 
 
+def test_a_bias_makes_no_side_wider():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 9), nn.Linear(9, 9))
+    optimizer = build(model, max_dim=8)
+    sides = [[f.side for f in optimizer.factors(placed)] for placed in optimizer.placed]
+    assert sides == [["output", "input"], ["input"]]
+    assert "one side" not in optimizer.routing["0.weight"].reason
+    assert "both sides wider" in optimizer.routing["2.weight"].reason
+    optimizer.close()
+
+
 def test_lora_pairs_have_the_rank_side_always():
     from peft import LoraConfig, get_peft_model
 

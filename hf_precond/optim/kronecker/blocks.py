@@ -68,10 +68,10 @@ class Factor:
 
 
 def factors_of(placed: PlacedMatrix, max_dim: int) -> list[Factor]:
-    """The factors that a layer has: of each side that is at most ``max_dim`` wide."""
+    """The factors that a layer has: of each side of its weight that is at most ``max_dim`` wide."""
     sides: tuple[Side, Side] = ("output", "input")
-    factors = [Factor(placed, side) for side in sides]
-    return [factor for factor in factors if factor.size <= max_dim]
+    widths = zip(sides, placed.matrix.shape, strict=True)
+    return [Factor(placed, side) for side, width in widths if width <= max_dim]
 
 
 def average_unit_moments(
