@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 class FullPrecision:
@@ -44,8 +44,15 @@ class FullPrecision:
         context.__enter__()
         self.left.append((module, context))
 
+        def is_low(value: Any) -> bool:
+            return isinstance(value, Tensor) and value.dtype == low
+
+        # Containers are rebuilt only where they must be: a module may write to one.
+        if not any(is_low(value) for value in tree_leaves((args, kwargs))):
+            return None
+
         def cast(value: Any) -> Any:
-            return value.float() if isinstance(value, Tensor) and value.dtype == low else value
+            return value.float() if is_low(value) else value
 
         return tree_map(cast, args), tree_map(cast, kwargs)
 

@@ -160,3 +160,22 @@ def test_the_weights_are_looked_at_once_a_step(monkeypatch):
     source.observe(loss_of(model))
     assert model.seen[-1] == LOW
     source.close()
+
+
+def test_a_module_may_write_to_what_it_is_called_with():
+    class Collecting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(6)
+
+        def forward(self, x, seen):
+            seen.append(self.norm(x))
+            return seen[-1]
+
+    model, seen = Collecting(), []
+    source = open_source(model)
+    source.enable(True, 0)
+    with torch.autocast("cpu", LOW):
+        model(torch.randn(4, 6), seen)
+    assert [hidden.dtype for hidden in seen] == [torch.float32]
+    source.close()
