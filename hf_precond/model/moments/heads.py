@@ -211,9 +211,11 @@ class HeadMoments:
             front = length - cos.shape[1]
             cos = torch.nn.functional.pad(cos, (0, 0, front, 0), value=1.0)
             sin = torch.nn.functional.pad(sin, (0, 0, front, 0))
-        weights = head.queries.read((batch, length, size), dtype)
+        # Vision towers call their kernel once an image, with the positions of all images at hand.
+        positions = cos.shape[1]
+        weights = head.queries.read((batch, positions, size), dtype)
         total = tables(head.layout, cos, sin, weights)
-        return Part(f"{head.path}:rotation", total, count_of(batch * length, weights, total))
+        return Part(f"{head.path}:rotation", total, count_of(batch * positions, weights, total))
 
     def get(self, request: MomentRequest) -> Statistic | None:
         """The staged answer to a request."""

@@ -175,6 +175,34 @@ def test_average_over_rotations_equals_brute_force(name: str) -> None:
             assert not torch.allclose(found.sum, moment, rtol=1e-3), "the average does something"
 
 
+def test_images_that_are_attended_one_by_one_have_the_positions_of_all() -> None:
+    """A rotation keeps the trace, so their average does."""
+    config = tf.Qwen2VLConfig().vision_config
+    for name, value in {
+        "depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2,
+        "patch_size": 4, "spatial_merge_size": 1, "temporal_patch_size": 1,
+    }.items():  # fmt: skip
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    model = tf.models.qwen2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel(config)
+    model = model.double().train()
+    (block,) = find_attention(model)
+    requests = head_requests([block]), head_requests([block], average_rotation=True)
+    images, grid = torch.randn(10, 48).double(), torch.tensor([[1, 2, 2], [1, 2, 3]])
+    found = []
+    for asked in requests:
+        capture = opened(model, asked)
+        model(images, grid_thw=grid).last_hidden_state.square().sum().backward()
+        found.append(capture.take())
+        capture.close()
+    for key, plain in found[0].items():
+        mean = found[1][key]
+        assert mean.count == plain.count == 10
+        traces = [part.sum.diagonal(dim1=-2, dim2=-1).sum(-1) for part in (mean, plain)]
+        torch.testing.assert_close(traces[0], traces[1], rtol=1e-6, atol=0)
+        assert not torch.allclose(mean.sum, plain.sum, rtol=1e-3)
+
+
 def test_layers_without_rotation_are_told() -> None:
     config = {**TEXT, "num_key_value_heads": 2, "num_hidden_layers": 4}
     smol = tf.SmolLM3ForCausalLM(tf.SmolLM3Config(**config, no_rope_layers=[1, 0, 1, 1]))
