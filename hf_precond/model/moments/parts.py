@@ -65,12 +65,9 @@ def output_part(
     spares: Spares | None = None,
 ) -> Part:
     """The moment of output gradients ``[n, out]``; ``weights`` only count them."""
-    chosen = thinned(select_outputs(collection.matrix, rows), collection.rows, step)
-    counted = None if weights is None else thinned(weights.flatten(), collection.rows, step)
-    count = count_of(len(chosen), counted, chosen)
-    out = _spare(spares, chosen, False)
-    total = moment(chosen, None, constant=False, out=out)
-    return Part(collection.name, total, count, out is not None)
+    chosen, counted = _seen(collection, select_outputs(collection.matrix, rows), weights, step)
+    total, spare = _moment(collection, chosen, None, False, spares)
+    return Part(collection.name, total, count_of(len(chosen), counted, chosen), spare)
 
 
 def input_part(
@@ -84,15 +81,21 @@ def input_part(
     if collection.center:
         rows = centred(rows, weights)
     constant = collection.constant and not collection.center
-    flat = thinned(rows.flatten(0, -2), collection.rows, step)
-    if weights is not None:
-        weights = thinned(weights.flatten(), collection.rows, step)
+    flat, weights = _seen(collection, rows.flatten(0, -2), weights, step)
     count = count_of(len(flat), weights, flat)
     if collection.constant and collection.center:  # the constant less its mean is zero
         flat = torch.nn.functional.pad(flat, (0, 1))
-    out = None if collection.blocks > 1 else _spare(spares, flat, constant)
-    total = _moment(collection, flat, weights, constant, out)
-    return Part(collection.name, total, count, out is not None)
+    total, spare = _moment(collection, flat, weights, constant, spares)
+    return Part(collection.name, total, count, spare)
+
+
+def _seen(
+    collection: Collection, rows: Tensor, weights: Tensor | None, step: int
+) -> tuple[Tensor, Tensor | None]:
+    """The rows of a call that enter, and their weights."""
+    if weights is not None:
+        weights = thinned(weights.flatten(), collection.rows, step)
+    return thinned(rows, collection.rows, step), weights
 
 
 def _spare(spares: Spares | None, rows: Tensor, constant: bool) -> Tensor | None:
@@ -110,11 +113,14 @@ def _moment(
     rows: Tensor,
     weights: Tensor | None,
     constant: bool,
-    out: Tensor | None = None,
-) -> Tensor:
+    spares: Spares | None,
+) -> tuple[Tensor, bool]:
+    """The moment of ``[n, d]``, and whether its memory is one of ``spares``."""
     if collection.blocks > 1:
-        return block_moment(rows, weights, constant=constant, blocks=collection.blocks)
-    return moment(rows, weights, constant=constant, out=out)
+        found = block_moment(rows, weights, constant=constant, blocks=collection.blocks)
+        return found, False
+    out = _spare(spares, rows, constant)
+    return moment(rows, weights, constant=constant, out=out), out is not None
 
 
 def patch_part(
@@ -134,15 +140,14 @@ def patch_part(
     for part in inputs.split(step):
         limit = -(-collection.rows * len(part) // max(1, len(inputs)))
         seen = thinned(patches(layer, part).flatten(0, 1), limit, at_step)
-        out = None if collection.blocks > 1 else _spare(spares, seen, collection.constant)
-        term = _moment(collection, seen, None, collection.constant, out)
+        term, spare = _moment(collection, seen, None, collection.constant, spares)
         if total is None:
             total = term
         else:
             total.add_(term)
-            if spares is not None and out is not None:
-                spares.give(out)
+            if spares is not None and spare:
+                spares.give(term)
         rows += len(seen)
     assert total is not None
-    return Part(collection.name, total, count_of(rows, None, total), out is not None)
+    return Part(collection.name, total, count_of(rows, None, total), spare)
 
