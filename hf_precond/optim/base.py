@@ -350,6 +350,8 @@ class PrecondOptimizer(torch.optim.Optimizer):
         with restoring(self, lambda given: refuse_other(given, own)):
             super().load_state_dict(state_dict)
         forget_empty(self.state)
+        if self.statistics is not None:
+            self.statistics.drop()  # of a step that was given up
         self._announce()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -100,6 +100,28 @@ def test_hooks_see_and_change_what_is_loaded(name):
 
 
 @each_name
+def test_what_was_staged_before_a_checkpoint_is_loaded_enters_no_step(name):
+    model = make("bert")
+    optimizer = build(name, model)
+    train("bert", model, optimizer, 2)
+    state, saved = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+    train("bert", model, optimizer, 3, start=2)
+    expected = weights(model)
+    for given_up in (True, False):  # a Trainer clears gradients by the model
+        model.load_state_dict(saved)
+        optimizer.load_state_dict(state)
+        model.zero_grad()
+        if given_up:
+            backward(model, optimizer, batch("bert", 50))
+    for step in range(2, 5):
+        model.zero_grad()
+        backward(model, optimizer, batch("bert", step))
+        optimizer.step()
+    same(expected, weights(model))
+    optimizer.close()
+
+
+@each_name
 def test_parameters_that_the_model_has_replaced_are_refused(name):
     model = make("bert")
     optimizer = build(name, model)
