@@ -323,3 +323,18 @@ def test_gradients_too_small_or_large_to_square_in_float32_make_no_other_step(di
     for name, expected in steps[0].items():
         for found in steps[1:]:
             torch.testing.assert_close(found[name], expected, rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("space", ["logits", "product"])
+def test_factors_of_bfloat16_weights_are_not_rounded_to_bfloat16(space):
+    torch.manual_seed(0)
+    module, same = Attention(d=16, heads=2).bfloat16(), Attention(d=16, heads=2)
+    same.load_state_dict(module.state_dict())
+    found = []
+    for each in (module, same):
+        optimizer = spectral(each, space=space)
+        roles = "qkv" if space == "product" else "v"
+        block = optimizer.blocks.attention[0]
+        found.append([optimizer.factors.role(block, role, False).double() for role in roles])
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)

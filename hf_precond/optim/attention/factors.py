@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_precond.blocks import AttentionBlock
-from hf_precond.configs import AFOptConfig
+from hf_precond.configs import AFOptConfig, compute_dtype
 from hf_precond.optim.attention.plan import Moment, Plan, State, Treatment
 
 JITTER = 8
@@ -55,6 +55,11 @@ def quadratic(weight: Tensor, moment: Tensor) -> Tensor:
         result = term if result is None else result + term
     assert result is not None
     return result
+
+
+def _exact(weight: Tensor) -> Tensor:
+    """A weight in the dtype of the mathematics: products of bfloat16 ones lose two digits."""
+    return weight.to(compute_dtype(weight.dtype))
 
 
 def merged(moment: Tensor, columns: int) -> Tensor:
@@ -124,7 +129,7 @@ class AttentionFactors:
     ) -> Tensor:
         known: Mapping[str, Moment] = self.plan.known.get(block, {})
         matrix = block.roles()[role]
-        weight = block.effective(role)
+        weight = _exact(block.effective(role))
         if not self.plan.features:
             weight = heads_of(weight[:, : matrix.shape[1]], heads)
             moment = torch.bmm(weight, weight.mT)
@@ -153,7 +158,7 @@ class AttentionFactors:
         """``W_o,hᵀ W_o,h``, ``[H, d_v, d_v]``."""
         assert block.o is not None
         heads, size = block.heads.query, block.heads.value_size
-        weight = block.effective("o")[:, : block.o.shape[1]]
+        weight = _exact(block.effective("o"))[:, : block.o.shape[1]]
         parts = weight.mT.reshape(heads, size, -1)
         moment = torch.bmm(parts, parts.mT)
         return moment * (1 + self.config.damping) if damped else moment
