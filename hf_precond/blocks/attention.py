@@ -81,6 +81,7 @@ class AttentionBlock:
         observed: ``query`` and ``key`` moments can be asked for: the module
             calls ``transformers``' attention look-up.
         adapters: role to its LoRA pair, where it has one that trains.
+        scale: what its logits are multiplied with; ``None``: ``1/√d_h``.
         note: what the routing table should say of this block (an
             approximation, say), or the empty string.
     """
@@ -97,6 +98,7 @@ class AttentionBlock:
     normed: bool = False
     cross: bool = False
     apart: frozenset[str] = frozenset()
+    scale: float | None = None
     note: str = ""
     observed: bool = False
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -105,6 +107,11 @@ class AttentionBlock:
         """Role to matrix, for the roles this attention has."""
         roles = {"q": self.q, "k": self.k, "v": self.v}
         return roles if self.o is None else roles | {"o": self.o}
+
+    @property
+    def logit_scale(self) -> float:
+        """What the products of queries and keys are multiplied with."""
+        return self.heads.size**-0.5 if self.scale is None else self.scale
 
     def reads(self, role: str) -> str:
         """The tensor that enters a role's layer: ``x``, ``context``, ``value`` or ``o``."""

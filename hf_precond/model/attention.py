@@ -19,6 +19,7 @@ from hf_precond.model.conventions import (
     declare_attention,
     declared,
     forget_attention,
+    logit_scale,
 )
 from hf_precond.model.matrices import is_linear, is_readable, layer_matrix, refusal
 from hf_precond.model.moments.rotation import called_names, rotates
@@ -323,6 +324,7 @@ def _finish(
         rotary=declaration.rotary if declaration else rotary,
         normed=declaration.normed if declaration else normed,
         cross=declaration.cross if declaration else crosses,
+        scale=logit_scale(module, heads.size),
         note=note,
         observed=observed,
         adapters=adapters,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -83,6 +83,28 @@ CONVENTIONS: tuple[Convention, ...] = (
 UNREADABLE = frozenset(
     {"CodeGenAttention", "GPTBigCodeAttention", "MiniMaxLightningAttention"}
 )
+
+
+_UNSCALED = frozenset({"GPTNeoSelfAttention"})
+
+
+def logit_scale(module: nn.Module, size: int) -> float | None:
+    """What an attention multiplies its logits with, where that is known not to be ``1/√d_h``.
+
+    Args:
+        module: the attention.
+        size: width of a head.
+    """
+    own = getattr(module, "scaling", None)
+    if isinstance(own, int | float):
+        return float(own)
+    if _UNSCALED.intersection(cls.__name__ for cls in type(module).__mro__):
+        return 1.0
+    if hasattr(module, "disentangled_attention_bias"):  # each term of DeBERTa's sum counts
+        positions: Any = module.pos_att_type
+        terms = 1 + sum(term in positions for term in ("c2p", "p2c"))
+        return (size * terms) ** -0.5
+    return None
 
 
 @dataclass(frozen=True)

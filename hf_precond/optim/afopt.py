@@ -21,7 +21,7 @@ from hf_precond.optim.attention.entropy import EntropyWatch
 from hf_precond.optim.attention.factors import AttentionFactors, heads_of
 from hf_precond.optim.attention.plan import Plan, RightFactor, Treatment, observes
 from hf_precond.optim.attention.refresh import Refresh
-from hf_precond.optim.attention.report import logit_scale, report
+from hf_precond.optim.attention.report import report
 from hf_precond.optim.base import PrecondOptimizer
 from hf_precond.optim.leaf import Leaf, grouped
 from hf_precond.optim.muon import MuonRule
@@ -248,7 +248,7 @@ class AFOpt(PrecondOptimizer):
             treatment.left,
             treatment.right is None,
             special,
-            block and (block.heads, logit_scale(block)),
+            block and (block.heads, block.logit_scale),
             placed.weight_slot[0],
             placed.weight.dtype,
             placed.weight.device,
@@ -352,7 +352,7 @@ class AFOpt(PrecondOptimizer):
         block = batch[0].block
         assert block is not None
         squares = scaling.logit_change(
-            steps, left.to(steps.dtype), moments, batch[0].heads, logit_scale(block)
+            steps, left.to(steps.dtype), moments, batch[0].heads, block.logit_scale
         )
         return squares / block.heads.query
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as tf
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -257,3 +258,31 @@ def test_requests_for_unobservable_heads_say_what_to_do() -> None:
     block = find_attention(model)[0]
     with pytest.raises(ValueError, match="rope='ignored'"):
         Capture(model, [MomentRequest("k", "key", block.k, block)])
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"), [("bert", 0.5), ("t5", 1.0), ("deberta-v2", (4 * 3) ** -0.5)]
+)
+def test_what_the_logits_are_multiplied_with(name, scale):
+    for block in find_attention(build(name)):
+        assert block.logit_scale == pytest.approx(scale)
+
+
+def test_logits_of_gpt_neo_are_not_scaled():
+    """Read off its weights: log p of two keys differs by the logits' difference."""
+    config = tf.GPTNeoConfig(
+        vocab_size=40, hidden_size=16, num_layers=1, num_heads=4, attention_dropout=0.0,
+        attention_types=[[["global"], 1]], intermediate_size=24, bos_token_id=1, eos_token_id=2,
+        attn_implementation="eager", embed_dropout=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = tf.GPTNeoModel(config).double()
+    (block,) = find_attention(model)
+    seen = []
+    block.q.module.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    found = model(torch.arange(3, 10)[None], output_attentions=True).attentions[0]
+    q, k = (seen[0] @ getattr(block, role).read().T for role in "qk")
+    q, k = (part.unflatten(-1, (4, 4)).transpose(1, 2) for part in (q, k))
+    logits = (q @ k.mT * block.logit_scale)[..., -1, :]
+    differences = found[..., -1, :].log().diff(dim=-1)
+    torch.testing.assert_close(differences, logits.diff(dim=-1))

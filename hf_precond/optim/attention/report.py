@@ -106,13 +106,7 @@ def layer_change(
     assert total is not None
     if len(cross) == 2 and not {"query", "key"} & set(refresh.plan.known[block]):
         total = total + 2 * (cross[0] * cross[1].mT).sum((-2, -1))
-    return total.clamp(min=0) * logit_scale(block) ** 2
-
-
-def logit_scale(block: AttentionBlock) -> float:
-    """What the logits are multiplied with: the module's own word, or ``1/√d_h``."""
-    own = getattr(block.module, "scaling", None)
-    return own if isinstance(own, float) else block.heads.size**-0.5
+    return total.clamp(min=0) * block.logit_scale**2
 
 
 def _right_condition(refresh: Refresh, right: RightFactor) -> Tensor:
