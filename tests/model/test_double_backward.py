@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 
 import torch
+import torch._dynamo  # without it there is no stance to set
 from torch import nn
 
 from hf_precond.model import double_backward
