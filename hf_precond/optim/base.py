@@ -151,7 +151,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
 
     def _step(self) -> None:
         gradients.refuse_sparse(self.param_groups, self.config.name)
-        gradients.refuse_strangers(self.handles(), self.param_groups, self.config.name)
+        self.locate(self.slots())
         for placed in self.placed:
             self.allocate(placed)
         if self._only_allocates():
@@ -233,9 +233,8 @@ class PrecondOptimizer(torch.optim.Optimizer):
     def _only_allocates(self) -> bool:
         """Checkpointing allocates state by a step with zero gradients and lr 0."""
         rates = [group["lr"] for group in self.param_groups]
-        if self.steps and any(isinstance(rate, Tensor) for rate in rates):  # waits for no device
-            return False
-        if any(rate != 0 for rate in rates):
+        # To look at a rate that is a tensor may wait for a GPU: only before the first step.
+        if any((self.steps and isinstance(rate, Tensor)) or rate != 0 for rate in rates):
             return False
         return not any(bool(g.count_nonzero()) for g in gradients.gradients_of(self.param_groups))
 
@@ -249,9 +248,10 @@ class PrecondOptimizer(torch.optim.Optimizer):
             for index, parameter in enumerate(group["params"])
         }
 
-    def handles(self) -> list[tuple[str, Tensor]]:
-        """What is preconditioned, by name, as the model holds it now."""
-        return [(placed.matrix.name, placed.weight) for placed in self.placed]
+    def locate(self, slots: Mapping[int, Slot]) -> None:
+        """Find what is preconditioned again in parameter groups that may have changed."""
+        for placed in self.placed + self._rest:
+            placed.locate(slots)
 
     def _bind(self) -> None:
         """Find every matrix's place in the parameter groups."""

@@ -1,4 +1,4 @@
-"""The gradients and parameters that a step is given, and whether they can be used."""
+"""The gradients and parameters that an optimizer is given, and whether they can be used."""
 
 from __future__ import annotations
 
@@ -55,27 +55,4 @@ def refuse_sparse(groups: Groups, name: str) -> None:
             raise RuntimeError(
                 f"{name}: sparse gradients are not supported (a parameter of shape "
                 f"{tuple(gradient.shape)} has one); build its nn.Embedding with sparse=False."
-            )
-
-
-def refuse_strangers(handles: Iterable[tuple[str, Tensor]], groups: Groups, name: str) -> None:
-    """Refuse a model that trains other parameters by now than the optimizer holds.
-
-    Stepped anyway, its preconditioned layers would train without the others.
-
-    Args:
-        handles: parameters by name, as the model holds them.
-        groups: the parameter groups.
-        name: the optimizer's, for the message.
-
-    Raises:
-        RuntimeError: naming one such parameter, and what to do.
-    """
-    held = {id(parameter) for group in groups for parameter in group["params"]}
-    for label, parameter in handles:
-        if id(parameter) not in held:
-            raise RuntimeError(
-                f"{name}: the parameter of {label} was replaced since the optimizer was made (by "
-                "load_state_dict(assign=True), say, or fully_shard without accelerate's prepare) "
-                "and is in none of its parameter groups; build the optimizer afterwards."
             )

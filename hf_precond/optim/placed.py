@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,33 @@ Slot = tuple[int, int]
 Parts = tuple[Tensor, Tensor | None]
 
 
+def slot_of(name: str, parameter: Tensor, slots: Mapping[int, Slot]) -> Slot:
+    """Where a parameter sits now.
+
+    Args:
+        name: what it belongs to, for the message.
+        parameter: the parameter, as the model holds it.
+        slots: ``id`` of every parameter of the groups to its group and index.
+
+    Raises:
+        RuntimeError: it is in none of the groups any more. Stepped anyway, the
+            preconditioned layers would train without the others.
+    """
+    if id(parameter) not in slots:
+        raise RuntimeError(
+            f"{name}: its parameter is in none of the parameter groups any more. It was replaced "
+            "since the optimizer was made (by load_state_dict(assign=True), say, or fully_shard "
+            "without accelerate's prepare): build the optimizer afterwards; or taken out of its "
+            "group: freeze it with requires_grad_(False) instead."
+        )
+    return slots[id(parameter)]
+
+
 @dataclass(eq=False)
 class PlacedMatrix:
     """A matrix with its place: group and index, which survive a swap of the parameters.
+
+    Groups may be changed between steps: :meth:`locate`.
 
     Args:
         matrix: the matrix.
@@ -46,6 +70,12 @@ class PlacedMatrix:
     def dtype(self) -> torch.dtype:
         """The dtype of the mathematics: float64 for float64 weights, else float32."""
         return compute_dtype(self.weight.dtype)
+
+    def locate(self, slots: Mapping[int, Slot]) -> None:
+        """Find weight and bias again in groups that may have changed; see :func:`slot_of`."""
+        self.weight_slot = slot_of(self.matrix.name, self.weight, slots)
+        bias = self.matrix.bias_parameter
+        self.bias_slot = None if bias is None else slots.get(id(bias))
 
     def gradient(self) -> Tensor | None:
         """``[dW | db]``, ``[out, in(+1)]`` in ``dtype``, gathered; ``None`` without a gradient."""

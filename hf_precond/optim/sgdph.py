@@ -16,7 +16,7 @@ from hf_precond.configs import SGDPHConfig
 from hf_precond.optim import channelwise
 from hf_precond.optim.base import PrecondOptimizer
 from hf_precond.optim.leaf import Leaf, by_group, grouped
-from hf_precond.optim.placed import Slot
+from hf_precond.optim.placed import Slot, slot_of
 from hf_precond.optim.rules import descend
 
 
@@ -233,9 +233,10 @@ class SGDPH(PrecondOptimizer):
         group = self.param_groups[channel.slot[0]]
         return Leaf(parameter, grad, self.state[parameter], "", group)
 
-    def handles(self) -> list[tuple[str, Tensor]]:
-        stepped = [(channel.norm.name, channel.norm.parameter) for channel in self.channels]
-        return super().handles() + stepped
+    def locate(self, slots: Mapping[int, Slot]) -> None:
+        super().locate(slots)
+        for channel in self.channels:
+            channel.slot = slot_of(channel.norm.name, channel.norm.parameter, slots)
 
     def _bind(self) -> None:
         super()._bind()

@@ -128,9 +128,42 @@ def test_parameters_that_the_model_has_replaced_are_refused(name):
     train("bert", model, optimizer, 1)
     loaded = {key: value.clone() for key, value in model.state_dict().items()}
     model.load_state_dict(loaded, assign=True)
-    with pytest.raises(RuntimeError, match="was replaced since the optimizer was made"):
+    with pytest.raises(RuntimeError, match="in none of the parameter groups any more"):
         train_step(model, optimizer, batch("bert", 1))
     optimizer.close()
+
+
+@each_name
+def test_groups_may_be_changed_between_steps(name):
+    trained = []
+    for changed in (True, False):
+        model = make("bert")
+        optimizer = build(name, model)
+        train("bert", model, optimizer, 2)
+        query = model.bert.encoder.layer[0].attention.self.query.weight
+        norm, left = model.bert.embeddings.LayerNorm.bias, model.bert.pooler.dense.bias
+        kept = [parameter.detach().clone() for parameter in (query, norm)]
+        if changed:  # two parameters get a group of their own, and one leaves
+            for group in list(optimizer.param_groups):
+                moved = [p for p in group["params"] if p is query or p is norm]
+                group["params"] = [
+                    p for p in group["params"] if p is not left and p not in set(moved)
+                ]
+                if moved:
+                    optimizer.param_groups.append(group | {"params": moved, "lr": 0.0})
+        for step in range(2, 5):
+            optimizer.zero_grad()
+            left.grad = None
+            backward(model, optimizer, batch("bert", step))
+            left.grad = None
+            optimizer.step()
+            if not changed:
+                with torch.no_grad():
+                    for parameter, value in zip((query, norm), kept, strict=True):
+                        parameter.copy_(value)
+        trained.append(weights(model))
+        optimizer.close()
+    same(*trained)
 
 
 @each_name
