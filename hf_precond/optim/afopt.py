@@ -45,12 +45,13 @@ class AFOpt(PrecondOptimizer):
         A_L  = A_K (q), A_Q (k), W_oᵀ W_o (v), identity (o and other linear layers)
         M    ← β M + (1-β) Ĝ ;  N = β M + (1-β) Ĝ    (Nesterov)
         U    = W_L msign(W_Lᵀ N W_R) W_Rᵀ ,  W Wᵀ = (A + λ·tr(A)/n·I)⁻¹
-        U    ← m·U·0.2·√numel/‖U‖_F                 per tensor, all heads together
+        U    ← m·βᵏ·U·0.2·√numel/‖U‖_F              per tensor, all heads together
         [W | b] ← (1 - lr·wd) [W | b] - lr·U
 
     U is the steepest descent under a bound on the spectral norm of
     ``A_L^(1/2) δW A_R^(1/2)``: on whitened features, of the change of the
-    logits (q, k) or of the module's output. ``direction="inverse"`` takes
+    logits (q, k) or of the module's output. After k steps in a row without a
+    gradient (an expert that got no token) it fades, as Adam's. ``direction="inverse"`` takes
     ``A_L⁻¹ N A_R⁻¹`` instead, the least-squares step along ``-∂L/∂S`` in the
     logits ``S = QKᵀ/√d``; ``"inverse_sqrt"`` the exponent -1/2.
 
@@ -177,6 +178,7 @@ class AFOpt(PrecondOptimizer):
         if config.scaling != "norm_recovery":
             shape = (placed.matrix.shape[0], placed.matrix.columns)
             zeros(treatment.name("momentum"), placed.dtype, *shape)
+            zeros(treatment.name("fade"), placed.dtype)
         per_head = (treatment.heads, treatment.rows, treatment.rows)
         if treatment.left is not None:
             identities(treatment.name("left"), *per_head)
@@ -257,7 +259,8 @@ class AFOpt(PrecondOptimizer):
     def _momentum(self, batch: Sequence[Treatment], raw: Tensor) -> Tensor:
         """``M ← β M + (1-β) G``; N (or M) in the place of G."""
         beta = self.param_groups[batch[0].placed.weight_slot[0]]["momentum"]
-        held = [t.held(self.state)[t.name("momentum")] for t in batch]
+        held, fades = self._held(batch, "momentum"), self._held(batch, "fade")
+        torch._foreach_copy_(fades, scaling.fade(torch.stack(fades), raw, beta).unbind())
         gradients = list(raw.unbind())
         torch._foreach_lerp_(held, gradients, 1 - beta)
         if self.config.nesterov:
@@ -266,12 +269,15 @@ class AFOpt(PrecondOptimizer):
             torch._foreach_copy_(gradients, held)
         return raw
 
+    def _held(self, batch: Sequence[Treatment], name: str) -> list[Tensor]:
+        return [t.held(self.state)[t.name(name)] for t in batch]
+
     def sandwich(self, batch: Sequence[Treatment]) -> Sandwich:
         """The factors of a batch of equal treatments."""
         first, dtype = batch[0], batch[0].placed.dtype
         left = None
         if first.left is not None:
-            left = torch.cat([t.held(self.state)[t.name("left")] for t in batch]).to(dtype)
+            left = torch.cat(self._held(batch, "left")).to(dtype)
         rights = None
         if first.right is not None:
             kept = self._rights_of(dict.fromkeys(t.right for t in batch if t.right), dtype)
@@ -302,7 +308,7 @@ class AFOpt(PrecondOptimizer):
     def _joint(self, batch: Sequence[Treatment], sandwich: Sandwich, gradients: Tensor) -> Tensor:
         """``A_L⁻¹ G Ŵᵀ A⁻¹ Ŵ`` per head, Ŵ and A the matrix's own: the part counted twice."""
         weights = torch.cat([heads_of(t.placed.matrix.read(), t.heads) for t in batch])
-        own = torch.cat([t.held(self.state)[t.name("own")] for t in batch])
+        own = torch.cat(self._held(batch, "own"))
         weights, own = weights.to(gradients.dtype), own.to(gradients.dtype)
         parts = gradients.reshape(weights.shape)
         assert sandwich.left is not None
@@ -334,7 +340,7 @@ class AFOpt(PrecondOptimizer):
             bounded = torch.minimum(scale, allowed)
             moves = per_unit > 0
             scale = torch.where(moves, allowed, scale) if config.scaling == "logit_rms" else bounded
-        return scale
+        return scale * torch.stack(self._held(batch, "fade"))[:, None, None]
 
     def logit_rms(self, batch: Sequence[Treatment], steps: Tensor) -> Tensor:
         """Predicted rms change of the logits that each step alone makes, ``[n]``.
@@ -346,7 +352,7 @@ class AFOpt(PrecondOptimizer):
         return self._logit_squares(batch, steps).sum(1).sqrt()
 
     def _logit_squares(self, batch: Sequence[Treatment], steps: Tensor) -> Tensor:
-        left = torch.cat([t.held(self.state)[t.name("left_moment")] for t in batch])
+        left = torch.cat(self._held(batch, "left_moment"))
         refresh = self.refreshing()
         moments = [refresh.right_moment(t.right)[0] for t in batch if t.right]
         block = batch[0].block
@@ -370,7 +376,7 @@ class AFOpt(PrecondOptimizer):
         if self.config.scaling == "graft" or not self.rates:
             return found
         for batch in self._batches(ready):
-            momentum = torch.stack([t.held(self.state)[t.name("momentum")] for t in batch])
+            momentum = torch.stack(self._held(batch, "momentum"))
             momentum /= largest_entry(momentum)
             directions = self._directions(batch, momentum)
             directions = directions * self._scale(batch, directions, None)

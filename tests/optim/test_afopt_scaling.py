@@ -176,3 +176,29 @@ def test_cap_only_shrinks():
             assert cosine(tight, value) > 1 - 1e-9
         else:
             torch.testing.assert_close(tight, value, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"scaling": "cap"}, {"direction": "inverse"}, {"nesterov": False}]
+)
+def test_steps_fade_where_a_matrix_gets_no_gradient_any_more(fields):
+    """A set length would carry an expert that gets no token along its old momentum for long."""
+    torch.manual_seed(14)
+    module, x = Attention(d=16, heads=2), inputs(2, 12, 16)
+    optimizer = spectral(module, lr=1e-3, momentum=0.8, **fields)
+    backward(module, x)
+    first = changes(module, optimizer)
+    full, sizes = first["o.weight"].norm(), []
+    for _ in range(4):
+        backward(module, x)
+        module.o.weight.grad.zero_()
+        module.o.bias.grad.zero_()
+        found = changes(module, optimizer)
+        sizes.append(found["o.weight"].norm())
+        assert found["v.weight"].norm() > 0.7 * first["v.weight"].norm()  # the others have theirs
+    for number, size in enumerate(sizes):
+        assert size.item() == pytest.approx(0.8 ** (number + 1) * full.item(), rel=0.05)
+        if number:  # only the length changes
+            assert size.item() == pytest.approx(0.8 * sizes[number - 1].item(), rel=1e-9)
+    backward(module, x)
+    assert changes(module, optimizer)["o.weight"].norm().item() == pytest.approx(full.item(), 0.05)

@@ -28,6 +28,25 @@ def to_rms(directions: Tensor) -> Tensor:
     return RMS * math.sqrt(directions[0].numel()) / norms(directions)
 
 
+def fade(before: Tensor, gradients: Tensor, beta: float) -> Tensor:
+    """What a step is multiplied with that its own length says nothing of.
+
+    A direction of a set length would follow a momentum of nothing but old
+    gradients at full length until it vanishes in the last digit.
+
+    Args:
+        before: what the last step was multiplied with, ``[n]``.
+        gradients: ``[n, out, c]``.
+        beta: decay of the momentum.
+
+    Returns:
+        1 where there is a gradient, ``beta`` times ``before`` where all of it
+        is zero: ``[n]``.
+    """
+    largest = torch.linalg.vector_norm(gradients, float("inf"), dim=(1, 2))
+    return torch.where(largest == 0, beta * before, 1.0)
+
+
 def logit_change(
     steps: Tensor,
     left: Tensor,
