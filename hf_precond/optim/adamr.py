@@ -75,17 +75,19 @@ class AdamR(PrecondOptimizer):
     def commit(self, statistics: Mapping[str, Statistic]) -> None:
         """One update of the factors of every layer that was seen whole."""
         dropped: dict[str, Tensor] = {}
+        whole: dict[Leaf, tuple[str, dict[str, Statistic]]] = {}
         for placed in self.placed:
             kinds = self._kinds(placed)
             found = {side: statistics.get(f"{placed.matrix.name}.{side}") for side in kinds}
             seen = {side: f for side, f in found.items() if f is not None}
             if kinds and len(seen) == len(kinds):
-                leaf = self._leaf(placed)
-                self.rule.allocate(leaf)
-                bad = self.rule.observe(leaf, {s: mean_of(f.sum, f.count) for s, f in seen.items()})
-                # Without a single token, on any rank, there was nothing to drop.
-                tokens = torch.stack([f.count for f in seen.values()]).amin()
-                dropped[placed.matrix.name] = bad * (tokens > 0).to(bad)
+                whole[self._leaf(placed)] = placed.matrix.name, seen
+        self.rule.allocate_all(list(whole))
+        for leaf, (name, seen) in whole.items():
+            bad = self.rule.observe(leaf, {s: mean_of(f.sum, f.count) for s, f in seen.items()})
+            # Without a single token, on any rank, there was nothing to drop.
+            tokens = torch.stack([f.count for f in seen.values()]).amin()
+            dropped[name] = bad * (tokens > 0).to(bad)
         self.count_dropped("statistics_dropped", dropped)
 
     def _kinds(self, placed: PlacedMatrix) -> dict[str, Moment]:

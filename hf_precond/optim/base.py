@@ -117,8 +117,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
 
     def allocate_rule(self, leaves: Sequence[Leaf]) -> None:
         """Make the base rule's state of these leaves, where it is missing."""
-        for leaf in leaves:
-            self.rule.allocate(leaf)
+        self.rule.allocate_all(leaves)
 
     # The step ---------------------------------------------------------------
 

@@ -25,6 +25,11 @@ class Rule(ABC):
     def allocate(self, leaf: Leaf) -> None:
         """Make the state that :meth:`update` needs, where it is missing."""
 
+    def allocate_all(self, leaves: Sequence[Leaf]) -> None:
+        """The same for several, which a rule may lay out together."""
+        for leaf in leaves:
+            self.allocate(leaf)
+
     @abstractmethod
     def update(self, leaves: Sequence[Leaf]) -> None:
         """Step every leaf by its gradient."""

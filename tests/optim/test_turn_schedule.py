@@ -71,6 +71,41 @@ def test_bases_that_come_and_go_keep_every_step_near_the_average():
         assert len(steps) > 0.6 * 0.7 * 400 / 5
 
 
+@pytest.mark.parametrize(("interval", "count"), [(3, 2), (3, 5), (10, 7), (10, 12), (4, 9)])
+def test_equal_bases_keep_their_interval_however_they_divide(interval, count):
+    schedule, planned = TurnSchedule(interval), leaves(*[SQUARE] * count)
+    schedule.spread(planned)
+    loads, turned = simulate(schedule, planned, 12 * interval, lambda due, step: True)
+    assert max(loads) - min(loads) <= SQUARE.turn_cost["left"]
+    for steps in turned.values():
+        assert {late - early for early, late in pairwise(steps)} == {interval}
+
+
+def test_a_young_leaf_takes_no_turn_from_an_older_one():
+    """Steps are counted by leaf: what matters is how long each has waited."""
+    schedule, planned = TurnSchedule(3), leaves(LONG, SQUARE, SQUARE)
+    schedule.spread(planned)
+    turned = {}
+    for step in range(240):
+        for number, (leaf, _) in enumerate(planned):
+            leaf["step"] = step + (1000 if number == 0 else 0)
+        for due in schedule.put_off(schedule.due(planned), schedule.average(planned)):
+            turned[id(due.leaf), due.side] = turned.get((id(due.leaf), due.side), 0) + 1
+    assert all(count >= 240 / 4 for count in turned.values()) and len(turned) == 5
+
+
+def test_new_leaves_take_the_steps_that_others_leave_free():
+    schedule, planned = TurnSchedule(4), leaves(SQUARE)
+    schedule.spread(planned)
+    for side, phase in (("left", 0), ("right", 1)):
+        planned[0][0][f"{side}_phase"] = phase
+    # The first call of a new leaf, whose steps count from the next.
+    planned[0][0]["step"] = 4 * 9 + 3
+    late = leaves(SQUARE)
+    schedule.spread(late, planned)
+    assert {late[0][0]["left_phase"], late[0][0]["right_phase"]} == {2, 3}
+
+
 def test_those_that_have_waited_longest_turn_first():
     schedule, planned = TurnSchedule(3), leaves(SQUARE, SQUARE)
     schedule.spread(planned)

@@ -46,11 +46,11 @@ def observe(leaf: Leaf, side: str, mean: Tensor, decay: float) -> Tensor:
     """
     factor = leaf[f"{side}_factor"]
     mean = mean.to(leaf["exp_avg"].dtype)[None]
-    if leaf["step"] > 0:
-        mean = eigenbasis.congruence(leaf[f"{side}_basis"], mean)
     usable = torch.isfinite(mean).all()
     weight = torch.where(usable, 1 - decay, 0.0)
     mean = torch.where(usable, mean, 0.0)
+    if leaf["step"] > 0:
+        mean = eigenbasis.congruence(leaf[f"{side}_basis"], mean)
     factor.copy_(factor.to(mean.dtype).mul_(1 - weight).add_(mean * weight))
     return (~usable).to(torch.int64)
 

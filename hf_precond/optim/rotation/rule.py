@@ -107,10 +107,16 @@ class RotatedAdamRule(Rule):
 
     def allocate_all(self, leaves: Sequence[Leaf]) -> None:
         """Make the state of leaves where it is missing, their refreshes spread over steps."""
-        new = [(leaf, self.plan(leaf)) for leaf in leaves if "exp_avg" not in leaf]
-        for leaf, plan in new:
-            self._make(leaf, plan)
-        self.bases.schedule.spread([(leaf, plan) for leaf, plan in new if plan.rotated])
+        new = {leaf for leaf in leaves if "exp_avg" not in leaf}
+        if not new:
+            return
+        planned = [(leaf, self.plan(leaf)) for leaf in leaves]
+        rotated = [(leaf, plan) for leaf, plan in planned if plan.rotated]
+        present = [(leaf, plan) for leaf, plan in rotated if leaf not in new]
+        for leaf, plan in planned:
+            if leaf in new:
+                self._make(leaf, plan)
+        self.bases.schedule.spread([one for one in rotated if one[0] in new], present)
 
     def _make(self, leaf: Leaf, plan: RotationPlan) -> None:
         """Moments, factors, bases and counters of a leaf.
@@ -338,8 +344,9 @@ class RotatedAdamRule(Rule):
         first, second, floor = part.first, part.second, self.config.floor
         direction = self.workspace.take("turning", rotated.shape, rotated)
         if rotated.is_cpu and all(t.is_contiguous() for t in (rotated, first, second)):
+            count = torch.tensor(float(step), dtype=torch.float32)
             torch._fused_adamw_(
-                [direction.zero_()], [rotated], [first], [second], [], [torch.tensor(float(step))],
+                [direction.zero_()], [rotated], [first], [second], [], [count],
                 lr=-1.0, beta1=beta1, beta2=beta2, weight_decay=0.0, eps=eps,
                 amsgrad=False, maximize=False,
             )  # fmt: skip

@@ -26,6 +26,12 @@ class Due:
     side: str
     cost: float
 
+    @property
+    def waited(self) -> int:
+        """Steps since it turned last."""
+        waited: int = self.leaf["step"] - self.leaf[f"{self.side}_turned"]
+        return waited
+
 
 class TurnSchedule:
     """Spreads the turns of bases over the steps, so that no step is much longer than the others.
@@ -36,9 +42,9 @@ class TurnSchedule:
     Adam's step at which it turned last.
 
     The phases are spread by cost when the state is made. Bases that are left
-    as they are make their steps short and leave the others too long by
-    comparison, so a step that has more to turn than an average one puts off
-    what it can to the next.
+    as they are make their steps short and the others too long by comparison,
+    so a step that has more to turn than an average one puts some off to the
+    next.
 
     Args:
         interval: steps between two turns of a basis, >= 1.
@@ -46,17 +52,33 @@ class TurnSchedule:
 
     def __init__(self, interval: int) -> None:
         self.interval = interval
-        self.loads = [0.0] * interval
-        self.cleans = [[0.0] * CLEAN_EVERY for _ in self.loads]
 
-    def spread(self, planned: Sequence[tuple[Leaf, RotationPlan]]) -> None:
-        """Give new bases their steps, the costliest first."""
-        costs = [(cost, leaf, s) for leaf, plan in planned for s, cost in plan.turn_cost.items()]
+    def spread(
+        self,
+        new: Sequence[tuple[Leaf, RotationPlan]],
+        present: Sequence[tuple[Leaf, RotationPlan]] = (),
+    ) -> None:
+        """Give new bases their steps, the costliest first.
+
+        Args:
+            new: leaves at their first call, with the plan of each.
+            present: those that have their steps.
+        """
+        interval = self.interval
+        loads = [0.0] * interval
+        cleans = [[0.0] * CLEAN_EVERY for _ in loads]
+        for leaf, plan in present:
+            for side, cost in plan.turn_cost.items():
+                # A new leaf's steps begin to count one call from now.
+                place = (leaf[f"{side}_phase"] - leaf["step"] - 1) % interval
+                loads[place] += cost
+                cleans[place][leaf[f"{side}_clean"]] += cost
+        costs = [(cost, leaf, s) for leaf, plan in new for s, cost in plan.turn_cost.items()]
         for cost, leaf, side in sorted(costs, key=lambda found: -found[0]):
-            phase = min(range(self.interval), key=self.loads.__getitem__)
-            clean = min(range(CLEAN_EVERY), key=self.cleans[phase].__getitem__)
-            self.loads[phase] += cost
-            self.cleans[phase][clean] += cost
+            phase = min(range(interval), key=loads.__getitem__)
+            clean = min(range(CLEAN_EVERY), key=cleans[phase].__getitem__)
+            loads[phase] += cost
+            cleans[phase][clean] += cost
             leaf[f"{side}_phase"], leaf[f"{side}_clean"] = phase, clean
             leaf[f"{side}_turned"] = 0
 
@@ -85,10 +107,13 @@ class TurnSchedule:
         return total / self.interval
 
     def put_off(self, stale: Sequence[Due], average: float) -> list[Due]:
-        """Leave to the next step what makes this one longer than an average one.
+        """Leave to the next steps what makes this one longer than an average one.
 
-        Those that have waited longest turn, one of them at least. With an
-        ``interval`` of 1 all do.
+        Those that have waited longest turn first, one of them at least. A
+        basis of cost c turns while the load before it is at most ``average -
+        c / interval``: were that exceeded at each of ``interval`` steps, the
+        others would cost more than all together do, so nobody waits longer.
+        With an ``interval`` of 1 all turn.
 
         Args:
             stale: the bases that are due and not good any more.
@@ -98,9 +123,10 @@ class TurnSchedule:
             Those that turn at this step.
         """
         turning: list[Due] = []
-        load = 0.0
-        for due in sorted(stale, key=lambda due: due.leaf[f"{due.side}_turned"]):
-            if self.interval == 1 or not turning or load + due.cost / 2 <= average:
+        load, rounding = 0.0, 1e-9 * average
+        for due in sorted(stale, key=lambda due: due.waited, reverse=True):
+            room = average - due.cost / self.interval + rounding
+            if self.interval == 1 or not turning or load <= room:
                 turning.append(due)
                 load += due.cost
                 due.leaf[f"{due.side}_turned"] = due.leaf["step"]
