@@ -7,14 +7,22 @@ out of range never reaches an optimizer, and it holds only what JSON can hold.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 
-from hf_precond.fields import bounded, conform, decay, from_text, hints_of, interval, positive
+from hf_precond.fields import (
+    bounded,
+    conform,
+    decay,
+    from_text,
+    hints_of,
+    interval,
+    positive,
+    refuse_unknown,
+)
 from hf_precond.hub import HubMixin
 
 ConfigT = TypeVar("ConfigT", bound="OptimizerConfig")
@@ -74,7 +82,7 @@ class OptimizerConfig(HubMixin):
     def create(cls: type[ConfigT], **values: Any) -> ConfigT:
         """A config from keyword values, unknown names refused with the nearest legal one."""
         for key in values:
-            cls._check_name(key)
+            refuse_unknown(cls, key)
         return cls(**values)
 
     @classmethod
@@ -88,7 +96,7 @@ class OptimizerConfig(HubMixin):
         hints = hints_of(cls)
         parsed: dict[str, Any] = {}
         for key, text in values.items():
-            cls._check_name(key)
+            refuse_unknown(cls, key)
             parsed[key] = from_text(cls, key, hints[key], str(text).strip())
         return parsed
 
@@ -115,7 +123,7 @@ class OptimizerConfig(HubMixin):
     def replace(self: ConfigT, **values: Any) -> ConfigT:
         """The same config with some fields changed, validated again."""
         for key in values:
-            self._check_name(key)
+            refuse_unknown(type(self), key)
         return dataclasses.replace(self, **values)
 
     def factor_dtype(self, parameter_dtype: torch.dtype) -> torch.dtype:
@@ -123,17 +131,6 @@ class OptimizerConfig(HubMixin):
         if self.state_dtype is not None:
             return STATE_DTYPES[self.state_dtype]
         return compute_dtype(parameter_dtype)
-
-    @classmethod
-    def _check_name(cls, key: str) -> None:
-        names = [item.name for item in fields(cls)]
-        if key in names:
-            return
-        near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(
-            f"{key}: {cls.name} has no such field; {hint}Its fields are {', '.join(names)}."
-        )
 
 
 # The config saved in a folder or on the Hub, in the class that its "optimizer" names.

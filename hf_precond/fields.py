@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import numbers
 import types
 import typing
 from dataclasses import field, fields
@@ -14,6 +15,17 @@ import torch
 
 _TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 _NONE = {"none", "null"}
+
+# What the Trainer and torch call some fields.
+_ALIASES = {
+    "learning_rate": "lr",
+    "adam_beta1": "betas",
+    "adam_beta2": "betas",
+    "beta1": "betas",
+    "beta2": "betas",
+    "adam_epsilon": "eps",
+    "epsilon": "eps",
+}
 
 
 def bounded(
@@ -76,6 +88,23 @@ def _legal(item: dataclasses.Field[Any], hint: Any) -> str:
     return f"{kind} in {left}, {right}{optional}"
 
 
+def refuse_unknown(cls: type[Any], key: str) -> None:
+    """Refuse a name that is no field, with the one that was probably meant.
+
+    Raises:
+        ValueError: ``key`` is no field of ``cls``.
+    """
+    names = [item.name for item in fields(cls)]
+    if key in names:
+        return
+    near = [_ALIASES[key]] if key in _ALIASES else []
+    near = near or difflib.get_close_matches(key.lower(), names, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    raise ValueError(
+        f"{key}: {cls.name} has no such field{hint} Its fields are {', '.join(names)}."
+    )
+
+
 def conform(
     cls: type[Any], item: dataclasses.Field[Any], hint: Any, value: Any
 ) -> Any:
@@ -113,11 +142,14 @@ def conform(
         return tuple(float(v) for v in value)
     if not _in_bounds(value, item, hint):
         raise refuse()
-    return float(value) if hint is float else value
+    return int(value) if hint is int else float(value)
 
 
 def _in_bounds(value: Any, item: dataclasses.Field[Any], kind: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
+    # numpy's numbers too: grids and searches hand them over.
+    if isinstance(value, bool) or not isinstance(
+        value, numbers.Integral if kind is int else numbers.Real
+    ):
         return False
     low, high, open_low, open_high = item.metadata["bounds"]
     above = value > low if open_low else value >= low

@@ -60,7 +60,7 @@ _OPTIMIZERS = {
             AdamRConfig,
             AdamR,
             every_matrix,
-            "Adam's step in the eigenbasis of the gradient's Kronecker second moments",
+            "Adam in the eigenbasis of the gradient's Kronecker second moments",
         ),
         OptimizerInfo(
             "afopt",
@@ -74,14 +74,14 @@ _OPTIMIZERS = {
             NKFACConfig,
             NKFAC,
             layer_matrices,
-            "K-FAC whose inverses follow by Newton's iteration from the previous ones",
+            "K-FAC, each inverse by Newton's iteration from the one before",
         ),
         OptimizerInfo(
             "sgdph",
             SGDPHConfig,
             SGDPH,
             norm_parameters,
-            "norm parameters stepped by their Hessian diagonal, the rest by a base rule",
+            "norm parameters by their Hessian diagonal, the rest by a base rule",
         ),
     )
 }
@@ -99,10 +99,10 @@ def get_info(name: str) -> OptimizerInfo:
         ValueError: for an unknown name, with the nearest known one.
     """
     if name not in _OPTIMIZERS:
-        near = difflib.get_close_matches(str(name), _OPTIMIZERS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        near = difflib.get_close_matches(str(name).lower(), _OPTIMIZERS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(
-            f"optimizer {name!r} is unknown; {hint}The names are {', '.join(list_optimizers())}."
+            f"optimizer {name!r} is unknown{hint} The names are {', '.join(list_optimizers())}."
         )
     return _OPTIMIZERS[name]
 
@@ -132,10 +132,17 @@ def create_optimizer(
         **values: fields of the config.
 
     Raises:
+        TypeError: ``model`` is no module (its parameters alone do not tell
+            where its layers are).
         ValueError: an unknown name or field, a value out of range, complex
             parameters, a model in which nothing would be preconditioned, or a
             training under DeepSpeed, FSDP1, Megatron-LM or tensor parallelism.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"create_optimizer: the first argument is a {type(model).__name__} and must be the "
+            "model (an nn.Module), not its name or parameters: create_optimizer(model, 'afopt')."
+        )
     config = make_config(name_or_config, **values)
     info = get_info(config.name)
     blocks = read_blocks(model, config)

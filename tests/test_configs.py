@@ -1,5 +1,7 @@
 import dataclasses
+import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -58,6 +60,25 @@ def test_an_unknown_field_names_the_nearest_legal_one():
         NKFACConfig.create(dampin=1.0)
     with pytest.raises(ValueError, match="did you mean 'scope'"):
         AFOptConfig().replace(scop="attention")
+    with pytest.raises(ValueError, match=r"zzz: nkfac has no such field\. Its fields are lr,"):
+        NKFACConfig.create(zzz=1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [("learning_rate", "lr"), ("adam_beta2", "betas"), ("adam_epsilon", "eps"), ("LR", "lr")],
+)
+def test_the_trainers_names_lead_to_the_fields(name, field):
+    with pytest.raises(ValueError, match=f"{name}: sgdph has no such.*did you mean '{field}'"):
+        SGDPHConfig.create(**{name: 1.0})
+
+
+def test_numbers_of_numpy_become_plain_ones():
+    config = NKFACConfig(lr=np.float32(0.5), stat_interval=np.int64(7), betas=(np.float32(0.5), 0))
+    assert config == NKFACConfig(lr=0.5, stat_interval=7, betas=(0.5, 0.0))
+    assert NKFACConfig.from_dict(json.loads(config.to_json())) == config
+    with pytest.raises(ValueError, match="an integer"):
+        NKFACConfig(stat_interval=np.float64(7.0))
 
 
 def test_strings_take_the_fields_types():

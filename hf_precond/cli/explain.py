@@ -34,7 +34,11 @@ def act(arguments: argparse.Namespace) -> int:
     try:
         print(routing(arguments.model, arguments.optim, arguments.optim_args, arguments.auto_class))
     except (ValueError, OSError) as error:
-        print(f"hf_precond: {error}", file=sys.stderr)
+        # Offline, transformers says what it could not reach and not what was asked for.
+        subject = f"{arguments.model}: " * (
+            isinstance(error, OSError) and arguments.model not in str(error)
+        )
+        print(f"hf_precond: {subject}{error}", file=sys.stderr)
         return 2
     return 0
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from hf_precond.cli import explain, listing, run
+from hf_precond.hub import version
 
 COMMANDS = ("run", "list", "explain")
 
@@ -43,6 +44,8 @@ def launch(argv: Sequence[str]) -> int:
         The exit code.
     """
     words = list(argv)
+    if words[:1] == ["--version"]:
+        return main(words)
     if not words or words[0] in ("-h", "--help"):
         print("usage: python -m hf_precond SCRIPT.py [the script's arguments]\n")
         _parser().print_help()
@@ -57,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="hf-precond",
         description="Preconditioned optimizers for Hugging Face Transformers, by --optim NAME.",
     )
+    parser.add_argument("--version", action="version", version=f"hf_precond {version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for module in (run, listing, explain):
         module.add_command(commands)

@@ -40,6 +40,8 @@ def run(words: Sequence[str]) -> int:
     if not words:
         return _refuse("no script was given; write `python -m hf_precond SCRIPT.py …`.")
     path = os.path.abspath(words[0])
+    if words[0].startswith("-") and not os.path.exists(path):
+        return _refuse(f"{words[0]} stands before the script; write SCRIPT.py first, then options.")
     if not os.path.exists(path):
         return _refuse(f"there is no script at {words[0]!r} (looked for {path}).")
     if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "__main__.py")):

@@ -28,11 +28,13 @@ FOLLOWS = {
 }
 
 
-def config_from_arguments(args: Any) -> OptimizerConfig:
+def config_from_arguments(args: Any, *, tell: bool = False) -> OptimizerConfig:
     """The config that ``--optim``, ``--optim_args`` and the Trainer's own arguments mean.
 
     Args:
         args: ``TrainingArguments`` whose ``optim`` is one of this package's.
+        tell: warn, on the first rank, of an argument of the Trainer that was
+            given and that ``--optim_args`` overrules.
 
     Raises:
         ValueError: ``--optim_args`` is malformed, or a field or value in it or
@@ -45,9 +47,12 @@ def config_from_arguments(args: Any) -> OptimizerConfig:
         else tuple(getattr(args, name) for name in names)
         for field, names in FOLLOWS.items()
     }
-    config = config_from_pairs(config_cls, args.optim_args, own)
     pairs = parse_pairs(args.optim_args)
-    _tell_unused(args, config, [f for f in FOLLOWS if f in pairs or CONFIG_KEY in pairs])
+    if CONFIG_KEY not in pairs:
+        _check_own(config_cls, {f: value for f, value in own.items() if f not in pairs})
+    config = config_from_pairs(config_cls, args.optim_args, own)
+    if tell and args.process_index == 0:
+        _tell_unused(args, config, [f for f in FOLLOWS if f in pairs or CONFIG_KEY in pairs])
     return config
 
 
@@ -91,9 +96,14 @@ def parse_pairs(text: str | None) -> dict[str, str]:
 
     Raises:
         ValueError: naming the piece that is no ``key=value``, or a key that
-            stands twice.
+            stands twice; or this is no string (a mapping out of a YAML file).
     """
     pairs: dict[str, str] = {}
+    if text is not None and not isinstance(text, str):
+        raise ValueError(
+            f"--optim_args {text!r}: it is a {type(text).__name__} and must be one string, "
+            "key=value,key=value."
+        )
     if text is None or not text.strip():
         return pairs
     for piece in text.split(","):
@@ -114,6 +124,16 @@ def _config_class(name: str) -> type[OptimizerConfig]:
     from hf_precond.registry import get_info
 
     return get_info(name).config_cls
+
+
+def _check_own(config_cls: type[OptimizerConfig], own: Mapping[str, Any]) -> None:
+    """Refuse values of the Trainer's own arguments by the names that these have there."""
+    for field, value in own.items():
+        try:
+            config_cls.create(**{field: value})
+        except ValueError as error:
+            names = " and ".join(f"--{name}" for name in FOLLOWS[field])
+            raise ValueError(f"{names}: {error}") from error
 
 
 def _tell_unused(args: Any, config: OptimizerConfig, fields: list[str]) -> None:

@@ -80,7 +80,7 @@ def look_up(args: Any) -> tuple[type[OptimizerFactory], dict[str, Any]]:
     """A factory and its keyword arguments, for training arguments with one of the names."""
     from hf_precond.trainer.arguments import config_from_arguments
 
-    return OptimizerFactory, {"args": args, "config": config_from_arguments(args)}
+    return OptimizerFactory, {"args": args, "config": config_from_arguments(args, tell=True)}
 
 
 def _handle(context: Any) -> tuple[type[OptimizerFactory], dict[str, Any]]:

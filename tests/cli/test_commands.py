@@ -6,6 +6,7 @@ import pytest
 from transformers import AutoConfig, BertConfig, GPT2Config, ViTConfig
 
 from hf_precond.cli.main import launch, main
+from hf_precond.hub import version
 from hf_precond.registry import get_info, list_optimizers
 
 each_name = pytest.mark.parametrize("name", list_optimizers())
@@ -16,6 +17,7 @@ def test_list_shows_every_optimizer_with_its_line(capsys):
     lines = capsys.readouterr().out.splitlines()
     for line, name in zip(lines, list_optimizers(), strict=False):
         assert line.split(maxsplit=1) == [name, get_info(name).description]
+    assert max(map(len, lines)) <= 80
 
 
 @each_name
@@ -35,7 +37,10 @@ def test_list_of_one_shows_every_field_with_default_and_meaning(name, capsys):
         (["list", "afop"], "did you mean 'afopt'?"),
         (["explain", "{model}", "--optim", "afop"], "did you mean 'afopt'?"),
         (["explain", "{model}", "--optim", "afopt", "--optim_args", "dampin=1"], "'damping'"),
+        (["list", "AFOPT"], "did you mean 'afopt'?"),
         (["explain", "{model}/nowhere", "--optim", "afopt"], "nowhere"),
+        (["explain", "nobody/nowhere", "--optim", "afopt"], "nobody/nowhere"),
+        (["run", "--optim", "afopt", "train.py"], "--optim stands before the script"),
         (["explain", "{model}", "--optim", "afopt", "--auto_class", "Trainer"], "--auto_class"),
     ],
 )
@@ -93,6 +98,14 @@ def test_a_script_named_like_a_command_runs(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [])
     assert launch(["list"]) == 0
     assert capsys.readouterr().out == "the script ran\n"
+
+
+@pytest.mark.parametrize("entry", [main, launch])
+def test_version(entry, capsys):
+    with pytest.raises(SystemExit) as ended:
+        entry(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"hf_precond {version()}\n"
 
 
 @pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["explain", "--help"]])

@@ -5,7 +5,7 @@ import logging
 import pytest
 from transformers import Trainer, TrainingArguments
 
-from hf_precond import AFOptConfig, NKFACConfig
+from hf_precond import AFOptConfig, NKFACConfig, PrecondTrainer
 from hf_precond.trainer.arguments import config_from_arguments, parse_pairs
 from tests.trainer.tiny import bert
 
@@ -34,7 +34,7 @@ def test_optim_args_come_first_and_have_the_fields_types(caplog):
         "state_dtype=none,weight_decay=0"
     )
     with caplog.at_level(logging.WARNING):
-        config = config_from_arguments(arguments("afopt", text, learning_rate=3e-4))
+        config = config_from_arguments(arguments("afopt", text, learning_rate=3e-4), tell=True)
     assert config == AFOptConfig(
         lr=1e-2, betas=(0.7, 0.95), scope="all_linear", inverse_interval=7, nesterov=False
     )
@@ -43,12 +43,25 @@ def test_optim_args_come_first_and_have_the_fields_types(caplog):
     ]
 
 
+def test_an_overruled_argument_is_told_once(caplog):
+    args = arguments("afopt", "lr=1e-2", learning_rate=3e-4)
+    with caplog.at_level(logging.WARNING, logger="hf_precond"):
+        trainer = PrecondTrainer(bert(), args)
+        assert trainer.optimizer_config.lr == 1e-2
+        trainer.create_optimizer()
+    assert [r.getMessage() for r in caplog.records if r.name.startswith("hf_precond")] == [
+        "--learning_rate 0.0003 is not used: --optim_args sets lr=0.01."
+    ]
+    trainer.optimizer.close()
+
+
 def test_a_saved_config_stands_before_the_trainers_and_behind_the_other_pairs(tmp_path, caplog):
     folder = tmp_path / "a folder with spaces"
     NKFACConfig(lr=0.1, damping=0.5, base="sgd", betas=(0.5, 0.6)).save_pretrained(folder)
     with caplog.at_level(logging.WARNING):
         config = config_from_arguments(
-            arguments("nkfac", f"damping=0.25,config={folder}", weight_decay=0.3, adam_beta2=0.9)
+            arguments("nkfac", f"damping=0.25,config={folder}", weight_decay=0.3, adam_beta2=0.9),
+            tell=True,
         )
     assert config == NKFACConfig(lr=0.1, damping=0.25, base="sgd", betas=(0.5, 0.6))
     assert [r.getMessage() for r in caplog.records] == [
@@ -80,6 +93,9 @@ def test_another_optimizers_config_is_refused(tmp_path):
         ("=1", "=1 is not of the form key=value"),
         ("damping=1,damping=2", "damping stands twice"),
         ("betas=(0.9,0.99)", "betas=0.9:0.99"),
+        ("learning_rate=1e-3", "learning_rate: afopt has no such field; did you mean 'lr'"),
+        ("Scope=attention", "did you mean 'scope'"),
+        ({"damping": 1.0}, "it is a dict and must be one string, key=value"),
     ],
 )
 def test_bad_optim_args_get_a_sentence_when_the_trainer_is_made(text, message):
@@ -89,9 +105,22 @@ def test_bad_optim_args_get_a_sentence_when_the_trainer_is_made(text, message):
         Trainer.get_optimizer_cls_and_kwargs(arguments("afopt", text))
 
 
-def test_a_bad_argument_of_the_trainer_gets_a_sentence():
-    with pytest.raises(ValueError, match=r"betas=\(1.5, 0.999\): afopt takes two numbers"):
-        Trainer(bert(), arguments(adam_beta1=1.5))
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"adam_beta1": 1.5}, r"^--adam_beta1 and --adam_beta2: betas=\(1.5, 0.999\): afopt takes"),
+        ({"learning_rate": -1.0}, r"^--learning_rate: lr=-1.0: afopt takes a number in \[0"),
+        ({"weight_decay": float("nan")}, "^--weight_decay: weight_decay=nan"),
+        ({"adam_epsilon": -1e-8}, "^--adam_epsilon: eps=-1e-08"),
+    ],
+)
+def test_a_bad_argument_of_the_trainer_is_named_as_it_was_given(own, message):
+    with pytest.raises(ValueError, match=message):
+        Trainer(bert(), arguments(**own))
+
+
+def test_a_bad_argument_of_the_trainer_that_is_not_used_is_no_matter():
+    assert config_from_arguments(arguments("afopt", "lr=1e-2", learning_rate=-1.0)).lr == 1e-2
 
 
 def test_a_missing_config_gets_a_sentence(tmp_path):
