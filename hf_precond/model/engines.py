@@ -23,6 +23,11 @@ FSDP1 = (
     "preconditioned; "
 )
 MEGATRON = "Megatron-LM is not supported, because it cuts the matrices that are preconditioned; "
+REPLICAS = (
+    "nn.DataParallel (one process with several GPUs) is not supported, because it makes new copies "
+    "of the model in every pass, which no statistics are read from; show the process one GPU "
+    "(CUDA_VISIBLE_DEVICES=0), or "
+)
 PARALLEL = (
     "tensor parallelism is not supported, because it cuts the matrices that are preconditioned "
     "({seen}); load the model without tp_plan, tp_size or parallelize_module and "
@@ -34,7 +39,8 @@ def refused_engine(model: nn.Module, who: str) -> str | None:
 
     DeepSpeed, FSDP1 and Megatron-LM are told by the model and by what
     accelerate was set up for, so before ``prepare`` too; tensor parallelism
-    (alone or below FSDP2) by the placements of the parameters. Right are one
+    (alone or below FSDP2) by the placements of the parameters;
+    ``nn.DataParallel`` by the model. Right are one
     process, DDP, and FSDP2 on a mesh of one dimension or of replicas by
     shards.
 
@@ -42,8 +48,12 @@ def refused_engine(model: nn.Module, who: str) -> str | None:
         model: what an optimizer is to be made for.
         who: its name, to begin the sentence with.
     """
-    reason = _flattened(model) or _cut(model)
+    reason = _copied(model) or _flattened(model) or _cut(model)
     return None if reason is None else f"{who}: {reason}{INSTEAD}"
+
+
+def _copied(model: nn.Module) -> str | None:
+    return REPLICAS if isinstance(model, nn.DataParallel) else None
 
 
 def _flattened(model: nn.Module) -> str | None:

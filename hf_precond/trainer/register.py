@@ -64,8 +64,8 @@ class OptimizerFactory:
             config: the config.
 
         Raises:
-            ValueError: under DeepSpeed, and whatever ``create_optimizer``
-                refuses.
+            ValueError: under DeepSpeed, with several GPUs in one process
+                (``nn.DataParallel``), and whatever ``create_optimizer`` refuses.
         """
         from hf_precond.model import engines
         from hf_precond.registry import create_optimizer
@@ -73,6 +73,8 @@ class OptimizerFactory:
 
         if compat.uses_deepspeed(args):
             raise ValueError(f"{config.name}: {engines.DEEPSPEED}{engines.INSTEAD}")
+        if getattr(args, "n_gpu", 1) > 1:
+            raise ValueError(f"{config.name}: {engines.REPLICAS}{engines.INSTEAD}")
         return create_optimizer(model, config)
 
 

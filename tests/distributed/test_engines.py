@@ -66,6 +66,17 @@ def test_deepspeed_in_the_training_arguments_is_refused(name, fields):
 
 
 @each_name
+def test_copies_of_a_model_on_several_gpus_are_refused(name):
+    with pytest.raises(ValueError) as error:
+        create_optimizer(torch.nn.DataParallel(make("bert")), name)
+    assert_says(error, name, "nn.DataParallel")
+    with pytest.raises(ValueError) as error:
+        through_the_trainer(make("bert"), name, n_gpu=2)
+    assert_says(error, name, "nn.DataParallel")
+    assert "CUDA_VISIBLE_DEVICES=0" in str(error.value)
+
+
+@each_name
 def test_parameters_partitioned_by_zero_3_are_refused_without_accelerate(name):
     model = make("bert")
     for number, parameter in enumerate(model.parameters()):
