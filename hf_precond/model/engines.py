@@ -40,9 +40,8 @@ def refused_engine(model: nn.Module, who: str) -> str | None:
     DeepSpeed, FSDP1 and Megatron-LM are told by the model and by what
     accelerate was set up for, so before ``prepare`` too; tensor parallelism
     (alone or below FSDP2) by the placements of the parameters;
-    ``nn.DataParallel`` by the model. Right are one
-    process, DDP, and FSDP2 on a mesh of one dimension or of replicas by
-    shards.
+    ``nn.DataParallel`` by the model. Right are one process, DDP, and FSDP2 on
+    a mesh of one dimension or of replicas by shards.
 
     Args:
         model: what an optimizer is to be made for.

@@ -36,7 +36,7 @@ def refusal(tensor: Tensor) -> str | None:
         return "quantised"
     if tensor.layout != torch.strided:
         return "sparse"
-    return None
+    return None if tensor.numel() else "empty"
 
 
 def is_readable(module: nn.Module) -> bool:

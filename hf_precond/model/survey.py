@@ -79,6 +79,8 @@ class Survey:
         module, attribute = self.owners[name]
         if name in self.tied:
             return f"tied to {', '.join(self.tied[name])}"
+        if not self.parameters[name].numel():
+            return "empty"
         if isinstance(module, EMBEDDINGS):
             return "embedding"
         if is_norm(module):

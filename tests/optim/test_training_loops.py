@@ -204,3 +204,26 @@ def test_what_fresh_memory_holds_reaches_neither_steps_nor_state(source):
         trained.append(weights(model))
         optimizer.close()
     same(*trained)
+
+
+@each_name
+def test_a_layer_without_weights_disturbs_nothing(name):
+    """Pruned to nothing: ``nn.Linear(3, 0)``."""
+    torch.manual_seed(0)
+    model = Network()
+    model.pruned = nn.Linear(3, 0)
+    optimizer = create_optimizer(model, name, **QUICK[name])
+    before = model.hidden.weight.detach().clone()
+    for _ in range(4):
+        optimizer.zero_grad()
+        output = model(torch.randn(5, 3, 8, 8))
+        loss = output.square().mean() + model.pruned(output).sum()
+        if hasattr(optimizer, "probe"):
+            optimizer.probe(loss)
+        loss.backward()
+        optimizer.step()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert not torch.equal(model.hidden.weight, before)
+    (route,) = [r for r in optimizer.routing if r.name == "pruned.weight"]
+    assert route.reason == "empty"
+    optimizer.close()
