@@ -6,6 +6,7 @@ nothing unless the optimizer is one of this package's.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from hf_precond.trainer import compat
 
 # Prefix of the optimizer's diagnostics among the Trainer's logs.
 PREFIX = "optim_"
+
+logger = logging.getLogger(__name__)
 
 
 def logged_diagnostics(optimizer: Any) -> dict[str, float]:
@@ -27,6 +30,33 @@ def logged_diagnostics(optimizer: Any) -> dict[str, float]:
     if own is None:
         return {}
     return {PREFIX + name: value for name, value in own.diagnostics().items()}
+
+
+def settings_of_checkpoint(own: Any) -> dict[str, Any]:
+    """Fields that an optimizer has from its checkpoint and whose values its config gives otherwise.
+
+    torch restores the parameter groups, learning rate and weight decay
+    included, and the Trainer its schedule, whatever the new run says.
+
+    Args:
+        own: an optimizer of this package, whose state was loaded.
+    """
+    from hf_precond.model.groups import DECAY, NO_DECAY
+
+    # The body's groups by their names: a head has its own rate, others are a script's own.
+    groups = [g for g in own.param_groups if g.get("name") in (DECAY, NO_DECAY)]
+    found: dict[str, Any] = {}
+    for group in groups:
+        found |= {key: group[key] for key in ("betas", "eps", "momentum") if key in group}
+        if "initial_lr" in group:  # set by a scheduler that counts from it
+            found["lr"] = float(group["initial_lr"])
+        if group["name"] == DECAY:
+            found["weight_decay"] = group["weight_decay"]
+    return {
+        key: value
+        for key, value in found.items()
+        if hasattr(own.config, key) and getattr(own.config, key) != value
+    }
 
 
 class PrecondCallback(TrainerCallback):
@@ -44,12 +74,21 @@ class PrecondCallback(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Install the hooks that an earlier ``train()`` removed; write the config."""
+        """Install the hooks that an earlier ``train()`` removed; write the config in use."""
         own = compat.own_optimizer(optimizer)
         if own is None:
             return
         if own.statistics is None and own.requests():
             own.attach(model)
+        kept = settings_of_checkpoint(own) if state.global_step else {}
+        if kept and args.process_index == 0:
+            logger.warning(
+                "%s: the checkpoint's %s, not what this run asks for: resuming restores them; "
+                "to change one, start a new run from the weights.",
+                own.config.name, ", ".join(f"{key}={value}" for key, value in sorted(kept.items())),
+            )
+        if kept:
+            own.config = own.config.replace(**kept)
         if args.should_save:
             own.config.save_pretrained(args.output_dir)
 

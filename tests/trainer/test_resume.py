@@ -1,9 +1,12 @@
 """Half a run, saved, gone on with by new processes: bit for bit what the whole run is."""
 
+import logging
+
 import pytest
 import torch
 from transformers import Trainer
 
+from hf_precond import load_config
 from hf_precond.trainer.compat import own_optimizer
 from hf_precond.trainer.register import NAMES
 from tests import ranks
@@ -114,3 +117,31 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name, tmp_path):
     assert losses(again) == losses(whole)
     for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+# torch and the Trainer restore them too; what is said and written must be what is used.
+@pytest.mark.parametrize("name", NAMES)
+def test_settings_that_a_checkpoint_overrules_are_told_and_written(name, tmp_path, caplog):
+    first = make(
+        name, tmp_path, max_steps=4, save_strategy="steps", save_steps=2, weight_decay=0.25
+    )
+    first.train()
+    saved = load_config(tmp_path / "checkpoint-2")
+    other = {"learning_rate": 5e-3, "weight_decay": 0.5, "adam_beta2": 0.5, "adam_epsilon": 1e-5}
+    again = make(name, tmp_path, max_steps=4, **other)
+    with caplog.at_level(logging.WARNING, logger="hf_precond"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    (told,) = (r.getMessage() for r in caplog.records if r.name.startswith("hf_precond"))
+    kept = "betas=(0.9, 0.999), eps=1e-08, lr=0.001, weight_decay=0.25"
+    assert f"{name}: the checkpoint's {kept}" in told
+    assert own_optimizer(again.optimizer).config == load_config(tmp_path) == saved
+    assert losses(again) == losses(first)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_told_where_the_settings_are_the_same(name, tmp_path, caplog):
+    own = {"lr_scheduler_type": "cosine", "warmup_steps": 1, "weight_decay": 0.25, "max_steps": 4}
+    make(name, tmp_path, save_strategy="steps", save_steps=2, **own).train()
+    with caplog.at_level(logging.WARNING, logger="hf_precond"):
+        make(name, tmp_path, **own).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert not [r for r in caplog.records if r.name.startswith("hf_precond")]
