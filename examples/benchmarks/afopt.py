@@ -36,18 +36,19 @@ def optimizers(task: Task, spec: str) -> list[torch.optim.Optimizer]:
     """The optimizers of ``name:key=value,…``.
 
     AFOpt's keys are its config's fields. For the others ``head`` is the
-    learning rate of the classifier, ``beta2`` AdamW's second decay rate;
-    Muon's ``scope`` is AFOpt's, ``fast`` AdamW's learning rate over Muon's.
+    learning rate of the classifier, ``beta1`` and ``beta2`` AdamW's decay rates;
+    Muon's ``scope`` is AFOpt's, ``fast`` AdamW's learning rate over Muon's,
+    ``momentum`` 0.95 where it is not given.
     """
     name, _, text = spec.partition(":")
     fields = dict(pair.split("=") for pair in text.split(",") if pair)
     if name == "afopt":
         return [_afopt(task, fields)]
-    unknown = set(fields) - {"lr", "head", "beta2", "scope", "fast"}
+    unknown = set(fields) - {"lr", "head", "beta1", "beta2", "scope", "fast", "momentum"}
     if unknown:
         raise SystemExit(f"{name}: no such key: {', '.join(sorted(unknown))}")
     lr, head = float(fields["lr"]), float(fields.get("head", fields["lr"]))
-    betas = (task.betas[0], float(fields.get("beta2", task.betas[1])))
+    betas = tuple(float(fields.get(f"beta{n + 1}", beta)) for n, beta in enumerate(task.betas))
     named = list(task.model.named_parameters())
     ends = {id(p) for n, p in named if n.startswith("classifier")} if "head" in fields else set()
     decayed = [p for _, p in named if p.dim() >= 2 and id(p) not in ends]
@@ -66,9 +67,10 @@ def optimizers(task: Task, spec: str) -> list[torch.optim.Optimizer]:
         {"params": rest, "weight_decay": 0.0},
         *tail,
     ]
+    momentum = float(fields.get("momentum", 0.95))
     return [
         torch.optim.Muon(
-            chosen, lr=lr, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+            chosen, lr=lr, weight_decay=0.01, momentum=momentum, adjust_lr_fn="match_rms_adamw"
         ),
         torch.optim.AdamW(groups, lr=other, betas=betas, weight_decay=0.01, fused=True),
     ]
