@@ -98,6 +98,8 @@ def logit_scale(module: nn.Module, size: int) -> float | None:
     own = getattr(module, "scaling", None)
     if isinstance(own, int | float):
         return float(own)
+    if hasattr(module, "key_value_proj_dim"):  # T5 and its like, which older releases do not mark
+        return 1.0
     if _UNSCALED.intersection(cls.__name__ for cls in type(module).__mro__):
         return 1.0
     if hasattr(module, "disentangled_attention_bias"):  # each term of DeBERTa's sum counts
