@@ -47,6 +47,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
         config: the validated config.
 
     Raises:
+        TypeError: built from parameters and fields alone, as torch's optimizers are.
         ValueError: for complex parameters.
         RuntimeError: at a step, for sparse gradients and for too many failures
             in a row, with advice.
@@ -58,8 +59,18 @@ class PrecondOptimizer(torch.optim.Optimizer):
     rates: Sequence[Any] = ()  # of the last step, by group: a scheduler may have spoken since
 
     def __init__(
-        self, param_groups: Iterable[Any], blocks: Blocks, config: OptimizerConfig
+        self,
+        param_groups: Iterable[Any],
+        blocks: Blocks | None = None,
+        config: OptimizerConfig | None = None,
+        **fields: Any,
     ) -> None:
+        if fields or not isinstance(blocks, Blocks) or not isinstance(config, OptimizerConfig):
+            name = type(self).__name__
+            raise TypeError(
+                f"{name}(param_groups, blocks, config) needs what was found in the model; build it "
+                f"with hf_precond.create_optimizer(model, {name.lower()!r}, lr=…)."
+            )
         self.config = config
         self.blocks = blocks
         self.statistics: StatisticsSource | None = None
@@ -153,7 +164,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
         self.locate(self.slots())
         for placed in self.placed:
             self.allocate(placed)
-        if self._only_allocates():
+        if gradients.only_allocates(self.param_groups):
             self.allocate_rule(self._raw_leaves(set(self.placed) if self.finishes else set(), {}))
             return
         if self.config.skip_nonfinite and self._skips():
@@ -222,20 +233,10 @@ class PrecondOptimizer(torch.optim.Optimizer):
         staged = self.statistics.take()
         if distributed.world_size() > 1:
             dtype, device = compute_dtype(self._first.dtype), self._first.device
-            staged = distributed.all_reduce_statistics(staged, self._shapes(), dtype, device)
+            shapes = {request.key: request_shape(request) for request in self.requests()}
+            staged = distributed.all_reduce_statistics(staged, shapes, dtype, device)
         self.commit(staged)
         self.statistics.recycle()
-
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {request.key: request_shape(request) for request in self.requests()}
-
-    def _only_allocates(self) -> bool:
-        """Checkpointing allocates state by a step with zero gradients and lr 0."""
-        rates = [group["lr"] for group in self.param_groups]
-        # To look at a rate that is a tensor may wait for a GPU: only before the first step.
-        if any((self.steps and isinstance(rate, Tensor)) or rate != 0 for rate in rates):
-            return False
-        return not any(bool(g.count_nonzero()) for g in gradients.gradients_of(self.param_groups))
 
     # Binding to parameter groups and to the model ----------------------------
 

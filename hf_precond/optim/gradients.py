@@ -22,6 +22,15 @@ def are_finite(groups: Groups) -> bool:
     return all_finite(gradients_of(groups))
 
 
+def only_allocates(groups: Groups) -> bool:
+    """Whether this is a step of zero gradients and lr 0, by which checkpointing makes state."""
+    rates = [group["lr"] for group in groups]
+    # To look at a rate that is a tensor may wait for a GPU: only before the first step.
+    if any((groups[0]["step"] and isinstance(rate, Tensor)) or rate != 0 for rate in rates):
+        return False
+    return not any(bool(gradient.count_nonzero()) for gradient in gradients_of(groups))
+
+
 def refuse_complex(parameters: Iterable[Tensor], name: str) -> None:
     """Refuse complex parameters.
 

@@ -338,6 +338,15 @@ def test_a_model_with_nothing_to_precondition_is_refused_with_the_reason(name):
         create_optimizer(model, name)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_alone_lead_to_the_factory(name):
+    parameters = list(make("bert").parameters())
+    kind = get_info(name).optimizer_cls
+    for arguments, fields in (((), {"lr": 1e-3}), ((1e-3,), {}), ((), {})):
+        with pytest.raises(TypeError, match=rf"create_optimizer\(model, '{name}'"):
+            kind(parameters, *arguments, **fields)
+
+
 def test_an_unknown_name_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'nkfac'"):
         create_optimizer(make("bert"), "nkfca")
