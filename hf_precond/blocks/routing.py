@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -62,6 +63,6 @@ class RoutingTable:
             if len(head) + 1 + len(reason) <= 80:
                 lines.append(f"{head} {reason}")
             else:
-                lines += [head.rstrip(), f"    {reason}"]
+                lines += [head.rstrip(), textwrap.indent(textwrap.fill(reason, 76), "    ")]
         lines.append(", ".join(f"{n} {t}" for t, n in sorted(self.count().items())))
         return "\n".join(lines)

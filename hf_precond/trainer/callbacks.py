@@ -7,6 +7,8 @@ nothing unless the optimizer is one of this package's.
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,26 @@ logger = logging.getLogger(__name__)
 def logged_diagnostics(optimizer: Any) -> dict[str, float]:
     """The optimizer's diagnostics under the names they have in the logs; empty for others'.
 
+    What it tells of every layer, ``kind/layer``, is one line of the logs for all:
+    the least ``entropy`` and ``entropy_min``, the largest of every other kind.
+
     Args:
         optimizer: any optimizer, wrapped or not, or ``None``.
     """
     own = compat.own_optimizer(optimizer)
     if own is None:
         return {}
-    return {PREFIX + name: value for name, value in own.diagnostics().items()}
+    found: dict[str, list[float]] = {}
+    for name, value in own.diagnostics().items():
+        found.setdefault(PREFIX + name.partition("/")[0], []).append(value)
+    return {name: _worst(name, values) for name, values in found.items()}
+
+
+def _worst(name: str, values: Sequence[float]) -> float:
+    """The least entropy, the largest of anything else; NaN where there is one."""
+    if any(map(math.isnan, values)):
+        return math.nan
+    return min(values) if name.startswith(PREFIX + "entropy") else max(values)
 
 
 def settings_of_checkpoint(own: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 
 from hf_precond import PrecondSeq2SeqTrainer, PrecondTrainer, load_config
 from hf_precond.hub import CONFIG_FILE
+from hf_precond.trainer.callbacks import logged_diagnostics
 from hf_precond.trainer.compat import own_optimizer
 from hf_precond.trainer.names import NAMES
 from tests.trainer.tiny import bart, bert, llama, sequence_data, t5, text_data
@@ -158,13 +159,35 @@ def test_diagnostics_are_in_the_logs_once_and_reach_other_callbacks(name, cls, t
     trainer = make(name, tmp_path, cls=cls, max_steps=3)
     trainer.add_callback(Reporter())
     trainer.train()
-    expected = {f"optim_{key}" for key in own_optimizer(trainer.optimizer).diagnostics()}
+    told = own_optimizer(trainer.optimizer).diagnostics()
+    expected = {f"optim_{key.partition('/')[0]}" for key in told}  # of layers, the worst
     history = [e for e in trainer.state.log_history if "loss" in e]
     assert expected == {key for key in history[-1] if key.startswith("optim_")}
     for entry, reported in zip(history, seen, strict=False):
         assert entry == {**reported, "step": entry["step"]}
         assert all(isinstance(entry[key], float) for key in expected & set(entry))
     assert not any(k.startswith("optim_") for k in trainer.state.log_history[-1])
+
+
+def test_the_logs_tell_the_worst_layer(tmp_path):
+    args = OFTEN["afopt"] + ",attention_entropy=true"
+    trainer = make("afopt", tmp_path, max_steps=3, optim_args=args)
+    trainer.train()
+    told = own_optimizer(trainer.optimizer).diagnostics()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    for kind, worst in (
+        ("logit_change", max), ("logit_change_max", max), ("entropy", min), ("entropy_min", min)
+    ):
+        layers = [value for key, value in told.items() if key.startswith(f"{kind}/")]
+        assert len(set(layers)) == 2 and logged[f"optim_{kind}"] == worst(layers)
+
+
+def test_a_layer_that_is_nan_is_the_worst(tmp_path):
+    trainer = make("afopt", tmp_path, max_steps=1)
+    trainer.train()
+    own = own_optimizer(trainer.optimizer)
+    own.diagnostics = lambda: {"entropy/a": 1.0, "entropy/b": math.nan, "x/b": math.nan, "x/a": 2.0}
+    assert all(map(math.isnan, logged_diagnostics(own).values()))
 
 
 @each_name
