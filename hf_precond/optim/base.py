@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_precond import distributed
-from hf_precond.blocks import Blocks, Route, RoutingTable, Statistic, StatisticsSource
+from hf_precond.blocks import Blocks, RoutingTable, Statistic, StatisticsSource
 from hf_precond.blocks.found import Request
 from hf_precond.blocks.scaler import loss_scale
 from hf_precond.blocks.sharding import like
@@ -21,7 +21,7 @@ from hf_precond.optim import gradients
 from hf_precond.optim.base_rules import make_rule
 from hf_precond.optim.checkpoint import complete, forget_empty, restoring
 from hf_precond.optim.failures import Failures
-from hf_precond.optim.identity import KEY, identity, refuse_other
+from hf_precond.optim.identity import KEY, added_route, identity, refuse_other, relabelled
 from hf_precond.optim.leaf import Leaf
 from hf_precond.optim.placed import PlacedMatrix, Preconditioned, Slot, fused_rests
 from hf_precond.optim.rules import Rule, descend
@@ -304,6 +304,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
             )
         self.close()
         self.blocks = self.blocks.find(model)
+        self.blocks.routing = relabelled(self.routing, model, self.param_groups)
         self._bind()
         self._open()
 
@@ -321,8 +322,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         gradients.refuse_complex(self.param_groups[-1]["params"], self.config.name)
         for parameter in self.param_groups[-1]["params"] if hasattr(self, "placed") else []:
-            name, shape = f"(added) group {len(self.param_groups) - 1}", tuple(parameter.shape)
-            self.routing.routes.append(Route(name, shape, "base", "added after creation"))
+            self.routing.routes.append(added_route(len(self.param_groups) - 1, parameter))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and the statistics staged for a step that did not come."""

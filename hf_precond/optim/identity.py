@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from hf_precond.blocks import RoutingTable
+from hf_precond.blocks import Route, RoutingTable
 from hf_precond.configs import OptimizerConfig
 
 KEY = "hf_precond"
@@ -45,9 +46,41 @@ def _described(group: Mapping[str, Any], routing: RoutingTable) -> list[list[Any
     parameters: list[Tensor] = group["params"]
     routes = [route for route in routing if route.group and route.group == group.get("name")]
     shapes = [list(parameter.shape) for parameter in parameters]
-    if [list(route.shape) for route in routes] != shapes:
+    # A vocabulary may have been resized since: its parameter is the same one.
+    if [len(route.shape) for route in routes] != [len(shape) for shape in shapes]:
         return [[f"parameter {index}", shape] for index, shape in enumerate(shapes)]
     return [[route.name, shape] for route, shape in zip(routes, shapes, strict=True)]
+
+
+def added_route(number: int, parameter: Tensor) -> Route:
+    """The row of a parameter that joined group ``number`` after the optimizer was made."""
+    name = f"(added) group {number}"
+    return Route(name, tuple(parameter.shape), "base", "added after creation")
+
+
+def relabelled(routing: RoutingTable, model: nn.Module, groups: Groups) -> RoutingTable:
+    """The routing of a model read anew, with the names of the groups its parameters are in.
+
+    Args:
+        routing: of ``model``, its parameters in no group yet.
+        model: the model.
+        groups: the optimizer's; what they hold beside the model's parameters is listed too.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    labels = {
+        names[id(parameter)]: group.get("name", "")
+        for group in groups
+        for parameter in group["params"]
+        if id(parameter) in names
+    }
+    routes = [replace(route, group=labels.get(route.name, "")) for route in routing]
+    added = [
+        added_route(number, parameter)
+        for number, group in enumerate(groups)
+        for parameter in group["params"]
+        if id(parameter) not in names
+    ]
+    return RoutingTable(routes + added)
 
 
 def refuse_other(state_dict: Mapping[str, Any], own: Mapping[str, Any]) -> None:

@@ -8,8 +8,8 @@ from torch import nn
 
 from hf_precond.optim.identity import KEY
 from hf_precond.registry import create_optimizer, list_optimizers
-from tests.optim.models import make, train
-from tests.optim.test_shared import build, through_file
+from tests.optim.models import make, train, weights
+from tests.optim.test_shared import build, same, through_file
 
 each_name = pytest.mark.parametrize("name", list_optimizers())
 # A field of each optimizer that decides which tensors its state has.
@@ -137,3 +137,65 @@ def test_an_optimizer_without_steps_loads_its_own_empty_state(name):
     train("bert", model, optimizer, 1)
     assert optimizer.steps == 1
     optimizer.close()
+
+
+@each_name
+def test_an_optimizer_attached_again_keeps_the_names_of_its_groups(name):
+    """A second ``train()`` attaches again; its checkpoints are those of the same model."""
+    model, optimizer = trained(name)
+    extra = nn.Parameter(torch.ones(3))
+    before = str(optimizer.routing)
+    optimizer.attach(model)
+    assert str(optimizer.routing) == before
+    state = through_file(optimizer.state_dict())
+    other, resumed = trained(name, steps=1)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(state)
+    assert state[KEY] == optimizer.state_dict()[KEY] == resumed.state_dict()[KEY]
+    optimizer.add_param_group({"params": [extra]})
+    optimizer.attach(model)
+    assert [route.name for route in optimizer.routing][-1] == "(added) group 2"
+    for each in (optimizer, resumed):
+        each.close()
+
+
+@each_name
+def test_layers_unfrozen_under_way_are_preconditioned_once_added_and_attached(name):
+    trained_weights, saved = [], ({}, {})
+    for resumes in (False, True):
+        model = make("bert")
+        layer = model.bert.encoder.layer[0]
+        layer.requires_grad_(False)
+        optimizer = build(name, model)
+        if not resumes:
+            train("bert", model, optimizer, 2)
+        layer.requires_grad_(True)
+        optimizer.add_param_group({"params": list(layer.parameters())})
+        optimizer.attach(model)
+        route = optimizer.routing["bert.encoder.layer.0.output.LayerNorm.weight"]
+        assert (route.treatment == "preconditioned") == (name == "sgdph")
+        assert not any("(added)" in row.name for row in optimizer.routing)
+        if resumes:
+            model.load_state_dict(saved[0])
+            optimizer.load_state_dict(saved[1])
+        else:
+            train("bert", model, optimizer, 2, start=2)
+            saved = copy.deepcopy(model.state_dict()), through_file(optimizer.state_dict())
+        train("bert", model, optimizer, 2, start=4)
+        trained_weights.append(weights(model))
+        optimizer.close()
+    same(*trained_weights)
+
+
+@each_name
+def test_a_vocabulary_resized_before_the_first_step_is_still_named(name):
+    """The Trainer makes the optimizer first where a script resizes late."""
+    model, other = make("gpt2"), make("gpt2")
+    optimizer = build(name, model)
+    for each in (model, other):
+        each.resize_token_embeddings(53, mean_resizing=False)
+    train("gpt2", model, optimizer, 2)
+    resumed = build(name, other)
+    resumed.load_state_dict(through_file(optimizer.state_dict()))
+    for each in (optimizer, resumed):
+        each.close()
