@@ -195,7 +195,8 @@ def _others(
         if role in block.trainable and survey.name_of(matrix.weight_parameter) not in survey.tied
     ]
     _add_linears(survey, found, wider, {})
-    return [matrix for matrix in wider if matrix not in matrices]
+    inside = {(matrix.module, matrix.weight, matrix.rows) for matrix in matrices}
+    return [m for m in wider if (m.module, m.weight, m.rows) not in inside]
 
 
 def _in_scope(block: AttentionBlock, roles: Sequence[str]) -> list[tuple[LayerMatrix, str]]:

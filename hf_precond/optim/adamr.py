@@ -116,9 +116,7 @@ class AdamR(PrecondOptimizer):
     def _known(self, leaves: Sequence[Leaf]) -> list[Leaf]:
         matrices = {placed.weight: placed.matrix for placed in self.placed}
         return [
-            MatrixLeaf(
-                leaf.param, leaf.grad, leaf.state, leaf.prefix, leaf.group, matrices[leaf.param]
-            )
+            MatrixLeaf(**vars(leaf), matrix=matrices[leaf.param])
             if leaf.param in matrices
             else leaf
             for leaf in leaves
@@ -129,7 +127,7 @@ class AdamR(PrecondOptimizer):
         group = self.param_groups[placed.weight_slot[0]]
         weight = placed.weight
         gradient: Tensor = weight if weight.grad is None else weight.grad
-        return MatrixLeaf(weight, gradient, self.state[weight], "", group, placed.matrix)
+        return MatrixLeaf(weight, gradient, self.state[weight], "", group, matrix=placed.matrix)
 
 
 def is_featured(matrix: LayerMatrix) -> bool:

@@ -132,7 +132,7 @@ class AFOpt(PrecondOptimizer):
     def _left_matrices(self, leaves: Sequence[Leaf]) -> tuple[list[Leaf], list[Leaf]]:
         """Leaves of linear layers outside the scope, and all others."""
         held = {id(self.state[matrix.weight_parameter]) for matrix in self.blocks.others}
-        matrices = [leaf for leaf in leaves if id(leaf.state) in held and leaf.param.dim() == 2]
+        matrices = [leaf for leaf in leaves if id(leaf.state) in held and len(leaf.shape) == 2]
         kept = {id(leaf) for leaf in matrices}
         return matrices, [leaf for leaf in leaves if id(leaf) not in kept]
 

@@ -25,6 +25,8 @@ class Leaf:
         state: the optimizer's state of the parameter.
         prefix: put before the names of the state (``"q."`` of a fused weight).
         group: the parameter group: lr, weight_decay and the rule's constants.
+        seen: the shape that a rule for matrices reads, where it is not the
+            parameter's: rows interleaved per head lie in ``[groups, rows, in]``.
     """
 
     param: Tensor
@@ -32,6 +34,12 @@ class Leaf:
     state: dict[str, Any]
     prefix: str
     group: dict[str, Any]
+    seen: tuple[int, ...] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``[out, …]`` as a rule for matrices sees it."""
+        return tuple(self.param.shape) if self.seen is None else self.seen
 
     def __contains__(self, name: str) -> bool:
         return self.prefix + name in self.state

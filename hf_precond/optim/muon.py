@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS, EPS, muon
 
 from hf_precond.optim.leaf import Leaf, by_group
@@ -39,16 +40,17 @@ class MuonRule(AdamWRule):
         leaf.zeros("momentum_buffer")
 
     def update_matrices(self, leaves: Sequence[Leaf]) -> None:
-        """Step leaves of two dimensions by Muon."""
+        """Step leaves that are seen in two dimensions by Muon."""
         for leaf in leaves:
             self.allocate_matrix(leaf)
         for batch in by_group(leaves):
             group = batch[0].group
             with compute_copies(batch) as (params, grads):
+                matrices = _as_matrices(params, batch)
                 muon(
-                    params,
-                    grads,
-                    [leaf["momentum_buffer"] for leaf in batch],
+                    matrices,
+                    _as_matrices(grads, batch),
+                    _as_matrices([leaf["momentum_buffer"] for leaf in batch], batch),
                     lr=group["lr"] * self.lr_scale,
                     weight_decay=group["weight_decay"] / self.lr_scale,
                     momentum=group["momentum"],
@@ -59,3 +61,12 @@ class MuonRule(AdamWRule):
                     adjust_lr_fn="match_rms_adamw",
                     has_complex=False,
                 )
+                for param, matrix in zip(params, matrices, strict=True):
+                    if param is not matrix:
+                        param.copy_(matrix.view(param.shape))
+
+
+def _as_matrices(tensors: Sequence[Tensor], leaves: Sequence[Leaf]) -> list[Tensor]:
+    """Tensors in two dimensions: rows interleaved per head (a copy where they are no view)."""
+    pairs = zip(tensors, leaves, strict=True)
+    return [t if t.dim() == 2 else t.reshape(leaf.shape) for t, leaf in pairs]

@@ -115,12 +115,13 @@ class PlacedMatrix:
                     gathered[parameter] = full(parameter).clone()
                 held = gathered[parameter]
             group = groups[slot[0]]
-            view = self.matrix.target(held) if parameter is weight else self.matrix.bias_view(held)
-            leaves.append(
-                Leaf(view, like(view, part), state.setdefault(parameter, {}), self.prefix, group)
-            )
+            is_weight = parameter is weight
+            view = self.matrix.target(held) if is_weight else self.matrix.bias_view(held)
+            leaf = Leaf(view, like(view, part), state.setdefault(parameter, {}), self.prefix, group)
+            if self.matrix.rows is not None:
+                leaf.seen = self.matrix.shape if is_weight else self.matrix.shape[:1]
+            leaves.append(leaf)
         return leaves
-
 
     def raw_leaves(
         self,

@@ -100,7 +100,7 @@ class RotatedAdamRule(Rule):
 
     def plan(self, leaf: Leaf) -> RotationPlan:
         """How a leaf is seen."""
-        return plan_rotation(leaf.param.shape, self.config, getattr(leaf, "matrix", None))
+        return plan_rotation(leaf.shape, self.config, getattr(leaf, "matrix", None))
 
     def allocate(self, leaf: Leaf) -> None:
         self.allocate_all([leaf])
