@@ -23,7 +23,7 @@ from hf_precond.optim.attention.plan import Plan, RightFactor, Treatment, observ
 from hf_precond.optim.attention.refresh import Refresh
 from hf_precond.optim.attention.report import report
 from hf_precond.optim.base import PrecondOptimizer
-from hf_precond.optim.leaf import Leaf, grouped
+from hf_precond.optim.leaf import Leaf, fit, grouped
 from hf_precond.optim.muon import MuonRule
 from hf_precond.optim.placed import (
     PlacedMatrix,
@@ -167,13 +167,17 @@ class AFOpt(PrecondOptimizer):
         dtype = config.factor_dtype(weight.dtype)
 
         def identities(name: str, *shape: int, packed: bool = False) -> None:
-            if name not in held:
+            if name in held:
+                size = (*shape[:-2], packed_size(shape[-1])) if packed else shape
+                fit(held, name, size, dtype, weight.device)
+            else:
                 eye = torch.eye(shape[-1], dtype=dtype, device=weight.device).expand(*shape)
                 held[name] = pack(eye) if packed else eye.clone()
 
         def zeros(name: str, dtype: torch.dtype, *shape: int) -> None:
             if name not in held:
                 held[name] = torch.zeros(shape, dtype=dtype, device=weight.device)
+            fit(held, name, shape, dtype, weight.device)
 
         if config.scaling != "norm_recovery":
             shape = (placed.matrix.shape[0], placed.matrix.columns)

@@ -28,14 +28,11 @@ def allocate(leaf: Leaf, base: str) -> None:
     moments of the base rule.
     """
     leaf.zeros("curvature")
-    if "probes" not in leaf:
-        leaf["probes"] = torch.zeros((), dtype=torch.float32, device=leaf.param.device)
+    leaf.counter("probes")
     if base == "adamw":
         leaf.zeros("exp_avg")
         leaf.zeros("exp_avg_sq")
-        if "step" not in leaf:
-            device = leaf.param.device if leaf.param.is_cuda else None
-            leaf["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        leaf.counter("step")
     elif leaf.group["momentum"] != 0:
         leaf.zeros("momentum_buffer")
 

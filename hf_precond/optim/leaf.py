@@ -52,12 +52,59 @@ class Leaf:
 
     def zeros(self, name: str) -> None:
         """Allocate state ``name`` like the parameter, in float32 (float64 for float64)."""
-        if name not in self:
+        param, dtype = self.param, compute_dtype(self.param.dtype)
+        if name in self:
+            fit(self.state, self.prefix + name, param.shape, dtype, param.device)
+        else:
             self[name] = torch.zeros_like(
-                self.param,
-                dtype=compute_dtype(self.param.dtype),
-                memory_format=torch.contiguous_format,
+                param, dtype=dtype, memory_format=torch.contiguous_format
             )
+
+    def counter(self, name: str) -> None:
+        """Allocate a float32 count: where torch's AdamW reads it, on a GPU or on the host."""
+        device = self.param.device if self.param.is_cuda else torch.device("cpu")
+        if name in self:
+            fit(self.state, self.prefix + name, (), torch.float32, device)
+        else:
+            self[name] = torch.zeros((), dtype=torch.float32, device=device)
+
+
+def fit(
+    held: dict[str, Any],
+    name: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Let a tensor of the state follow its parameter, converted or moved since the last step.
+
+    Kernels that take a state of another size than the parameter's would write
+    beyond its memory.
+
+    Args:
+        held: the state that holds it, changed in place.
+        name: its name there.
+        shape: what the parameter has now.
+        dtype: the same.
+        device: the same.
+
+    Raises:
+        RuntimeError: it has another shape.
+    """
+    tensor: Tensor = held[name]
+    if tuple(tensor.shape) != tuple(shape):
+        raise RuntimeError(reshaped(name, tensor.shape, shape))
+    if tensor.dtype != dtype or tensor.device != device:
+        held[name] = tensor.to(device=device, dtype=dtype)
+
+
+def reshaped(name: str, held: Sequence[int], wanted: Sequence[int]) -> str:
+    """What is said where a parameter's state does not fit it any more."""
+    return (
+        f"the state {name!r} of a parameter has shape {tuple(held)} and {tuple(wanted)} is needed: "
+        "the parameter was resized, tied or pruned after the optimizer's first step "
+        "(resize_token_embeddings, tie_weights). Do that before, or build a new optimizer now."
+    )
 
 
 def grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> list[list[Item]]:

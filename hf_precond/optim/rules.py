@@ -55,9 +55,7 @@ class AdamWRule(Rule):
     def allocate(self, leaf: Leaf) -> None:
         leaf.zeros("exp_avg")
         leaf.zeros("exp_avg_sq")
-        if "step" not in leaf:
-            device = leaf.param.device if leaf.param.is_cuda else None
-            leaf["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        leaf.counter("step")
 
     def update(self, leaves: Sequence[Leaf]) -> None:
         for leaf in leaves:

@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_precond.registry import create_optimizer, list_optimizers
 from tests.optim.models import backward, batch, make, train, train_step, weights
-from tests.optim.test_shared import QUICK, build, same
+from tests.optim.test_shared import QUICK, build, same, through_file
 
 each_name = pytest.mark.parametrize("name", list_optimizers())
 
@@ -226,4 +226,42 @@ def test_a_layer_without_weights_disturbs_nothing(name):
     assert not torch.equal(model.hidden.weight, before)
     (route,) = [r for r in optimizer.routing if r.name == "pruned.weight"]
     assert route.reason == "empty"
+    optimizer.close()
+
+
+@each_name
+@pytest.mark.parametrize("dtypes", [("float32", "float64"), ("float64", "float32")])
+def test_state_follows_a_model_that_is_converted(name, dtypes):
+    """By ``model.double()`` under way, and by loading into a model of another precision."""
+    before, after = (getattr(torch, dtype) for dtype in dtypes)
+    model = make("bert", dtype=before)
+    optimizer = build(name, model)
+    train("bert", model, optimizer, 3)
+    saved = through_file(optimizer.state_dict())
+    other = make("bert", seed=1, dtype=after)
+    loaded = build(name, other)
+    other.load_state_dict(model.state_dict())
+    loaded.load_state_dict(saved)
+    model.to(after)
+    train("bert", model, optimizer, 4, start=3)
+    train("bert", other, loaded, 4, start=3)
+    same(weights(model), weights(other))
+    for state in optimizer.state.values():
+        counts = ("step", "probes")
+        kept = {k: v for k, v in state.items() if torch.is_tensor(v) and not k.endswith(counts)}
+        assert all(v.dtype == after for v in kept.values() if v.is_floating_point())
+    for each in (optimizer, loaded):
+        each.close()
+
+
+@each_name
+@pytest.mark.parametrize("model_name", ["gpt2", "llama"])
+def test_a_vocabulary_resized_under_way_is_refused(name, model_name):
+    """The parameter is the same one, larger: its state would be read beyond its end."""
+    model = make(model_name)
+    optimizer = build(name, model)
+    train(model_name, model, optimizer, 2)
+    model.resize_token_embeddings(55, mean_resizing=False)
+    with pytest.raises(RuntimeError, match="resize_token_embeddings"):
+        train(model_name, model, optimizer, 1, start=2)
     optimizer.close()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_precond.blocks import MomentRequest
 from hf_precond.linalg.precision import Precision, matmul
+from hf_precond.optim.leaf import fit
 from hf_precond.optim.placed import PlacedMatrix
 
 Side = Literal["input", "output"]
@@ -58,9 +59,12 @@ class Factor:
 
     def allocate(self, state: dict[str, Any], dtype: torch.dtype) -> None:
         """Make the state where it is missing: no factor yet, the identity for its inverse."""
-        if self.name("factor") in state:
-            return
         size, device = self.size, self.placed.weight.device
+        if self.name("factor") in state:
+            fit(state, self.name("factor"), (size, size), dtype, device)
+            fit(state, self.name("inverse"), (size, size), self.placed.dtype, device)
+            fit(state, self.name("updates"), (), torch.int64, device)
+            return
         state[self.name("factor")] = torch.zeros(size, size, dtype=dtype, device=device)
         state[self.name("inverse")] = torch.eye(size, dtype=self.placed.dtype, device=device)
         state[self.name("updates")] = torch.zeros((), dtype=torch.int64, device=device)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hf_precond.configs import AdamRConfig, compute_dtype
+from hf_precond.configs import AdamRConfig
 from hf_precond.linalg import eigenbasis, fallback
 from hf_precond.linalg.workspace import Workspace
 from hf_precond.optim.failures import Failures
@@ -18,6 +18,7 @@ from hf_precond.optim.rotation.batch import Batch
 from hf_precond.optim.rotation.plan import RotationPlan
 from hf_precond.optim.rotation.products import turn
 from hf_precond.optim.rotation.schedule import Due, TurnSchedule
+from hf_precond.optim.rotation.state import host_tensor
 from hf_precond.optim.shared_refresh import Pieces
 
 CHECK_EVERY = 8
@@ -85,28 +86,6 @@ class BasisRefresh:
         self.gradients: list[bool | Tensor] = []
         self.calls = 0
         self.schedule = TurnSchedule(config.basis_interval)
-
-    def allocate(self, leaf: Leaf, plan: RotationPlan) -> None:
-        """The momentum, factors and bases of a leaf.
-
-        ``left_factor`` is ``Q_Lᵀ L Q_L``, its lower triangle.
-        """
-        dtype, device = compute_dtype(leaf.param.dtype), leaf.param.device
-        kept = self.config.factor_dtype(leaf.param.dtype)
-        squares = {"left": (plan.tiles, plan.rows, plan.rows)}
-        squares["right"] = (plan.tiles, plan.columns, plan.columns)
-        # What turns together lies together, and is sent to other ranks without a copy.
-        shapes = {"exp_avg": (plan.tiles, plan.rows, plan.columns)}
-        if plan.left:
-            shapes = {"left_factor": squares["left"], "left_basis": squares["left"]} | shapes
-        if plan.right:
-            shapes |= {"right_factor": squares["right"], "right_basis": squares["right"]}
-        for name, tensor in _neighbours(shapes, dtype, kept, device).items():
-            leaf[name] = tensor
-        for side in plan.sides:
-            leaf[f"{side}_energy"] = _host_tensor((), device, dtype, float("inf"))
-            leaf[f"{side}_strikes"] = 0
-            leaf[f"{side}_updates"] = 0
 
     def decide(self, planned: Sequence[tuple[Leaf, RotationPlan]]) -> Chosen:
         """Choose the bases that turn at this step, among those of all leaves that take it.
@@ -266,7 +245,7 @@ class BasisRefresh:
         for same in grouped(on_gpu, lambda one: (one[2].device, one[0][one[1]].dtype)):
             energies = torch.stack([energy for _, _, energy in same])
             dtype = same[0][0][same[0][1]].dtype
-            copies = _host_tensor((len(same),), energies.device, dtype, float("nan"))
+            copies = host_tensor((len(same),), energies.device, dtype, float("nan"))
             copies.copy_(energies, non_blocking=True)
             for (leaf, name, _), copy in zip(same, copies.unbind(), strict=True):
                 leaf[name] = copy
@@ -368,28 +347,3 @@ def name_of(leaf: Leaf, side: str) -> str:
     """A leaf's name in messages."""
     name = getattr(getattr(leaf, "matrix", None), "name", f"weight {tuple(leaf.param.shape)}")
     return f"{name} ({side} side)"
-
-
-def _host_tensor(
-    shape: Sequence[int], device: torch.device, dtype: torch.dtype, value: float
-) -> Tensor:
-    """Numbers on the host that a GPU can write to without being waited for."""
-    return torch.full(shape, value, dtype=dtype, pin_memory=device.type == "cuda")
-
-
-def _neighbours(
-    shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, kept: torch.dtype, device: torch.device
-) -> dict[str, Tensor]:
-    """Zeros of these shapes, each after the one before in memory; factors in the dtype ``kept``."""
-    dtypes = {name: kept if name.endswith("factor") else dtype for name in shapes}
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    totals = dict.fromkeys(dtypes.values(), 0)
-    for name, size in sizes.items():
-        totals[dtypes[name]] += size
-    rooms = {kind: torch.zeros(n, dtype=kind, device=device) for kind, n in totals.items()}
-    found, places = {}, dict.fromkeys(rooms, 0)
-    for name, shape in shapes.items():
-        kind = dtypes[name]
-        start, places[kind] = places[kind], places[kind] + sizes[name]
-        found[name] = rooms[kind][start : places[kind]].view(shape)
-    return found

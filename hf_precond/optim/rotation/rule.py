@@ -15,6 +15,7 @@ from hf_precond.configs import AdamRConfig, OptimizerConfig, compute_dtype
 from hf_precond.linalg.precision import matmul
 from hf_precond.linalg.workspace import Workspace
 from hf_precond.optim.leaf import Leaf
+from hf_precond.optim.rotation import state
 from hf_precond.optim.rotation.batch import CPU_ELEMENTS, SLICE, Batch, Part, batches
 from hf_precond.optim.rotation.plan import RotationPlan, plan_rotation
 from hf_precond.optim.rotation.products import accumulate, observe, turn
@@ -108,10 +109,13 @@ class RotatedAdamRule(Rule):
     def allocate_all(self, leaves: Sequence[Leaf]) -> None:
         """Make the state of leaves where it is missing, their refreshes spread over steps."""
         new = {leaf for leaf in leaves if "exp_avg" not in leaf}
-        if not new:
-            return
         planned = [(leaf, self.plan(leaf)) for leaf in leaves]
         rotated = [(leaf, plan) for leaf, plan in planned if plan.rotated]
+        for leaf, plan in rotated:
+            if leaf not in new:
+                state.follow(leaf, plan, self.config)
+        if not new:
+            return
         present = [(leaf, plan) for leaf, plan in rotated if leaf not in new]
         for leaf, plan in planned:
             if leaf in new:
@@ -133,7 +137,7 @@ class RotatedAdamRule(Rule):
         shape = (plan.tiles, plan.rows, plan.columns)
         leaf["exp_avg_sq"] = torch.zeros(shape, dtype=dtype, device=device)
         leaf["mean_sq"] = torch.zeros((plan.tiles, 1, 1), dtype=dtype, device=device)
-        self.bases.allocate(leaf, plan)
+        state.allocate(leaf, plan, self.config)
         leaf["step"] = 0
         leaf["updates"] = 0
         leaf["observed"] = 0
