@@ -175,3 +175,21 @@ def logit_gradient(seed):
         model.zero_grad()
         (model(input_ids=tokens).last_hidden_state * target).sum().backward()
     return -kept[0].grad
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("frozen", ["q_proj", "k_proj"])
+def test_freezing_queries_or_keys_leaves_the_others_step_as_it_is(frozen, center):
+    """Under RoPE too, where the covariant damping needs the input's moment beside the keys'."""
+    moved = []
+    for freeze in (False, True):
+        model = make("llama", dtype=DOUBLE)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not (freeze and frozen in name))
+        fields = {"covariant_damping": True, "center": center, "damping": 0.1, "scope": "query_key"}
+        optimizer = create_optimizer(model, "afopt", lr=1e-2, **fields)
+        train_step(model, optimizer, batch("llama", dtype=DOUBLE))
+        kept = "k_proj" if frozen == "q_proj" else "q_proj"
+        moved.append({name: p for name, p in weights(model).items() if kept in name})
+    for name, value in moved[0].items():
+        torch.testing.assert_close(value, moved[1][name], rtol=1e-10, atol=1e-12)

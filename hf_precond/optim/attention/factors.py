@@ -143,14 +143,13 @@ class AttentionFactors:
             weight = weight.to(features.anchor.dtype)
             moment = quadratic(weight, features.read(self.state))
         if damped:
+            assert features is not None
             moment = moment + self._shift(weight, features)
         return moment
 
-    def _shift(self, weight: Tensor, features: Moment | None) -> Tensor:
+    def _shift(self, weight: Tensor, features: Moment) -> Tensor:
         """``λ·tr(A_X)/n · Ŵ Ŵᵀ``: what damping A_X does to ``Ŵ A_X Ŵᵀ``."""
         shift = torch.bmm(weight, weight.mT) * self.config.damping
-        if features is None:
-            return shift
         moment = features.read(self.state)
         return shift * merged(moment, features.request.matrix.columns)
 

@@ -365,7 +365,9 @@ class _Attention:
         for which in wanted:
             if observes(self.block, config):
                 self._vectors(which)
-            elif which == "query":
+                if not config.covariant_damping:  # which is in units of the input's moment
+                    continue
+            if which == "query":
                 self.feature("x")
             elif config.center:
                 self.centered()
