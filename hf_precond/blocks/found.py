@@ -15,6 +15,7 @@ from hf_precond.blocks.routing import RoutingTable
 from hf_precond.blocks.statistics import CurvatureRequest, MomentRequest, StatisticsSource
 
 Request = MomentRequest | CurvatureRequest
+Owner = tuple[str, nn.Module, str]
 
 
 @dataclass(eq=False)
@@ -29,6 +30,7 @@ class Blocks:
             base rule for matrices may step.
         norms: the channel-wise parameters to precondition.
         routing: the routing table.
+        owners: name, module and attribute of every parameter, frozen ones too.
         open: makes the source of the statistics that are asked for, its hooks
             installed; ``None`` where there is no model to read (a deep copy).
         find: reads another model in the same way (a deep copy is attached to
@@ -40,6 +42,7 @@ class Blocks:
     others: list[LayerMatrix] = field(default_factory=list)
     norms: list[NormParameter] = field(default_factory=list)
     routing: RoutingTable = field(default_factory=RoutingTable)
+    owners: list[Owner] = field(default_factory=list)
     open: Callable[[Sequence[Request]], StatisticsSource] | None = None
     find: Callable[[nn.Module], Blocks] | None = None
 

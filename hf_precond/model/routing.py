@@ -67,6 +67,7 @@ def _finish(
         attention=list(attention),
         norms=list(norms),
         routing=survey.table(treated, getattr(config, "base", "adamw"), reasons),
+        owners=[(name, *owner) for name, owner in survey.owners.items()],
         open=functools.partial(open_statistics, survey.model),
     )
 

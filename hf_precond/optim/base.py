@@ -18,13 +18,14 @@ from hf_precond.blocks.statistics import request_shape
 from hf_precond.configs import OptimizerConfig, compute_dtype
 from hf_precond.linalg.precision import without_autocast
 from hf_precond.optim import gradients
-from hf_precond.optim.base_rules import make_rule
+from hf_precond.optim.base_rules import group_defaults, make_rule
 from hf_precond.optim.checkpoint import complete, forget_empty, restoring
 from hf_precond.optim.failures import Failures
 from hf_precond.optim.identity import KEY, added_route, identity, refuse_other, relabelled
 from hf_precond.optim.leaf import Leaf
 from hf_precond.optim.placed import PlacedMatrix, Preconditioned, Slot, fused_rests
 from hf_precond.optim.rules import Rule, descend
+from hf_precond.optim.watched import Watched
 
 
 class PrecondOptimizer(torch.optim.Optimizer):
@@ -79,16 +80,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
         self.failures = Failures()
         self.scaler: torch.amp.GradScaler | None = None
         self.rule: Rule = self.make_rule()
-        defaults: dict[str, Any] = {
-            "lr": config.lr,
-            "weight_decay": config.weight_decay,
-            "betas": config.betas,
-            "eps": config.eps,
-            "step": 0,
-        }
-        if hasattr(config, "momentum"):
-            defaults["momentum"] = config.momentum
-        super().__init__(param_groups, defaults)
+        super().__init__(param_groups, group_defaults(config))
         self._bind()
         self._open()
 
@@ -252,10 +244,12 @@ class PrecondOptimizer(torch.optim.Optimizer):
         """Find what is preconditioned again in parameter groups that may have changed."""
         for placed in self.placed + self._rest:
             placed.locate(slots)
+        self.watched.check(slots, self.placed, self.config.name)
 
     def _bind(self) -> None:
         """Find every matrix's place in the parameter groups."""
         slots = self.slots()
+        self.watched = Watched(self.blocks.owners, slots)
         self.placed: list[PlacedMatrix] = []
         for matrix in self.blocks.matrices:
             slot = slots.get(id(matrix.weight_parameter))
@@ -357,7 +351,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own = ("config", "blocks", "rule", "counters", "device_counters", "failures", "placed")
         state: dict[str, Any] = super().__getstate__()
-        return state | {name: self.__dict__[name] for name in (*own, "_rest")}
+        return state | {name: self.__dict__[name] for name in (*own, "_rest", "watched")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

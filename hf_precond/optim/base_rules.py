@@ -9,6 +9,23 @@ from hf_precond.optim.rotation.rule import RotatedAdamRule
 from hf_precond.optim.rules import AdamWRule, Rule, SGDRule
 
 
+def group_defaults(config: Any) -> dict[str, Any]:
+    """What a parameter group has unless it says otherwise.
+
+    Schedules that cycle the momentum (``OneCycleLR``, ``CyclicLR``) cycle
+    ``betas`` where there are any: groups stepped by SGD have ``momentum`` alone.
+
+    Args:
+        config: the optimizer's.
+    """
+    values: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "step": 0}
+    if getattr(config, "base", "adamw") != "sgd":
+        values |= {"betas": config.betas, "eps": config.eps}
+    if hasattr(config, "momentum"):
+        values["momentum"] = config.momentum
+    return values
+
+
 def make_rule(name: str, config: Any) -> Rule:
     """The rule that a config's ``base`` names.
 

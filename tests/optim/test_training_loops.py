@@ -1,6 +1,7 @@
 """What training loops do around a step, for every optimizer."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -264,4 +265,71 @@ def test_a_vocabulary_resized_under_way_is_refused(name, model_name):
     model.resize_token_embeddings(55, mean_resizing=False)
     with pytest.raises(RuntimeError, match="resize_token_embeddings"):
         train(model_name, model, optimizer, 1, start=2)
+    optimizer.close()
+
+
+@each_name
+@pytest.mark.parametrize("path", ["classifier.weight", "bert.pooler.dense.bias",
+                                  "bert.embeddings.LayerNorm.bias"])  # fmt: skip
+def test_any_parameter_that_was_replaced_is_refused(name, path):
+    """It would train no more, and nobody would say so."""
+    model = make("bert")
+    optimizer = build(name, model)
+    train("bert", model, optimizer, 1)
+    module, _, attribute = path.rpartition(".")
+    old = model.get_parameter(path)
+    setattr(model.get_submodule(module), attribute, nn.Parameter(old.detach().clone()))
+    with pytest.raises(RuntimeError, match="replaced"):
+        train("bert", model, optimizer, 1, start=1)
+    optimizer.close()
+
+
+@each_name
+def test_layers_unfrozen_under_way_that_no_group_holds_are_told_of_once(name):
+    model = make("bert")
+    layer = model.bert.encoder.layer[0]
+    layer.requires_grad_(False)
+    optimizer = build(name, model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train("bert", model, optimizer, 1)
+    layer.requires_grad_(True)
+    before = weights(layer)
+    with pytest.warns(UserWarning, match=r"add_param_group.*attach"):
+        train("bert", model, optimizer, 1, start=1)
+    same(before, weights(layer))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train("bert", model, optimizer, 1, start=2)
+        optimizer.add_param_group({"params": list(layer.parameters())})
+        optimizer.attach(model)
+        train("bert", model, optimizer, 2, start=3)
+    assert not any(torch.equal(value, before[key]) for key, value in weights(layer).items())
+    optimizer.close()
+
+
+@pytest.mark.parametrize("name", ["adamr", "nkfac"])
+def test_weights_tied_under_way_are_refused(name):
+    model = make("llama")
+    optimizer = build(name, model)
+    train("llama", model, optimizer, 3)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    with pytest.raises(RuntimeError, match="tie_weights"):
+        train("llama", model, optimizer, 1, start=3)
+    optimizer.close()
+
+
+@pytest.mark.parametrize("name", ["afopt", "nkfac", "sgdph"])
+def test_schedules_that_cycle_the_momentum_cycle_that_of_sgd(name):
+    model = make("bert")
+    optimizer = build(name, model, base="sgd")
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=1e-3, total_steps=8, base_momentum=0.7, max_momentum=0.95
+    )
+    found = []
+    for step in range(4):
+        found.append(optimizer.param_groups[0]["momentum"])
+        train_step(model, optimizer, batch("bert", step))
+        schedule.step()
+    assert found[0] == 0.95 and min(found) < 0.75
     optimizer.close()

@@ -1,0 +1,81 @@
+"""Parameters of the model that get gradients and that no step reaches."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from hf_precond.blocks.found import Owner
+from hf_precond.optim.placed import PlacedMatrix, Slot, slot_of
+
+UNFROZEN = (
+    "{name}: {count} parameters ({first}, …) were frozen when the optimizer was made, have "
+    "gradients now and are in none of its parameter groups: it does not train them. Call "
+    "optimizer.add_param_group({{'params': […]}}) and then optimizer.attach(model), or make the "
+    "optimizer before layers are frozen."
+)
+
+TIED = (
+    "{name} has become {other} since the optimizer was made (tie_weights): a tied weight is "
+    "stepped otherwise. Tie the weights before, or build a new optimizer now."
+)
+
+
+class Watched:
+    """Looks at every step whether the model trains what the parameter groups do not hold.
+
+    Modules are kept, no parameters.
+
+    Args:
+        owners: of the model's parameters.
+        slots: ``id`` of every parameter of the groups to its place.
+    """
+
+    def __init__(self, owners: Sequence[Owner], slots: Mapping[int, Slot]) -> None:
+        found = [(owner, _held(owner)) for owner in owners]
+        self.stepped = [owner for owner, p in found if p is not None and id(p) in slots]
+        self.frozen = [owner for owner, p in found if p is not None and not p.requires_grad]
+
+    def check(
+        self, slots: Mapping[int, Slot], placed: Sequence[PlacedMatrix], name: str
+    ) -> None:
+        """Refuse parameters that were replaced or tied; warn once of those that were unfrozen.
+
+        Args:
+            slots: as they are now.
+            placed: the matrices that are preconditioned.
+            name: the optimizer's.
+
+        Raises:
+            RuntimeError: see :func:`~hf_precond.optim.placed.slot_of`; or a
+                matrix has become the weight of two layers, whose gradient is
+                a sum that the statistics of neither describe.
+        """
+        known: dict[int, str] = {}
+        for owner in self.stepped:
+            parameter = _held(owner)
+            if parameter is None or not _trains(parameter):
+                continue
+            slot_of(owner[0], parameter, slots)
+            other = known.setdefault(id(parameter), owner[0])
+            if other != owner[0] and any(item.weight is parameter for item in placed):
+                raise RuntimeError(TIED.format(name=owner[0], other=other))
+        new = [o for o in self.frozen if (p := _held(o)) is not None and _trains(p)]
+        missing = [owner[0] for owner in new if id(_held(owner)) not in slots]
+        if new:
+            self.frozen = [owner for owner in self.frozen if owner not in new]
+        if missing:
+            message = UNFROZEN.format(name=name, count=len(missing), first=missing[0])
+            warnings.warn(message, stacklevel=2)
+
+
+def _held(owner: Owner) -> Tensor | None:
+    """The parameter as its module holds it now; ``None`` where it holds none of that name."""
+    _, module, attribute = owner
+    return module._parameters.get(attribute)
+
+
+def _trains(parameter: Tensor) -> bool:
+    return parameter.requires_grad and parameter.grad is not None
