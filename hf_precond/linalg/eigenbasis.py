@@ -119,12 +119,14 @@ def jacobi_tangents(factor: Tensor, workspace: Workspace | None = None) -> Tenso
     if not factor.is_cpu or not bool(finite.all()):
         entries = torch.where(finite[:, None, None], entries, 0.0)
     values = torch.where(finite[:, None], values, 0.0) * scale[:, 0]
-    # Equal eigenvalues have no order of their own: a shift at rounding level gives them one.
-    order = torch.arange(values.shape[-1], dtype=values.dtype, device=values.device)
-    values = values / 2 * (1 - torch.finfo(values.dtype).eps * order)
+    values = values / 2
     half = workspace.take("half", factor.shape, factor)
     reach = workspace.take("reach", factor.shape, factor)
     torch.sub(values[:, None, :], values[:, :, None], out=half)
+    # Equal eigenvalues have no order of their own: far below rounding their places give them one.
+    # Without, a pair would be turned by 45 degrees the same way twice, which is no rotation.
+    places = torch.arange(values.shape[-1], dtype=values.dtype, device=values.device) * tiny
+    half += torch.sub(places[:, None], places[None, :], out=reach[0])
     torch.addcmul(half.new_full((), tiny), half, half, out=reach)
     reach.addcmul_(entries, entries).sqrt_().copysign_(half).add_(half)
     tangents = entries.div_(reach)

@@ -30,6 +30,19 @@ def test_two_by_two_is_exact_after_one_refresh():
     torch.testing.assert_close(rotation.mT @ matrix @ rotation, rotated)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_eigenvalues_a_few_roundings_apart_are_turned_by_a_rotation(dtype):
+    """In float32 some of a thousand eigenvalues always are; a pair once lost never comes back."""
+    size = 24
+    steps = torch.stack([torch.arange(size), torch.arange(size).flip(0), torch.zeros(size)])
+    values = 1 + steps.to(dtype) * torch.finfo(dtype).eps
+    noise = torch.randn(3, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    matrix = torch.diag_embed(values) + 0.01 * (noise + noise.mT).tril(-1)
+    rotation, _ = eigenbasis.refresh(matrix)
+    eye = torch.eye(size, dtype=dtype).expand(3, size, size)
+    torch.testing.assert_close(rotation.mT @ rotation, eye, rtol=0, atol=1e-5)
+
+
 def test_a_refresh_squares_a_small_error():
     _, values = symmetric(2, 8)
     noise = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(1)).double()
