@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from hf_precond.model.attention import find_attention
 from hf_precond.model.double_backward import DoubleBackward
 from hf_precond.model.hooks import Hook
 from hf_precond.model.matrices import CONVOLUTIONS, is_linear
+from hf_precond.model.moments.arrivals import Arrivals
 from hf_precond.model.moments.heads import HEADS, HeadMoments
 from hf_precond.model.moments.parts import Collection, input_part, output_part, patch_part
 from hf_precond.model.moments.rows import (
@@ -206,29 +207,44 @@ class Capture(StatisticsSource):
             ]
             gradients = [c for c in point.collections.values() if c.kind == "output_grad"]
             weights = _output_weights(point, result, dtype) if gradients else None
-        done: list[bool] = []
+        arrivals = Arrivals(point.layer, self.stage.epoch)
 
         def stage(gradient: Tensor) -> None:
-            if done:
+            found = arrivals.add(gradient.detach(), self.stage.epoch)
+            if found is None:
                 return
-            done.append(True)
+            total, before = found
             self.siblings.forget()
-            for part in parts:
+            for part in parts if before is None else ():
                 if part is not None:
                     self.stage.add(part, in_pass)
-            if not gradients:
-                return
-            with torch.no_grad(), no_autocast(gradient.device):
-                rows = output_rows(point.layer, gradient.detach()).to(dtype)
-                scale = self.loss_scale() if callable(self.loss_scale) else self.loss_scale
-                if scale is not None:
-                    rows = rows / scale
-                spares = self.stage.spares
-                for collection in gradients:
-                    part = output_part(collection, rows, weights, self.step, spares)
-                    self.stage.add(part, in_pass)
+            for collection in gradients:
+                self._stage_gradient(point, collection, total, weights, in_pass)
+                if before is not None:
+                    self._stage_gradient(point, collection, before, weights, in_pass, sign=-1)
 
         result.register_hook(stage)
+
+    def _stage_gradient(
+        self,
+        point: _Point,
+        collection: Collection,
+        gradient: Tensor,
+        weights: Tensor | None,
+        in_pass: int,
+        sign: int = 1,
+    ) -> None:
+        """Stage the moment of an output gradient; with ``sign`` -1 take it away again."""
+        with torch.no_grad(), no_autocast(gradient.device):
+            rows = output_rows(point.layer, gradient).to(moment_dtype(point))
+            scale = self.loss_scale() if callable(self.loss_scale) else self.loss_scale
+            if scale is not None:
+                rows = rows / scale
+            part = output_part(collection, rows, weights, self.step, self.stage.spares)
+            if sign < 0:
+                part.sum.neg_()
+                part = replace(part, count=-part.count)
+            self.stage.add(part, in_pass)
 
     def _input_part(
         self,

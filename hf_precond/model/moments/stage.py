@@ -162,6 +162,7 @@ class Stage:
         self.spares = Spares()
         self.owed: dict[str, Tensor] = {}
         self.lent: list[Tensor] = []
+        self.epoch = 0  # counts how often it was emptied
 
     def add(self, part: Part, in_pass: int) -> None:
         """Add a part that the pass numbered ``in_pass`` brought."""
@@ -200,6 +201,7 @@ class Stage:
         """Forget everything."""
         for matrix in self.owed.values():
             self.spares.give(matrix)
+        self.epoch += 1
         self.owed.clear()
         self.sums.clear()
         self.counts.clear()
