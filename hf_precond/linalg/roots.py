@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_precond.linalg.msign import largest_entry
+
 FLOOR = 1e-12
 """Smallest damping in absolute units."""
 
@@ -102,14 +104,16 @@ def inverse_sqrt(
     """
     damped, identity = damp(moment, damping, mean)
     shape, size = damped.shape, damped.shape[-1]
-    scale = torch.linalg.matrix_norm(damped, keepdim=True)
-    y = (damped / scale).reshape(-1, size, size)
+    largest = largest_entry(damped)  # the squares of entries above 1e19 are beyond float32
+    y = damped / largest
+    norm = torch.linalg.matrix_norm(y, keepdim=True)
+    y = (y / norm).reshape(-1, size, size)
     z = torch.eye(size, dtype=y.dtype, device=y.device).expand_as(y).contiguous()
     for _ in range(root_steps(size * blocks, damping)):
         t = torch.bmm(z, y).mul_(-0.5)
         t.diagonal(dim1=-2, dim2=-1).add_(1.5)
         y, z = torch.bmm(y, t), torch.bmm(t, z)
-    value = z.reshape(shape) * scale.rsqrt()
+    value = z.reshape(shape) * norm.rsqrt() * largest.rsqrt()
     value = (value + value.mT) * 0.5
     return Refreshed(value, torch.isfinite(value).all(-1).all(-1), identity)
 

@@ -69,6 +69,18 @@ def test_a_tiny_moment_stays_finite():
     assert found.value.max() <= 1.01 / roots.FLOOR**0.5
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e20, 1e30])
+@pytest.mark.parametrize("function", [roots.inverse, roots.inverse_factor, roots.inverse_sqrt])
+def test_a_moment_of_any_scale_in_float32(function, scale):
+    """Squares of its entries may be beyond the range of float32."""
+    moment = moments(2, 6)
+    found = function((moment * scale).float(), 0.1)
+    assert found.usable.all()
+    value = found.value.double()
+    value = value if function is roots.inverse else value @ value.mT
+    torch.testing.assert_close(value * scale, power(moment, 0.1, -1), rtol=1e-3, atol=1e-3)
+
+
 def test_a_failed_factorisation_is_tried_with_more_damping():
     moment = torch.diag(torch.tensor([1.0, 1.0, -1e-5], dtype=torch.float64))[None]
     found = roots.inverse(moment, 1e-6)
