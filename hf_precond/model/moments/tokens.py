@@ -72,7 +72,9 @@ class TokenWeights:
         names = _positions(module)
 
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not self.enabled:
+            # A pass without gradients between forward and backward (an evaluation, a reference
+            # model's logits) must not give its masks to what the backward pass recomputes.
+            if not self.enabled or not torch.is_grad_enabled():
                 return
             self.passes += counts
             given = {names[i]: value for i, value in enumerate(args) if i in names} | {

@@ -96,6 +96,25 @@ def test_two_forwards_before_a_backward_keep_their_masks(reentrant: bool | None)
     assert {found.count.item() for found in taken.values()} == {20}
 
 
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_an_evaluation_between_forward_and_backward_gives_no_masks(reentrant: bool | None) -> None:
+    """What the backward pass of checkpointing recomputes is no part of the evaluation."""
+    model = build("bert")
+    if reentrant is not None:
+        options = {"use_reentrant": reentrant}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        model.enable_input_require_grads()
+    capture = counting(model)
+    batch = text()
+    loss = loss_of(model, {**batch, "attention_mask": masks(7, 3, 2)})
+    with torch.no_grad():
+        loss_of(model, {**batch, "attention_mask": masks(7, 7, 7)})
+        loss_of(model.eval(), {**batch, "attention_mask": masks(7, 7, 6)})
+    model.train()
+    loss.backward()
+    assert set(counts(capture).values()) == {12}
+
+
 def test_a_pass_without_a_mask_has_none_of_an_earlier_pass() -> None:
     model = build("bert")
     capture = counting(model)
