@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 
 
 class Arrivals:
@@ -67,5 +68,7 @@ class Arrivals:
 def _accumulator(weight: Any) -> torch.autograd.graph.Node | None:
     """The node that adds to a weight's gradient; ``None`` for one without."""
     if not isinstance(weight, Tensor) or not weight.requires_grad or not weight.is_leaf:
+        return None
+    if peek_interpreter_stack() is not None:  # inside torch.func no node adds to weights outside
         return None
     return torch.autograd.graph.get_gradient_edge(weight).node

@@ -6,6 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._C._functorch import (
+    get_unwrapped,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    is_gradtrackingtensor,
+    maybe_get_bdim,
+)
 
 from hf_precond.blocks import Statistic
 from hf_precond.linalg.gram import gram
@@ -152,6 +159,28 @@ class Spares:
         self._idle.clear()
 
 
+def _outside(part: Part) -> Part:
+    """A part that the transforms of ``torch.func`` made, as plain tensors.
+
+    Under ``vmap`` (gradients of single samples) it stands for one of every sample.
+    """
+    total, count = part.sum, part.count
+    while is_functorch_wrapped_tensor(total):
+        if is_batchedtensor(total):
+            dim, total = maybe_get_bdim(total), get_unwrapped(total)
+            samples, total = total.shape[dim], total.sum(dim)
+            if is_batchedtensor(count):
+                count = get_unwrapped(count).sum(maybe_get_bdim(count))
+            else:
+                count = count * samples
+        else:
+            total = get_unwrapped(total)
+            count = get_unwrapped(count) if is_gradtrackingtensor(count) else count
+    while is_functorch_wrapped_tensor(count):
+        count = get_unwrapped(count)
+    return Part(part.collection, total, count)
+
+
 class Stage:
     """Sums by collection, and the number of passes that added to each."""
 
@@ -166,6 +195,8 @@ class Stage:
 
     def add(self, part: Part, in_pass: int) -> None:
         """Add a part that the pass numbered ``in_pass`` brought."""
+        if is_functorch_wrapped_tensor(part.sum):
+            part = _outside(part)
         if part.collection in self.sums:
             self.sums[part.collection].add_(part.sum)
             self.counts[part.collection].add_(part.count)

@@ -457,3 +457,24 @@ def test_two_backward_passes_through_one_graph_are_that_of_the_sum() -> None:
     wanted = _branches(together)
     for run in (apart, asked_before, penalised, handed_out):
         assert_same(_branches(run), wanted)
+
+
+def test_gradients_of_single_samples_bring_what_their_batch_does() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    capture = opened(model, requests_for(linears(model)))
+    inputs = torch.randn(7, 2, 4, dtype=torch.float64)
+    parameters = dict(model.named_parameters())
+
+    def loss(values: dict[str, Tensor], sample: Tensor) -> Tensor:
+        output: Tensor = torch.func.functional_call(model, values, (sample,))
+        return output.square().sum()
+
+    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, inputs)
+    assert gradients["0.weight"].shape == (7, 5, 4)
+    single = capture.take()
+    model(inputs).square().sum().backward()
+    batch = capture.take()
+    for key, found in batch.items():
+        torch.testing.assert_close(single[key].sum + 0, found.sum)
+        assert single[key].count.item() == found.count.item() == 14
