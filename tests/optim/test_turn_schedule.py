@@ -139,3 +139,13 @@ def test_an_interval_of_one_turns_everything_at_every_step():
     _, turned = simulate(schedule, planned, 40, lambda due, step: step > 30)
     assert all(steps == list(range(31, 40)) for steps in turned.values())
     assert len(turned) == 5
+
+
+def test_an_endless_interval_costs_nothing_at_its_start():
+    """``basis_interval=10**9``: the bases of the first steps for good."""
+    schedule, planned = TurnSchedule(10**9), leaves(*[SQUARE] * 8, LONG)
+    schedule.spread(planned[:6])
+    phases = [leaf[f"{side}_phase"] for leaf, plan in planned[:6] for side in plan.sides]
+    assert sorted(phases) == list(range(12))
+    schedule.spread(planned[6:], planned[:6])
+    assert max(leaf[f"{side}_phase"] for leaf, plan in planned for side in plan.sides) < 20

@@ -10,6 +10,8 @@ from hf_precond.optim.rotation.plan import RotationPlan
 
 CLEAN_EVERY = 8
 """Refreshes of a basis between two corrections of its orthogonality."""
+PHASES = 4096
+"""Steps of an interval that turns are spread over, so that an endless one has no endless lists."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,18 +66,18 @@ class TurnSchedule:
             new: leaves at their first call, with the plan of each.
             present: those that have their steps.
         """
-        interval = self.interval
-        loads = [0.0] * interval
+        loads = [0.0] * min(self.interval, PHASES)
         cleans = [[0.0] * CLEAN_EVERY for _ in loads]
         for leaf, plan in present:
             for side, cost in plan.turn_cost.items():
                 # A new leaf's steps begin to count one call from now.
-                place = (leaf[f"{side}_phase"] - leaf["step"] - 1) % interval
-                loads[place] += cost
-                cleans[place][leaf[f"{side}_clean"]] += cost
+                place = (leaf[f"{side}_phase"] - leaf["step"] - 1) % self.interval
+                if place < len(loads):
+                    loads[place] += cost
+                    cleans[place][leaf[f"{side}_clean"]] += cost
         costs = [(cost, leaf, s) for leaf, plan in new for s, cost in plan.turn_cost.items()]
         for cost, leaf, side in sorted(costs, key=lambda found: -found[0]):
-            phase = min(range(interval), key=loads.__getitem__)
+            phase = min(range(len(loads)), key=loads.__getitem__)
             clean = min(range(CLEAN_EVERY), key=cleans[phase].__getitem__)
             loads[phase] += cost
             cleans[phase][clean] += cost
