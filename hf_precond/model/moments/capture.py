@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from hf_precond.model.double_backward import DoubleBackward
 from hf_precond.model.hooks import Hook
 from hf_precond.model.matrices import CONVOLUTIONS, is_linear
 from hf_precond.model.moments.arrivals import Arrivals
+from hf_precond.model.moments.evaluation import Evaluated
 from hf_precond.model.moments.heads import HEADS, HeadMoments
 from hf_precond.model.moments.parts import Collection, input_part, output_part, patch_part
 from hf_precond.model.moments.rows import (
@@ -31,12 +31,6 @@ from hf_precond.model.moments.rows import (
 from hf_precond.model.moments.siblings import SharedInputs
 from hf_precond.model.moments.stage import Part, Stage, no_autocast
 from hf_precond.model.moments.tokens import Reader, TokenWeights
-
-EVALUATED = (
-    "no second moment was collected since the last step: the model ran in evaluation mode "
-    "(from_pretrained returns it so), whose passes do not count, and its layers are stepped "
-    "without a preconditioner of theirs; call model.train() before the training loop."
-)
 
 
 @dataclass
@@ -82,7 +76,7 @@ class Capture(StatisticsSource):
         self.stage = Stage()
         self.siblings = SharedInputs()
         self.step = -1
-        self.evaluated = False
+        self.evaluated = Evaluated()
         self.paths = {module: path for path, module in model.named_modules()}
         self.wrappers = wrappers_of(model)
         self.projections: dict[nn.Module, nn.Module] = {
@@ -189,7 +183,8 @@ class Capture(StatisticsSource):
             if module.training:
                 capture._observe(point, args, kwargs, result)
             else:
-                capture.evaluated = True
+                name = capture.paths[point.module]
+                capture.evaluated.watch(name, point.collections, result)
 
         return hook
 
@@ -300,7 +295,7 @@ class Capture(StatisticsSource):
         if step != self.step:
             self.stage.clear()
         self.step = step
-        self.evaluated = False
+        self.evaluated.forget()
         self.tokens.enabled = due
         self.heads.enable(due)
         self.switch.expect(due)
@@ -311,7 +306,7 @@ class Capture(StatisticsSource):
     def take(self) -> dict[str, Statistic]:
         """What was staged since the last call, by request key; the stage is empty afterwards.
 
-        Warns where nothing was, and the model ran in evaluation mode.
+        Warns of layers that were trained in evaluation mode only.
         """
         taken: dict[str, Statistic] = {}
         for request in self.requests:
@@ -324,8 +319,8 @@ class Capture(StatisticsSource):
                     found = Statistic(found.sum[:size, :size], found.count, found.passes)
             if found is not None:
                 taken[request.key] = found
-        if not taken and self.evaluated:
-            warnings.warn(EVALUATED, stacklevel=2)
+        self.evaluated.warn(self.stage.sums)
+        self.evaluated.forget()
         self.stage.lend()
         self.tokens.forget()
         return taken
@@ -336,6 +331,7 @@ class Capture(StatisticsSource):
 
     def drop(self) -> None:
         """Forget what was staged (a skipped step)."""
+        self.evaluated.forget()
         self.stage.clear()
 
     def close(self) -> None:
