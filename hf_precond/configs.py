@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ from hf_precond.fields import (
     from_text,
     hints_of,
     interval,
+    one_of,
     positive,
     refuse_unknown,
 )
@@ -47,7 +48,8 @@ class OptimizerConfig(HubMixin):
         betas: decay rates of the AdamW rule's two moments, each in [0, 1).
         eps: the AdamW rule's epsilon, >= 0.
         state_dtype: dtype of the Kronecker factors kept between steps, one of
-            ``float32``, ``float64``, ``bfloat16``, ``float16``; ``None`` is
+            ``float32``, ``float64``, ``bfloat16``, ``float16`` (``nkfac`` only: the
+            range is too small for what is not of unit norm); ``None`` is
             float32, and float64 for float64 parameters.
         skip_nonfinite: leave a step out whose gradients are not all finite,
             as a loss scaler does: weights, moments and factors stay as they
@@ -69,7 +71,7 @@ class OptimizerConfig(HubMixin):
     head_lr_scale: float = positive(1.0)
     betas: tuple[float, float] = decay((0.9, 0.999))
     eps: float = bounded(1e-8, 0.0)
-    state_dtype: str | None = field(default=None, metadata={"choices": tuple(STATE_DTYPES)})
+    state_dtype: str | None = one_of(*STATE_DTYPES)
     skip_nonfinite: bool = False
 
     def __post_init__(self) -> None:
@@ -195,6 +197,7 @@ class AFOptConfig(OptimizerConfig):
         *("space", "joint", "center", "rope", "max_dim"),
     )
 
+    state_dtype: str | None = one_of("float32", "float64", "bfloat16")
     momentum: float = decay(0.9)
     base: Literal["adamw", "sgd", "adamr", "muon"] = "adamw"
     scope: Literal["query_key", "attention", "all_linear"] = "all_linear"
@@ -267,10 +270,9 @@ class AdamRConfig(OptimizerConfig):
     """
 
     name: ClassVar[str] = "adamr"
-    layout: ClassVar[tuple[str, ...]] = (
-        *("state_dtype", "basis", "basis_source", "basis_interval", "max_dim"),
-    )
+    layout = ("state_dtype", "basis", "basis_source", "basis_interval", "max_dim")
 
+    state_dtype: str | None = one_of("float32", "float64", "bfloat16")
     basis: Literal["auto", "two_sided", "one_sided", "identity"] = "auto"
     basis_source: Literal["gradient", "feature"] = "gradient"
     transport: Literal["overlap", "permute"] = "permute"

@@ -55,6 +55,11 @@ def decay(default: Any) -> Any:
     return bounded(default, 0.0, 1.0, open_high=True)
 
 
+def one_of(*names: str) -> Any:
+    """A field that takes one of ``names``, or ``None``, its default."""
+    return field(default=None, metadata={"choices": names})
+
+
 def hints_of(cls: type) -> dict[str, Any]:
     """Field name to type."""
     return typing.get_type_hints(cls)

@@ -45,6 +45,8 @@ def test_every_field_is_documented_and_has_a_legal_default(cls):
         (AdamRConfig, "floor", True, "a number in [0, infinity)"),
         (NKFACConfig, "damping", 0.0, "(0, infinity)"),
         (NKFACConfig, "state_dtype", "int8", "'bfloat16'"),
+        (AFOptConfig, "state_dtype", "float16", "'bfloat16'"),
+        (AdamRConfig, "state_dtype", torch.float16, "'bfloat16'"),
         (SGDPHConfig, "tau", float("nan"), "(0, infinity)"),
         (SGDPHConfig, "probe", None, "'rademacher'"),
     ],
