@@ -151,6 +151,11 @@ def depends_on(loss: Tensor, parameters: Iterable[Tensor]) -> bool:
     return any(id(getattr(node, "variable", None)) in wanted for node in _nodes(loss))
 
 
+def recomputes(loss: Tensor) -> bool:
+    """Whether part of a loss's graph is made by its backward pass: reentrant checkpointing."""
+    return any(node.name() == "CheckpointFunctionBackward" for node in _nodes(loss))
+
+
 @contextmanager
 def differentiable_twice(loss: Tensor) -> Iterator[None]:
     """Around a backward pass with ``create_graph``: refuses custom functions that break its graph.

@@ -20,6 +20,7 @@ from hf_precond.model.curvature.hessian_products import (
     depends_on,
     diagonal_estimates,
     probe_vectors,
+    recomputes,
 )
 from hf_precond.model.double_backward import DoubleBackward
 from hf_precond.model.hooks import Hook
@@ -246,6 +247,9 @@ class CurvatureProbe(CurvatureSource):
         parameters = [request.norm.parameter for request in requests]
         try:
             product = GraphProduct(loss, parameters, scale)
+            hidden = not all(product.reached) and recomputes(loss)
+            if hidden and (any(product.reached) or depends_on(loss, self.model.parameters())):
+                raise RuntimeError("reentrant checkpointing hides norms from it")
             if not any(product.reached):
                 return False
             self._stage(product, requests, parameters, weight)

@@ -121,6 +121,25 @@ def test_without_the_switch_the_error_says_what_to_do():
     source.close()
 
 
+@pytest.mark.parametrize("inside", ["one", "all"])
+def test_reentrant_checkpoints_that_hide_norms_are_refused(inside):
+    """Their gradients are none in a product's graph, which is not the same as a layer dropped."""
+    first, last = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), nn.LayerNorm(4)
+    model = nn.Sequential(nn.Linear(4, 4), first, last if inside == "one" else nn.Tanh())
+    source = open_source(model)
+    source.enable(True, 0)
+
+    def loss(reentrant):
+        hidden = checkpoint(first, model[0](torch.ones(3, 4)), use_reentrant=reentrant)
+        return (model[2](hidden) ** 3).sum()
+
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        source.observe(loss(True))
+    assert source.observe(loss(False))
+    assert len(source.take()) == (4 if inside == "one" else 2)
+    source.close()
+
+
 class Square(torch.autograd.Function):
     """By a kernel of its own: autograd does not see how the gradient was made."""
 
