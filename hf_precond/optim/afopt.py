@@ -48,12 +48,12 @@ class AFOpt(PrecondOptimizer):
         U    ← m·βᵏ·U·0.2·√numel/‖U‖_F              per tensor, all heads together
         [W | b] ← (1 - lr·wd) [W | b] - lr·U
 
-    U is the steepest descent under a bound on the spectral norm of
-    ``A_L^(1/2) δW A_R^(1/2)``: on whitened features, of the change of the
-    logits (q, k) or of the module's output. After k steps in a row without a
-    gradient (an expert that got no token) it fades, as Adam's. ``direction="inverse"`` takes
-    ``A_L⁻¹ N A_R⁻¹`` instead, the least-squares step along ``-∂L/∂S`` in the
-    logits ``S = QKᵀ/√d``; ``"inverse_sqrt"`` the exponent -1/2.
+    U is the steepest descent under a bound on the spectral norm of ``A_L^(1/2) δW A_R^(1/2)``: on
+    whitened features, of the change of the logits (q, k) or of the module's output. After k steps
+    in a row without a gradient (an expert that got no token) it fades, as Adam's. The other
+    directions, and ``joint``: :mod:`~hf_precond.optim.attention.directions`; other scalings:
+    :mod:`~hf_precond.optim.attention.scaling`; ``space``, ``center``, ``rope``, the damping:
+    :mod:`~hf_precond.optim.attention.factors`; when: :mod:`~hf_precond.optim.attention.refresh`.
 
     The thesis (Ying Sun, "Designing effective preconditioned optimizers for
     deep neural network training", PolyU 2024) gives AFOpt in its abstract

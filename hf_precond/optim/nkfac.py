@@ -47,15 +47,18 @@ class NKFAC(PrecondOptimizer):
 
     and the base rule (AdamW, SGD with momentum, AdamR) takes G̃ for the
     gradient; its weight decay is decoupled. The averages start without bias,
-    and count an optimizer step once however many micro-batches it has. The
-    unit norms take out the loss's scale and the batch's size.
+    ``A ← b A + (1 - b) ·``, ``b = min(stat_decay, 1 - 1/k)`` at the k-th, and
+    count an optimizer step once however many micro-batches it has. The unit
+    norms take out the loss's scale and the batch's size. λmax is estimated by
+    power iteration.
 
-    The first three inverses of a factor and then every ``exact_interval``-th
-    are exact. The others take ``newton_steps`` scaled and safeguarded Newton
-    steps from the previous inverse
+    The first three inverses of a factor, and all of every
+    ``exact_interval``-th refresh, are exact. The others take ``newton_steps``
+    scaled and safeguarded Newton steps from the previous inverse
     (:func:`~hf_precond.linalg.newton.newton_step`) where that is cheaper, and
-    are exact too elsewhere (``solver="auto"``). A side wider than ``max_dim``
-    has no factor. Kept per layer in float32:
+    are exact too elsewhere (``solver="auto"``), and where the previous
+    inverse is off by more than half, ``‖I - cBA‖_F > √n/2``. A side wider
+    than ``max_dim`` has no factor. Kept per layer in float32:
     ``2 · 4 · (n_in² + n_out²)`` bytes.
 
     ``reference=True`` reproduces the authors' published code: NKFAC with

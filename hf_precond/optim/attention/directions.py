@@ -1,6 +1,14 @@
 """The directions of AFOpt: a gradient between the factors of its rows and of its columns.
 
-For a batch of matrices of one shape; see :class:`~hf_precond.optim.afopt.AFOpt`.
+For a batch of matrices of one shape; see :class:`~hf_precond.optim.afopt.AFOpt`. Per head, with
+``P = (A + λ·tr(A)/n·I)⁻¹`` and N the momentum::
+
+    spectral      U = P_L^(1/2) msign(P_L^(1/2) N P_R^(1/2)) P_R^(1/2)
+    inverse       U = P_L N P_R               the least-squares step along -∂L/∂S, S = QKᵀ/√d
+    joint         U = P_L N (P_R - ½ Ŵᵀ P_own Ŵ)    q and k: what both steps move is counted once
+    inverse_sqrt  U = P_L^(1/2) N P_R^(1/2)
+
+with ``Ŵ = [W | b]`` of the head itself and P_own of its own A_Q (q) or A_K (k).
 """
 
 from __future__ import annotations

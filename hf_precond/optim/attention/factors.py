@@ -9,8 +9,18 @@ For a head h, in torch's layout (``Ŵ = [W | b]``, ``x̂ = (x, 1)``):
 - DoRA scales the rows of ``W + s B A`` by D = diag(m / norm), the norm held constant: its B has
   ``D_h A_h D_h`` (o's B the identity all the same), its A ``Σ_h B_hᵀ D_h A_h D_h B_h``
 
-Nothing is collected for A_K and A_Q unless queries and keys are rotated or
-normed on their way to the logits.
+Nothing is collected for A_K and A_Q unless queries and keys are rotated or normed on their way to
+the logits: then they are the moments of the vectors that the logits are made of, which under RoPE
+are averaged, ``(1/n) Σ_i R_iᵀ C R_i`` over the positions (``rope="averaged"``).
+
+- ``center``: A_K of keys less their sequence's mean; k's right factor that of such inputs, the
+  constant 1 among them
+- ``space="product"``: ``A_K,h = W_k,h W_k,hᵀ``, A_Q likewise, without bias; no right factors
+- damping: ``A + λ·tr(A)/n·I``, at least 1e-12. ``covariant_damping``: the left factors as if A_X
+  were damped, ``A_K + λ·tr(A_X)/n·Ŵ_k Ŵ_kᵀ`` (v: ``(1 + λ) W_oᵀ W_o``), and ``8 ε·tr(A)/n·I``
+- an input wider than ``max_dim``: ``⌈in / max_dim⌉`` diagonal blocks of equal width of A_X, with
+  the mean eigenvalue of all, here too
+- averages: ``A ← b A + (1 - b) E[·]``, ``b = min(stat_decay, 1 - 1/k)`` at the k-th statistic
 """
 
 from __future__ import annotations

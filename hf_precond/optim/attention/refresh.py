@@ -1,4 +1,10 @@
-"""When and how the factors of AFOpt are recomputed from its moments."""
+"""When and how the factors of AFOpt are recomputed from its moments.
+
+Every factor at the steps 0, ``stat_interval`` and ``2 stat_interval``; from then on each attention
+(each linear layer outside) on a step of its own, ``t ≡ i·stat_interval`` modulo
+``inverse_interval``, the layers numbered in model order, i their number modulo
+``inverse_interval // stat_interval``.
+"""
 
 from __future__ import annotations
 

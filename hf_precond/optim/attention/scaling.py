@@ -1,4 +1,17 @@
-"""How long AFOpt's step is: scalings of a direction, and the logit change it makes."""
+"""How long AFOpt's step is: scalings of a direction, and the logit change it makes.
+
+U is the direction of one matrix ``[W | b]``, all heads together, and the step ``lr`` times::
+
+    rms            m·βᵏ·U·0.2·√numel/‖U‖_F                  m = lr_scale
+    logit_rms      βᵏ·U·ρ/c, c the rms change of the logits that U makes: q and k; others as rms
+    cap            the shorter of these two: q and k; others as rms
+    graft          U·‖B‖_F/‖U‖_F, B the base rule's step per unit of lr, by its own moments
+    norm_recovery  the gradient of the base rule is G̃ = U·‖Ĝ‖_F/‖U‖_F, U of Ĝ without momentum
+
+k counts the steps in a row without a gradient, β is the momentum's decay; c follows
+:func:`logit_change`, with A_K (A_Q) undamped and as of the last refresh, as the square root of the
+mean over query heads.
+"""
 
 from __future__ import annotations
 

@@ -63,8 +63,9 @@ class RotatedAdamRule(Rule):
 
     When a basis turns, ``Q' = Q P``, the momentum follows exactly (``Pᵀ M``)
     and the second moment by the overlap of the coordinates (``(P∘P)ᵀ V``: V
-    stays positive and keeps its sum), or stays with its columns. The factors
-    are kept in the coordinates of their basis, ``Qᵀ L Q``.
+    stays positive and keeps its sum), as always in the first interval, or stays with its columns,
+    raised to where ``M̂² <= V̂``. The factors are kept as ``Qᵀ L Q`` and averaged with
+    ``b = min(stat_decay, 1 - 1/k)``; a gradient enters them before the bases turn at its step.
 
     The first call only collects statistics: in the basis of its own gradient
     an entry off the diagonal is pure rounding, and Adam would scale it to 1.
