@@ -43,3 +43,23 @@ def test_trains(name, dtype):
         kept = optimizer.state[placed.weight].values()
         assert all(v.dtype != torch.bfloat16 for v in kept if torch.is_tensor(v))
     optimizer.close()
+
+
+@pytest.mark.parametrize("max_dim", [1, 2, 5, 16])
+def test_a_key_without_bias_has_nothing_of_the_constant_in_its_blocks(max_dim):
+    """Whisper's queries have a bias: the moment they share with the keys holds the constant 1."""
+    model = build("whisper", torch.float64).train()
+    fields = {"max_dim": max_dim, "stat_interval": 1, "direction": "inverse_sqrt"}
+    optimizer = create_optimizer(model, "afopt", scope="query_key", **fields)
+    loss_of(model, FAMILIES["whisper"].batch()).backward()
+    optimizer.step()
+    keys = [treatment for treatment in optimizer.plan.treatments if treatment.role == "k"]
+    assert keys and all(k.right.columns == 16 for k in keys)
+    for right in (k.right for k in keys):
+        held = right.moment.read(optimizer.state)
+        plain = torch.block_diag(*held.view(-1, *held.shape[-2:]))[:16, :16]
+        found, mean = optimizer.refreshing().right_moment(right)
+        whole = torch.block_diag(*found.view(-1, *found.shape[-2:]))
+        assert torch.equal(whole[:16, :16], plain)
+        assert not whole[16:].any() and not whole[:, 16:].any()
+        torch.testing.assert_close(mean, plain.trace() / 16)

@@ -121,9 +121,9 @@ class Refresh:
             moment = moment[: right.columns, : right.columns]
         elif right.columns < right.moment.request.matrix.columns:
             moment = moment.clone()
-            last = right.columns - (moment.shape[0] - 1) * moment.shape[-1]
-            moment[-1, last:] = 0
-            moment[-1, :, last:] = 0
+            block, last = divmod(right.columns, moment.shape[-1])
+            moment[block, last:] = 0
+            moment[block, :, last:] = 0
         return moment, merged(moment, right.columns)
 
     def _lefts(self, treatments: Sequence[Any], pieces: Pieces[Due]) -> None:
