@@ -16,7 +16,7 @@ from hf_precond.linalg.msign import largest_entry
 from hf_precond.linalg.packed import pack, packed_size, unpack
 from hf_precond.optim.attention import scaling
 from hf_precond.optim.attention.averages import average
-from hf_precond.optim.attention.directions import Sandwich
+from hf_precond.optim.attention.directions import Sandwich, resting
 from hf_precond.optim.attention.entropy import EntropyWatch
 from hf_precond.optim.attention.factors import AttentionFactors, heads_of
 from hf_precond.optim.attention.plan import Plan, RightFactor, Treatment, observes
@@ -255,9 +255,8 @@ class AFOpt(PrecondOptimizer):
             treatment.right is None,
             special,
             block and (block.heads, block.logit_scale),
-            placed.weight_slot[0],
-            placed.weight.dtype,
-            placed.weight.device,
+            (placed.weight_slot[0], placed.bias_rests),
+            (placed.weight.dtype, placed.weight.device),
         )
 
     def _momentum(self, batch: Sequence[Treatment], raw: Tensor) -> Tensor:
@@ -279,12 +278,12 @@ class AFOpt(PrecondOptimizer):
     def sandwich(self, batch: Sequence[Treatment]) -> Sandwich:
         """The factors of a batch of equal treatments."""
         first, dtype = batch[0], batch[0].placed.dtype
-        left = None
-        if first.left is not None:
-            left = torch.cat(self._held(batch, "left")).to(dtype)
+        left = torch.cat(self._held(batch, "left")).to(dtype) if first.left is not None else None
         rights = None
         if first.right is not None:
             kept = self._rights_of(dict.fromkeys(t.right for t in batch if t.right), dtype)
+            if first.placed.bias_rests:
+                kept = {r: resting(factor, r.kind, r.columns) for r, factor in kept.items()}
             rights = [kept[t.right] for t in batch if t.right]
         return Sandwich(first.heads, first.form, left, rights, self.config.precision)
 

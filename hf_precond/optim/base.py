@@ -164,7 +164,8 @@ class PrecondOptimizer(torch.optim.Optimizer):
         self._commit_staged()
         self.refresh()
         self.failures.check()
-        self.rates = [group["lr"] for group in self.param_groups]
+        rates = [group["lr"] for group in self.param_groups]
+        self.rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
         self._apply()
         for group in self.param_groups:
             group["step"] += 1

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_precond.blocks import MomentRequest, Statistic
 from hf_precond.configs import NKFACConfig
+from hf_precond.linalg.inverse import without_last
 from hf_precond.linalg.precision import float32_products
 from hf_precond.optim.base import PrecondOptimizer
 from hf_precond.optim.kronecker import blocks as kronecker
@@ -239,7 +240,8 @@ class NKFAC(PrecondOptimizer):
     def _shape(self, placed: PlacedMatrix) -> tuple[Any, ...]:
         matrix, weight = placed.matrix, placed.weight
         seen = [bool(self._read(factor, "refreshes")) for factor in self.factors(placed)]
-        return matrix.shape, matrix.columns, any(seen), weight.dtype, weight.device
+        kind = any(seen), placed.bias_rests
+        return matrix.shape, matrix.columns, kind, weight.dtype, weight.device
 
     def preconditioner(self, placed: PlacedMatrix) -> KroneckerBlock:
         """``L̂ ⊗ R̂`` of a layer; the identity for a side without an inverse yet."""
@@ -248,7 +250,10 @@ class NKFAC(PrecondOptimizer):
             for factor in self.factors(placed)
             if self._read(factor, "refreshes")
         }
-        return KroneckerBlock(found.get("output"), found.get("input"))
+        inputs = found.get("input")
+        if inputs is not None and placed.bias_rests:
+            inputs = without_last(inputs)
+        return KroneckerBlock(found.get("output"), inputs)
 
     def curvature(self, placed: PlacedMatrix) -> KroneckerBlock:
         """``L ⊗ R`` of a layer, undamped, each of about unit Frobenius norm."""

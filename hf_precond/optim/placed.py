@@ -67,6 +67,12 @@ class PlacedMatrix:
         return self.matrix.weight_parameter
 
     @property
+    def bias_rests(self) -> bool:
+        """Whether the weight's step leaves the bias as it is: frozen since it was joined."""
+        bias = self.matrix.bias_parameter
+        return bias is not None and bias.grad is None and self.weight.grad is not None
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of the mathematics: float64 for float64 weights, else float32."""
         return compute_dtype(self.weight.dtype)

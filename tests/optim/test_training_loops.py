@@ -333,3 +333,42 @@ def test_schedules_that_cycle_the_momentum_cycle_that_of_sgd(name):
         schedule.step()
     assert found[0] == 0.95 and min(found) < 0.75
     optimizer.close()
+
+
+@pytest.mark.parametrize("fields", [{}, {"max_dim": 3}], ids=["whole", "blocks"])
+@pytest.mark.parametrize("name", ["nkfac", "afopt"])
+def test_beside_a_bias_that_was_frozen_a_weight_steps_by_its_own_block(name, fields):
+    """With inputs far from zero, the inverse's block is far from the inverse of the block."""
+    if name == "nkfac":
+        values = {"base": "sgd", "momentum": 0.0, "stat_interval": 1, "inverse_interval": 1}
+    else:
+        values = {"direction": "inverse", "momentum": 0.0, "stat_interval": 1, **fields}
+        values |= {"inverse_interval": 1, "damping": 1e-2}
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    optimizer = create_optimizer(model, name, lr=1e-3, **values)
+    inputs = torch.randn(40, 7).double() + 3
+    for step in range(3):
+        if step == 2:
+            model[0].bias.requires_grad_(False)
+        optimizer.zero_grad()
+        model(inputs).square().sum().backward()
+        before, gradient = model[0].weight.detach().clone(), model[0].weight.grad
+        optimizer.step()
+    moved = before - model[0].weight.detach()
+    rows = torch.cat([inputs, torch.ones(40, 1).double()], 1)
+    if name == "nkfac":
+        placed = next(p for p in optimizer.placed if p.matrix.module is model[0])
+        block = optimizer.curvature(placed)
+        left, right = (m + 0.01 * torch.linalg.eigvalsh(m)[-1] * torch.eye(len(m)).double()
+                       for m in (block.output, block.input))  # fmt: skip
+        wanted = torch.linalg.solve(left, gradient) @ torch.linalg.inv(right[:7, :7])
+    else:
+        moment = rows.T @ rows / 40
+        shift = 1e-2 * moment.trace() / 8 * torch.eye(8).double()
+        if fields:  # three diagonal blocks of three columns
+            moment = torch.block_diag(moment[:3, :3], moment[3:6, 3:6], moment[6:, 6:])
+        wanted = gradient @ torch.linalg.inv((moment + shift)[:7, :7])
+    cosine = (moved * wanted).sum() / (moved.norm() * wanted.norm())
+    assert 1 - cosine < 1e-7
+    optimizer.close()

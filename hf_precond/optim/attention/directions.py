@@ -19,9 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_precond.linalg.inverse import root_without_last, without_last
 from hf_precond.linalg.msign import gram_newton_schulz, newton_schulz
 from hf_precond.linalg.precision import Precision, float32_products, matmul
-from hf_precond.optim.attention.plan import Form
+from hf_precond.optim.attention.plan import FactorKind, Form
 
 
 @dataclass
@@ -107,6 +108,29 @@ class Sandwich:
         if self.rights is None:
             return matrices
         return times_right(matrices, self.rights, transposed, self.precision)
+
+
+def resting(factor: Tensor, kind: FactorKind, columns: int) -> Tensor:
+    """A right factor for steps that leave the bias as it is.
+
+    The least change of the output is then sought without the constant 1 among
+    the inputs: the moment loses its last row and column. Symmetric roots are
+    left as they are (they do not follow from the factor).
+
+    Args:
+        factor: ``[c, c]`` or diagonal blocks.
+        kind: what it is.
+        columns: c.
+    """
+    if kind == "root":
+        return factor
+    narrow = without_last if kind == "inverse" else root_without_last
+    if factor.dim() == 2:
+        return narrow(factor)
+    block, last = divmod(columns - 1, factor.shape[-1])
+    result = factor.clone()
+    result[block, : last + 1, : last + 1] = narrow(factor[block, : last + 1, : last + 1])
+    return result
 
 
 def times_right(
