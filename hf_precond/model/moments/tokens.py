@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -15,15 +16,34 @@ from hf_precond.model.hooks import Hook
 
 _KEPT = 8  # masks of passes whose backward may still recompute them (checkpointing)
 _NAMES = ("attention_mask", "encoder_attention_mask", "decoder_attention_mask", "labels")
+_PADDING = ("_pad_to_window_size", "_pad_to_block_size", "_pad_to_mult_of_chunk_length")
+# Modules of transformers that work on [T, B, d], by file and class.
+_TIME_FIRST = frozenset(
+    {
+        "modeling_longformer.LongformerSelfAttention",
+        "modeling_led.LEDEncoderSelfAttention",
+        "modeling_fsmt.EncoderLayer",
+        "modeling_fsmt.DecoderLayer",
+        "modeling_xlnet.XLNetLayer",
+    }
+)
 
 
 @dataclass
 class _Owner:
-    """A (sub)model that takes masks, and those of its last passes, latest last."""
+    """A (sub)model that takes masks, and those of its last passes, latest last.
+
+    Args:
+        path: its path.
+        pairs: it takes both sequences of an encoder and a decoder.
+        blind: it takes images.
+        lengthens: it pads sequences behind their end, to a multiple of a length.
+    """
 
     path: str
     pairs: bool
     blind: bool
+    lengthens: bool = False
     masks: list[dict[str, Tensor]] = field(default_factory=list)
 
 
@@ -33,6 +53,8 @@ class TokenWeights:
     A layer's tokens are weighted by the mask of the innermost model around it
     whose pass under way was called with one of the layer's batch and length.
     Anything else (no mask, packed or unpadded sequences, images) weighs 1.
+    Models of sparse attention lengthen sequences to a multiple of their window:
+    what they append weighs 0.
     A mask of sound counts samples; that of the frames made of them is the one
     its encoder is called with.
 
@@ -46,8 +68,12 @@ class TokenWeights:
         self.root = base_of(model)
         self.owners: list[_Owner] = []
         self.handles: list[RemovableHandle] = []
+        self.time_first: set[str] = set()
         root_path = ""
         for path, module in model.named_modules():
+            cls = type(module)
+            if f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" in _TIME_FIRST:
+                self.time_first.add(path)
             if module is self.root:
                 root_path = path
             named = module is model or module is self.root or hasattr(module, "base_model_prefix")
@@ -67,6 +93,7 @@ class TokenWeights:
             path,
             pairs=bool(getattr(config, "is_encoder_decoder", False)) and _takes_pairs(module),
             blind=getattr(module, "main_input_name", "input_ids") == "pixel_values",
+            lengthens=any(hasattr(module, name) for name in _PADDING),
         )
         self.owners.append(owner)
         names = _positions(module)
@@ -106,7 +133,8 @@ class TokenWeights:
             memory: its input is the other sequence of a cross-attention.
         """
         around = [o for o in self.owners if not o.path or f"{path}.".startswith(f"{o.path}.")]
-        return Reader(sorted(around, key=lambda o: -len(o.path)), path, memory)
+        time_first = any(f"{path}.".startswith(f"{outer}.") for outer in self.time_first)
+        return Reader(sorted(around, key=lambda o: -len(o.path)), path, memory, time_first)
 
 
 @dataclass(frozen=True)
@@ -116,11 +144,13 @@ class Reader:
     owners: list[_Owner]
     path: str
     memory: bool
+    time_first: bool = False
 
     def read(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """Weights for an input of ``shape``, or ``None``: all ones.
 
-        ``[B, T]`` for ``[B, T, …]``, ``[B · T]`` for the flattened ``[B · T, d]``.
+        ``[B, T]`` for ``[B, T, …]``, ``[B · T]`` for the flattened ``[B · T, d]``; ``[T, B]``
+        in modules that work on ``[T, B, d]``.
         """
         if len(shape) < 2:
             return None
@@ -134,13 +164,23 @@ class Reader:
                     mask = _up_to_last_label(masks["labels"])
                 if mask is None:
                     continue
-                if len(shape) == 2 and mask.numel() == shape[0]:
-                    return mask.flatten().ne(0).to(dtype)
-                if len(shape) > 2 and tuple(mask.shape) == tuple(shape[:2]):
-                    return mask.ne(0).to(dtype)
+                fitting = self._fit(mask, shape, owner)
+                if fitting is not None:
+                    return fitting.ne(0).to(dtype)
             if owner.blind:
                 return None
         return None
+
+    def _fit(self, mask: Tensor, shape: tuple[int, ...], owner: _Owner) -> Tensor | None:
+        """A mask ``[B, T]`` as an input's leading dimensions are, or ``None``: not its own."""
+        if len(shape) == 2:
+            return mask.flatten() if mask.numel() == shape[0] else None
+        batch, length = (shape[1], shape[0]) if self.time_first else shape[:2]
+        missing = length - mask.shape[1]
+        if mask.shape[0] != batch or missing < 0 or (missing and not owner.lengthens):
+            return None
+        mask = F.pad(mask, (0, missing)) if missing else mask
+        return mask.mT if self.time_first else mask
 
     def _name(self, owner: _Owner) -> str:
         below = self.path[len(owner.path) :].strip(".").split(".")

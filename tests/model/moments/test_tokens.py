@@ -190,3 +190,51 @@ def test_masks_are_let_go_of() -> None:
     assert not any(owner.masks for owner in capture.tokens.owners)
     loss_of(model, text()).backward()
     assert not any(owner.masks for owner in capture.tokens.owners)
+
+
+def _sparse(name: str) -> nn.Module:
+    small = {**TEXT, "num_hidden_layers": 1, "max_position_embeddings": 80}
+    torch.manual_seed(0)
+    if name == "longformer":
+        config = tf.LongformerConfig(**{**small, "pad_token_id": 1}, attention_window=4)
+        return tf.LongformerForSequenceClassification(config).train()
+    if name == "big_bird":
+        config = tf.BigBirdConfig(**small, block_size=4, num_random_blocks=1)
+        return tf.BigBirdForSequenceClassification(config).train()
+    config = tf.FSMTConfig(
+        langs=["en", "de"], src_vocab_size=40, tgt_vocab_size=40, d_model=16, encoder_layers=1,
+        decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=24,
+        decoder_ffn_dim=24, max_position_embeddings=80,
+    )
+    return tf.FSMTForConditionalGeneration(config).train()
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths", "width"),
+    [
+        ("longformer", (7, 3, 2), 7),  # lengthened to 8
+        ("longformer", (8, 3, 5, 8, 8, 1, 2, 4), 8),  # as many sequences as positions
+        ("big_bird", (50, 20, 51), 51),
+        ("fsmt", (7, 3, 2), 7),
+        ("fsmt", (3, 1, 2), 3),
+    ],
+)
+def test_lengthened_sequences_and_time_first_layers(
+    name: str, lengths: tuple[int, ...], width: int
+) -> None:
+    model = _sparse(name)
+    block = find_attention(model)[0]
+    capture = Capture(model, [MomentRequest("q", "input", block.q, block)])
+    OPEN.append(capture)
+    capture.enable(True, 0)
+    seen: list[Tensor] = []
+    block.q.module.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    ids = torch.randint(3, 40, (len(lengths), width), generator=torch.Generator().manual_seed(1))
+    labels = ids if name == "fsmt" else torch.arange(len(lengths)) % 2
+    model(input_ids=ids, attention_mask=masks(*lengths, width=width), labels=labels).loss.backward()
+    found = capture.take()["q"]
+    rows = seen[0] if name == "big_bird" else seen[0].transpose(0, 1)
+    real = torch.cat([rows[i, :length] for i, length in enumerate(lengths)])
+    real = torch.cat([real, torch.ones(len(real), 1)], 1)
+    assert found.count.item() == sum(lengths)
+    torch.testing.assert_close(found.sum, real.mT @ real)
