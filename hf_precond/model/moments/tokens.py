@@ -38,12 +38,14 @@ class _Owner:
         pairs: it takes both sequences of an encoder and a decoder.
         blind: it takes images.
         lengthens: it pads sequences behind their end, to a multiple of a length.
+        padding: the token that a decoder's sequences are padded with, if it is one.
     """
 
     path: str
     pairs: bool
     blind: bool
     lengthens: bool = False
+    padding: int | None = None
     masks: list[dict[str, Tensor]] = field(default_factory=list)
 
 
@@ -94,6 +96,7 @@ class TokenWeights:
             pairs=bool(getattr(config, "is_encoder_decoder", False)) and _takes_pairs(module),
             blind=getattr(module, "main_input_name", "input_ids") == "pixel_values",
             lengthens=any(hasattr(module, name) for name in _PADDING),
+            padding=_padding(config) if "decoder" in path.split(".") else None,
         )
         self.owners.append(owner)
         names = _positions(module)
@@ -107,6 +110,8 @@ class TokenWeights:
             given = {names[i]: value for i, value in enumerate(args) if i in names} | {
                 name: kwargs[name] for name in _NAMES if name in kwargs
             }
+            if owner.padding is not None and given.get("attention_mask") is None:
+                given["input_ids"] = kwargs.get("input_ids", args[0] if args else None)
             masks = {name: v for name, v in given.items() if isinstance(v, Tensor) and v.dim() == 2}
             owner.masks = [*owner.masks[1 - _KEPT :], masks]
 
@@ -156,20 +161,43 @@ class Reader:
             return None
         for owner in self.owners:
             name = self._name(owner)
-            # Backward recomputes (checkpointing): which pass it is, only the shape can tell.
-            held = owner.masks if _in_backward() else owner.masks[-1:]
-            for masks in reversed(held):
+            for masks in self._held(owner):
                 mask = masks.get(name)
                 if mask is None and name == "decoder_attention_mask" and "labels" in masks:
                     mask = _up_to_last_label(masks["labels"])
-                if mask is None:
-                    continue
-                fitting = self._fit(mask, shape, owner)
+                fitting = None if mask is None else self._fit(mask, shape, owner)
                 if fitting is not None:
                     return fitting.ne(0).to(dtype)
             if owner.blind:
                 return None
+        return self._read_decoded(shape, dtype)
+
+    def _read_decoded(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """The weights of a decoder's layer by the tokens alone: labels are not always at hand.
+
+        A loss outside the model has them (label smoothing), or there are none (classifiers).
+        """
+        if self.memory or not any(owner.pairs for owner in self.owners):
+            return None
+        for owner in self.owners:
+            padding = owner.padding
+            for masks in self._held(owner):
+                if padding is None or "input_ids" not in masks:
+                    continue
+                mask = _up_to_last(masks["input_ids"].ne(padding))
+                # The last token that is given to a decoder has nothing to predict.
+                mask = torch.cat([mask[:, 1:], mask[:, -1:]], dim=1)
+                fitting = self._fit(mask, shape, owner)
+                if fitting is not None:
+                    return fitting.ne(0).to(dtype)
         return None
+
+    @staticmethod
+    def _held(owner: _Owner) -> list[dict[str, Tensor]]:
+        """The masks that a call may mean, likeliest first."""
+        # Backward recomputes (checkpointing): which pass it is, only the shape can tell.
+        held = owner.masks if _in_backward() else owner.masks[-1:]
+        return held[::-1]
 
     def _fit(self, mask: Tensor, shape: tuple[int, ...], owner: _Owner) -> Tensor | None:
         """A mask ``[B, T]`` as an input's leading dimensions are, or ``None``: not its own."""
@@ -215,4 +243,15 @@ def _up_to_last_label(labels: Tensor) -> Tensor:
     Behind it a decoder's positions are padding: they have no loss, and no
     position before them sees them.
     """
-    return (labels != -100).flip(-1).cumsum(-1).clamp(max=1).flip(-1)
+    return _up_to_last(labels != -100)
+
+
+def _up_to_last(marked: Tensor) -> Tensor:
+    """Ones up to the last position of each row that is marked."""
+    return marked.flip(-1).cumsum(-1).clamp(max=1).flip(-1)
+
+
+def _padding(config: Any) -> int | None:
+    """The token that a model's sequences are padded with."""
+    token = getattr(config, "pad_token_id", None)
+    return token if isinstance(token, int) else None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_precond.blocks import MomentRequest
 from hf_precond.model.attention import find_attention
 from hf_precond.model.moments.capture import Capture
-from tests.model.families import TEXT, build, loss_of, text
+from tests.model.families import PAIRS, TEXT, build, loss_of, text
 
 OPEN: list[Capture] = []
 
@@ -238,3 +238,31 @@ def test_lengthened_sequences_and_time_first_layers(
     real = torch.cat([real, torch.ones(len(real), 1)], 1)
     assert found.count.item() == sum(lengths)
     torch.testing.assert_close(found.sum, real.mT @ real)
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_a_decoder_without_labels_knows_its_padding(name: str) -> None:
+    """Label smoothing takes the labels away, and the tokens made of them are given."""
+    model = build(name, torch.float32)
+    ids = torch.randint(3, 40, (3, 6), generator=torch.Generator().manual_seed(1))
+    labels = ids.masked_fill(masks(6, 2, 4, width=6) == 0, -100)
+    tokens = model.prepare_decoder_input_ids_from_labels(labels=labels)
+    batch = {"input_ids": ids, "attention_mask": masks(6, 5, 3, width=6)}
+    taken = []
+    for given in ({"labels": labels}, {"decoder_input_ids": tokens}):
+        capture = counting(model)
+        model(**batch, **given).logits.logsumexp(-1).sum().backward()
+        taken.append(counts(capture))
+    assert taken[0] == taken[1]
+    assert set(taken[1].values()) == {12, 14}
+
+
+def test_a_decoder_of_a_classifier_knows_its_padding() -> None:
+    config = tf.BartConfig(**PAIRS, num_labels=2)
+    model = tf.BartForSequenceClassification(config).train()
+    capture = counting(model)
+    mask = masks(7, 5, 3)
+    ids = torch.randint(3, 40, (3, 7)) * mask
+    ids[torch.arange(3), mask.sum(1) - 1] = 2
+    model(input_ids=ids, attention_mask=mask, labels=torch.tensor([0, 1, 0])).loss.backward()
+    assert set(counts(capture).values()) == {15}
