@@ -17,6 +17,8 @@ UNFROZEN = (
     "optimizer before layers are frozen."
 )
 
+STEPS = 2
+"""Steps in which another optimizer would show that it trains them (AdamR moves none at first)."""
 TIED = (
     "{name} has become {other} since the optimizer was made (tie_weights): a tied weight is "
     "stepped otherwise. Tie the weights before, or build a new optimizer now."
@@ -37,6 +39,7 @@ class Watched:
         found = [(owner, _held(owner)) for owner in owners]
         self.stepped = [owner for owner, p in found if p is not None and id(p) in slots]
         self.frozen = [owner for owner, p in found if p is not None and not p.requires_grad]
+        self.seen: dict[str, list[tuple[float, float]]] = {}  # of what was unfrozen, by step
 
     def check(
         self, slots: Mapping[int, Slot], placed: Sequence[PlacedMatrix], name: str
@@ -62,10 +65,19 @@ class Watched:
             other = known.setdefault(id(parameter), owner[0])
             if other != owner[0] and any(item.weight is parameter for item in placed):
                 raise RuntimeError(TIED.format(name=owner[0], other=other))
-        new = [o for o in self.frozen if (p := _held(o)) is not None and _trains(p)]
-        missing = [owner[0] for owner in new if id(_held(owner)) not in slots]
-        if new:
-            self.frozen = [owner for owner in self.frozen if owner not in new]
+        self._warn_of_unfrozen(slots, name)
+
+    def _warn_of_unfrozen(self, slots: Mapping[int, Slot], name: str) -> None:
+        """Warn once of those that had gradients and that nobody changed for :data:`STEPS`."""
+        found = [(owner, _held(owner)) for owner in self.frozen]
+        new = [(o, p) for o, p in found if p is not None and _trains(p) and id(p) not in slots]
+        # Another optimizer may hold them. Their versions do not tell: fused kernels count none up.
+        seen = {owner[0]: [*self.seen.get(owner[0], ()), _print(p)] for owner, p in new}
+        moved = {key for key, prints in seen.items() if prints[-1] != prints[0]}
+        missing = [key for key, prints in seen.items() if len(prints) > STEPS and key not in moved]
+        done = moved | set(missing)
+        self.frozen = [owner for owner in self.frozen if owner[0] not in done]
+        self.seen = {key: prints for key, prints in seen.items() if key not in done}
         if missing:
             message = UNFROZEN.format(name=name, count=len(missing), first=missing[0])
             warnings.warn(message, stacklevel=2)
@@ -75,6 +87,12 @@ def _held(owner: Owner) -> Tensor | None:
     """The parameter as its module holds it now; ``None`` where it holds none of that name."""
     _, module, attribute = owner
     return module._parameters.get(attribute)
+
+
+def _print(parameter: Tensor) -> tuple[float, float]:
+    """Numbers that change with this rank's entries; read from the device at few steps only."""
+    local: Tensor = getattr(parameter, "_local_tensor", parameter).detach().double()
+    return float(local.sum()), float(local.square().sum())
 
 
 def _trains(parameter: Tensor) -> bool:

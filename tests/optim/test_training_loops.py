@@ -296,15 +296,32 @@ def test_layers_unfrozen_under_way_that_no_group_holds_are_told_of_once(name):
     layer.requires_grad_(True)
     before = weights(layer)
     with pytest.warns(UserWarning, match=r"add_param_group.*attach"):
-        train("bert", model, optimizer, 1, start=1)
+        train("bert", model, optimizer, 3, start=1)
     same(before, weights(layer))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        train("bert", model, optimizer, 1, start=2)
+        train("bert", model, optimizer, 1, start=4)
         optimizer.add_param_group({"params": list(layer.parameters())})
         optimizer.attach(model)
-        train("bert", model, optimizer, 2, start=3)
+        train("bert", model, optimizer, 2, start=5)
     assert not any(torch.equal(value, before[key]) for key, value in weights(layer).items())
+    optimizer.close()
+
+
+@each_name
+def test_layers_that_another_optimizer_steps_are_not_told_of(name):
+    model = make("bert")
+    layer = model.bert.encoder.layer[0]
+    layer.requires_grad_(False)
+    optimizer = build(name, model)
+    layer.requires_grad_(True)
+    other = torch.optim.AdamW(layer.parameters(), lr=1e-3, fused=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(4):
+            train_step(model, optimizer, batch("bert", step))
+            other.step()
+            other.zero_grad()
     optimizer.close()
 
 
