@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_precond.model.adapters import base_of
+from hf_precond.model.groups import output_embedding
 from hf_precond.model.hooks import Hook
 
 _KEPT = 8  # masks of passes whose backward may still recompute them (checkpointing)
@@ -71,8 +72,11 @@ class TokenWeights:
         self.owners: list[_Owner] = []
         self.handles: list[RemovableHandle] = []
         self.time_first: set[str] = set()
-        root_path = ""
+        self.head: str | None = None
+        root_path, head = "", output_embedding(model)
         for path, module in model.named_modules():
+            if module is head:
+                self.head = path
             cls = type(module)
             if f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" in _TIME_FIRST:
                 self.time_first.add(path)
@@ -137,9 +141,16 @@ class TokenWeights:
             path: module path of the layer.
             memory: its input is the other sequence of a cross-attention.
         """
-        around = [o for o in self.owners if not o.path or f"{path}.".startswith(f"{o.path}.")]
+        head = path == self.head  # what the decoder makes enters it
+        around = [
+            owner
+            for owner in self.owners
+            if not owner.path
+            or f"{path}.".startswith(f"{owner.path}.")
+            or (head and owner.padding is not None)
+        ]
         time_first = any(f"{path}.".startswith(f"{outer}.") for outer in self.time_first)
-        return Reader(sorted(around, key=lambda o: -len(o.path)), path, memory, time_first)
+        return Reader(sorted(around, key=lambda o: -len(o.path)), path, memory, time_first, head)
 
 
 @dataclass(frozen=True)
@@ -150,6 +161,7 @@ class Reader:
     path: str
     memory: bool
     time_first: bool = False
+    head: bool = False
 
     def read(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """Weights for an input of ``shape``, or ``None``: all ones.
@@ -213,7 +225,7 @@ class Reader:
     def _name(self, owner: _Owner) -> str:
         below = self.path[len(owner.path) :].strip(".").split(".")
         if owner.pairs:
-            decoding = "decoder" in below
+            decoding = "decoder" in below or self.head
             return "decoder_attention_mask" if decoding and not self.memory else "attention_mask"
         return "encoder_attention_mask" if self.memory else "attention_mask"
 

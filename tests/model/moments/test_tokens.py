@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_precond.blocks import MomentRequest
 from hf_precond.model.attention import find_attention
+from hf_precond.model.matrices import find_matrices
 from hf_precond.model.moments.capture import Capture
 from tests.model.families import PAIRS, TEXT, build, loss_of, text
 
@@ -266,3 +267,23 @@ def test_a_decoder_of_a_classifier_knows_its_padding() -> None:
     ids[torch.arange(3), mask.sum(1) - 1] = 2
     model(input_ids=ids, attention_mask=mask, labels=torch.tensor([0, 1, 0])).loss.backward()
     assert set(counts(capture).values()) == {15}
+
+
+@pytest.mark.parametrize("smoothed", [False, True])
+@pytest.mark.parametrize("width", [6, 5])
+def test_an_output_head_of_its_own_reads_what_the_decoder_made(width: int, smoothed: bool) -> None:
+    """T5 1.1, whose head is not tied: neither the source's mask is its nor none."""
+    model = build("t5", torch.float32)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    matrix = next(m for m in find_matrices(model) if m.name == "lm_head")
+    kinds = ("input", "output_grad")
+    capture = Capture(model, [MomentRequest(kind, kind, matrix) for kind in kinds])
+    OPEN.append(capture)
+    capture.enable(True, 0)
+    ids = torch.randint(3, 40, (3, 6), generator=torch.Generator().manual_seed(1))
+    labels = ids[:, :width].masked_fill(masks(2, width, 3, width=width) == 0, -100)
+    tokens = model.prepare_decoder_input_ids_from_labels(labels=labels)
+    given = {"decoder_input_ids": tokens} if smoothed else {"labels": labels}
+    logits = model(input_ids=ids, attention_mask=masks(6, 2, 3, width=6), **given).logits
+    (logits.logsumexp(-1) * (labels != -100)).sum().backward()
+    assert counts(capture) == {"input": 5 + width, "output_grad": 5 + width}
