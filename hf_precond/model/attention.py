@@ -301,7 +301,7 @@ def _finish(
     declaration: Declaration | None,
 ) -> AttentionBlock:
     crosses = bool(_CROSS.search(_names_around(modules, path)))
-    rotary = rotates(module)
+    rotary = rotates(module, crosses)
     normed = any(
         not isinstance(getattr(module, name, None), nn.Identity | type(None))
         for name in _QUERY_NORMS

@@ -12,7 +12,7 @@ from hf_precond.blocks import Heads, MomentRequest
 from hf_precond.model.attention import declare_attention, find_attention, forget_attention
 from hf_precond.model.moments import lookup
 from hf_precond.model.moments.capture import Capture
-from tests.model.families import FAMILIES, build, loss_of
+from tests.model.families import FAMILIES, TEXT, build, loss_of
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -286,3 +286,24 @@ def test_logits_of_gpt_neo_are_not_scaled():
     logits = (q @ k.mT * block.logit_scale)[..., -1, :]
     differences = found[..., -1, :].log().diff(dim=-1)
     torch.testing.assert_close(differences, logits.diff(dim=-1))
+
+
+def test_attentions_across_that_share_a_rotating_class_are_not_rotated():
+    """Moonshine's cross-attention: its rotation could not be read, and training stopped."""
+    config = tf.MoonshineConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, encoder_num_hidden_layers=1,
+        decoder_num_hidden_layers=1, encoder_num_attention_heads=4, decoder_num_attention_heads=4,
+        pad_token_id=0,
+    )  # fmt: skip
+    blocks = find_attention(tf.MoonshineForConditionalGeneration(config))
+    assert [(block.cross, block.rotary) for block in blocks] == [
+        (False, True), (False, True), (True, False)
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(not hasattr(tf, "Kolibri1Config"), reason="a later release has it")
+def test_global_layers_of_kolibri_are_not_rotated():
+    types = ["sliding_attention", "full_attention"]
+    config = tf.Kolibri1Config(**TEXT, num_key_value_heads=2, layer_types=types)
+    blocks = find_attention(tf.Kolibri1ForCausalLM(config))
+    assert [block.rotary for block in blocks] == [True, False]

@@ -49,21 +49,27 @@ def called_names(module: nn.Module) -> tuple[str, ...]:
     return code.co_names if code is not None else ()
 
 
-def rotates(module: nn.Module) -> bool:
+def rotates(module: nn.Module, cross: bool = False) -> bool:
     """Whether an attention rotates its queries and keys.
 
     It does when its forward calls something named ``rotary`` or it has a
     child called so, unless it says itself that this layer does not (models
     that leave out the rotation in some layers, or by configuration).
+
+    Args:
+        module: the attention.
+        cross: its keys are of another sequence.
     """
     children = any("rotary" in name for name, _ in module.named_children())
     if not children and not any("rotary" in name for name in called_names(module)):
         return False
     window = getattr(module, "sliding_window", None)
     called = type(module).__name__
+    if cross and called.startswith(("Moonshine", "Idefics")):
+        return False
     if called.startswith(("Cohere2", "Flint")):
         return window is not None or bool(getattr(module, "force_rope", False))
-    if called.startswith("Exaone"):
+    if called.startswith(("Exaone", "Kolibri")):
         return window is None or bool(getattr(module, "is_sliding", True))
     return (
         bool(getattr(module, "use_rope", True))
