@@ -76,6 +76,8 @@ class LayerMatrix:
             ``[out, in·k…]``; any weight of more than two dimensions).
         rows: the rows that belong to this matrix, where the weight is fused.
         groups: groups of a grouped convolution (1 otherwise).
+        stacked: whether a weight of three dimensions is a stack of matrices
+            ``[count, rows, columns]``, as those of experts are.
     """
 
     name: str
@@ -85,6 +87,7 @@ class LayerMatrix:
     layout: Layout = "linear"
     rows: RowSelection | None = None
     groups: int = 1
+    stacked: bool = False
 
     @property
     def part(self) -> str:

@@ -59,6 +59,11 @@ def _groups(module: nn.Module) -> int:
     return module.groups if isinstance(module, CONVOLUTIONS) else 1
 
 
+def _is_stacked(module: nn.Module, weight: Tensor) -> bool:
+    """Whether a weight holds a matrix an expert, ``[experts, rows, columns]``."""
+    return weight.dim() == 3 and getattr(module, "num_experts", None) == weight.shape[0]
+
+
 def layer_matrix(
     module: nn.Module, name: str, *, weight: str = "weight", bias: bool = True
 ) -> LayerMatrix:
@@ -88,6 +93,7 @@ def layer_matrix(
         bias="bias" if joined else None,
         layout=_layout(module, tensor),
         groups=_groups(module),
+        stacked=_is_stacked(module, tensor),
     )
 
 
@@ -116,9 +122,10 @@ def find_matrices(model: nn.Module, *, trainable: bool = True) -> list[LayerMatr
 
     Covers ``nn.Linear`` and its subclasses, ``Conv1D``, convolutions (grouped
     and depthwise too), embeddings and any other parameter of two or more
-    dimensions (read as ``[first, rest]``). A bias that trains is joined to the
-    weight of linear layers and convolutions, unless several of them share it:
-    each would step it. Weights that :func:`refusal` names are left out.
+    dimensions (read as ``[first, rest]``; those of experts are marked as stacks).
+    A bias that trains is joined to the weight of linear layers and convolutions,
+    unless several of them share it: each would step it. Weights that
+    :func:`refusal` names are left out.
 
     Args:
         model: the model.

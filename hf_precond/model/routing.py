@@ -85,6 +85,8 @@ def every_matrix(model: nn.Module, config: Any) -> Blocks:
         (name,) = survey.matrix_names(matrix)
         if min(matrix.shape) == 1:
             reasons[name] = "a single row or column"
+        elif matrix.weight.endswith("bias"):  # of experts, a row each
+            reasons[name] = "bias"
         else:
             matrices.append(matrix)
             treated[name] = survey.describe(name)

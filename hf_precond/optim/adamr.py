@@ -26,7 +26,8 @@ class AdamR(PrecondOptimizer):
 
     Every parameter of two or more dimensions is stepped by
     :class:`~hf_precond.optim.rotation.rule.RotatedAdamRule` (its formula is there),
-    every other by AdamW. ``basis="identity"`` is ``torch.optim.AdamW``.
+    every other by AdamW; a weight that holds the matrices of many experts is
+    stepped expert by expert. ``basis="identity"`` is ``torch.optim.AdamW``.
 
     ``basis_source="feature"`` takes for the factors the second moments of the
     layer's inputs (R) and output gradients (L), K-FAC's, in linear layers and

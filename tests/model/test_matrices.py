@@ -6,9 +6,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from hf_precond.configs import AdamRConfig
 from hf_precond.model.matrices import find_matrices, is_linear, is_readable, refusal, tied_names
+from hf_precond.model.routing import every_matrix
 from tests.model.families import FAMILIES, build
 
 
@@ -101,3 +104,24 @@ def test_what_is_not_a_dense_real_matrix_is_refused_with_a_reason() -> None:
     assert not is_readable(packed)
     packed.weight = nn.Parameter(torch.zeros(8, 2))
     assert not is_readable(packed)
+
+
+def test_weights_of_experts_are_stacks_and_their_biases_none_for_adamr() -> None:
+    config = GptOssConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=12, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = GptOssForCausalLM(config)
+    stacks = {m.weight: tuple(m.weight_parameter.shape) for m in find_matrices(model) if m.stacked}
+    assert stacks == {"gate_up_proj": (4, 16, 24), "down_proj": (4, 12, 16)}
+    routing = every_matrix(model, AdamRConfig()).routing
+    assert routing["model.layers.0.mlp.experts.gate_up_proj"].treatment == "preconditioned"
+    bias = routing["model.layers.0.mlp.experts.gate_up_proj_bias"]
+    assert bias.treatment == "adamw" and bias.reason == "bias"
+
+    # The position table of a vision model is no stack, nor is a convolution of as many channels.
+    others = nn.Module()
+    others.table = nn.Parameter(torch.zeros(1, 5, 4))
+    others.convolution = nn.Conv1d(6, 6, 3)
+    others.convolution.num_experts = 7
+    assert not any(matrix.stacked for matrix in find_matrices(others))

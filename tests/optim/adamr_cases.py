@@ -18,6 +18,14 @@ def layers(*weights):
     return made
 
 
+def experts(count, rows, columns, dtype=torch.float64):
+    """A layer of experts, their matrices in one weight, all zeros."""
+    module = nn.Module()
+    module.num_experts = count
+    module.weight = nn.Parameter(torch.zeros(count, rows, columns, dtype=dtype))
+    return module
+
+
 def adamr(modules, **fields):
     """The optimizer of modules whose weights are matrices."""
     matrices = [
@@ -26,6 +34,7 @@ def adamr(modules, **fields):
             module,
             layout="conv" if module.weight.dim() > 2 else "linear",
             groups=getattr(module, "groups", 1),
+            stacked=hasattr(module, "num_experts"),
         )
         for number, module in enumerate(modules)
     ]

@@ -60,6 +60,20 @@ def test_a_matrix_wider_than_max_dim_on_both_sides_falls_into_blocks_of_the_smal
     assert not plan((2053, 2053), max_dim=1024).rotated
 
 
+def test_every_expert_is_a_matrix_of_its_own():
+    matrix = LayerMatrix("experts", nn.Module(), layout="conv", stacked=True)
+
+    def stacked(shape, **fields):
+        return plan_rotation(shape, AdamRConfig.create(**fields), matrix)
+
+    assert stacked((8, 256, 128)) == RotationPlan(8, 256, 128, "rows", True, True)
+    assert stacked((8, 3072, 768)) == RotationPlan(8, 3072, 768, "rows", False, True)
+    # Blocks of the smaller side would be no view of a stack where that is the columns.
+    assert stacked((8, 96, 80), max_dim=40) == RotationPlan(24, 32, 80, "rows", True, False)
+    assert stacked((8, 97, 80), max_dim=40) == RotationPlan(8, 97, 80, "rows", False, False)
+    assert not stacked((8, 16, 16), basis="identity").rotated
+
+
 @pytest.mark.parametrize(
     ("shape", "fields"),
     [((6, 8), {}), ((6, 40), {"basis": "one_sided"}), ((6, 3, 2, 2), {}), ((9, 12), {"max_dim": 4}),

@@ -18,7 +18,7 @@ from hf_precond.optim.rotation.plan import RotationPlan
 from hf_precond.optim.rotation.refresh import Turn
 from hf_precond.optim.rotation.rule import RotatedAdamRule
 from hf_precond.optim.shared_refresh import Pieces
-from tests.optim.adamr_cases import adamr, layers, noise, run
+from tests.optim.adamr_cases import adamr, experts, layers, noise, run
 
 SHAPES = [(7, 7), (7, 7), (6, 40), (40, 6), (7, 7)]
 
@@ -132,6 +132,23 @@ def test_groups_of_a_convolution_step_as_matrices_of_their_own():
         run(alone, [half], [[s[number]] for s in split])
     stepped = torch.cat([half.weight for half in halves]).reshape_as(convolution.weight)
     torch.testing.assert_close(convolution.weight, stepped, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("shape", "max_dim", "blocks"), [((3, 6, 5), 8, 1), ((3, 12, 6), 8, 1), ((2, 12, 10), 6, 2)]
+)
+def test_experts_step_as_matrices_of_their_own(shape, max_dim, blocks):
+    fields = {"basis_interval": 3, "max_dim": max_dim, "basis_tolerance": 0.0}
+    stack = experts(*shape)
+    gradients = noise(shape, steps=15)
+    run(adamr([stack], **fields), [stack], gradients)
+    for number in range(shape[0]):
+        for block in range(blocks):
+            rows = slice(block * shape[1] // blocks, (block + 1) * shape[1] // blocks)
+            one = zeros((shape[1] // blocks, shape[2]))
+            run(adamr(one, **fields), one, [[g[number, rows]] for (g,) in gradients])
+            expected = stack.weight[number, rows]
+            torch.testing.assert_close(one[0].weight, expected, rtol=0, atol=1e-10)
 
 
 def test_a_side_wider_than_max_dim_is_not_rotated():

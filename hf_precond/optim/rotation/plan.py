@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
@@ -26,8 +26,8 @@ class RotationPlan:
     """A weight seen as ``tiles`` matrices of ``rows x columns``, each with bases of its own.
 
     Args:
-        tiles: number of matrices: 1, the groups of a grouped convolution, or
-            the blocks of a side wider than ``max_dim``.
+        tiles: number of matrices: 1, the groups of a grouped convolution, the
+            experts of a layer, or the blocks of a side wider than ``max_dim``.
         rows: rows of a tile.
         columns: columns of a tile.
         split: the side of the weight that the tiles divide.
@@ -92,7 +92,8 @@ def plan_rotation(
     most ``max_dim``, as equal as they come. A single row or column is a
     vector: its bases would be arbitrary outside the few gradients seen.
     Embeddings are rotated on the hidden side only, depthwise convolutions on
-    the right, and each group of a grouped convolution by itself.
+    the right; each group of a grouped convolution and each expert by itself
+    (its rows in blocks where both its sides are wider than ``max_dim``).
 
     Args:
         shape: the weight's; more than two dimensions are ``[out, rest]``.
@@ -101,6 +102,8 @@ def plan_rotation(
     """
     embedding = matrix is not None and is_embedding(matrix)
     groups = 1 if matrix is None else matrix.groups
+    if matrix is not None and matrix.stacked:
+        return _stack(tuple(shape), config.basis, config.max_dim)
     return _plan(tuple(shape), config.basis, config.max_dim, embedding, groups)
 
 
@@ -126,6 +129,15 @@ def _plan(
     if left or right:
         return RotationPlan(1, out, rest, "rows", left, right)
     return _one_side(out, rest, "left" if out <= rest else "right", max_dim)
+
+
+def _stack(shape: tuple[int, ...], basis: str, max_dim: int) -> RotationPlan:
+    """Every matrix of a stack by itself."""
+    count, rows, columns = shape
+    one = _plan((rows, columns), basis, max_dim, False, 1)
+    if one.rotated and one.split == "columns":  # blocks of columns are no view of a stack
+        one = _one_side(rows, columns, "left", max_dim)
+    return replace(one, tiles=count * one.tiles)
 
 
 def _sides(rows: int, columns: int, basis: str, max_dim: int) -> tuple[bool, bool]:
