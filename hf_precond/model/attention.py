@@ -19,6 +19,7 @@ from hf_precond.model.conventions import (
     declare_attention,
     declared,
     forget_attention,
+    gates_values,
     logit_scale,
 )
 from hf_precond.model.matrices import is_linear, is_readable, layer_matrix, refusal
@@ -204,6 +205,9 @@ def _read(
         return None
     parts = {role: projection for role, projection in named.items() if projection is not None}
     rows = {role: projection.rows for role, projection in parts.items()}
+    gated = "q" in rows and declaration is None and gates_values(module)
+    if gated:
+        rows["q"] //= 2
     counts = _count_heads(module, declaration, rows.get("q"), rows.get("k"), rows.get("qkv"))
     if counts is None:
         return None
@@ -222,6 +226,8 @@ def _read(
         projection, selected = (
             (parts[role], None) if role in parts else (parts["qkv"], selections[role])
         )
+        if gated and role == "q":
+            selected = RowSelection(query, (0, size), 2 * query * size)
         matrices[role] = _matrix(projection, role, selected)
         _add_adapter(adapters, role, projection, selected)
     if output is not None:
@@ -310,6 +316,8 @@ def _finish(
     if "disentangled_attention_bias" in dir(module):
         note = "content term only: the position terms of its logits are not in the metric"
     observed = "get_interface" in called_names(module)
+    if gates_values(module):
+        note = "the gate between values and output is not in the metric"
     if (rotary or normed) and not observed:
         note = "its queries and keys cannot be seen rotated or normed: factors of the plain ones"
     return AttentionBlock(

@@ -84,8 +84,18 @@ UNREADABLE = frozenset(
     {"CodeGenAttention", "GPTBigCodeAttention", "MiniMaxLightningAttention"}
 )
 
-
+_GATED = frozenset(
+    {"Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention", "Qwen4ExpTextAttention"}
+)
 _UNSCALED = frozenset({"GPTNeoSelfAttention"})
+
+
+def gates_values(module: nn.Module) -> bool:
+    """Whether an attention's query projection holds, a head, its rows and then those of a gate.
+
+    The gate multiplies what the head gives to the output projection.
+    """
+    return not _GATED.isdisjoint(cls.__name__ for cls in type(module).__mro__)
 
 
 def logit_scale(module: nn.Module, size: int) -> float | None:

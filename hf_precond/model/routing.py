@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -20,6 +21,7 @@ from hf_precond.blocks import (
     CurvatureRequest,
     LayerMatrix,
     NormParameter,
+    RowSelection,
     StatisticsSource,
 )
 from hf_precond.blocks.found import Request
@@ -226,6 +228,10 @@ def _add_linears(
 ) -> None:
     """Add the linear layers outside attention, in model order."""
     inside = {matrix.module for block in found for matrix in block.roles().values()}
+    for gate in _gates(found):
+        if trains(gate) and survey.name_of(gate.weight_parameter) not in survey.tied:
+            matrices.append(gate)
+            add_reason(treated, survey.matrix_names(gate), "gate")
     for matrix in find_matrices(survey.model):
         name = survey.name_of(matrix.weight_parameter)
         skipped = (
@@ -244,6 +250,18 @@ def _add_linears(
     matrices.sort(key=lambda matrix: order[survey.name_of(matrix.weight_parameter)])
 
 
+def _gates(found: Sequence[AttentionBlock]) -> list[LayerMatrix]:
+    """The gates that share a weight with an attention's queries."""
+    gates: dict[nn.Module, LayerMatrix] = {}
+    for block in found:
+        query = block.q
+        shared = {matrix.module for role, matrix in block.roles().items() if role != "q"}
+        if query.rows is not None and query.module not in shared:
+            (rest,) = RowSelection.complement([query.rows])
+            gates[query.module] = replace(query, name=query.name[:-3] + "[gate]", rows=rest)
+    return list(gates.values())
+
+
 def _left_over(
     survey: Survey, found: Sequence[AttentionBlock], scope: str, treated: dict[str, str]
 ) -> dict[str, str]:
@@ -257,6 +275,10 @@ def _left_over(
                 elif matrix.rows is not None and role not in SCOPES.get(scope, "qkvo"):
                     add_reason(treated, [name], f"{_ROLES[role]} by the base rule")
     if scope != "all_linear":
+        for gate in _gates(found):
+            for name in survey.matrix_names(gate):
+                if name in treated:
+                    add_reason(treated, [name], "gate by the base rule")
         for name in survey.parameters:
             if name not in treated and survey.describe(name) == "linear layer":
                 reasons.setdefault(name, f"linear layer: outside scope={scope}")

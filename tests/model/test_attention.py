@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import transformers as tf
@@ -12,6 +14,7 @@ from hf_precond.blocks import Heads, MomentRequest
 from hf_precond.model.attention import declare_attention, find_attention, forget_attention
 from hf_precond.model.moments import lookup
 from hf_precond.model.moments.capture import Capture
+from hf_precond.registry import create_optimizer
 from tests.model.families import FAMILIES, TEXT, build, loss_of
 
 
@@ -49,8 +52,48 @@ def test_deberta_says_that_position_terms_are_left_out() -> None:
 def test_heads_of_the_matrices_are_those_that_the_kernel_sees(name: str) -> None:
     """Rows of q, k found here, times the input, are the queries and keys of the kernel."""
     model = build(name).eval()
+    found = compare_with_the_kernel(model, lambda: loss_of(model, FAMILIES[name].batch()))
+    assert found or FAMILIES[name].observed is None
+
+
+def gated() -> nn.Module:
+    """A Qwen3-Next whose second layer has an attention, its queries beside a gate."""
+    torch.manual_seed(0)
+    config = tf.Qwen3NextConfig(
+        **TEXT, num_key_value_heads=2, head_dim=8, num_experts=2, num_experts_per_tok=1,
+        moe_intermediate_size=8, shared_expert_intermediate_size=8, linear_num_key_heads=2,
+        linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+        layer_types=["linear_attention", "full_attention"], mlp_only_layers=[0, 1],
+        attention_bias=True,
+    )  # fmt: skip
+    return tf.Qwen3NextForCausalLM(config).double()
+
+
+def test_queries_beside_a_gate() -> None:
+    model = gated().eval()
+    tokens = torch.arange(12).reshape(2, 6)
+    assert compare_with_the_kernel(model, lambda: model(input_ids=tokens)) == 1
+
+    (block,) = find_attention(model)
+    assert "gate" in block.note
+    weight = block.q.weight_parameter.detach()
+    by_head = weight.unflatten(0, (block.heads.query, 2, block.heads.size))
+    for scope, matrices in (("attention", "qkvo"), ("all_linear", "qkvo+gate")):
+        optimizer = create_optimizer(model, "afopt", scope=scope)
+        inside = [m for m in optimizer.blocks.matrices if m.module in block.module.children()]
+        assert len(inside) == len(matrices.split("+")[0]) + ("+" in matrices)
+        for matrix in inside:
+            if matrix.name.endswith(("[q]", "[gate]")):
+                half = by_head[:, int("gate" in matrix.name)]
+                assert torch.equal(matrix.weight_view(weight), half)
+        reason = optimizer.routing["model.layers.1.self_attn.q_proj.weight"].reason
+        assert ("gate by the base rule" in reason) == (scope == "attention")
+        optimizer.close()
+
+
+def compare_with_the_kernel(model: nn.Module, run: Callable[[], object]) -> int:
+    """Number of attentions of which rows of q and k times the input were what the kernel saw."""
     blocks = {block.module: block for block in find_attention(model) if block.observed}
-    assert blocks or FAMILIES[name].observed is None
     seen: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
     inputs: dict[nn.Module, torch.Tensor] = {}
     for block in blocks.values():
@@ -67,7 +110,7 @@ def test_heads_of_the_matrices_are_those_that_the_kernel_sees(name: str) -> None
     observation = lookup.Observation(list(blocks), watcher.see)
     observation.enable(True)
     with torch.no_grad():
-        loss_of(model, FAMILIES[name].batch())
+        run()
     observation.close()
     assert set(seen) == set(blocks)
     for module, block in blocks.items():
@@ -89,6 +132,7 @@ def test_heads_of_the_matrices_are_those_that_the_kernel_sees(name: str) -> None
             torch.testing.assert_close(mine[:, :, 0], vectors[:, :, 0])
             if not block.rotary:
                 torch.testing.assert_close(mine, vectors)
+    return len(blocks)
 
 
 class GatedMLP(nn.Module):
