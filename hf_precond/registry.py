@@ -43,6 +43,7 @@ class OptimizerInfo:
         optimizer_cls: built as ``optimizer_cls(param_groups, blocks, config)``.
         select: reads a model: which of its parameters are preconditioned.
         description: one line.
+        memory: the numbers kept for a matrix ``[m, n]``, one line.
     """
 
     name: str
@@ -50,6 +51,7 @@ class OptimizerInfo:
     optimizer_cls: type[PrecondOptimizer]
     select: Callable[[nn.Module, Any], Blocks]
     description: str
+    memory: str
 
 
 _OPTIMIZERS = {
@@ -61,6 +63,7 @@ _OPTIMIZERS = {
             AdamR,
             every_matrix,
             "Adam in the eigenbasis of the gradient's Kronecker second moments",
+            "2mn, and 2m² (2n²) where its left (right) side is rotated",
         ),
         OptimizerInfo(
             "afopt",
@@ -68,6 +71,7 @@ _OPTIMIZERS = {
             AFOpt,
             attention_matrices,
             "attention's gradient step taken in logit space, from its features",
+            "mn; a layer's input n(n+1)/2 and a root, n(n+1)/2 or n²; its heads",
         ),
         OptimizerInfo(
             "nkfac",
@@ -75,6 +79,7 @@ _OPTIMIZERS = {
             NKFAC,
             layer_matrices,
             "K-FAC, each inverse by Newton's iteration from the one before",
+            "2m² + 2n², factor and inverse of each side, and the base rule's",
         ),
         OptimizerInfo(
             "sgdph",
@@ -82,6 +87,7 @@ _OPTIMIZERS = {
             SGDPH,
             norm_parameters,
             "norm parameters by their Hessian diagonal, the rest by a base rule",
+            "the base rule's, and one number more a norm parameter",
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""``hf-precond explain MODEL --optim NAME``: the routing table, without weights or training."""
+"""``hf-precond explain MODEL --optim NAME``: routing table and memory, without weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 def add_command(commands: Any) -> None:
     """Add the command to ``hf-precond``'s parser."""
     parser = commands.add_parser(
-        "explain", help="how an optimizer would treat every parameter of a model"
+        "explain", help="how an optimizer would treat a model's parameters, and the memory it takes"
     )
     parser.add_argument("model", help="folder or Hub id of a model, or of its config.json alone")
     parser.add_argument("--optim", required=True, help="an optimizer's name")
@@ -32,7 +32,8 @@ def act(arguments: argparse.Namespace) -> int:
         0; 2 when the model, the name or a field cannot be used.
     """
     try:
-        print(routing(arguments.model, arguments.optim, arguments.optim_args, arguments.auto_class))
+        model, auto_class = arguments.model, arguments.auto_class
+        print(explanation(model, arguments.optim, arguments.optim_args, auto_class))
     except (ValueError, OSError) as error:
         # Offline, transformers says what it could not reach and not what was asked for.
         subject = f"{arguments.model}: " * (
@@ -43,10 +44,12 @@ def act(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def routing(
+def explanation(
     model: str, name: str, optim_args: str | None = None, auto_class: str | None = None
-) -> Any:
-    """The routing table of an optimizer on a model built from its config, on the meta device.
+) -> str:
+    """Routing table and memory of an optimizer on a model built from its config.
+
+    The model is built on the meta device: it has no weights.
 
     Args:
         model: folder or Hub id.
@@ -69,7 +72,35 @@ def routing(
         built = _build(model, auto_class)
     optimizer = create_optimizer(built, config)
     optimizer.close()
-    return optimizer.routing
+    return f"{optimizer.routing}\n{memory(optimizer)}"
+
+
+def memory(optimizer: Any) -> str:
+    """What an optimizer's state takes, counted, beside AdamW's; two lines.
+
+    Args:
+        optimizer: of a model on the meta device, before its first step.
+    """
+    import torch
+
+    from hf_precond.registry import get_info
+
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    for placed in optimizer.placed:
+        optimizer.allocate(placed)
+    optimizer.allocate_rules()
+    kept = sum(
+        value.numel() * value.element_size()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )
+    adamw = sum(2 * p.numel() * max(p.element_size(), 4) for p in parameters)
+    formula = get_info(optimizer.config.name).memory
+    line = f"state: {kept / 2**20:,.1f} MiB, {kept / adamw:.2f} of AdamW's in float32"
+    return f"{line}\n    {formula}"
 
 
 def _build(model: str, auto_class: str | None) -> Any:

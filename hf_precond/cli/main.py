@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -26,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["run"] and words[1:2] not in (["-h"], ["--help"]):
         # argparse would take the script's own options for ours.
         return run.run(words[1:])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a table with a `?` in it beats none
+            stream.reconfigure(errors="replace")
     arguments = _parser().parse_args(words)
     try:
         return int(arguments.act(arguments))

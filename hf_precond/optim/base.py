@@ -157,7 +157,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
         for placed in self.placed:
             self.allocate(placed)
         if gradients.only_allocates(self.param_groups):
-            self.allocate_rule(self._raw_leaves(set(self.placed) if self.finishes else set(), {}))
+            self.allocate_rules()
             return
         if self.config.skip_nonfinite and self._skips():
             return
@@ -170,6 +170,10 @@ class PrecondOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             group["step"] += 1
         self._announce()
+
+    def allocate_rules(self) -> None:
+        """Make the base rule's state of everything that has a gradient and is stepped by it."""
+        self.allocate_rule(self._raw_leaves(set(self.placed) if self.finishes else set(), {}))
 
     def _skips(self) -> bool:
         """Whether this step is left out because a gradient is not finite; every rank alike."""

@@ -1,13 +1,17 @@
 """``hf-precond list`` and ``hf-precond explain``."""
 
+import contextlib
 import dataclasses
+import os
+import subprocess
+import sys
 
 import pytest
 from transformers import AutoConfig, BertConfig, GPT2Config, ViTConfig
 
 from hf_precond.cli.main import launch, main
 from hf_precond.hub import version
-from hf_precond.registry import get_info, list_optimizers
+from hf_precond.registry import create_optimizer, get_info, list_optimizers
 
 each_name = pytest.mark.parametrize("name", list_optimizers())
 
@@ -84,14 +88,50 @@ def test_explain_names_every_parameter(name, config, tmp_path, capsys):
         assert parameter[-41:] in shown
 
 
+@each_name
+def test_explain_tells_the_memory_that_a_step_takes(name, tmp_path, capsys):
+    import torch
+    from transformers import BertForSequenceClassification
+
+    config = BertConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=300,
+        vocab_size=1000, max_position_embeddings=32,
+        architectures=["BertForSequenceClassification"],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    assert main(["explain", str(tmp_path), "--optim", name]) == 0
+    told, formula = capsys.readouterr().out.splitlines()[-2:]
+    assert formula.strip() == get_info(name).memory and len(formula) <= 80
+
+    model = BertForSequenceClassification(config)
+    optimizer = create_optimizer(model, name)
+    with getattr(optimizer, "curvature_context", contextlib.nullcontext)():
+        loss = model(torch.arange(12).view(2, 6), labels=torch.tensor([0, 1])).loss
+        if name == "sgdph":
+            optimizer.probe(loss)
+        loss.backward()
+    optimizer.step()
+    tensors = [t for state in optimizer.state.values() for t in state.values()]
+    kept = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    assert told.startswith(f"state: {kept / 2**20:.1f} MiB, {kept / (8 * weights):.2f} of AdamW's")
+    optimizer.close()
+
+
+def test_a_terminal_that_is_not_unicode_shows_the_table(tmp_path):
+    BertConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    words = [sys.executable, "-m", "hf_precond", "explain", str(tmp_path), "--optim", "adamr"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, check=True)
+    assert "2m?" in done.stdout and "encoder.layer.0.attention" in done.stdout
+
+
 def test_the_commands_work_behind_python_m_too(capsys):
     assert launch(["list"]) == 0
     assert "afopt" in capsys.readouterr().out
 
 
 def test_a_script_named_like_a_command_runs(tmp_path, capsys, monkeypatch):
-    import sys
-
     (tmp_path / "list").write_text("print('the script ran')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["", *sys.path])
