@@ -92,7 +92,7 @@ class HubMixin(ABC):
             config = chosen.from_dict(values)
             return config.replace(**fields) if fields else config
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{path}: {error}{_newer(values)}") from error
 
     def push_to_hub(
         self,
@@ -233,11 +233,23 @@ def _locate(source: str | os.PathLike[str], **download: Any) -> Path:
         raise FileNotFoundError(f"{source}: the Hub refused {CONFIG_FILE}: {error}") from error
 
 
+def _newer(values: dict[str, Any]) -> str:
+    """What to do about a refused file that another release of the package wrote."""
+    written = values.get("hf_precond_version", version())
+    if written == version():
+        return ""
+    return (
+        f" (The file was written by hf_precond {written}, and this is {version()}: install that "
+        "release, or correct the file.)"
+    )
+
+
 def _class_for(base: type, name: Any, path: Path) -> type:
     classes: dict[str, Any] = {cls.name: cls for cls in _subclasses(base) if cls.name}
-    if name not in classes:
+    if not isinstance(name, str) or name not in classes:
         raise ValueError(
-            f"{path}: optimizer={name!r}: hf_precond knows {', '.join(sorted(classes))}."
+            f"{path}: optimizer={name!r}: hf_precond knows {', '.join(sorted(classes))}; a config "
+            'file names one of them under "optimizer".'
         )
     return classes[name]
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 from hf_precond import AdamRConfig, AFOptConfig, NKFACConfig, OptimizerConfig, SGDPHConfig
 from hf_precond import load_config as load
-from hf_precond.hub import CONFIG_FILE, write_whole
+from hf_precond.hub import CONFIG_FILE, version, write_whole
 from tests.trainer.loopback import loopback_hub
 
 ROOT = Path(__file__).parents[2]
@@ -94,10 +95,23 @@ def test_a_bad_file_is_refused_with_a_sentence(text, message, tmp_path):
         AFOptConfig.from_pretrained(tmp_path)
 
 
-def test_a_file_of_no_known_optimizer_is_refused(tmp_path):
-    (tmp_path / CONFIG_FILE).write_text('{"optimizer": "lion", "lr": 1.0}')
-    with pytest.raises(ValueError, match="'lion': hf_precond knows adamr, afopt, nkfac, sgdph"):
+@pytest.mark.parametrize("name", ["lion", None, ["afopt"]])
+def test_a_file_of_no_known_optimizer_is_refused(name, tmp_path):
+    (tmp_path / CONFIG_FILE).write_text(json.dumps({"optimizer": name, "lr": 1.0}))
+    message = f"optimizer={name!r}: hf_precond knows adamr, afopt, nkfac, sgdph"
+    with pytest.raises(ValueError, match=re.escape(message)):
         load(tmp_path)
+
+
+def test_a_refused_file_of_another_release_says_so(tmp_path):
+    values = {"optimizer": "afopt", "new": 1, "hf_precond_version": "9.0"}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"new: afopt has no.*written by hf_precond 9\.0, "):
+        load(tmp_path)
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(values | {"hf_precond_version": version()}))
+    with pytest.raises(ValueError, match="new: afopt has no") as refusal:
+        load(tmp_path)
+    assert "written by" not in str(refusal.value)
 
 
 def test_a_missing_file_is_refused_with_a_sentence(tmp_path):
