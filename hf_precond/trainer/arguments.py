@@ -79,6 +79,8 @@ def config_from_pairs(
         return config_cls.create(**{**(defaults or {}), **given})
     except ValueError as error:
         raise ValueError(f"--optim_args: {error}") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--optim_args config={source}: {error}") from error
 
 
 def config_in_use(trainer: Any) -> OptimizerConfig | None:

@@ -124,7 +124,7 @@ def test_a_bad_argument_of_the_trainer_that_is_not_used_is_no_matter():
 
 
 def test_a_missing_config_gets_a_sentence(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no optimizer_config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"--optim_args config=.*holds no optimizer_"):
         Trainer(bert(), arguments("afopt", f"config={tmp_path}"))
 
 
