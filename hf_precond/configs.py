@@ -47,10 +47,10 @@ class OptimizerConfig(HubMixin):
             body's, > 0.
         betas: decay rates of the AdamW rule's two moments, each in [0, 1).
         eps: the AdamW rule's epsilon, >= 0.
-        state_dtype: dtype of the Kronecker factors kept between steps, one of
-            ``float32``, ``float64``, ``bfloat16``, ``float16`` (``nkfac`` only: the
-            range is too small for what is not of unit norm); ``None`` is
-            float32, and float64 for float64 parameters.
+        state_dtype: dtype of the Kronecker factors kept between steps (``sgdph``
+            has none): ``float32``, ``float64``, ``bfloat16``, under ``nkfac``
+            ``float16`` (others leave its range); ``None`` is float32, and
+            float64 for float64 parameters.
         skip_nonfinite: leave a step out whose gradients are not all finite,
             as a loss scaler does: weights, moments and factors stay as they
             are (counted as ``skipped_steps``; ten in a row stop training).
@@ -153,7 +153,7 @@ class AFOptConfig(OptimizerConfig):
     1e-2 (measured on MiniLM only).
 
     Args:
-        momentum: M's decay in the spectral direction, the momentum of ``base="sgd"``
+        momentum: M's decay in the spectral direction, momentum of ``base="sgd"``
             and ``"muon"``, in [0, 1); 0.9 was worse in fine-tuning, nowhere better.
         base: the rule for every parameter outside ``scope``: ``adamw``,
             ``sgd``, ``adamr`` or ``muon``.
@@ -261,7 +261,7 @@ class AdamRConfig(OptimizerConfig):
             of the second moment, >= 0.
         stat_decay: decay of the factors' running average, in [0, 1).
         stat_interval: steps between two updates of the factors, >= 1.
-        basis_interval: steps between two refreshes of a basis, give or take one, >= 1.
+        basis_interval: steps between refreshes of a basis, give or take one, >= 1.
         basis_tolerance: a basis is left as it is while the off-diagonal part
             of its factor holds less than this share of the energy, in [0, 1].
         max_dim: a wider side is not rotated, >= 1.
@@ -347,7 +347,7 @@ class NKFACConfig(OptimizerConfig):
 
 @dataclass(frozen=True)
 class SGDPHConfig(OptimizerConfig):
-    """SGD-PH: norm parameters stepped by their Hessian diagonal, the rest by a base rule.
+    """SGD-PH: norm parameters by their Hessian diagonal, the rest by a base rule.
 
     Args:
         momentum: the SGD rule's momentum, in [0, 1).

@@ -28,6 +28,7 @@ def test_list_shows_every_optimizer_with_its_line(capsys):
 def test_list_of_one_shows_every_field_with_default_and_meaning(name, capsys):
     assert main(["list", name]) == 0
     shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
     config_cls = get_info(name).config_cls
     table = dict(line.split() for line in shown.splitlines()[3:] if len(line.split()) == 2)
     for field in dataclasses.fields(config_cls):
