@@ -33,14 +33,14 @@ def act(arguments: argparse.Namespace) -> int:
     """
     try:
         model, auto_class = arguments.model, arguments.auto_class
-        print(explanation(model, arguments.optim, arguments.optim_args, auto_class))
+        text = explanation(model, arguments.optim, arguments.optim_args, auto_class)
     except (ValueError, OSError) as error:
         # Offline, transformers says what it could not reach and not what was asked for.
-        subject = f"{arguments.model}: " * (
-            isinstance(error, OSError) and arguments.model not in str(error)
-        )
+        named = arguments.model in str(error) or str(error).startswith("--optim_args")
+        subject = f"{arguments.model}: " * (isinstance(error, OSError) and not named)
         print(f"hf_precond: {subject}{error}", file=sys.stderr)
         return 2
+    print(text)  # not above: a closed pipe is an OSError too
     return 0
 
 

@@ -47,6 +47,10 @@ def test_list_of_one_shows_every_field_with_default_and_meaning(name, capsys):
         (["explain", "nobody/nowhere", "--optim", "afopt"], "nobody/nowhere"),
         (["run", "--optim", "afopt", "train.py"], "--optim stands before the script"),
         (["explain", "{model}", "--optim", "afopt", "--auto_class", "Trainer"], "--auto_class"),
+        (
+            ["explain", "{model}", "--optim", "afopt", "--optim_args", "config=nowhere"],
+            "hf_precond: --optim_args config=nowhere: nowhere: there is no such folder",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(words, message, tmp_path, capsys):
@@ -125,6 +129,18 @@ def test_a_terminal_that_is_not_unicode_shows_the_table(tmp_path):
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(words, capture_output=True, text=True, env=environment, check=True)
     assert "2m?" in done.stdout and "encoder.layer.0.attention" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["list", "explain"])
+def test_a_reader_that_has_seen_enough_is_no_error(command, tmp_path, capsys, monkeypatch):
+    BertConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        words = [str(tmp_path), "--optim", "nkfac"] if command == "explain" else []
+        assert main([command, *words]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_the_commands_work_behind_python_m_too(capsys):
