@@ -104,7 +104,7 @@ def get_info(name: str) -> OptimizerInfo:
     Raises:
         ValueError: for an unknown name, with the nearest known one.
     """
-    if name not in _OPTIMIZERS:
+    if not isinstance(name, str) or name not in _OPTIMIZERS:
         near = difflib.get_close_matches(str(name).lower(), _OPTIMIZERS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(

@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from hf_precond import create_optimizer
+from hf_precond import AFOptConfig, create_optimizer
 
 
 @pytest.mark.parametrize(
@@ -18,3 +18,9 @@ from hf_precond import create_optimizer
 def test_what_is_no_model_is_refused_with_the_right_call(given, said):
     with pytest.raises(TypeError, match=rf"first argument is {said}.*create_optimizer\(model, "):
         create_optimizer(given(nn.Linear(2, 2)), "adamr")
+
+
+@pytest.mark.parametrize("name", ["afop", 3, None, ["afopt"], {"optimizer": "afopt"}, AFOptConfig])
+def test_what_is_no_name_is_refused_with_the_names(name):
+    with pytest.raises(ValueError, match=r"is unknown.* The names are adamr, afopt, nkfac, sgdph"):
+        create_optimizer(nn.Linear(2, 2), name)
