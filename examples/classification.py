@@ -74,10 +74,10 @@ def load_splits(
             )
         splits = datasets.DatasetDict(train=loaded[wanted[0]], validation=loaded[wanted[1]])
     columns = splits["train"].column_names
-    if arguments.label_column not in columns:
-        raise ValueError(
-            f"label_column={arguments.label_column!r}: the columns are {', '.join(columns)}."
-        )
+    for name in ("label_column", "text_column", "image_column"):
+        asked = getattr(arguments, name, columns[0])
+        if asked not in columns:
+            raise ValueError(f"{name}={asked!r}: the columns are {', '.join(columns)}.")
     return splits
 
 

@@ -73,7 +73,9 @@ class TextArguments(DataArguments):
     def __post_init__(self) -> None:
         check_pair(self, "train_file", "validation_file")
         if self.train_file and Path(self.train_file).suffix not in BUILDERS:
-            raise ValueError(f"train_file={self.train_file!r}: a {', '.join(BUILDERS)} file.")
+            raise ValueError(
+                f"train_file={self.train_file!r}: it must be a {', '.join(BUILDERS)} file."
+            )
 
 
 def load_texts(arguments: TextArguments) -> datasets.DatasetDict:

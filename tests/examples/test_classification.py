@@ -118,6 +118,18 @@ def test_half_a_pair_of_sources_is_refused(classification):
         classification.check_pair(arguments, "train_dir", "validation_dir")
 
 
+@pytest.mark.parametrize("column", ["label_column", "text_column", "image_column"])
+def test_a_column_that_is_not_there_is_refused_with_those_that_are(
+    column, classification, tmp_path
+):
+    (tmp_path / "rows.csv").write_text("text,label\na,b\n")
+    arguments = classification.DataArguments()
+    setattr(arguments, column, "body")
+    files = {split: str(tmp_path / "rows.csv") for split in ("train", "validation")}
+    with pytest.raises(ValueError, match=f"{column}='body': the columns are text, label"):
+        classification.load_splits(arguments, "csv", files)
+
+
 def test_labels_are_numbered_by_name(classification):
     import datasets
 
