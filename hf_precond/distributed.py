@@ -50,23 +50,21 @@ def all_reduce_statistics(
         found = staged.get(key)
         size = int(torch.Size(shape).numel())
         if found is None:
-            parts.append(torch.zeros(size + 2, dtype=dtype, device=device))
+            parts.append(torch.zeros(size + 1, dtype=dtype, device=device))
             continue
         if tuple(found.sum.shape) != tuple(shape):
             raise ValueError(f"{key}: its sum is {tuple(found.sum.shape)}, not {tuple(shape)}.")
-        tail = torch.stack(
-            [found.count.to(dtype).reshape(()), found.count.new_tensor(found.passes).to(dtype)]
-        )
-        parts.append(torch.cat([found.sum.to(dtype).reshape(-1), tail.to(found.sum.device)]))
+        count = found.count.to(found.sum.device, dtype).reshape(1)
+        parts.append(torch.cat([found.sum.to(dtype).reshape(-1), count]))
     bucket = torch.cat(parts)
     dist.all_reduce(bucket)
     reduced: dict[str, Statistic] = {}
     start = 0
     for key, shape in shapes.items():
         size = int(torch.Size(shape).numel())
-        block = bucket[start : start + size + 2]
+        block = bucket[start : start + size + 1]
         reduced[key] = Statistic(block[:size].view(*shape), block[size])
-        start += size + 2
+        start += size + 1
     return reduced
 
 

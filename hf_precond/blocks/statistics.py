@@ -115,12 +115,10 @@ class Statistic:
         sum: the sum, in float32 (float64 for float64 models), detached.
         count: what it is to be divided by for a mean: tokens (weighted by the
             attention mask) or passes; a 0-d tensor on the sum's device.
-        passes: forward-backward passes that contributed.
     """
 
     sum: Tensor
     count: Tensor
-    passes: int = 1
 
 
 class StatisticsSource(Protocol):

@@ -59,7 +59,15 @@ def run(words: Sequence[str]) -> int:
     except (Exception, KeyboardInterrupt):
         sys.excepthook = _without_frames_before(path, sys.excepthook)
         raise
+    _leave_process_group()
     return 0
+
+
+def _leave_process_group() -> None:
+    """End what a distributed script leaves open: gloo's threads may abort a process that exits."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _refuse(sentence: str) -> int:

@@ -155,3 +155,16 @@ def test_spawned_processes_know_the_names(tmp_path):
     launched = python(script, folder=tmp_path)
     assert launched.returncode == 0, launched.stderr
     assert launched.stdout == "('OptimizerNames', 'afopt', '__mp_main__')\n"
+
+
+def test_a_process_group_that_a_script_leaves_open_is_ended(tmp_path):
+    script = write(
+        tmp_path,
+        "import atexit\n"
+        "import torch.distributed as dist\n"
+        "dist.init_process_group('gloo', init_method='file://' + __file__ + '.store', rank=0,\n"
+        "    world_size=1)\n"
+        "atexit.register(lambda: print(dist.is_initialized()))\n",
+    )
+    plain, launched = both(script, folder=tmp_path)
+    assert (plain.stdout, launched.stdout) == ("True\n", "False\n"), launched.stderr

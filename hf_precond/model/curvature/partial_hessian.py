@@ -290,7 +290,6 @@ class CurvatureProbe(CurvatureSource):
             self.staged[key] = Statistic(estimate, estimate.new_ones(()))
         else:
             held.sum += estimate
-            held.passes += 1
 
     def _vectors(self, requests: Sequence[CurvatureRequest]) -> list[Tensor]:
         """z of the step, drawn once for all its micro-batches."""

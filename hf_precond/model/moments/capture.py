@@ -192,7 +192,6 @@ class Capture(StatisticsSource):
         self, point: _Point, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor
     ) -> None:
         """Take the input moments of a call, to be staged when its gradient comes."""
-        in_pass = self.tokens.passes
         dtype = moment_dtype(point)
         with torch.no_grad(), no_autocast(result.device):
             parts = [
@@ -212,11 +211,11 @@ class Capture(StatisticsSource):
             self.siblings.forget()
             for part in parts if before is None else ():
                 if part is not None:
-                    self.stage.add(part, in_pass)
+                    self.stage.add(part)
             for collection in gradients:
-                self._stage_gradient(point, collection, total, weights, in_pass)
+                self._stage_gradient(point, collection, total, weights)
                 if before is not None:
-                    self._stage_gradient(point, collection, before, weights, in_pass, sign=-1)
+                    self._stage_gradient(point, collection, before, weights, sign=-1)
 
         result.register_hook(stage)
 
@@ -226,7 +225,6 @@ class Capture(StatisticsSource):
         collection: Collection,
         gradient: Tensor,
         weights: Tensor | None,
-        in_pass: int,
         sign: int = 1,
     ) -> None:
         """Stage the moment of an output gradient; with ``sign`` -1 take it away again."""
@@ -239,7 +237,7 @@ class Capture(StatisticsSource):
             if sign < 0:
                 part.sum.neg_()
                 part = replace(part, count=-part.count)
-            self.stage.add(part, in_pass)
+            self.stage.add(part)
 
     def _input_part(
         self,
@@ -316,7 +314,7 @@ class Capture(StatisticsSource):
                 found = self.stage.get(self.served[request.key])
                 if found is not None and request.kind == "input" and request.blocks == 1:
                     size = request.matrix.columns
-                    found = Statistic(found.sum[:size, :size], found.count, found.passes)
+                    found = Statistic(found.sum[:size, :size], found.count)
             if found is not None:
                 taken[request.key] = found
         self.evaluated.warn(self.stage.sums)

@@ -136,7 +136,6 @@ class HeadMoments:
         if not output.requires_grad:
             return
         head = self.heads[module]
-        in_pass = self.tokens.passes
         with torch.no_grad(), no_autocast(output.device):
             parts = self._parts(head, call.query.detach(), call.key.detach())
             parts += self._entropy_parts(head, call)
@@ -146,7 +145,7 @@ class HeadMoments:
             if not done:
                 done.append(True)
                 for part in parts:
-                    self.stage.add(part, in_pass)
+                    self.stage.add(part)
 
         output.register_hook(stage)
 
@@ -227,7 +226,7 @@ class HeadMoments:
         rotation = self.stage.get(f"{head.path}:rotation")
         assert rotation is not None and head.layout is not None
         mean = rotation.sum / rotation.count.clamp(min=1)
-        return Statistic(average(head.layout, found.sum, mean), found.count, found.passes)
+        return Statistic(average(head.layout, found.sum, mean), found.count)
 
     def enable(self, due: bool) -> None:
         """Collect, or not."""

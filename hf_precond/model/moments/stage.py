@@ -182,19 +182,18 @@ def _outside(part: Part) -> Part:
 
 
 class Stage:
-    """Sums by collection, and the number of passes that added to each."""
+    """Sums and counts by collection."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor] = {}
-        self.passes: dict[str, set[int]] = {}
         self.spares = Spares()
         self.owed: dict[str, Tensor] = {}
         self.lent: list[Tensor] = []
         self.epoch = 0  # counts how often it was emptied
 
-    def add(self, part: Part, in_pass: int) -> None:
-        """Add a part that the pass numbered ``in_pass`` brought."""
+    def add(self, part: Part) -> None:
+        """Add what one call brought."""
         if is_functorch_wrapped_tensor(part.sum):
             part = _outside(part)
         if part.collection in self.sums:
@@ -207,14 +206,12 @@ class Stage:
             self.counts[part.collection] = part.count.clone()
             if part.spare:
                 self.owed[part.collection] = part.sum
-        self.passes.setdefault(part.collection, set()).add(in_pass)
 
     def get(self, collection: str) -> Statistic | None:
         """What was added to a collection, or ``None`` when nothing was."""
         if collection not in self.sums:
             return None
-        passes = len(self.passes[collection])
-        return Statistic(self.sums[collection], self.counts[collection], passes)
+        return Statistic(self.sums[collection], self.counts[collection])
 
     def lend(self) -> None:
         """Forget everything; whoever got it may keep it until :meth:`recycle`, if that comes."""
@@ -236,7 +233,6 @@ class Stage:
         self.owed.clear()
         self.sums.clear()
         self.counts.clear()
-        self.passes.clear()
 
 
 def no_autocast(device: torch.device) -> torch.autocast:

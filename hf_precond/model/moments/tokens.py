@@ -67,7 +67,6 @@ class TokenWeights:
 
     def __init__(self, model: nn.Module) -> None:
         self.enabled = False
-        self.passes = 0
         self.root = base_of(model)
         self.owners: list[_Owner] = []
         self.handles: list[RemovableHandle] = []
@@ -84,7 +83,7 @@ class TokenWeights:
                 root_path = path
             named = module is model or module is self.root or hasattr(module, "base_model_prefix")
             if named or self._stacks_frames(module):
-                self._watch(path, module, counts=module is model)
+                self._watch(path, module)
         self.root_path = root_path
 
     def _stacks_frames(self, module: nn.Module) -> bool:
@@ -93,7 +92,7 @@ class TokenWeights:
         stack = any(isinstance(child, nn.ModuleList) for child in module.children())
         return sound and stack and "attention_mask" in _positions(module).values()
 
-    def _watch(self, path: str, module: nn.Module, *, counts: bool) -> None:
+    def _watch(self, path: str, module: nn.Module) -> None:
         config = getattr(module, "config", None)
         owner = _Owner(
             path,
@@ -110,7 +109,6 @@ class TokenWeights:
             # model's logits) must not give its masks to what the backward pass recomputes.
             if not self.enabled or not torch.is_grad_enabled():
                 return
-            self.passes += counts
             given = {names[i]: value for i, value in enumerate(args) if i in names} | {
                 name: kwargs[name] for name in _NAMES if name in kwargs
             }

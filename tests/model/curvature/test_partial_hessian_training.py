@@ -311,7 +311,7 @@ def test_accumulation_in_accelerate_is_part_of_the_loss():
     wanted = expected(model, lambda: sum(loss_of(model, seed) for seed in range(2)) / 2, step=4)
     staged = source.take()
     agree(staged, wanted)
-    assert all(statistic.passes == 2 for statistic in staged.values())
+    assert all(statistic.count == 1 for statistic in staged.values())
     source.close()
 
 

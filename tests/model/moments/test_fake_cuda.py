@@ -56,7 +56,7 @@ def test_parts_are_staged(kind, blocks, rows, center):
             part = watched(lambda: input_part(collection, there(2, 5, 8), weights, 1, stage.spares))
         else:
             part = watched(lambda: output_part(collection, there(10, 6), weights, 1, stage.spares))
-        watched(lambda part=part: stage.add(part, 0))
+        watched(lambda part=part: stage.add(part))
     found = stage.get("c")
     assert found.sum.device == found.count.device == GPU
 
