@@ -67,7 +67,6 @@ def assert_alike(found, expected, error):
         difference = (found[key].sum - statistic.sum).norm() / statistic.sum.norm()
         assert difference < error, (key, float(difference))
         torch.testing.assert_close(found[key].count, statistic.count)
-        assert found[key].passes == statistic.passes
 
 
 @pytest.mark.parametrize(("name", "kernel", "model_name", "dtype"), CASES, ids=str)
