@@ -6,7 +6,7 @@ from torch import nn
 
 from hf_precond.blocks import LayerMatrix
 from hf_precond.configs import AdamRConfig
-from hf_precond.optim.rotation.plan import RotationPlan, plan_rotation, state_elements
+from hf_precond.optim.rotation.plan import RotationPlan, plan_rotation
 from tests.optim.adamr_cases import adamr, noise, run
 
 
@@ -90,7 +90,7 @@ def test_state_elements_counts_what_is_kept(shape, fields):
         kept = state["exp_avg"].numel() + state["exp_avg_sq"].numel()
     else:
         kept -= state["mean_sq"].numel()
-    assert kept == state_elements(shape, optimizer.config)
+    assert kept == plan_rotation(shape, optimizer.config).state_elements
 
 
 def bert_base():
@@ -104,7 +104,7 @@ def bert_base():
 def test_default_state_of_bert_base_is_at_most_twice_that_of_adamw():
     embeddings, matrices, vectors = bert_base()
     config, table = AdamRConfig(), LayerMatrix("x", nn.Embedding(2, 2))
-    ours = sum(state_elements(shape, config, table) for shape in embeddings)
-    ours += sum(state_elements(shape, config) for shape in matrices) + 2 * vectors
+    ours = sum(plan_rotation(shape, config, table).state_elements for shape in embeddings)
+    ours += sum(plan_rotation(shape, config).state_elements for shape in matrices) + 2 * vectors
     adamw = 2 * (sum(a * b for a, b in embeddings + matrices) + vectors)
     assert 1.5 < ours / adamw <= 2.0

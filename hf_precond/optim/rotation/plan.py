@@ -59,7 +59,12 @@ class RotationPlan:
 
     @property
     def state_elements(self) -> int:
-        """Numbers kept: two moments, and a factor and a basis of each rotated side."""
+        """Numbers kept: two moments, and a factor and a basis of each rotated side.
+
+        ``2 m n``, as AdamW, and ``2 m²`` (``2 n²``) of a rotated left (right)
+        side: at two rotated sides three times AdamW's state for a square
+        matrix, 1.25 times for one of ``d x 4d`` with its smaller side rotated.
+        """
         sides = self.left * self.rows**2 + self.right * self.columns**2
         return 2 * self.tiles * (self.rows * self.columns + sides)
 
@@ -131,6 +136,7 @@ def _plan(
     return _one_side(out, rest, "left" if out <= rest else "right", max_dim)
 
 
+@functools.lru_cache(maxsize=4096)
 def _stack(shape: tuple[int, ...], basis: str, max_dim: int) -> RotationPlan:
     """Every matrix of a stack by itself."""
     count, rows, columns = shape
@@ -160,22 +166,3 @@ def _one_side(rows: int, columns: int, side: str, max_dim: int) -> RotationPlan:
     if side == "left":
         return RotationPlan(tiles, block, columns, "rows", True, False)
     return RotationPlan(tiles, rows, block, "columns", False, True)
-
-
-def state_elements(
-    shape: Sequence[int], config: AdamRConfig, matrix: LayerMatrix | None = None
-) -> int:
-    """Numbers that AdamR keeps for one parameter.
-
-    ``2 m n`` for the two moments, as AdamW, and ``2 m²`` (``2 n²``) for the
-    factor and the basis of a rotated left (right) side: at two rotated sides
-    three times AdamW's state for a square matrix, 1.25 times for one of
-    ``d x 4d`` with its smaller side rotated.
-
-    Args:
-        shape: the parameter's.
-        config: the optimizer's.
-        matrix: what the model says of the weight, where it is known.
-    """
-    plan = plan_rotation(shape, config, matrix)
-    return plan.state_elements if plan.rotated else 2 * math.prod(shape)

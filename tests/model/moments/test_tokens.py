@@ -80,14 +80,20 @@ def test_a_mask_of_four_dimensions_is_no_mask_of_tokens() -> None:
     assert set(counts(capture).values()) == {21}
 
 
-@pytest.mark.parametrize("reentrant", [None, True, False])
-def test_two_forwards_before_a_backward_keep_their_masks(reentrant: bool | None) -> None:
-    """A query and a passage, as contrastive training has them."""
+def checkpointed(reentrant: bool | None) -> nn.Module:
+    """A BERT, with one of the two forms of activation checkpointing or without."""
     model = build("bert")
     if reentrant is not None:
         options = {"use_reentrant": reentrant}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         model.enable_input_require_grads()
+    return model
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_two_forwards_before_a_backward_keep_their_masks(reentrant: bool | None) -> None:
+    """A query and a passage, as contrastive training has them."""
+    model = checkpointed(reentrant)
     capture = counting(model)
     ids = text()["input_ids"]
     first = model(input_ids=ids, attention_mask=masks(2, 3, 1)).logits
@@ -100,11 +106,7 @@ def test_two_forwards_before_a_backward_keep_their_masks(reentrant: bool | None)
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_an_evaluation_between_forward_and_backward_gives_no_masks(reentrant: bool | None) -> None:
     """What the backward pass of checkpointing recomputes is no part of the evaluation."""
-    model = build("bert")
-    if reentrant is not None:
-        options = {"use_reentrant": reentrant}
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-        model.enable_input_require_grads()
+    model = checkpointed(reentrant)
     capture = counting(model)
     batch = text()
     loss = loss_of(model, {**batch, "attention_mask": masks(7, 3, 2)})
