@@ -154,7 +154,8 @@ class AFOptConfig(OptimizerConfig):
 
     Args:
         momentum: M's decay in the spectral direction, momentum of ``base="sgd"``
-            and ``"muon"``, in [0, 1); 0.9 was worse in fine-tuning, else about even.
+            and ``"muon"``, in [0, 1); 0.9 was worse in fine-tuning, else about
+            even.
         base: the rule for every parameter outside ``scope``: ``adamw``,
             ``sgd``, ``adamr`` or ``muon``.
         scope: which matrices are preconditioned: ``query_key``,
