@@ -9,45 +9,42 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hf_precond.trainer.register import register_at_import
+from hf_precond.integrations.registration import register_at_import
 
 if TYPE_CHECKING:
-    from hf_precond.configs import (
-        AdamRConfig,
-        AFOptConfig,
-        NKFACConfig,
-        OptimizerConfig,
-        SGDPHConfig,
-        load_config,
-    )
-    from hf_precond.model.attention import declare_attention
-    from hf_precond.optim.adamr import AdamR
-    from hf_precond.optim.afopt import AFOpt
-    from hf_precond.optim.nkfac import NKFAC
-    from hf_precond.optim.sgdph import SGDPH
+    from hf_precond.architectures.attention import declare_attention
+    from hf_precond.config.base import OptimizerConfig, load_config
+    from hf_precond.integrations.registration import register
+    from hf_precond.integrations.trainer import PrecondSeq2SeqTrainer, PrecondTrainer
+    from hf_precond.optimizers.adamr.config import AdamRConfig
+    from hf_precond.optimizers.adamr.optimizer import AdamR
+    from hf_precond.optimizers.afopt.config import AFOptConfig
+    from hf_precond.optimizers.afopt.optimizer import AFOpt
+    from hf_precond.optimizers.nkfac.config import NKFACConfig
+    from hf_precond.optimizers.nkfac.optimizer import NKFAC
+    from hf_precond.optimizers.sgdph.config import SGDPHConfig
+    from hf_precond.optimizers.sgdph.optimizer import SGDPH
     from hf_precond.registry import create_optimizer, list_optimizers
-    from hf_precond.trainer.register import register
-    from hf_precond.trainer.trainer import PrecondSeq2SeqTrainer, PrecondTrainer
 
 __version__ = "0.1.0"
 
 _WHERE = {
-    "AFOpt": "optim.afopt",
-    "AFOptConfig": "configs",
-    "AdamR": "optim.adamr",
-    "AdamRConfig": "configs",
-    "NKFAC": "optim.nkfac",
-    "NKFACConfig": "configs",
-    "OptimizerConfig": "configs",
-    "PrecondSeq2SeqTrainer": "trainer.trainer",
-    "PrecondTrainer": "trainer.trainer",
-    "SGDPH": "optim.sgdph",
-    "SGDPHConfig": "configs",
+    "AFOpt": "optimizers.afopt.optimizer",
+    "AFOptConfig": "optimizers.afopt.config",
+    "AdamR": "optimizers.adamr.optimizer",
+    "AdamRConfig": "optimizers.adamr.config",
+    "NKFAC": "optimizers.nkfac.optimizer",
+    "NKFACConfig": "optimizers.nkfac.config",
+    "OptimizerConfig": "config.base",
+    "PrecondSeq2SeqTrainer": "integrations.trainer",
+    "PrecondTrainer": "integrations.trainer",
+    "SGDPH": "optimizers.sgdph.optimizer",
+    "SGDPHConfig": "optimizers.sgdph.config",
     "create_optimizer": "registry",
-    "declare_attention": "model.attention",
+    "declare_attention": "architectures.attention",
     "list_optimizers": "registry",
-    "load_config": "configs",
-    "register": "trainer.register",
+    "load_config": "config.base",
+    "register": "integrations.registration",
 }
 
 __all__ = [

@@ -10,27 +10,24 @@ from typing import Any
 
 from torch import nn
 
-from hf_precond.blocks import Blocks, RoutingTable
-from hf_precond.configs import (
-    AdamRConfig,
-    AFOptConfig,
-    NKFACConfig,
-    OptimizerConfig,
-    SGDPHConfig,
-)
-from hf_precond.model.engines import refused_engine
-from hf_precond.model.groups import parameter_groups
-from hf_precond.model.routing import (
-    attention_matrices,
-    every_matrix,
-    layer_matrices,
-    norm_parameters,
-)
-from hf_precond.optim.adamr import AdamR
-from hf_precond.optim.afopt import AFOpt
-from hf_precond.optim.base import PrecondOptimizer
-from hf_precond.optim.nkfac import NKFAC
-from hf_precond.optim.sgdph import SGDPH
+from hf_precond.architectures.groups import parameter_groups
+from hf_precond.architectures.strategies import unsupported_strategy
+from hf_precond.architectures.structure import ModelStructure, RoutingTable
+from hf_precond.config.base import OptimizerConfig
+from hf_precond.optimizers.adamr.config import AdamRConfig
+from hf_precond.optimizers.adamr.optimizer import AdamR
+from hf_precond.optimizers.adamr.selection import every_matrix
+from hf_precond.optimizers.afopt.config import AFOptConfig
+from hf_precond.optimizers.afopt.optimizer import AFOpt
+from hf_precond.optimizers.afopt.selection import attention_matrices
+from hf_precond.optimizers.base.optimizer import PrecondOptimizer
+from hf_precond.optimizers.nkfac.config import NKFACConfig
+from hf_precond.optimizers.nkfac.optimizer import NKFAC
+from hf_precond.optimizers.nkfac.selection import layer_matrices
+from hf_precond.optimizers.sgdph.config import SGDPHConfig
+from hf_precond.optimizers.sgdph.optimizer import SGDPH
+from hf_precond.optimizers.sgdph.selection import norm_parameters
+from hf_precond.statistics.sources import open_statistics
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class OptimizerInfo:
     name: str
     config_cls: type[OptimizerConfig]
     optimizer_cls: type[PrecondOptimizer]
-    select: Callable[[nn.Module, Any], Blocks]
+    select: Callable[[nn.Module, Any], ModelStructure]
     description: str
     memory: str
 
@@ -151,25 +148,26 @@ def create_optimizer(
         )
     config = make_config(name_or_config, **values)
     info = get_info(config.name)
-    blocks = read_blocks(model, config)
+    structure = read_blocks(model, config)
     groups, labels = parameter_groups(
         model, config.lr, config.weight_decay, config.head_lr_scale
     )
-    blocks.routing = RoutingTable(
-        [replace(route, group=labels.get(route.name, "")) for route in blocks.routing]
+    structure.routing = RoutingTable(
+        [replace(route, group=labels.get(route.name, "")) for route in structure.routing]
     )
-    return info.optimizer_cls(groups, blocks, config)
+    return info.optimizer_cls(groups, structure, config)
 
 
-def read_blocks(model: nn.Module, config: OptimizerConfig) -> Blocks:
+def read_blocks(model: nn.Module, config: OptimizerConfig) -> ModelStructure:
     """What the optimizer of ``config`` would precondition in ``model``.
 
     Raises:
         ValueError: nothing would be, or what runs the training cannot be served.
     """
-    refused = refused_engine(model, config.name)
+    refused = unsupported_strategy(model, config.name)
     if refused is not None:
         raise ValueError(refused)
-    blocks = get_info(config.name).select(model, config)
-    blocks.find = functools.partial(read_blocks, config=config)
-    return blocks
+    structure = get_info(config.name).select(model, config)
+    structure.open = functools.partial(open_statistics, model)
+    structure.find = functools.partial(read_blocks, config=config)
+    return structure

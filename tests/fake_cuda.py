@@ -17,9 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_precond.blocks import Statistic, StatisticsSource
-from hf_precond.blocks.statistics import request_shape
-from hf_precond.optim.rotation import batch as rotation_batch
+from hf_precond.optimizers.adamr import batch as rotation_batch
+from hf_precond.statistics.requests import Statistic, StatisticsSource, request_shape
 
 GPU = torch.device("cuda", 0)
 aten = torch.ops.aten

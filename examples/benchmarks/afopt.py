@@ -79,7 +79,7 @@ def optimizers(task: Task, spec: str) -> list[torch.optim.Optimizer]:
 def _matrices(model: nn.Module, scope: str) -> list[nn.Parameter]:
     """The weights that AFOpt would treat in this scope."""
     optimizer = _create(model, {"scope": scope})
-    chosen = [placed.weight for placed in optimizer.placed]
+    chosen = [bound.weight for bound in optimizer.bound]
     optimizer.close()
     return chosen
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 import hf_precond
-from hf_precond.optim.kronecker.inverses import invert
+from hf_precond.optimizers.nkfac.inverses import invert
 
 PERIOD = 4
 WARM = 3 * PERIOD

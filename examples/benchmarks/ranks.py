@@ -30,7 +30,7 @@ import torch.multiprocessing as mp
 from transformers import BertConfig, BertForSequenceClassification
 
 import hf_precond
-from hf_precond import distributed
+from hf_precond.distributed import collectives
 from hf_precond.linalg.packed import pack
 
 SHAPES = {"minilm": (384, 6), "bert-base": (768, 12)}
@@ -74,7 +74,7 @@ def adamr(model: torch.nn.Module, timer: Timer) -> Callable[[], None]:
     """Steps with every basis due; only their refreshes are timed."""
     fields = {"basis_interval": 1, "basis_tolerance": 0.0}
     optimizer = hf_precond.create_optimizer(model, "adamr", lr=1e-3, **fields)
-    bases = optimizer.rule.bases
+    bases = optimizer.fallback.bases
     bases.refresh = timer.around(bases.refresh)
 
     def once() -> None:
@@ -90,10 +90,10 @@ def adamr(model: torch.nn.Module, timer: Timer) -> Callable[[], None]:
 def nkfac(model: torch.nn.Module, timer: Timer) -> Callable[[], None]:
     """A refresh of every inverse."""
     optimizer = hf_precond.create_optimizer(model, "nkfac", lr=1e-3)
-    for placed in optimizer.placed:
-        optimizer.allocate(placed)
-        for factor in optimizer.factors(placed):
-            state = optimizer.state[placed.weight]
+    for bound in optimizer.bound:
+        optimizer.allocate(bound)
+        for factor in optimizer.factors(bound):
+            state = optimizer.state[bound.weight]
             state[factor.name("factor")].copy_(covariance(factor.size))
             state[factor.name("updates")].fill_(1)
     return timer.around(optimizer.refresh)
@@ -102,8 +102,8 @@ def nkfac(model: torch.nn.Module, timer: Timer) -> Callable[[], None]:
 def afopt(model: torch.nn.Module, timer: Timer) -> Callable[[], None]:
     """A refresh of every factor, in the scope of all linear layers."""
     optimizer = hf_precond.create_optimizer(model, "afopt", lr=1e-3, scope="all_linear")
-    for placed in optimizer.placed:
-        optimizer.allocate(placed)
+    for bound in optimizer.bound:
+        optimizer.allocate(bound)
     for moment in optimizer.plan.moments:
         held = moment.tensor(optimizer.state)
         full = moment.read(optimizer.state)
@@ -117,12 +117,12 @@ def afopt(model: torch.nn.Module, timer: Timer) -> Callable[[], None]:
 @contextmanager
 def one_rank() -> Iterator[None]:
     """Inside, this process takes itself for the only one."""
-    plain = distributed.world_size
-    distributed.world_size = lambda: 1
+    plain = collectives.world_size
+    collectives.world_size = lambda: 1
     try:
         yield
     finally:
-        distributed.world_size = plain
+        collectives.world_size = plain
 
 
 def compare(name: str, hidden: int, layers: int, rounds: int) -> list[tuple[float, ...]]:

@@ -28,13 +28,9 @@ from sgdph_tasks import DATA, ResNet, images
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
-from hf_precond.model.curvature.hessian_products import (
-    GraphProduct,
-    diagonal_estimates,
-    probe_vectors,
-)
-from hf_precond.model.double_backward import DoubleBackward
-from hf_precond.model.norms import channel_parameters
+from hf_precond.architectures.norms import channel_parameters
+from hf_precond.statistics.hessian.double_backward import DoubleBackward
+from hf_precond.statistics.hessian.products import GraphProduct, diagonal_estimates, probe_vectors
 
 Loss = Callable[[Tensor], Tensor]
 PROBES, DECAY = 64, 0.9

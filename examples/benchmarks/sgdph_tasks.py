@@ -45,7 +45,7 @@ from transformers import (
 )
 
 from hf_precond import create_optimizer
-from hf_precond.model.groups import parameter_groups
+from hf_precond.architectures.groups import parameter_groups
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 Batch = dict[str, Tensor]
@@ -153,7 +153,7 @@ class ResNet(nn.Module):
         self.stem = nn.Sequential(
             nn.Conv2d(1, width, 3, 2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
         )
-        self.blocks = nn.Sequential(
+        self.structure = nn.Sequential(
             Residual(width, width),
             Residual(width, 2 * width),
             Residual(2 * width, 2 * width),
@@ -162,7 +162,7 @@ class ResNet(nn.Module):
         self.head = nn.Linear(4 * width, 10)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.head(self.blocks(self.stem(pixel_values)).mean((2, 3)))
+        return self.head(self.structure(self.stem(pixel_values)).mean((2, 3)))
 
 
 def resnet(options: argparse.Namespace) -> Task:

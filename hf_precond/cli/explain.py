@@ -64,8 +64,8 @@ def explanation(
     """
     import torch
 
+    from hf_precond.integrations.arguments import config_from_pairs
     from hf_precond.registry import create_optimizer, get_info
-    from hf_precond.trainer.arguments import config_from_pairs
 
     config = config_from_pairs(get_info(name).config_cls, optim_args)
     with torch.device("meta"):
@@ -88,9 +88,9 @@ def memory(optimizer: Any) -> str:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
-    for placed in optimizer.placed:
-        optimizer.allocate(placed)
-    optimizer.allocate_rules()
+    for bound in optimizer.bound:
+        optimizer.allocate(bound)
+    optimizer.allocate_fallbacks()
     kept = sum(
         value.numel() * value.element_size()
         for state in optimizer.state.values()

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from hf_precond.cli import explain, listing, run
-from hf_precond.hub import version
+from hf_precond.config.hub import version
 
 COMMANDS = ("run", "list", "explain")
 

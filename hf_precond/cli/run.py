@@ -46,7 +46,7 @@ def run(words: Sequence[str]) -> int:
         return _refuse(f"there is no script at {words[0]!r} (looked for {path}).")
     if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "__main__.py")):
         return _refuse(f"{words[0]!r} is a folder without a __main__.py; give a script's path.")
-    from hf_precond.trainer.register import register
+    from hf_precond.integrations.registration import register
 
     try:
         register()

@@ -21,8 +21,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_precond.linalg import fallback
-from hf_precond.linalg.triangle import lower_factor
+from hf_precond.linalg import factorization
+from hf_precond.linalg.block_cholesky import lower_factor
 from hf_precond.linalg.workspace import Workspace
 
 BANDED = 256
@@ -34,7 +34,7 @@ TILE = 64
 
 
 def eigenbasis(
-    factor: Tensor, record: fallback.Record | None = None
+    factor: Tensor, record: factorization.Record | None = None
 ) -> tuple[Tensor, Tensor]:
     """The eigenvectors, in descending order, and the matrix in their coordinates.
 
@@ -43,12 +43,12 @@ def eigenbasis(
 
     Args:
         factor: A, symmetric, ``[b, n, n]``; the lower triangle is read.
-        record: see :func:`hf_precond.linalg.fallback.eigh`.
+        record: see :func:`hf_precond.linalg.factorization.eigh`.
 
     Returns:
         ``Q`` and ``diag(λ)``, each ``[b, n, n]``.
     """
-    values, vectors = fallback.eigh(factor, record=record)
+    values, vectors = factorization.eigh(factor, record=record)
     return vectors, torch.diag_embed(values)
 
 

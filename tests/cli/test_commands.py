@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoConfig, BertConfig, GPT2Config, ViTConfig
 
 from hf_precond.cli.main import launch, main
-from hf_precond.hub import version
+from hf_precond.config.hub import version
 from hf_precond.registry import create_optimizer, get_info, list_optimizers
 
 each_name = pytest.mark.parametrize("name", list_optimizers())

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_precond.hub import CONFIG_FILE
-from hf_precond.trainer.names import NAMES
+from hf_precond.config.hub import CONFIG_FILE
+from hf_precond.integrations.names import NAMES
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parent / "scripts" / "train.py"

@@ -16,13 +16,13 @@ from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import load_fsdp_optimizer
 from torch.distributed.fsdp import FSDPModule
 
-from hf_precond.blocks.sharding import is_sharded
+from hf_precond.distributed.collectives import is_sharded
 from hf_precond.registry import create_optimizer
 from tests import ranks
 from tests.distributed.test_checkpoint import LAST, SAVED
 from tests.distributed.test_fsdp2 import SHARDABLE, all_full
-from tests.optim.models import batch, make, train_step
-from tests.optim.test_shared import QUICK
+from tests.optimizers.models import batch, make, train_step
+from tests.optimizers.test_shared import QUICK
 
 LAYERS = {"bert": "BertLayer", "gpt2": "GPT2Block"}
 FORMATS = ("SHARDED_STATE_DICT", "FULL_STATE_DICT")

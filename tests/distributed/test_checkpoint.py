@@ -12,8 +12,8 @@ from torch.distributed.checkpoint.state_dict import (
 from hf_precond.registry import create_optimizer, list_optimizers
 from tests import ranks
 from tests.distributed.test_fsdp2 import SHARDABLE, all_full, shard
-from tests.optim.models import batch, make, train_step, weights
-from tests.optim.test_shared import QUICK
+from tests.optimizers.models import batch, make, train_step, weights
+from tests.optimizers.test_shared import QUICK
 
 SAVED, LAST = 3, 6
 OPTIONS = {

@@ -7,8 +7,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_precond.registry import create_optimizer, list_optimizers
 from tests import ranks
-from tests.optim.models import batch, make, weights
-from tests.optim.test_shared import QUICK
+from tests.optimizers.models import batch, make, weights
+from tests.optimizers.test_shared import QUICK
 
 STEPS = 8
 

@@ -8,11 +8,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from hf_precond.blocks.sharding import full
+from hf_precond.distributed.collectives import full
 from hf_precond.registry import create_optimizer, list_optimizers
 from tests import ranks
-from tests.optim.models import batch, make, train_step
-from tests.optim.test_shared import QUICK
+from tests.optimizers.models import batch, make, train_step
+from tests.optimizers.test_shared import QUICK
 
 STEPS = 6
 SHARDABLE = [name for name in list_optimizers() if name != "sgdph"]

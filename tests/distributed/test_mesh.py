@@ -18,8 +18,8 @@ from transformers import LlamaForCausalLM
 from hf_precond.registry import create_optimizer, list_optimizers
 from tests import ranks
 from tests.distributed.test_fsdp2 import SHARDABLE, all_full
-from tests.optim.models import batch, make, train_step
-from tests.optim.test_shared import QUICK
+from tests.optimizers.models import batch, make, train_step
+from tests.optimizers.test_shared import QUICK
 
 STEPS = 6
 

@@ -8,10 +8,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_precond import distributed
+from hf_precond.distributed import collectives
 from hf_precond.registry import create_optimizer, list_optimizers
+from hf_precond.statistics import requests
 from tests import ranks
-from tests.optim.models import backward, batch, make, train_step, weights
+from tests.optimizers.models import backward, batch, make, train_step, weights
 
 STEPS = 50
 # Statistics every three steps, refreshes every six, so that most steps have neither.
@@ -39,7 +40,7 @@ def flat_state(optimizer):
 def many_steps():
     """Each optimizer on this rank's data: weights, state, diagnostics, steps with statistics."""
     found = {}
-    reduce = distributed.all_reduce_statistics
+    reduce = requests.all_reduce_statistics
     for name in list_optimizers():
         model = make("bert")
         optimizer = create_optimizer(model, name, lr=1e-3, weight_decay=0.01, **SPARSE[name])
@@ -50,7 +51,7 @@ def many_steps():
             collected.append(optimizer.steps)
             return reduce(*arguments)
 
-        distributed.all_reduce_statistics = noted
+        requests.all_reduce_statistics = noted
         for step in range(STEPS):
             # Other data on each rank, and other numbers of tokens under the mask.
             inputs = batch("bert", STEPS * dist.get_rank() + step)
@@ -97,7 +98,7 @@ USED = [(True, False), (True, False), (False, False), (False, True), (True, True
 def around_a_layer():
     """Steps of each optimizer on this rank's half of the batch; on both halves when alone."""
     found = {}
-    world = distributed.world_size()
+    world = collectives.world_size()
     for name in list_optimizers():
         model = make("bert", dtype=torch.float64)
         around = model.bert.encoder.layer[1] = Sometimes(model.bert.encoder.layer[1])
@@ -110,7 +111,7 @@ def around_a_layer():
             inputs = batch("bert", step, size=8, dtype=torch.float64)
             optimizer.zero_grad()
             for half in range(2):
-                if world == 1 or half == distributed.rank():
+                if world == 1 or half == collectives.rank():
                     around.used = used[half]
                     rows = {key: value[4 * half : 4 * half + 4] for key, value in inputs.items()}
                     backward(wrapped, optimizer, rows, scale=world / 2)

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from hf_precond import distributed
-from hf_precond.linalg import fallback, roots
-from hf_precond.optim.kronecker import inverses
+from hf_precond.distributed import collectives
+from hf_precond.linalg import factorization, inverse_roots
+from hf_precond.optimizers.nkfac import inverses
 from hf_precond.registry import create_optimizer
 from tests import ranks
-from tests.optim.models import batch, make, train_step
+from tests.optimizers.models import batch, make, train_step
 
 STEPS = 10
 FIELDS = {
@@ -32,7 +32,11 @@ class Work:
 
 def matrices_with(name, transport="permute"):
     """Steps with the same gradients on every rank; what came of them."""
-    seen = {"adamr": (fallback, "eigh"), "afopt": (roots, "damp"), "nkfac": (inverses, "damped")}
+    seen = {
+        "adamr": (factorization, "eigh"),
+        "afopt": (inverse_roots, "damp"),
+        "nkfac": (inverses, "damped"),
+    }
     module, attribute = seen[name]
     plain = getattr(module, attribute)
     work = Work(plain)
@@ -95,7 +99,7 @@ def fails_on_one_rank():
     plain = inverses.damped
 
     def damped(moments, damping, floor):
-        if distributed.rank() == 1:
+        if collectives.rank() == 1:
             raise torch.OutOfMemoryError("out of memory")
         return plain(moments, damping, floor)
 

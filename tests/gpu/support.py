@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 
-from tests.optim.models import batch
+from tests.optimizers.models import batch
 
 
 def inputs(name, device, step=0, size=6, dtype=torch.float32):

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_precond.registry import create_optimizer, list_optimizers
 from tests.gpu.support import inputs, passes
-from tests.optim.models import make
+from tests.optimizers.models import make
 
 pytestmark = pytest.mark.gpu
 WITH_STATISTICS = {

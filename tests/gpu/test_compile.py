@@ -6,10 +6,10 @@ from torch._dynamo.utils import counters
 
 from hf_precond.registry import create_optimizer, list_optimizers
 from tests.gpu.support import inputs, passes
-from tests.optim.models import MODELS, make
-from tests.trainer.test_compile import EVERY_FOUR, WARM
-from tests.trainer.test_compile import train as train_with_trainer
-from tests.trainer.test_trainer import losses
+from tests.integrations.test_compile import EVERY_FOUR, WARM
+from tests.integrations.test_compile import train as train_with_trainer
+from tests.integrations.test_trainer import losses
+from tests.optimizers.models import MODELS, make
 
 pytestmark = pytest.mark.gpu
 each_name = pytest.mark.parametrize("name", list_optimizers())

@@ -5,18 +5,18 @@ import math
 import pytest
 import torch
 
-from hf_precond.optim.failures import MAX_DROPPED, Failures
+from hf_precond.optimizers.base.failures import MAX_DROPPED, FailureRecord
 from hf_precond.registry import list_optimizers
 from tests.gpu.support import inputs, no_waiting, passes
-from tests.optim.models import make
-from tests.optim.test_faults import preconditioner
-from tests.optim.test_shared import build
+from tests.optimizers.models import make
+from tests.optimizers.test_faults import preconditioner
+from tests.optimizers.test_shared import build
 
 pytestmark = pytest.mark.gpu
 
 
 def test_failures_on_the_device_are_judged_without_waiting(device):
-    failures = Failures()
+    failures = FailureRecord()
     bad = torch.tensor([1, 0], device=device)
     with no_waiting(device):
         for _ in range(2):

@@ -9,11 +9,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from hf_precond.blocks.sharding import full
+from hf_precond.distributed.collectives import full
 from hf_precond.registry import create_optimizer, list_optimizers
 from tests.gpu.support import inputs, passes
-from tests.optim.models import make, train_step
-from tests.optim.test_shared import QUICK, build
+from tests.optimizers.models import make, train_step
+from tests.optimizers.test_shared import QUICK, build
 
 pytestmark = pytest.mark.gpu
 SHARDABLE = [name for name in list_optimizers() if name != "sgdph"]

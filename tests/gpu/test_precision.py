@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from hf_precond import PrecondTrainer
+from hf_precond.integrations.compat import own_optimizer
 from hf_precond.registry import create_optimizer, list_optimizers
-from hf_precond.trainer.compat import own_optimizer
 from tests.gpu.support import inputs, passes
-from tests.optim.models import make
-from tests.optim.test_shared import build
-from tests.trainer.test_trainer import losses
-from tests.trainer.test_trainer import make as make_trainer
+from tests.integrations.test_trainer import losses
+from tests.integrations.test_trainer import make as make_trainer
+from tests.optimizers.models import make
+from tests.optimizers.test_shared import build
 
 pytestmark = pytest.mark.gpu
 each_name = pytest.mark.parametrize("name", list_optimizers())

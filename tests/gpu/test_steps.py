@@ -7,8 +7,8 @@ import torch
 
 from hf_precond.registry import list_optimizers
 from tests.gpu.support import inputs
-from tests.optim.models import make, train_step, weights
-from tests.optim.test_shared import build
+from tests.optimizers.models import make, train_step, weights
+from tests.optimizers.test_shared import build
 
 pytestmark = pytest.mark.gpu
 each_name = pytest.mark.parametrize("name", list_optimizers())

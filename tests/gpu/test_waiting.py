@@ -5,7 +5,7 @@ import torch
 
 from hf_precond.registry import create_optimizer, list_optimizers
 from tests.gpu.support import inputs, no_waiting, passes
-from tests.optim.models import make
+from tests.optimizers.models import make
 
 pytestmark = pytest.mark.gpu
 # Statistics at every step where there are any; refreshes and probes at step 0. AdamR's bases turn

@@ -3,23 +3,23 @@
 import pytest
 import torch
 
-from hf_precond.linalg import msign, roots
+from hf_precond.linalg import inverse_roots, msign
+from hf_precond.linalg.block_inverse import spd_block_inverse
 from hf_precond.linalg.eigenbasis import refresh
 from hf_precond.linalg.gram import gram
-from hf_precond.linalg.inverse import spd_block_inverse
 from hf_precond.linalg.newton import newton_step, newton_step_reference
 from hf_precond.linalg.packed import pack, unpack
 from hf_precond.linalg.power import largest_eigenvalue
-from hf_precond.linalg.precision import matmul
+from hf_precond.linalg.products import matmul
 from tests.fake_cuda import GPU, Watch, pretended
 
 SQUARE = {
     "largest_eigenvalue": largest_eigenvalue,
     "newton_step": lambda a: newton_step(a, a),
     "newton_step_reference": lambda a: newton_step_reference(a, a),
-    "inverse": lambda a: roots.inverse(a, 0.1).value,
-    "inverse_factor": lambda a: roots.inverse_factor(a, 0.1).value,
-    "inverse_sqrt": lambda a: roots.inverse_sqrt(a, 0.1).value,
+    "inverse": lambda a: inverse_roots.inverse(a, 0.1).value,
+    "inverse_factor": lambda a: inverse_roots.inverse_factor(a, 0.1).value,
+    "inverse_sqrt": lambda a: inverse_roots.inverse_sqrt(a, 0.1).value,
     "spd_block_inverse": spd_block_inverse,
     "newton_schulz": msign.newton_schulz,
     "gram_newton_schulz": msign.gram_newton_schulz,

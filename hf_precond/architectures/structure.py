@@ -1,0 +1,444 @@
+"""What is found in a model, as plain values and module handles: matrices, attentions, norms, routes.
+
+Nothing here keeps a parameter: FSDP2 swaps them, so the module is the handle.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from hf_precond.distributed.collectives import full
+
+Layout = Literal["linear", "transposed", "conv"]
+Owner = tuple[str, nn.Module, str]
+
+
+@dataclass(frozen=True)
+class RowSelection:
+    """Which output rows of a fused weight belong to a matrix.
+
+    The ``out`` rows are seen as ``[groups, parts, width]``; part ``part`` is
+    taken from every group. A sectioned weight (q above k above v) has one
+    group: ``RowSelection(1, (0, d), total)``. One interleaved per head has a
+    group a head: ``RowSelection(heads, (dh, 2 * dh), total)``.
+
+    Args:
+        groups: number of groups that the rows fall into.
+        span: first and last row (exclusive) inside each group.
+        total: all output rows of the fused weight.
+    """
+
+    groups: int
+    span: tuple[int, int]
+    total: int
+
+    @property
+    def rows(self) -> int:
+        """Number of rows selected."""
+        return self.groups * (self.span[1] - self.span[0])
+
+    @staticmethod
+    def complement(selections: list[RowSelection]) -> list[RowSelection]:
+        """The rows of one fused weight that none of ``selections`` holds."""
+        first = selections[0]
+        width, start, rest = first.total // first.groups, 0, []
+        for begin, end in sorted(selection.span for selection in selections):
+            if begin > start:
+                rest.append(RowSelection(first.groups, (start, begin), first.total))
+            start = max(start, end)
+        if start < width:
+            rest.append(RowSelection(first.groups, (start, width), first.total))
+        return rest
+
+    def view(self, rows: Tensor) -> Tensor:
+        """A view of the selected rows: ``[out, …] -> [groups, rows per group, …]``."""
+        grouped = rows.unflatten(0, (self.groups, self.total // self.groups))
+        return grouped[:, self.span[0] : self.span[1]]
+
+
+@dataclass(eq=False)
+class LayerMatrix:
+    """A matrix of a model, read from its module at the time of use.
+
+    Nothing here keeps a parameter: FSDP2 swaps them, so the module is the
+    handle and ``module.weight`` is read anew each time.
+
+    Args:
+        name: parameter path without ``.weight``, with ``[q]`` and the like
+            behind it where the weight is fused.
+        module: the module that holds the weight.
+        weight: the attribute that holds the weight.
+        bias: the attribute that holds the bias, or ``None`` when there is
+            none, it is frozen, or it is not part of the matrix.
+        layout: ``linear`` (``[out, in]``), ``transposed`` (``[in, out]``, the
+            ``Conv1D`` of GPT-2) or ``conv`` (``[out, in, k…]``, read as
+            ``[out, in·k…]``; any weight of more than two dimensions).
+        rows: the rows that belong to this matrix, where the weight is fused.
+        groups: groups of a grouped convolution (1 otherwise).
+        stacked: whether a weight of three dimensions is a stack of matrices
+            ``[count, rows, columns]``, as those of experts are.
+    """
+
+    name: str
+    module: nn.Module
+    weight: str = "weight"
+    bias: str | None = None
+    layout: Layout = "linear"
+    rows: RowSelection | None = None
+    groups: int = 1
+    stacked: bool = False
+
+    @property
+    def part(self) -> str:
+        """``"q"`` of the name ``"attn.c_attn[q]"``; empty where the weight is not fused."""
+        return self.name[self.name.rindex("[") + 1 : -1] if self.name.endswith("]") else ""
+
+    @property
+    def weight_parameter(self) -> Tensor:
+        """The weight as the module holds it now."""
+        return getattr(self.module, self.weight)
+
+    @property
+    def bias_parameter(self) -> Tensor | None:
+        """The bias as the module holds it now, where it is part of the matrix."""
+        return None if self.bias is None else getattr(self.module, self.bias)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)`` of the weight alone."""
+        weight = self.weight_parameter
+        if self.layout == "transposed":
+            columns, out = weight.shape[0], weight.shape[1]
+        else:
+            out, columns = weight.shape[0], math.prod(weight.shape[1:])
+        return (self.rows.rows if self.rows else out, columns)
+
+    @property
+    def columns(self) -> int:
+        """``in + 1`` with a bias, ``in`` without."""
+        return self.shape[1] + (self.bias is not None)
+
+    def weight_view(self, tensor: Tensor) -> Tensor:
+        """The part of a weight-shaped tensor that is this matrix: a view, ``[…, in]``.
+
+        Two-dimensional, except for rows interleaved per head (three) where no
+        two-dimensional view exists.
+        """
+        if self.layout == "transposed":
+            tensor = tensor.mT
+        elif self.layout == "conv":
+            tensor = tensor.flatten(1)
+        return self._select(tensor)
+
+    def bias_view(self, tensor: Tensor) -> Tensor:
+        """The part of a bias-shaped tensor that is this matrix's: a view."""
+        return self._select(tensor)
+
+    def _select(self, tensor: Tensor) -> Tensor:
+        if self.rows is None:
+            return tensor
+        selected = self.rows.view(tensor)
+        return selected[0] if self.rows.groups == 1 else selected
+
+    def join(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``[W | b]``, shape ``[out, in + 1]``, from weight- and bias-shaped tensors.
+
+        ``[out, in]`` when the matrix has no bias. A missing bias tensor
+        (no gradient, say) stands for zeros.
+        """
+        matrix = self.weight_view(weight)
+        matrix = matrix.reshape(self.shape)
+        if self.bias is None:
+            return matrix
+        if bias is None:
+            column = matrix.new_zeros(matrix.shape[0], 1)
+        else:
+            column = self.bias_view(bias).reshape(-1, 1).to(matrix.dtype)
+        return torch.cat([matrix, column], dim=1)
+
+    def target(self, weight: Tensor) -> Tensor:
+        """What a step of this matrix changes in place: the weight, or its rows of a fused one."""
+        return weight if self.rows is None else self.weight_view(weight)
+
+    def split(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``[out, in(+1)]`` as weight and bias parts, shaped like :meth:`target` and the bias."""
+        weight = matrix if self.bias is None else matrix[:, :-1]
+        out: tuple[int, ...] = (-1,)
+        if self.rows is None:
+            weight = weight.mT if self.layout == "transposed" else weight
+            weight = weight.reshape(self.weight_parameter.shape)
+        elif self.rows.groups > 1:
+            out = (self.rows.groups, -1)
+            weight = weight.reshape(*out, matrix.shape[1] - (self.bias is not None))
+        if self.bias is None:
+            return weight.contiguous(), None
+        return weight.contiguous(), matrix[:, -1].reshape(out).contiguous()
+
+    def read(self) -> Tensor:
+        """``[W | b]`` as it stands now, ``[out, in(+1)]``, detached, gathered if sharded."""
+        bias = self.bias_parameter
+        return self.join(
+            full(self.weight_parameter.detach()), None if bias is None else full(bias.detach())
+        )
+
+
+@dataclass(eq=False)
+class NormParameter:
+    """A scale or shift of a norm, read from its module at the time of use.
+
+    Args:
+        name: parameter path.
+        module: the module that holds it.
+        attribute: the attribute that holds it.
+    """
+
+    name: str
+    module: nn.Module
+    attribute: str
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter as the module holds it now."""
+        return getattr(self.module, self.attribute)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of an attention.
+
+    Args:
+        query: number of query heads H.
+        key_value: number of key-value heads, a divisor of H.
+        size: width d_h of a query or key head.
+        value_size: width of a value head (``size`` in most models).
+    """
+
+    query: int
+    key_value: int
+    size: int
+    value_size: int
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key-value head."""
+        return self.query // self.key_value
+
+
+@dataclass(eq=False)
+class Adapter:
+    """A low-rank update ``scaling · up @ down`` of a matrix of an attention (LoRA).
+
+    Args:
+        down: LoRA's A, ``[r, in]``; one object for all roles of a fused weight.
+        up: LoRA's B, ``[out, r]``; the role's rows where the weight is fused.
+        scaling: factor of the product.
+        magnitude: the module whose ``weight`` (``[out]``) are the norms that
+            DoRA gives the rows of the sum of weight and update; ``None``
+            without DoRA.
+    """
+
+    down: LayerMatrix
+    up: LayerMatrix
+    scaling: float
+    magnitude: nn.Module | None = None
+
+    def update(self) -> Tensor:
+        """``scaling · B A``, ``[out, in]``."""
+        up = self.up.read()[:, : self.up.shape[1]]
+        return self.scaling * (up @ self.down.read())
+
+
+@dataclass(eq=False)
+class AttentionBlock:
+    """One attention module.
+
+    A matrix that is frozen is still listed (its siblings' factors need its
+    weight); ``trainable`` names those that are stepped.
+
+    Args:
+        name: module path of the attention.
+        module: the attention module: the one that ``transformers``' attention
+            functions receive as their first argument.
+        q, k, v, o: the matrices; ``o`` is ``None`` where the model has none.
+        heads: head counts and widths.
+        trainable: the roles (``"q"``, ``"k"``, ``"v"``, ``"o"``) that train.
+        rotary: queries and keys are rotated by position (RoPE).
+        normed: queries and keys pass a norm of their own (QK-norm).
+        cross: keys and values may read another sequence than the queries.
+        apart: ``"k"`` where k's layer is called with another tensor than q's,
+            ``"v"`` where v's is with another than k's; ``cross`` says the
+            former too.
+        observed: ``query`` and ``key`` moments can be asked for: the module
+            calls ``transformers``' attention look-up.
+        adapters: role to its LoRA pair, where it has one that trains.
+        scale: what its logits are multiplied with; ``None``: ``1/√d_h``.
+        note: what the routing table should say of this block (an
+            approximation, say), or the empty string.
+    """
+
+    name: str
+    module: nn.Module
+    q: LayerMatrix
+    k: LayerMatrix
+    v: LayerMatrix
+    o: LayerMatrix | None
+    heads: Heads
+    trainable: frozenset[str]
+    rotary: bool = False
+    normed: bool = False
+    cross: bool = False
+    apart: frozenset[str] = frozenset()
+    scale: float | None = None
+    note: str = ""
+    observed: bool = False
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+
+    def roles(self) -> dict[str, LayerMatrix]:
+        """Role to matrix, for the roles this attention has."""
+        roles = {"q": self.q, "k": self.k, "v": self.v}
+        return roles if self.o is None else roles | {"o": self.o}
+
+    @property
+    def logit_scale(self) -> float:
+        """What the products of queries and keys are multiplied with."""
+        return self.heads.size**-0.5 if self.scale is None else self.scale
+
+    def reads(self, role: str) -> str:
+        """The tensor that enters a role's layer: ``x``, ``context``, ``value`` or ``o``."""
+        if role == "o":
+            return "o"
+        if role == "v" and "v" in self.apart:
+            return "value"
+        return "context" if role != "q" and (self.cross or "k" in self.apart) else "x"
+
+    def readers(self, which: str) -> list[str]:
+        """The roles whose layers a tensor enters."""
+        return [role for role in self.roles() if self.reads(role) == which]
+
+    def effective(self, role: str) -> Tensor:
+        """``[W | b]`` of a role as the forward pass sees it: with its adapter, if any, merged."""
+        matrix = self.roles()[role].read()
+        adapter = self.adapters.get(role)
+        if adapter is None:
+            return matrix
+        update = adapter.update().to(matrix.dtype)
+        scale = self.row_scale(role)
+        merged = matrix[:, : update.shape[1]] + update
+        if scale is not None:
+            merged = scale[:, None] * merged
+        return torch.cat([merged, matrix[:, update.shape[1] :]], dim=1)
+
+    def row_scale(self, role: str) -> Tensor | None:
+        """What DoRA multiplies the rows of ``W + scaling · B A`` by: ``m / norm``, ``[out]``.
+
+        ``None`` for a role without DoRA.
+        """
+        adapter = self.adapters.get(role)
+        if adapter is None or adapter.magnitude is None:
+            return None
+        update = adapter.update()
+        matrix = self.roles()[role].read()[:, : update.shape[1]] + update
+        magnitude = full(cast(Tensor, adapter.magnitude.weight).detach())
+        rows = adapter.up.bias_view(magnitude).reshape(-1)
+        return rows.to(matrix.dtype) / torch.linalg.vector_norm(matrix, dim=1)
+
+
+@dataclass(frozen=True)
+class Route:
+    """One parameter's treatment.
+
+    Args:
+        name: parameter path.
+        shape: its shape.
+        treatment: ``preconditioned`` and the like, the base rule's name, or
+            ``frozen``.
+        reason: why, in a few words.
+        group: label of its parameter group (``decay``, ``no decay``,
+            ``head``, …), empty before groups are made.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    treatment: str
+    reason: str
+    group: str = ""
+
+
+@dataclass
+class RoutingTable:
+    """Every parameter of a model with its treatment; prints as a table of 80 columns."""
+
+    routes: list[Route] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Route]:
+        return iter(self.routes)
+
+    def __len__(self) -> int:
+        return len(self.routes)
+
+    def __getitem__(self, name: str) -> Route:
+        for route in self.routes:
+            if route.name == name:
+                return route
+        raise KeyError(name)
+
+    def count(self) -> dict[str, int]:
+        """Treatment to number of parameters tensors."""
+        counts: dict[str, int] = {}
+        for route in self.routes:
+            counts[route.treatment] = counts.get(route.treatment, 0) + 1
+        return counts
+
+    def __str__(self) -> str:
+        lines = [f"{'parameter':<42} {'shape':<12} {'treatment':<14} reason"]
+        for route in self.routes:
+            shape = "x".join(map(str, route.shape)) or "scalar"
+            name = route.name if len(route.name) <= 42 else "…" + route.name[-41:]
+            reason = route.reason + (f" [{route.group}]" if route.group else "")
+            head = f"{name:<42} {shape:<12} {route.treatment:<14}"
+            if len(head) + 1 + len(reason) <= 80:
+                lines.append(f"{head} {reason}")
+            else:
+                lines += [head.rstrip(), textwrap.indent(textwrap.fill(reason, 76), "    ")]
+        lines.append(", ".join(f"{n} {t}" for t, n in sorted(self.count().items())))
+        return "\n".join(lines)
+
+
+@dataclass(eq=False)
+class ModelStructure:
+    """What was found in a model for one optimizer.
+
+    Args:
+        matrices: the matrices to precondition, in model order. Those of
+            ``attention`` that are in scope are among them.
+        attention: the attention blocks that have a matrix in scope.
+        others: matrices of hidden linear layers outside ``matrices``, which a
+            base rule for matrices may step.
+        norms: the channel-wise parameters to precondition.
+        routing: the routing table.
+        owners: name, module and attribute of every parameter, frozen ones too.
+        open: makes the source of the statistics that are asked for, its hooks
+            installed; ``None`` where there is no model to read (a deep copy).
+        find: reads another model in the same way (a deep copy is attached to
+            its own model with it).
+    """
+
+    matrices: list[LayerMatrix] = field(default_factory=list)
+    attention: list[AttentionBlock] = field(default_factory=list)
+    others: list[LayerMatrix] = field(default_factory=list)
+    norms: list[NormParameter] = field(default_factory=list)
+    routing: RoutingTable = field(default_factory=RoutingTable)
+    owners: list[Owner] = field(default_factory=list)
+    open: Callable[[Any], Any] | None = None
+    find: Callable[[nn.Module], ModelStructure] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy reads no model until it is attached to one."""
+        return self.__dict__ | {"open": None}

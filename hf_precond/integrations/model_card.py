@@ -1,0 +1,102 @@
+"""What the model card says of the optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from hf_precond.config.hub import write_whole
+from hf_precond.integrations.arguments import config_in_use
+
+TAG = "hf_precond"
+
+_TITLES = {"adamr": "AdamR", "afopt": "AFOpt", "nkfac": "NKFAC", "sgdph": "SGD-PH"}
+_BEGIN, _END = "<!-- hf_precond: optimizer -->", "<!-- hf_precond: end -->"
+_BEFORE = "### Framework versions"
+_THESIS = (
+    'Ying Sun, "Designing effective preconditioned optimizers for deep neural network training", '
+    "PolyU 2024"
+)
+
+
+def correct_hyperparameters(trainer: Any, hyperparameters: dict[str, Any]) -> None:
+    """Put the optimizer and its learning rate right in what the stock card lists.
+
+    Args:
+        trainer: any Trainer; another package's optimizer is left alone.
+        hyperparameters: what the card lists, changed in place.
+    """
+    config = config_in_use(trainer)
+    if config is not None:
+        hyperparameters["learning_rate"] = config.lr
+        hyperparameters["optimizer"] = summary(config)
+
+
+def summary(config: Any) -> str:
+    """One line: the optimizer, what else than its defaults was set, and where it comes from."""
+    title = _TITLES.get(config.name, config.name)
+    changed = ", ".join(f"{key}={_shown(value)}" for key, value in changed_fields(config).items())
+    return f"{title} (hf_precond, --optim {config.name}) with {changed or 'its default settings'}"
+
+
+def changed_fields(config: Any) -> dict[str, Any]:
+    """The fields that differ from the config's defaults."""
+    return {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != field.default
+    }
+
+
+def section(config: Any, optimizer: Any = None) -> str:
+    """The card's section: settings, and how many parameters were treated how.
+
+    Args:
+        config: the optimizer's config.
+        optimizer: the optimizer, if there is one yet.
+    """
+    lines = [
+        _BEGIN,
+        "### Optimizer",
+        "",
+        f"{_TITLES.get(config.name, config.name)} of `hf_precond` ({_THESIS}). The file "
+        "`optimizer_config.json` beside the weights holds the settings; "
+        f"`--optim {config.name} --optim_args config=<this repository>` uses them again.",
+        "",
+        "| field | value |",
+        "|:--|:--|",
+    ]
+    lines += [
+        f"| {field.name} | {_shown(getattr(config, field.name))} |"
+        for field in dataclasses.fields(config)
+    ]
+    if optimizer is not None:
+        counts = sorted(optimizer.routing.count().items())
+        treated = ", ".join(f"{number} {treatment}" for treatment, number in counts)
+        lines += ["", f"Parameter tensors: {treated}."]
+    return "\n".join([*lines, _END, ""])
+
+
+def add_section(path: str | Path, config: Any, optimizer: Any = None) -> None:
+    """Put the section into a model card, in place of an earlier one.
+
+    Args:
+        path: the card.
+        config: the optimizer's config.
+        optimizer: the optimizer, if there is one yet.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    if _BEGIN in text and _END in text:
+        head, rest = text.split(_BEGIN, 1)
+        text = head + rest.split(_END, 1)[1].lstrip("\n")
+    made = section(config, optimizer)
+    if _BEFORE in text:
+        text = text.replace(_BEFORE, f"{made}\n{_BEFORE}", 1)
+    else:
+        text = f"{text.rstrip()}\n\n{made}"
+    write_whole(path, text)
+
+
+def _shown(value: Any) -> str:
+    return ":".join(map(str, value)) if isinstance(value, tuple) else str(value)

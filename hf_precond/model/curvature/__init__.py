@@ -1,1 +1,0 @@
-"""Hessian-vector products of a model's training loss."""

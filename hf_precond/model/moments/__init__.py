@@ -1,1 +1,0 @@
-"""Second moments collected from a model's passes."""

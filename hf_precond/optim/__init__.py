@@ -1,1 +1,0 @@
-"""The optimizers. They see matrices and statistics, never a model."""

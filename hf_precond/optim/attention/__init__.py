@@ -1,1 +1,0 @@
-"""AFOpt's parts: which factors each matrix has, how they are refreshed, the directions."""

@@ -1,1 +1,0 @@
-"""NKFAC's parts: Kronecker factors, their inverses, the authors' rules."""

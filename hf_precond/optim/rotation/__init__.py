@@ -1,1 +1,0 @@
-"""AdamR's parts: which sides are rotated, the eigenbases, the step in them."""

@@ -1,0 +1,53 @@
+"""The fields of AdamR."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from hf_precond.config.base import OptimizerConfig
+from hf_precond.config.fields import (
+    bounded,
+    decay,
+    interval,
+    one_of,
+)
+
+
+@dataclass(frozen=True)
+class AdamRConfig(OptimizerConfig):
+    """AdamR: Adam in the eigenbasis of the gradient's Kronecker second moments.
+
+    Args:
+        basis: ``auto`` (two-sided while cheap, else one-sided), ``two_sided``,
+            ``one_sided`` (the smaller side) or ``identity`` (AdamW).
+        basis_source: second moments of the ``gradient``, or of the layer's
+            inputs and output gradients (``feature``).
+        transport: how the second moment follows a new basis: it stays with
+            its columns (``permute``) or spreads by ``overlap``.
+        floor: smallest denominator, relative to the rms of the square roots
+            of the second moment, >= 0.
+        stat_decay: decay of the factors' running average, in [0, 1).
+        stat_interval: steps between two updates of the factors, >= 1.
+        basis_interval: steps between refreshes of a basis, give or take one, >= 1.
+        basis_tolerance: a basis is left as it is while the off-diagonal part
+            of its factor holds less than this share of the energy, in [0, 1].
+        max_dim: a wider side is not rotated, >= 1.
+        precision: precision of the rotations on GPUs: ``highest``, ``tf32``
+            or ``bf16``.
+    """
+
+    name: ClassVar[str] = "adamr"
+    layout = ("state_dtype", "basis", "basis_source", "basis_interval", "max_dim")
+
+    state_dtype: str | None = one_of("float32", "float64", "bfloat16")
+    basis: Literal["auto", "two_sided", "one_sided", "identity"] = "auto"
+    basis_source: Literal["gradient", "feature"] = "gradient"
+    transport: Literal["overlap", "permute"] = "permute"
+    floor: float = bounded(1e-4, 0.0)
+    stat_decay: float = decay(0.95)
+    stat_interval: int = interval(1)
+    basis_interval: int = interval(3)
+    basis_tolerance: float = bounded(0.01, 0.0, 1.0)
+    max_dim: int = bounded(2048, 1)
+    precision: Literal["highest", "tf32", "bf16"] = "highest"

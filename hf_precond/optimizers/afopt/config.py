@@ -1,0 +1,118 @@
+"""The fields of AFOpt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from hf_precond.config.base import OptimizerConfig
+from hf_precond.config.fields import (
+    bounded,
+    decay,
+    interval,
+    one_of,
+    positive,
+)
+
+
+@dataclass(frozen=True)
+class AFOptConfig(OptimizerConfig):
+    """AFOpt: the gradient step of attention taken in the space of its logits.
+
+    Start from the learning rate that suits AdamW; for fine-tuning from that
+    of its body, with a ``head_lr_scale`` that brings a new head to about
+    1e-2 (measured on MiniLM only).
+
+    Args:
+        momentum: M's decay in the spectral direction, momentum of ``base="sgd"``
+            and ``"muon"``, in [0, 1); 0.9 was worse in fine-tuning, else about
+            even.
+        base: the rule for every parameter outside ``scope``: ``adamw``,
+            ``sgd``, ``adamr`` or ``muon``.
+        scope: which matrices are preconditioned: ``query_key``,
+            ``attention`` (q, k, v, o) or ``all_linear`` (MLP linears too).
+            ``attention`` is cheaper, takes higher rates, and was better only
+            where a task hangs on attention alone.
+        direction: ``spectral`` (msign between the inverse square roots of the
+            factors), ``inverse`` or ``inverse_sqrt``.
+        scaling: ``rms``, ``logit_rms``, ``cap``, ``graft`` or
+            ``norm_recovery``.
+        lr_scale: multiplier of ``lr`` for the preconditioned matrices under
+            ``scaling="rms"`` and ``"cap"``, and for the matrices left to
+            ``base="muon"``, > 0.
+        rho: the rms logit change per unit of lr that a step of q, and one of
+            k, makes (``logit_rms``) or makes at most (``cap``), > 0.
+        damping: multiple of a factor's mean eigenvalue added to its diagonal,
+            > 0.
+        covariant_damping: damp the per-head factors through the input factor
+            (keeps the invariance to W_q -> W_q M, W_k -> W_k M^-T).
+        stat_decay: decay of the factors' running average, in [0, 1).
+        stat_interval: steps between two statistics, >= 1.
+        inverse_interval: steps between two refreshes of the roots, >= 1.
+        max_dim: a wider input side is treated in diagonal blocks of this
+            size, >= 1.
+        nesterov: Nesterov form of the momentum of the spectral direction.
+        space: ``logits`` (factors of features) or ``product`` (of weights).
+        joint: the joint least-squares correction of ``inverse``.
+        center: leave row constants of the logits out of the metric.
+        rope: the factor of rotated keys and queries: ``averaged`` over
+            positions, or ``ignored``.
+        attention_entropy: tell the entropy of each layer's attention weights
+            in :meth:`diagnostics`, of eight query positions a sequence.
+        precision: precision of large products on GPUs: ``highest``, ``tf32``
+            or ``bf16``.
+    """
+
+    name: ClassVar[str] = "afopt"
+    layout: ClassVar[tuple[str, ...]] = (
+        *("state_dtype", "base", "scope", "direction", "scaling"),
+        *("space", "joint", "center", "rope", "max_dim"),
+    )
+
+    state_dtype: str | None = one_of("float32", "float64", "bfloat16")
+    momentum: float = decay(0.8)
+    base: Literal["adamw", "sgd", "adamr", "muon"] = "adamw"
+    scope: Literal["query_key", "attention", "all_linear"] = "all_linear"
+    direction: Literal["spectral", "inverse", "inverse_sqrt"] = "spectral"
+    scaling: Literal["rms", "logit_rms", "cap", "graft", "norm_recovery"] = "rms"
+    lr_scale: float = positive(4.0)
+    rho: float = positive(10.0)
+    damping: float = positive(1.0)
+    covariant_damping: bool = False
+    stat_decay: float = decay(0.95)
+    stat_interval: int = interval(5)
+    inverse_interval: int = interval(20)
+    max_dim: int = bounded(1024, 1)
+    nesterov: bool = True
+    space: Literal["logits", "product"] = "logits"
+    joint: bool = False
+    center: bool = False
+    rope: Literal["averaged", "ignored"] = "averaged"
+    attention_entropy: bool = False
+    precision: Literal["highest", "tf32", "bf16"] = "highest"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for wrong, message in (
+            (
+                self.joint and (self.direction != "inverse" or self.space != "logits"),
+                "joint=True: the joint correction exists for direction='inverse' in "
+                "space='logits' only; set these, or joint=False.",
+            ),
+            (
+                self.center and self.space != "logits",
+                "center=True: space='product' has no features to center; set space='logits'.",
+            ),
+            (
+                self.space != "logits" and self.scaling in ("logit_rms", "cap"),
+                f"scaling={self.scaling!r}: the change of the logits is predicted from features; "
+                "set space='logits', or scaling='rms'.",
+            ),
+            (
+                self.scaling == "graft" and self.base not in ("adamw", "sgd"),
+                f"scaling='graft': the norm of the step of base={self.base!r} is not defined for "
+                "one matrix alone; set base='adamw' or 'sgd'.",
+            ),
+        ):
+            if wrong:
+                raise ValueError(message)

@@ -1,0 +1,390 @@
+"""Which factors stand left and right of each matrix's gradient, and what they are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from hf_precond.architectures.structure import AttentionBlock, LayerMatrix, ModelStructure
+from hf_precond.linalg.packed import unpack
+from hf_precond.optimizers.afopt.config import AFOptConfig
+from hf_precond.optimizers.base.parameters import BoundMatrix, grouped
+from hf_precond.statistics.requests import MomentRequest
+
+State = dict[Tensor, dict[str, Any]]
+FactorKind = Literal["inverse", "factor", "root"]
+Form = Literal["rows", "columns", "square"]
+
+
+@dataclass(eq=False)
+class Moment:
+    """A running second moment, in the state of its anchor, kept as one triangle.
+
+    Args:
+        request: what is asked of the model.
+        anchor: the matrix whose state holds it.
+        name: its name there.
+    """
+
+    request: MomentRequest
+    anchor: BoundMatrix
+    name: str
+
+    @property
+    def blocks(self) -> int:
+        """Diagonal blocks that are kept of it."""
+        return self.request.blocks
+
+    @property
+    def key(self) -> str:
+        """Its name in the state."""
+        return self.anchor.prefix + self.name
+
+    def tensor(self, state: State) -> Tensor:
+        """The moment as it is kept, packed."""
+        return state[self.anchor.weight][self.key]
+
+    def updates(self, state: State) -> Tensor:
+        """How many means it holds."""
+        return state[self.anchor.weight][f"{self.key}_updates"]
+
+    def read(self, state: State) -> Tensor:
+        """The moment in the dtype of the mathematics."""
+        return unpack(self.tensor(state)).to(self.anchor.dtype)
+
+
+@dataclass(eq=False)
+class RightFactor:
+    """A function of the second moment of a layer's input; siblings share one.
+
+    The symmetric kinds are kept as one triangle.
+
+    Args:
+        moment: the moment.
+        columns: columns of the gradients it is applied to; the leading block
+            of a wider moment (a key without bias beside a query with one).
+        anchor: the matrix whose state holds it.
+        kind: ``inverse``; ``factor``, W with ``W Wᵀ`` the inverse; or
+            ``root``, the symmetric inverse square root.
+        down: LoRA's A, where the input is ``A x``: the moment is ``A A_X Aᵀ``.
+        phase: when in the refresh interval it is due.
+    """
+
+    moment: Moment
+    columns: int
+    anchor: BoundMatrix
+    kind: FactorKind
+    down: LayerMatrix | None = None
+    phase: int = 0
+
+    @property
+    def key(self) -> str:
+        return f"{self.anchor.prefix}{self.moment.name}_{self.kind}"
+
+    @property
+    def packed(self) -> bool:
+        return self.kind != "factor"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the factor, unpacked."""
+        if self.down is None and self.moment.blocks > 1:
+            request = self.moment.request
+            width = -(-request.matrix.columns // request.blocks)
+            return (request.blocks, width, width)
+        return (self.columns, self.columns)
+
+    def tensor(self, state: State) -> Tensor:
+        """The factor as it is kept."""
+        return state[self.anchor.weight][self.key]
+
+    def read(self, state: State) -> Tensor:
+        """The factor."""
+        return unpack(self.tensor(state)) if self.packed else self.tensor(state)
+
+
+@dataclass(eq=False)
+class MatrixPlan:
+    """How one matrix is stepped.
+
+    Args:
+        placed: the matrix.
+        role: ``q``, ``k``, ``v``, ``o``, or ``linear`` outside attention.
+        heads: row groups that have a left factor and a matrix sign each.
+        form: which product the matrix sign is computed from: of rows, of
+            columns, or neither.
+        block: the attention, if any.
+        side: ``down`` or ``up`` where the matrix is LoRA's A or B.
+        right: the factor of its input; ``None`` for the identity.
+        left: kind of its left factor; ``None`` for the identity.
+        phase: when in the refresh interval its left factor is due.
+    """
+
+    bound: BoundMatrix
+    role: str
+    heads: int
+    form: Form
+    block: AttentionBlock | None = None
+    side: Literal["", "down", "up"] = ""
+    right: RightFactor | None = None
+    left: FactorKind | None = None
+    phase: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of one head."""
+        return self.bound.matrix.shape[0] // self.heads
+
+    @property
+    def in_logits(self) -> bool:
+        """Whether a step of this matrix moves logits in a way that is predicted."""
+        return self.role in "qk" and not self.side
+
+    def name(self, name: str) -> str:
+        return self.bound.prefix + name
+
+    def held(self, state: State) -> dict[str, Any]:
+        return state[self.bound.weight]
+
+
+def observes(block: AttentionBlock, config: AFOptConfig) -> bool:
+    """Whether A_K and A_Q are collected, instead of following from A_X and the weights.
+
+    Queries and keys that are rotated or normed on their way to the logits are
+    no linear functions of the input.
+    """
+    if block.rotary:
+        return block.observed and config.rope == "averaged"
+    return block.observed and block.normed
+
+
+class AFOptPlan:
+    """Every treatment, and every moment they need.
+
+    Args:
+        placed: the matrices in scope, in model order.
+        blocks: what was found in the model.
+        config: the config.
+    """
+
+    def __init__(
+        self, bound: Sequence[BoundMatrix], structure: ModelStructure, config: AFOptConfig
+    ) -> None:
+        self.config = config
+        self.bound = {item.matrix: item for item in bound}
+        self.treatments: list[MatrixPlan] = []
+        self.moments: list[Moment] = []
+        self.rights: list[RightFactor] = []
+        self.known: dict[AttentionBlock, dict[str, Moment]] = {}
+        self.features = config.space == "logits"
+        for number, block in enumerate(structure.attention):
+            _Attention(self, block, f"a{number}").plan_members()
+        attended = {treatment.bound for treatment in self.treatments}
+        for item in bound:
+            if item not in attended:
+                self._add_linear(item)
+        order = {item: place for place, item in enumerate(bound)}
+        self.treatments.sort(key=lambda treatment: order[treatment.bound])
+        self._stagger()
+        self.by_placed = {treatment.bound: treatment for treatment in self.treatments}
+        self.rights_at = {same[0].anchor: same for same in grouped(self.rights, _anchor)}
+        self.moments_at = {same[0].anchor: same for same in grouped(self.moments, _anchor)}
+
+    @property
+    def predicts(self) -> bool:
+        """Whether every step's logit change is predicted."""
+        return self.config.scaling in ("logit_rms", "cap")
+
+    def moment(
+        self, kind: Any, matrix: LayerMatrix, anchor: BoundMatrix, name: str, key: str, **more: Any
+    ) -> Moment:
+        """Ask for a moment."""
+        blocks = 1
+        if kind == "input":
+            blocks = -(-matrix.shape[1] // self.config.max_dim)
+        request = MomentRequest(key, kind, matrix, blocks=blocks, **more)
+        self.moments.append(Moment(request, anchor, name))
+        return self.moments[-1]
+
+    def right(
+        self, moment: Moment, bound: BoundMatrix, kind: FactorKind, down: LayerMatrix | None
+    ) -> RightFactor:
+        """The factor for a matrix: a sibling's, or a new one in its own state."""
+        columns = bound.matrix.columns
+        for known in self.rights:
+            if (known.moment, known.columns, known.kind) == (moment, columns, kind) and (
+                down is None and known.down is None
+            ):
+                return known
+        self.rights.append(RightFactor(moment, columns, bound, kind, down))
+        return self.rights[-1]
+
+    def kinds(self, form: Form) -> tuple[FactorKind, FactorKind]:
+        """Kinds of the left and right factors."""
+        if self.config.direction == "inverse":
+            return "inverse", "inverse"
+        if self.config.direction == "inverse_sqrt":
+            return "root", "root"
+        return {
+            "rows": ("factor", "inverse"),
+            "columns": ("inverse", "factor"),
+            "square": ("factor", "factor"),
+        }[form]  # type: ignore[return-value]
+
+    def _add_linear(self, bound: BoundMatrix) -> None:
+        form = form_of(*bound.matrix.shape)
+        right = None
+        if self.features:
+            key = f"l{len(self.treatments)}"
+            moment = self.moment("input", bound.matrix, bound, "input_moment", key)
+            right = self.right(moment, bound, self.kinds(form)[1], None)
+        self.treatments.append(MatrixPlan(bound, "linear", 1, form, right=right))
+
+    def _stagger(self) -> None:
+        """Spread the layers over the statistics steps of one refresh interval."""
+        config = self.config
+        phases = max(1, config.inverse_interval // config.stat_interval)
+        owners: dict[Any, int] = {}
+        for treatment in self.treatments:
+            owner = treatment.block or treatment.bound
+            number = owners.setdefault(owner, len(owners))
+            treatment.phase = number % phases * config.stat_interval
+            if treatment.right is not None:
+                treatment.right.phase = treatment.phase
+
+
+def form_of(rows: int, columns: int) -> Form:
+    """Which Gram matrix is small enough to work in."""
+    if columns >= 2 * rows:
+        return "rows"
+    return "columns" if rows >= 2 * columns else "square"
+
+
+def _anchor(kept: Moment | RightFactor) -> BoundMatrix:
+    return kept.anchor
+
+
+class _Attention:
+    """Plans the matrices of one attention."""
+
+    def __init__(self, plan: AFOptPlan, block: AttentionBlock, key: str) -> None:
+        self.plan, self.block, self.key = plan, block, key
+        self.members: list[tuple[str, Literal["", "down", "up"], LayerMatrix]] = []
+        downs: set[LayerMatrix] = set()
+        for role, matrix in block.roles().items():
+            if matrix in plan.bound:
+                self.members.append((role, "", matrix))
+            adapter = block.adapters.get(role)
+            if adapter is None:
+                continue
+            if adapter.up in plan.bound:
+                self.members.append((role, "up", adapter.up))
+            if adapter.down in plan.bound and adapter.down not in downs:
+                downs.add(adapter.down)
+                self.members.append((role, "down", adapter.down))
+        self.known: dict[str, Moment] = plan.known.setdefault(block, {})
+
+    def plan_members(self) -> None:
+        if not self.members:
+            return
+        order = list(self.plan.bound)
+        first = min((matrix for _, _, matrix in self.members), key=order.index)
+        self.anchor = self.plan.bound[first]
+        for role, side, matrix in self.members:
+            self._add(role, side, matrix)
+
+    def _add(self, role: str, side: Literal["", "down", "up"], matrix: LayerMatrix) -> None:
+        plan, block = self.plan, self.block
+        bound = plan.bound[matrix]
+        heads = 1
+        if side != "down" and role != "o":
+            heads = block.heads.query if role == "q" else block.heads.key_value
+        form = form_of(matrix.shape[0] // heads, matrix.shape[1])
+        left, right = plan.kinds(form)
+        has_left = role in "qk" or (role == "v" and block.o is not None) or side == "down"
+        treatment = MatrixPlan(
+            bound, role, heads, form, block, side, left=left if has_left else None
+        )
+        if plan.features:
+            down = block.adapters[role].down if side == "up" else None
+            treatment.right = plan.right(self._input(role), bound, right, down)
+            self._ask_for_left(role)
+        plan.treatments.append(treatment)
+
+    def _input(self, role: str) -> Moment:
+        """The moment of what enters the matrix of a role."""
+        if role == "k" and self.plan.config.center:
+            return self.centered()
+        return self.feature(self.block.reads(role))
+
+    def feature(self, which: str) -> Moment:
+        """The moment of one of the tensors that :meth:`AttentionBlock.reads` names."""
+        if which not in self.known:
+            name = {"x": "input", "o": "output"}.get(which, which) + "_moment"
+            self.known[which] = self.plan.moment(
+                "input",
+                self._widest(which),
+                self.anchor,
+                name,
+                f"{self.key}.{which}",
+                attention=self.block,
+            )
+        return self.known[which]
+
+    def centered(self) -> Moment:
+        """The moment of k's input about each sequence's mean."""
+        if "centered" not in self.known:
+            self.known["centered"] = self.plan.moment(
+                "input",
+                self._widest(self.block.reads("k")),
+                self.anchor,
+                "centered_moment",
+                f"{self.key}.centered",
+                attention=self.block,
+                center=True,
+            )
+        return self.known["centered"]
+
+    def _widest(self, which: str) -> LayerMatrix:
+        """The matrix that reads an input with the constant 1 behind it, if one does."""
+        block = self.block
+        # v first: DeBERTa calls q and k with its relative positions too.
+        roles = sorted(block.readers(which), reverse=True)
+        matrices = [block.roles()[role] for role in roles]
+        return max(matrices, key=lambda m: (m.columns, m.weight_parameter.requires_grad))
+
+    def _ask_for_left(self, role: str) -> None:
+        """Ask for what the left factor of a role is made from."""
+        config = self.plan.config
+        wanted = {"q": ["key"], "k": ["query"]}.get(role, [])
+        if config.joint and wanted:
+            wanted = ["query", "key"]
+        for which in wanted:
+            if observes(self.block, config):
+                self._vectors(which)
+                if not config.covariant_damping:  # which is in units of the input's moment
+                    continue
+            if which == "query":
+                self.feature("x")
+            elif config.center:
+                self.centered()
+            else:
+                self.feature(self.block.reads("k"))
+
+    def _vectors(self, which: str) -> None:
+        if which in self.known:
+            return
+        block, config = self.block, self.plan.config
+        self.known[which] = self.plan.moment(
+            which,
+            block.q if which == "query" else block.k,
+            self.anchor,
+            f"{which}_moment",
+            f"{self.key}.{which}",
+            attention=block,
+            average_rotation=block.rotary,
+            center=config.center and which == "key",
+        )

@@ -1,0 +1,236 @@
+"""Which rule a config's ``base`` names."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
+
+from hf_precond.linalg.products import compute_dtype
+from hf_precond.optimizers.base.parameters import ParamView, by_group, grouped
+
+
+def group_defaults(config: Any) -> dict[str, Any]:
+    """What a parameter group has unless it says otherwise.
+
+    Schedules that cycle the momentum (``OneCycleLR``, ``CyclicLR``) cycle
+    ``betas`` where there are any: groups stepped by SGD have ``momentum`` alone.
+
+    Args:
+        config: the optimizer's.
+    """
+    values: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "step": 0}
+    if getattr(config, "base", "adamw") != "sgd":
+        values |= {"betas": config.betas, "eps": config.eps}
+    if hasattr(config, "momentum"):
+        values["momentum"] = config.momentum
+    return values
+
+
+def make_fallback(name: str, config: Any) -> FallbackOptimizer:
+    """The rule that a config's ``base`` names.
+
+    Args:
+        name: ``adamw``, ``sgd``, ``adamr`` or ``muon``.
+        config: where the rule reads its fields.
+
+    Raises:
+        ValueError: for any other name.
+    """
+    reference = getattr(config, "reference", False)
+    if name == "adamw":
+        return AdamWFallback(decay_in_step=reference)
+    if name == "sgd":
+        return SGDFallback(coupled=reference)
+    if name == "adamr":
+        from hf_precond.optimizers.adamr.rotated_adam import RotatedAdam
+
+        return RotatedAdam.under(config)
+    if name == "muon":
+        from hf_precond.optimizers.base.muon import MuonFallback
+
+        return MuonFallback.under(config)
+    raise ValueError(f"base={name!r}: no such rule; the rules are 'adamw', 'sgd', 'adamr', 'muon'.")
+
+
+class FallbackOptimizer(ABC):
+    """Steps leaves in place; keeps its state in theirs."""
+
+    @abstractmethod
+    def allocate(self, view: ParamView) -> None:
+        """Make the state that :meth:`update` needs, where it is missing."""
+
+    def allocate_all(self, views: Sequence[ParamView]) -> None:
+        """The same for several, which a rule may lay out together."""
+        for view in views:
+            self.allocate(view)
+
+    @abstractmethod
+    def update(self, views: Sequence[ParamView]) -> None:
+        """Step every leaf by its gradient."""
+
+    def diagnostics(self) -> dict[str, float]:
+        """Counters of the rule's own, as plain numbers."""
+        return {}
+
+
+class AdamWFallback(FallbackOptimizer):
+    """AdamW (Loshchilov and Hutter, 2019), in torch's order of decay and epsilon.
+
+    ``p ← (1 - lr·wd) p - lr · m̂ / (√v̂ + ε)``
+
+    Args:
+        decay_in_step: the authors' AdaNKFAC divides the decay by the first
+            moment's bias correction: ``p ← p - lr/(1-β₁ᵗ)·(m/(√v̂+ε) + wd·p)``.
+    """
+
+    def __init__(self, decay_in_step: bool = False) -> None:
+        self.decay_in_step = decay_in_step
+
+    def allocate(self, view: ParamView) -> None:
+        view.zeros("exp_avg")
+        view.zeros("exp_avg_sq")
+        view.counter("step")
+
+    def update(self, views: Sequence[ParamView]) -> None:
+        for view in views:
+            self.allocate(view)
+        for batch in by_group(views):
+            if not self.decay_in_step or batch[0].group["weight_decay"] == 0:
+                self._adamw(batch, batch[0].group["weight_decay"])
+                continue
+            if batch[0].param.is_cuda:
+                self._adamw(batch, 0.0, _kept_by_decay(batch))
+                continue
+            for same in grouped(batch, lambda view: float(view["step"])):
+                group = same[0].group
+                correction = 1 - group["betas"][0] ** (float(same[0]["step"]) + 1)
+                self._adamw(same, group["weight_decay"] / correction)
+
+    def _adamw(
+        self, views: Sequence[ParamView], weight_decay: float, kept: Sequence[Tensor] = ()
+    ) -> None:
+        group = views[0].group
+        with compute_copies(views) as (params, grads):
+            for param, keep in zip(params, kept, strict=False):
+                param.mul_(keep)
+            fused = all(t.is_contiguous() for t in params + grads)
+            # torch's foreach kernels on a CPU take no learning rate that is a tensor.
+            alone = isinstance(group["lr"], Tensor) and not params[0].is_cuda
+            adamw(
+                params,
+                grads,
+                [view["exp_avg"] for view in views],
+                [view["exp_avg_sq"] for view in views],
+                [],
+                [view["step"] for view in views],
+                fused=fused,
+                foreach=not (fused or alone),
+                capturable=params[0].is_cuda,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=weight_decay,
+                eps=group["eps"],
+                maximize=False,
+            )
+
+    def directions(self, views: Sequence[ParamView]) -> list[tuple[Tensor, Tensor]]:
+        """Update the moments and return ``(m̂, √v̂)`` of each leaf, stepping nothing."""
+        pairs: dict[int, tuple[Tensor, Tensor]] = {}
+        for view in views:
+            self.allocate(view)
+        for batch in by_group(views):
+            beta1, beta2 = batch[0].group["betas"]
+            grads = [view.grad.to(view["exp_avg"].dtype) for view in batch]
+            first = [view["exp_avg"] for view in batch]
+            second = [view["exp_avg_sq"] for view in batch]
+            torch._foreach_lerp_(first, grads, 1 - beta1)
+            torch._foreach_mul_(second, beta2)
+            torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
+            for view in batch:
+                # float32 would lose half the digits of 1 - β₂ᵗ.
+                step = view["step"].add_(1).double()
+                pairs[id(view)] = (
+                    view["exp_avg"] / (1 - beta1**step),
+                    (view["exp_avg_sq"] / (1 - beta2**step)).sqrt_(),
+                )
+        return [pairs[id(view)] for view in views]
+
+
+def _kept_by_decay(views: Sequence[ParamView]) -> Sequence[Tensor]:
+    """``1 - lr·wd / (1-β₁ᵗ)`` of each leaf, from the step counts on the device."""
+    group = views[0].group
+    steps = torch.stack([view["step"] for view in views]).double() + 1
+    return (1 - group["lr"] * group["weight_decay"] / (1 - group["betas"][0] ** steps)).unbind()
+
+
+class SGDFallback(FallbackOptimizer):
+    """SGD with momentum, ``v ← μ v + g``, ``p ← p - lr v``.
+
+    Args:
+        coupled: add ``wd·p`` to the gradient (the authors' and torch's SGD)
+            instead of decaying the parameter by ``1 - lr·wd``.
+    """
+
+    def __init__(self, coupled: bool = False) -> None:
+        self.coupled = coupled
+
+    def allocate(self, view: ParamView) -> None:
+        if view.group["momentum"] != 0:
+            view.zeros("momentum_buffer")
+
+    def update(self, views: Sequence[ParamView]) -> None:
+        for view in views:
+            self.allocate(view)
+        for batch in by_group(views):
+            group = batch[0].group
+            with compute_copies(batch) as (params, grads):
+                if not self.coupled and group["weight_decay"] != 0:
+                    torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                sgd(
+                    params,
+                    grads,
+                    [view["momentum_buffer"] if group["momentum"] else None for view in batch],
+                    foreach=True,
+                    weight_decay=group["weight_decay"] if self.coupled else 0.0,
+                    momentum=group["momentum"],
+                    lr=group["lr"],
+                    dampening=0.0,
+                    nesterov=False,
+                    maximize=False,
+                )
+
+
+def descend(views: Sequence[ParamView]) -> None:
+    """Apply finished directions held in ``grad``: ``p ← (1 - lr·wd) p - lr·u``."""
+    for batch in by_group(views):
+        group = batch[0].group
+        with compute_copies(batch) as (params, directions):
+            if group["weight_decay"] != 0:
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, directions, alpha=-group["lr"])
+
+
+@contextmanager
+def compute_copies(views: Sequence[ParamView]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Parameters and gradients in the dtype of the state.
+
+    Parameters of lower precision are stepped in float32 and rounded back once.
+    """
+    params = [view.param for view in views]
+    dtype = compute_dtype(params[0].dtype)
+    grads = [view.grad.to(dtype) for view in views]
+    if params[0].dtype == dtype:
+        yield params, grads
+        return
+    copies = [param.to(dtype) for param in params]
+    yield copies, grads
+    torch._foreach_copy_(params, copies)

@@ -1,0 +1,68 @@
+"""The fields of SGD-PH."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from hf_precond.config.base import OptimizerConfig
+from hf_precond.config.fields import (
+    decay,
+    interval,
+    positive,
+)
+
+
+@dataclass(frozen=True)
+class SGDPHConfig(OptimizerConfig):
+    """SGD-PH: norm parameters by their Hessian diagonal, the rest by a base rule.
+
+    Args:
+        momentum: the SGD rule's momentum, in [0, 1).
+        base: the rule for all other parameters: ``sgd`` (the thesis) or
+            ``adamw`` (our extension for transformers).
+        probe: ``rademacher`` (unbiased estimate of the diagonal), ``ones``
+            (the authors': row sums) or ``exact`` (one product a channel).
+        probe_interval: steps between two probes, >= 1.
+        probe_autocast: leave the passes of the steps that are probed under
+            autocast, as all others are. By default they run in float32: the
+            curvature then has no rounding noise of bfloat16 or float16, at
+            the time and memory of a float32 step every ``probe_interval``.
+        stat_decay: decay of the probe's running average, in [0, 1).
+        tau: second-order learning rate of ``base="sgd"``, > 0.
+        curvature_eps: added to the curvature under ``base="sgd"``, > 0.
+        gamma: curvature multiplier in the denominator of ``base="adamw"``,
+            > 0.
+        include_bias: treat biases as channel-wise parameters too.
+        reference: reproduce the authors' published code step by step, with
+            ``base="sgd"`` and ``probe="ones"``: every one-dimensional
+            parameter, one probed a step, averaged with ``momentum``
+            (``probe_interval``, ``stat_decay`` and ``include_bias`` say
+            nothing then, and autocast is left as it is).
+
+    Raises:
+        ValueError: ``reference`` with another base or probe.
+    """
+
+    name: ClassVar[str] = "sgdph"
+    layout: ClassVar[tuple[str, ...]] = ("state_dtype", "base", "include_bias", "reference")
+
+    momentum: float = decay(0.9)
+    base: Literal["adamw", "sgd"] = "adamw"
+    probe: Literal["rademacher", "ones", "exact"] = "rademacher"
+    probe_interval: int = interval(20)
+    probe_autocast: bool = False
+    stat_decay: float = decay(0.9)
+    tau: float = positive(1e-3)
+    curvature_eps: float = positive(1e-4)
+    gamma: float = positive(0.1)
+    include_bias: bool = False
+    reference: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reference and (self.base, self.probe) != ("sgd", "ones"):
+            raise ValueError(
+                f"reference=True: the authors' code is base='sgd' and probe='ones', not "
+                f"base={self.base!r} and probe={self.probe!r}; set both, or leave reference out."
+            )

@@ -1,0 +1,215 @@
+"""What an optimizer may ask a model for, and how the answer comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_precond.architectures.structure import AttentionBlock, LayerMatrix, NormParameter
+
+
+@dataclass(frozen=True)
+class MomentRequest:
+    """A second moment to collect from the model's forward and backward passes.
+
+    ``input``: ``sum over tokens of x̂ x̂ᵀ`` of what enters ``matrix`` (with the
+    constant 1 behind it where the matrix has a bias), ``[in(+1), in(+1)]``.
+    ``output_grad``: ``sum of δ δᵀ``, δ the loss gradient of what leaves
+    ``matrix``, ``[out, out]``.
+    ``query`` / ``key``: per head, of the queries or keys as they meet in the
+    logits (normed and rotated), ``[H or H_kv, d_h, d_h]``; ``attention`` is set.
+    ``entropy``: per head, the sum over query positions of the entropy of their
+    attention weights in nats, ``[H]``; ``attention`` is set.
+
+    Requests whose ``source`` module is the same share one collection.
+
+    Args:
+        key: the name under which the statistic is handed over; unique.
+        kind: what is collected.
+        matrix: the matrix whose input or output gradient it is.
+        attention: the attention whose queries or keys they are.
+        average_rotation: for ``query`` / ``key`` under RoPE: return the
+            average of ``R_iᵀ C R_i`` over the positions seen, C the moment of
+            the rotated vectors, instead of C.
+        center: for ``key`` and ``input``: subtract each sequence's mean first
+            (the constant 1 of ``input`` becomes 0).
+        blocks: for ``input``: collect only the ``blocks`` diagonal blocks of
+            ``width = ceil(columns / blocks)`` columns each, as
+            ``[blocks, width, width]``; columns beyond the last are zeros.
+        rows: for ``input`` and ``output_grad``: at most so many rows of a
+            call enter (sum and count), evenly spaced; for ``entropy``, so many
+            query positions of a sequence; 0 for all.
+    """
+
+    key: str
+    kind: Literal["input", "output_grad", "query", "key", "entropy"]
+    matrix: LayerMatrix
+    attention: AttentionBlock | None = None
+    average_rotation: bool = False
+    center: bool = False
+    blocks: int = 1
+    rows: int = 0
+
+
+@dataclass(frozen=True)
+class CurvatureRequest:
+    """Hessian-vector products of the training loss on norm parameters.
+
+    The statistic under ``key`` is the estimate of the Hessian diagonal of one
+    parameter: ``z ∘ Hz`` (``rademacher``), ``Hz`` with ``z`` of ones inside
+    the probed tensors and zeros elsewhere (``ones``), or the diagonal itself
+    (``exact``), shaped like the parameter, summed over micro-batches; its
+    count is 1, so that sum over count averages over ranks.
+
+    Requests that fall on the same step are probed together, in one product.
+
+    Args:
+        key: the name under which the statistic is handed over; unique.
+        norm: the parameter.
+        probe: the estimator.
+        period: of the steps that are collected, probe those whose number is
+            ``phase`` modulo ``period``.
+        phase: see ``period``; in [0, period).
+        autocast: whether the passes may stay under autocast; outside it they
+            run in the precision of the weights.
+    """
+
+    key: str
+    norm: NormParameter
+    probe: Literal["rademacher", "ones", "exact"]
+    period: int = 1
+    phase: int = 0
+    autocast: bool = False
+
+
+Request = MomentRequest | CurvatureRequest
+
+
+def request_shape(request: MomentRequest | CurvatureRequest) -> tuple[int, ...]:
+    """The shape of the statistic that answers a request."""
+    if isinstance(request, CurvatureRequest):
+        return tuple(request.norm.parameter.shape)
+    if request.kind == "output_grad":
+        return (request.matrix.shape[0],) * 2
+    if request.kind == "input" or request.attention is None:
+        columns = request.matrix.columns
+        if request.blocks > 1:
+            width = -(-columns // request.blocks)
+            return (request.blocks, width, width)
+        return (columns, columns)
+    heads = request.attention.heads
+    if request.kind == "entropy":
+        return (heads.query,)
+    count = heads.query if request.kind == "query" else heads.key_value
+    return (count, heads.size, heads.size)
+
+
+@dataclass
+class Statistic:
+    """A staged sum.
+
+    Args:
+        sum: the sum, in float32 (float64 for float64 models), detached.
+        count: what it is to be divided by for a mean: tokens (weighted by the
+            attention mask) or passes; a 0-d tensor on the sum's device.
+    """
+
+    sum: Tensor
+    count: Tensor
+
+
+class StatisticsSource(Protocol):
+    """Where an optimizer's statistics come from. Made by ``ModelStructure.open``.
+
+    A source inherits from this; ``loss_scale`` and :meth:`recycle` it may leave as they are.
+
+    Attributes:
+        loss_scale: what the loss is multiplied by before backward (float16
+            training), or a function that tells; ``None`` for 1. Output
+            gradients are divided by it; a source without them ignores it.
+    """
+
+    loss_scale: Tensor | float | Callable[[], Tensor | float | None] | None = None
+
+    def enable(self, due: bool, step: int) -> None:
+        """Collect (or not) in the passes before the optimizer's step number ``step``."""
+
+    def take(self) -> dict[str, Statistic]:
+        """What was staged since the last call, by request key; the stage is empty afterwards."""
+
+    def recycle(self) -> None:
+        """Nobody reads any more what was last taken: its memory may serve the next sums."""
+        return
+
+    def drop(self) -> None:
+        """Forget what was staged (a skipped step)."""
+
+    def close(self) -> None:
+        """Remove every hook."""
+
+
+@runtime_checkable
+class CurvatureSource(StatisticsSource, Protocol):
+    """A source that needs to see the loss itself, for Hessian-vector products."""
+
+    def context(self) -> AbstractContextManager[None]:
+        """Around forward and backward: what runs inside can be differentiated twice."""
+
+    def observe(
+        self,
+        loss: Tensor | Callable[[], Tensor],
+        weight: float = 1.0,
+        scale: Tensor | float | None = None,
+    ) -> bool:
+        """Stage the products of ``weight * loss`` if they are due; whether they were."""
+
+
+def all_reduce_statistics(
+    staged: Mapping[str, Statistic],
+    shapes: Mapping[str, Sequence[int]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Statistic]:
+    """Sum every statistic over the ranks, in one collective.
+
+    A rank whose module saw no tokens stages nothing and adds zeros, so every
+    rank takes part in the same collective. Sums and counts are added; a
+    statistic that no rank staged has count 0.
+
+    Args:
+        staged: what this rank collected, by key.
+        shapes: every key that is asked for, with its shape; the same on all
+            ranks.
+        dtype: dtype of the sums.
+        device: where the collective runs.
+
+    Returns:
+        A statistic for every key of ``shapes``.
+    """
+    parts: list[Tensor] = []
+    for key, shape in shapes.items():
+        found = staged.get(key)
+        size = int(torch.Size(shape).numel())
+        if found is None:
+            parts.append(torch.zeros(size + 1, dtype=dtype, device=device))
+            continue
+        if tuple(found.sum.shape) != tuple(shape):
+            raise ValueError(f"{key}: its sum is {tuple(found.sum.shape)}, not {tuple(shape)}.")
+        count = found.count.to(found.sum.device, dtype).reshape(1)
+        parts.append(torch.cat([found.sum.to(dtype).reshape(-1), count]))
+    bucket = torch.cat(parts)
+    dist.all_reduce(bucket)
+    reduced: dict[str, Statistic] = {}
+    start = 0
+    for key, shape in shapes.items():
+        size = int(torch.Size(shape).numel())
+        block = bucket[start : start + size + 1]
+        reduced[key] = Statistic(block[:size].view(*shape), block[size])
+        start += size + 1
+    return reduced

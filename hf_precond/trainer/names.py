@@ -1,3 +1,0 @@
-"""The names that ``--optim`` learns."""
-
-NAMES = ("adamr", "afopt", "nkfac", "sgdph")

@@ -1,0 +1,93 @@
+"""Acting on a module once it is imported."""
+
+import importlib
+import importlib.util
+import inspect
+import sys
+
+import pytest
+
+from hf_precond.integrations.import_hooks import _FINDER, when_imported
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """The name of an importable module that was not imported yet."""
+    name = f"deferred_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text("value = 1\ndef f():\n    return value\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield name
+    sys.modules.pop(name, None)
+    _FINDER.waiting.pop(name, None)
+
+
+def test_acts_once_after_the_module_was_executed(module):
+    seen = []
+
+    def act(found):
+        seen.append(found.value)
+        found.value = 2
+
+    when_imported(module, act)
+    when_imported(module, act)
+    assert seen == [] and module not in sys.modules
+    found = importlib.import_module(module)
+    assert seen == [1] and found.f() == 2
+    importlib.reload(found)
+    assert seen == [1]
+
+
+def test_acts_at_once_on_an_imported_module(module):
+    found = importlib.import_module(module)
+    seen = []
+    when_imported(module, seen.append)
+    assert seen == [found]
+
+
+def test_leaves_no_trace(module):
+    before = list(sys.meta_path)
+    when_imported(module, lambda found: None)
+    assert sys.meta_path[0] is _FINDER
+    found = importlib.import_module(module)
+    assert sys.meta_path == before
+    assert "exec_module" not in vars(found.__loader__)
+    assert "return value" in inspect.getsource(found.f)
+
+
+def test_looking_for_a_module_is_not_importing_it(module):
+    seen = []
+    when_imported(module, seen.append)
+    assert importlib.util.find_spec(module).name == module
+    assert seen == []
+    importlib.import_module(module)
+    assert len(seen) == 1
+
+
+def test_works_behind_another_finder_that_asks_all_finders(module, monkeypatch):
+    class Nosy:
+        def find_spec(self, name, path=None, target=None):
+            for finder in sys.meta_path:
+                if finder is not self and (spec := finder.find_spec(name, path, target)):
+                    return spec
+            return None
+
+    seen = []
+    when_imported(module, seen.append)
+    monkeypatch.setattr(sys, "meta_path", [Nosy(), *sys.meta_path])
+    importlib.import_module(module)
+    assert len(seen) == 1
+
+
+def test_a_failed_import_can_be_tried_again(module, tmp_path):
+    seen = []
+    path = tmp_path / f"{module}.py"
+    good = path.read_text()
+    path.write_text("1 / 0")
+    when_imported(module, seen.append)
+    with pytest.raises(ZeroDivisionError):
+        importlib.import_module(module)
+    assert seen == []
+    path.write_text(good + "# another length\n")
+    importlib.invalidate_caches()
+    importlib.import_module(module)
+    assert len(seen) == 1

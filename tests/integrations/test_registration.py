@@ -1,0 +1,205 @@
+"""The names under ``--optim``: parser, arguments, pickles, versions, import."""
+
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
+
+import hf_precond
+from hf_precond.integrations import compat
+from hf_precond.integrations.names import NAMES
+from hf_precond.integrations.registration import OptimizerFactory, register
+
+ROOT = Path(__file__).parents[2]
+each_name = pytest.mark.parametrize("name", NAMES)
+
+
+def python(code, *words, folder=None):
+    """Run code in a fresh process and return what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_names_are_those_of_the_registry():
+    assert list(NAMES) == hf_precond.list_optimizers()
+
+
+@each_name
+def test_members_are_like_the_stock_ones(name):
+    member = OptimizerNames(name)
+    stock = OptimizerNames.ADAMW_TORCH
+    assert type(member) is type(stock) and isinstance(member, str)
+    assert member == name and hash(member) == hash(OptimizerNames[name.upper()])
+    assert (member.name, member.value) == (name.upper(), name)
+    assert member in list(OptimizerNames) and getattr(OptimizerNames, name.upper()) is member
+    assert list(OptimizerNames).count(member) == 1
+    assert str(member) == f"OptimizerNames.{name.upper()}"
+    assert repr(member) == f"<OptimizerNames.{name.upper()}: {name!r}>"
+
+
+def test_registering_again_changes_nothing():
+    trainer = sys.modules["transformers.trainer"]
+    before = (list(OptimizerNames), Trainer.get_optimizer_cls_and_kwargs,
+              list(trainer.DEFAULT_CALLBACKS))
+    register()
+    register()
+    assert before == (list(OptimizerNames), Trainer.get_optimizer_cls_and_kwargs,
+                      list(trainer.DEFAULT_CALLBACKS))
+
+
+def test_bad_names_are_still_refused_and_the_names_are_listed():
+    with pytest.raises(ValueError, match=r"afop is not a valid OptimizerNames.*'afopt'"):
+        TrainingArguments("out", optim="afop")
+
+
+@pytest.mark.parametrize("first", ["hf_precond", "transformers"])
+def test_help_lists_the_names(first):
+    code = f"""
+import {first}
+import hf_precond, transformers
+transformers.HfArgumentParser(transformers.TrainingArguments).parse_args_into_dataclasses()
+"""
+    shown = python(code, "--help")
+    choices = "".join(shown.split("--optim {")[1].split("}")[0].split())
+    assert choices.split(",")[-4:] == list(NAMES)
+
+
+def test_parser_refuses_an_unknown_name_and_lists_the_known_ones(capsys):
+    with pytest.raises(SystemExit):
+        HfArgumentParser(TrainingArguments).parse_args(["--output_dir", "o", "--optim", "afop"])
+    assert "afopt" in capsys.readouterr().err
+
+
+def trips(args):
+    """The same arguments by every way that they travel."""
+    yield copy.deepcopy(args)
+    yield pickle.loads(pickle.dumps(args))
+    yield HfArgumentParser(type(args)).parse_dict(
+        {k: v for k, v in args.to_dict().items() if k in ("output_dir", "optim", "optim_args")}
+    )[0]
+
+
+@each_name
+@pytest.mark.parametrize("kind", [TrainingArguments, Seq2SeqTrainingArguments])
+def test_training_arguments_round_trip(name, kind, tmp_path):
+    args = kind(str(tmp_path), optim=name, optim_args="lr=0.01,max_dim=64", use_cpu=True)
+    assert json.loads(args.to_json_string())["optim"] == args.to_dict()["optim"] == name
+    torch.save(args, tmp_path / "training_args.bin")
+    loaded = torch.load(tmp_path / "training_args.bin", weights_only=False)
+    for back in [loaded, *trips(args)]:
+        assert back.optim is args.optim is OptimizerNames(name)
+        assert back.optim_args == args.optim_args
+
+
+def test_a_process_that_did_not_import_the_package_opens_pickled_arguments(tmp_path):
+    path = tmp_path / "training_args.bin"
+    torch.save(TrainingArguments(str(tmp_path), optim="nkfac", use_cpu=True), path)
+    code = "import sys, torch; print(repr(torch.load(sys.argv[1], weights_only=False).optim))"
+    assert python(code, str(path)) == "<OptimizerNames.NKFAC: 'nkfac'>\n"
+
+
+@each_name
+def test_the_trainer_gets_a_factory_by_either_way(name):
+    args = TrainingArguments("out", optim=name, optim_args="lr=0.5", use_cpu=True)
+    by_wrap = Trainer.get_optimizer_cls_and_kwargs(args)
+    handlers = sys.modules["transformers.trainer_optimizer"]._OPTIMIZER_HANDLERS
+    by_table = handlers[OptimizerNames(name)](types.SimpleNamespace(args=args, optim_args={}))
+    for factory, values in (by_wrap, by_table):
+        assert factory is OptimizerFactory
+        assert values["config"].name == name and values["config"].lr == 0.5
+
+
+def test_other_optimizers_are_looked_up_as_before():
+    args = TrainingArguments("out", optim="sgd", optim_args="momentum=0.5", use_cpu=True)
+    assert Trainer.get_optimizer_cls_and_kwargs(args)[0] is torch.optim.SGD
+
+
+def test_the_wrap_alone_is_enough_where_there_is_no_handler_table():
+    class OldTrainer:
+        @staticmethod
+        def get_optimizer_cls_and_kwargs(args, model=None):
+            return "the stock way", {}
+
+    module = types.SimpleNamespace(Trainer=OldTrainer)
+    compat.add_handlers(module, NAMES, None)
+    compat.wrap_lookup(module, NAMES, lambda args: ("ours", {}))
+    compat.wrap_lookup(module, NAMES, lambda args: ("ours twice", {}))
+    ask = OldTrainer.get_optimizer_cls_and_kwargs
+    assert ask(types.SimpleNamespace(optim="afopt"), None) == ("ours", {})
+    assert ask(types.SimpleNamespace(optim="sgd")) == ("the stock way", {})
+
+
+@pytest.mark.parametrize("version", ["5.4.0", "5.23.0", "5.24.0.dev0", "5.99"])
+def test_supported_versions(version, monkeypatch):
+    monkeypatch.setattr(compat, "transformers_version", lambda: version)
+    assert compat.unsupported() is None
+
+
+@pytest.mark.parametrize("version", ["4.57.1", "5.3.9", "6.0.0", "6.0.0.dev0", None])
+def test_other_versions_are_refused_with_the_range(version, monkeypatch):
+    monkeypatch.setattr(compat, "transformers_version", lambda: version)
+    with pytest.raises(RuntimeError, match=r"transformers>=5\.4,<6") as refusal:
+        register()
+    assert (version or "not installed") in str(refusal.value)
+    assert "create_optimizer" in str(refusal.value)
+
+
+def test_importing_beside_an_unsupported_transformers_warns_and_works():
+    code = """
+import sys, types, warnings
+fake = types.ModuleType("transformers")
+fake.__version__ = "4.57.1"
+sys.modules["transformers"] = fake
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import hf_precond
+print(len(caught), "transformers 4.57.1 is installed" in str(caught[0].message))
+print(hf_precond.AFOptConfig(lr=0.1).lr)
+"""
+    assert python(code) == "1 True\n0.1\n"
+
+
+def test_importing_costs_little_and_needs_torch_and_transformers_only():
+    code = """
+import sys
+import hf_precond
+print(sorted({name.split(".")[0] for name in sys.modules} & {"torch", "transformers",
+    "huggingface_hub", "accelerate", "datasets", "evaluate", "peft", "numpy"}))
+from transformers import Trainer
+before = set(sys.modules)
+hf_precond.create_optimizer, hf_precond.AFOpt, hf_precond.PrecondTrainer
+print(sorted({name.split(".")[0] for name in set(sys.modules) - before}
+    & {"accelerate", "datasets", "evaluate", "peft", "matplotlib", "pandas"}))
+"""
+    assert python(code) == "[]\n[]\n"
+
+
+def test_importing_without_the_optional_packages():
+    code = """
+import sys
+for name in ("datasets", "evaluate", "peft", "accelerate"):
+    sys.modules[name] = None
+import hf_precond, torch
+from transformers import BertConfig, BertModel
+model = BertModel(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1,
+    num_attention_heads=2, intermediate_size=8))
+print(type(hf_precond.create_optimizer(model, "afopt")).__name__)
+"""
+    assert python(code) == "AFOpt\n"

@@ -1,0 +1,208 @@
+import pytest
+import torch
+
+from hf_precond.linalg import factorization
+
+
+def spd(batch, n, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(batch, n, 2 * n, generator=generator, dtype=torch.float64)
+    return (root @ root.mT / (2 * n)).to(dtype)
+
+
+def test_eigh_descends_and_reconstructs():
+    batch = spd(3, 6)
+    record = factorization.Record()
+    values, vectors = factorization.eigh(batch, record=record)
+    assert (values[:, :-1] >= values[:, 1:]).all()
+    torch.testing.assert_close(vectors @ torch.diag_embed(values) @ vectors.mT, batch)
+    assert record.rungs == {} and record.failed == [False] * 3
+
+
+def test_eigh_of_one_matrix_keeps_its_shape():
+    matrix = spd(1, 5)[0]
+    values, vectors = factorization.eigh(matrix)
+    assert values.shape == (5,) and vectors.shape == (5, 5)
+    torch.testing.assert_close(vectors @ values.diag() @ vectors.mT, matrix)
+
+
+def test_eigh_keeps_the_previous_result_of_a_poisoned_matrix_only():
+    batch = spd(3, 4)
+    previous = factorization.eigh(spd(3, 4, seed=1))
+    poisoned = batch.clone()
+    poisoned[1, 2, 2] = torch.nan
+    record = factorization.Record()
+    values, vectors = factorization.eigh(poisoned, previous, record)
+    assert record.failed == [False, True, False] and record.rungs == {"kept": 1}
+    assert torch.equal(values[1], previous[0][1]) and torch.equal(vectors[1], previous[1][1])
+    for index in (0, 2):
+        torch.testing.assert_close(
+            vectors[index] @ values[index].diag() @ vectors[index].mT, batch[index]
+        )
+
+
+def test_eigh_without_a_previous_result_falls_back_to_the_identity():
+    matrix = torch.diag(torch.tensor([3.0, 1.0, torch.inf]))
+    values, vectors = factorization.eigh(matrix)
+    assert torch.equal(values, torch.tensor([3.0, 1.0, 0.0]))
+    assert torch.equal(vectors, torch.eye(3))
+
+
+@pytest.mark.parametrize(("rung", "failures"), [("scaled", 2), ("damped", 3), ("float64", 4)])
+def test_eigh_climbs_one_rung_at_a_time(monkeypatch, rung, failures):
+    plain, calls = torch.linalg.eigh, []
+
+    def fails_at_first(matrix):
+        calls.append(matrix.dtype)
+        if len(calls) <= failures:
+            raise torch.linalg.LinAlgError("no convergence")
+        return plain(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails_at_first)
+    batch = 1e20 * spd(1, 5, dtype=torch.float32)
+    record = factorization.Record()
+    values, vectors = factorization.eigh(batch, record=record)
+    assert record.rungs == {rung: 1} and record.failed == [False]
+    assert values.dtype == torch.float32
+    torch.testing.assert_close(
+        vectors @ torch.diag_embed(values) @ vectors.mT, batch, rtol=1e-4, atol=1e15
+    )
+
+
+def test_spd_inverse_is_the_inverse():
+    batch = spd(4, 6)
+    inverse, failed = factorization.spd_inverse(batch)
+    torch.testing.assert_close(inverse @ batch, torch.eye(6, dtype=batch.dtype).expand(4, 6, 6))
+    assert failed.shape == (4,) and not failed.any()
+
+
+def test_spd_inverse_that_no_float32_can_hold_is_the_identity():
+    batch = spd(2, 3, dtype=torch.float32)
+    batch[1] *= 1e-42
+    record = factorization.Record()
+    inverse, failed = factorization.spd_inverse(batch, record=record)
+    assert failed.tolist() == [False, True]
+    assert record.rungs == {"kept": 1}
+    torch.testing.assert_close(inverse[1], torch.eye(3))
+    torch.testing.assert_close(inverse[0], torch.linalg.inv(batch[0]))
+
+
+@pytest.mark.parametrize(("rung", "failures"), [("scaled", 2), ("damped", 3), ("float64", 4)])
+def test_spd_inverse_climbs_one_rung_at_a_time(monkeypatch, rung, failures):
+    plain, calls = torch.linalg.cholesky_ex, []
+
+    def fails_at_first(matrix):
+        calls.append(matrix.dtype)
+        factor, info = plain(matrix)
+        return factor, info + (len(calls) <= failures)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", fails_at_first)
+    batch = 1e10 * spd(1, 5, dtype=torch.float32)
+    record = factorization.Record()
+    inverse, failed = factorization.spd_inverse(batch, record=record)
+    assert record.rungs == {rung: 1} and not failed.any()
+    torch.testing.assert_close(inverse @ batch, torch.eye(5)[None], rtol=0, atol=1e-3)
+
+
+def test_spd_inverse_damps_a_singular_matrix_at_rounding_level():
+    vector = torch.ones(4, 1, dtype=torch.float32)
+    record = factorization.Record()
+    inverse, failed = factorization.spd_inverse((vector @ vector.T)[None], record=record)
+    assert not failed.any() and record.rungs == {"damped": 1}
+    # (11ᵀ + δI)⁻¹ has the eigenvalue 1/(4 + δ) along 1 and 1/δ across.
+    shift = 4 * torch.finfo(torch.float32).eps
+    across = torch.tensor([1.0, -1.0, 0.0, 0.0]) / 2**0.5
+    torch.testing.assert_close(across @ inverse[0] @ across * shift, torch.tensor(1.0),
+                               rtol=0.2, atol=0)
+
+
+def test_spd_inverse_keeps_the_previous_inverse_of_an_indefinite_matrix():
+    batch = torch.stack([torch.eye(3), -torch.eye(3)]).double()
+    previous = torch.stack([2 * torch.eye(3), 5 * torch.eye(3)]).double()
+    record = factorization.Record()
+    inverse, failed = factorization.spd_inverse(batch, previous, record)
+    assert failed.tolist() == [False, True]
+    assert torch.equal(inverse[0], batch[0]) and torch.equal(inverse[1], previous[1])
+    counts = {}
+    record.counted("inverse", lambda name, by: counts.update({name: by}))
+    assert counts == {"inverse_kept": 1}
+
+
+def test_strikes_stop_with_advice_at_the_third_failure_in_a_row():
+    count = factorization.strikes(0, True, "layer.0")
+    count = factorization.strikes(count, False, "layer.0")
+    assert count == 0
+    count = factorization.strikes(factorization.strikes(0, True, "layer.0"), True, "layer.0")
+    assert count == 2
+    with pytest.raises(RuntimeError, match=r"layer\.0.*learning rate"):
+        factorization.strikes(count, True, "layer.0")
+
+
+@pytest.mark.parametrize(
+    ("error", "found"),
+    [
+        (torch.linalg.LinAlgError("linalg.eigh: failed to converge"), "solver"),
+        (RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling …"), "solver"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out_of_memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: …"), "out_of_memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling …"), "out_of_memory"),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), None),
+        (RuntimeError("expected scalar type Half"), None),
+    ],
+)
+def test_the_cause_of_an_error(error, found):
+    assert factorization.cause(error) == found
+
+
+def test_work_that_fails_is_done_in_parts():
+    done = []
+
+    def work(items):
+        if len(items) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        if items[0] == 2:
+            raise torch.linalg.LinAlgError("singular")
+        done.extend(items)
+
+    assert factorization.in_parts(work, [1, 2, 3]) == [(2, "solver")]
+    assert done == [1, 3]
+    assert factorization.in_parts(work, [4]) == [] and done == [1, 3, 4]
+    assert factorization.in_parts(work, [2]) == [(2, "solver")]
+
+
+def test_work_on_one_item_is_tried_twice():
+    attempts = []
+
+    def work(items):
+        attempts.append(items)
+        if len(attempts) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+
+    assert factorization.in_parts(work, ["a"]) == [] and attempts == [["a"], ["a"]]
+
+
+def test_an_error_of_another_kind_is_raised(monkeypatch):
+    def fails(matrices):
+        raise RuntimeError("expected scalar type Half")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    for attempt in (lambda: factorization.in_parts(fails, [1]), lambda: factorization.eigh(spd(1, 3))):
+        with pytest.raises(RuntimeError, match="scalar type"):
+            attempt()
+
+
+def test_eigh_that_runs_out_of_memory_climbs_the_ladder(monkeypatch):
+    plain, calls = torch.linalg.eigh, []
+
+    def fails_at_first(matrix):
+        calls.append(matrix.dtype)
+        if len(calls) <= 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return plain(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails_at_first)
+    record = factorization.Record()
+    matrix = spd(1, 5)
+    values, vectors = factorization.eigh(matrix, record=record)
+    assert record.rungs == {"scaled": 1}
+    torch.testing.assert_close(vectors @ torch.diag_embed(values) @ vectors.mT, matrix)

@@ -1,0 +1,110 @@
+"""Which sides of which weights are rotated, and what that keeps."""
+
+import pytest
+import torch
+from torch import nn
+
+from hf_precond.architectures.structure import LayerMatrix
+from hf_precond.optimizers.adamr.config import AdamRConfig
+from hf_precond.optimizers.adamr.tiling import Tiling, tile
+from tests.optimizers.adamr.cases import adamr, noise, run
+
+
+def plan(shape, module=None, groups=1, **fields):
+    matrix = None if module is None else LayerMatrix("x", module, groups=groups)
+    return tile(shape, AdamRConfig.create(**fields), matrix)
+
+
+@pytest.mark.parametrize(
+    ("shape", "fields", "sides"),
+    [
+        ((768, 768), {}, ("left", "right")),
+        ((3072, 768), {}, ("right",)),
+        ((768, 3072), {}, ("left",)),
+        ((384, 768), {}, ("left", "right")),
+        ((128, 512), {}, ("left", "right")),
+        ((128, 512), {"basis": "one_sided"}, ("left",)),
+        ((512, 128), {"basis": "one_sided"}, ("right",)),
+        ((128, 512), {"basis": "two_sided", "max_dim": 256}, ("left",)),
+        ((768, 3072), {"basis": "two_sided", "max_dim": 4096}, ("left", "right")),
+        ((64, 3, 16, 16), {}, ("left", "right")),
+        ((768, 3, 16, 16), {}, ("left", "right")),
+        ((768, 768), {"basis": "identity"}, ()),
+        ((768,), {}, ()),
+        ((), {}, ()),
+        ((1, 768), {}, ()),
+        ((768, 1), {}, ()),
+        ((32128, 1024), {}, ("right",)),
+    ],
+)
+def test_sides(shape, fields, sides):
+    assert plan(shape, **fields).sides == sides
+
+
+@pytest.mark.parametrize("shape", [(30522, 768), (512, 512), (100, 64)])
+def test_embeddings_rotate_the_hidden_side_only(shape):
+    assert plan(shape, nn.Embedding(2, 2)).sides == ("right",)
+
+
+def test_depthwise_convolutions_rotate_the_right_side_and_groups_stand_alone():
+    depthwise = plan((32, 1, 3, 3), nn.Conv2d(32, 32, 3, groups=32), groups=32)
+    assert depthwise == Tiling(1, 32, 9, "columns", False, True)
+    grouped = plan((32, 4, 3, 3), nn.Conv2d(16, 32, 3, groups=4), groups=4)
+    assert grouped == Tiling(4, 8, 36, "rows", True, True)
+
+
+def test_a_matrix_wider_than_max_dim_on_both_sides_falls_into_blocks_of_the_smaller():
+    assert plan((5000, 3000), max_dim=2048) == Tiling(2, 5000, 1500, "columns", False, True)
+    assert plan((2050, 3000), max_dim=1024) == Tiling(5, 410, 3000, "rows", True, False)
+    # A prime side has no block but the single column, which is no rotation.
+    assert not plan((2053, 2053), max_dim=1024).rotated
+
+
+def test_every_expert_is_a_matrix_of_its_own():
+    matrix = LayerMatrix("experts", nn.Module(), layout="conv", stacked=True)
+
+    def stacked(shape, **fields):
+        return tile(shape, AdamRConfig.create(**fields), matrix)
+
+    assert stacked((8, 256, 128)) == Tiling(8, 256, 128, "rows", True, True)
+    assert stacked((8, 3072, 768)) == Tiling(8, 3072, 768, "rows", False, True)
+    # Blocks of the smaller side would be no view of a stack where that is the columns.
+    assert stacked((8, 96, 80), max_dim=40) == Tiling(24, 32, 80, "rows", True, False)
+    assert stacked((8, 97, 80), max_dim=40) == Tiling(8, 97, 80, "rows", False, False)
+    assert not stacked((8, 16, 16), basis="identity").rotated
+
+
+@pytest.mark.parametrize(
+    ("shape", "fields"),
+    [((6, 8), {}), ((6, 40), {"basis": "one_sided"}), ((6, 3, 2, 2), {}), ((9, 12), {"max_dim": 4}),
+     ((12, 9), {"max_dim": 4}), ((5, 7), {"basis": "identity"})],
+)  # fmt: skip
+def test_state_elements_counts_what_is_kept(shape, fields):
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.zeros(shape))
+    optimizer = adamr([module], **fields)
+    run(optimizer, [module], noise(shape, steps=2, dtype=torch.float32))
+    state = optimizer.state[module.weight]
+    kept = sum(t.numel() for t in state.values() if isinstance(t, torch.Tensor) and t.dim() == 3)
+    if not optimizer.fallback.plan(optimizer._leaf(optimizer.bound[0])).rotated:
+        kept = state["exp_avg"].numel() + state["exp_avg_sq"].numel()
+    else:
+        kept -= state["mean_sq"].numel()
+    assert kept == tile(shape, optimizer.config).state_elements
+
+
+def bert_base():
+    """Shapes of BERT-base's weights of two dimensions, and the number of all other numbers."""
+    layer = [(768, 768)] * 4 + [(3072, 768), (768, 3072)]
+    embeddings = [(30522, 768), (512, 768), (2, 768)]
+    vectors = 12 * (4 * 768 + 3072 + 768 + 4 * 768) + 2 * 768 + 768
+    return embeddings, layer * 12 + [(768, 768)], vectors
+
+
+def test_default_state_of_bert_base_is_at_most_twice_that_of_adamw():
+    embeddings, matrices, vectors = bert_base()
+    config, table = AdamRConfig(), LayerMatrix("x", nn.Embedding(2, 2))
+    ours = sum(tile(shape, config, table).state_elements for shape in embeddings)
+    ours += sum(tile(shape, config).state_elements for shape in matrices) + 2 * vectors
+    adamw = 2 * (sum(a * b for a, b in embeddings + matrices) + vectors)
+    assert 1.5 < ours / adamw <= 2.0

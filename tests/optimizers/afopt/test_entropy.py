@@ -1,0 +1,64 @@
+"""AFOpt tells how sharp the attentions look, when asked."""
+
+import copy
+
+import pytest
+import torch
+
+from hf_precond.registry import create_optimizer
+from hf_precond.statistics.requests import request_shape
+from tests.architectures.families import FAMILIES, build, loss_of
+
+
+def trained(name, steps=2, **fields):
+    model = build(name, torch.float32)
+    optimizer = create_optimizer(model, "afopt", stat_interval=1, **fields)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of(model, FAMILIES[name].batch()).backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def test_entropies_of_every_layer_between_none_and_uniform():
+    model, optimizer = trained("bert", attention_entropy=True)
+    found = {k: v for k, v in optimizer.diagnostics().items() if k.startswith("entropy")}
+    names = [block.name for block in optimizer.structure.attention]
+    assert set(found) == {f"{key}/{n}" for n in names for key in ("entropy", "entropy_min")}
+    uniform = torch.tensor(float(FAMILIES["bert"].batch()["input_ids"].shape[1])).log().item()
+    assert all(0 < value <= uniform + 1e-6 for value in found.values())
+    optimizer.close()
+    model, twin = copy.deepcopy((model, optimizer))
+    twin.attach(model)
+    assert any(request.kind == "entropy" for request in twin.requests())
+    twin.close()
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "bart"])
+def test_every_statistic_has_the_shape_that_ranks_expect(name):
+    model = build(name, torch.float32)
+    optimizer = create_optimizer(model, "afopt", scope="all_linear", attention_entropy=True)
+    loss_of(model, FAMILIES[name].batch()).backward()
+    taken = optimizer.statistics.take()
+    shapes = {request.key: request_shape(request) for request in optimizer.requests()}
+    assert {key: tuple(found.sum.shape) for key, found in taken.items()} == shapes
+    optimizer.close()
+
+
+def test_nothing_is_collected_unless_asked():
+    _, optimizer = trained("bert")
+    assert not any(request.kind == "entropy" for request in optimizer.requests())
+    assert not any(key.startswith("entropy") for key in optimizer.diagnostics())
+    optimizer.close()
+
+
+def test_the_steps_are_the_same():
+    plain, asked = trained("llama")[0], trained("llama", attention_entropy=True)[0]
+    for ours, theirs in zip(asked.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_attentions_with_kernels_of_their_own_are_named():
+    with pytest.warns(UserWarning, match="attention_entropy leaves out 2 attentions"):
+        _, optimizer = trained("deberta-v2", attention_entropy=True)
+    optimizer.close()

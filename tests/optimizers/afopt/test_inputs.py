@@ -1,0 +1,127 @@
+"""The factor of a matrix is of the tensors that its layer was called with, whichever they are."""
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+from hf_precond.registry import create_optimizer
+from tests.architectures.families import TEXT, build, text
+
+ROWS, LENGTH = 3, 7
+CHANNELS = {"num_self_attention_heads": 4, "num_cross_attention_heads": 4, "vocab_size": 40}
+
+
+def _perceiver(width):
+    config = tf.PerceiverConfig(
+        num_latents=5, d_latents=16, d_model=width, num_blocks=1, num_self_attends_per_block=1,
+        max_position_embeddings=LENGTH, qk_channels=16, v_channels=16, **CHANNELS,
+    )  # fmt: skip
+    batch = text() | {"attention_mask": torch.ones(ROWS, LENGTH)}
+    return tf.PerceiverForSequenceClassification(config), {"inputs": batch.pop("input_ids")} | batch
+
+
+def _mobilebert():
+    widths = {"intra_bottleneck_size": 8, "embedding_size": 8, "true_hidden_size": 8}
+    config = tf.MobileBertConfig(**TEXT, **widths)
+    return tf.MobileBertForSequenceClassification(config), text()
+
+
+def _pix2struct():
+    config = tf.Pix2StructTextConfig(
+        vocab_size=40, hidden_size=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4,
+        initializer_range=0.02,
+    )  # fmt: skip
+    batch = text() | {"encoder_hidden_states": torch.randn(ROWS, 5, 16)}
+    return tf.Pix2StructTextModel(config), batch | {"labels": batch["input_ids"]}
+
+
+def _segformer():
+    config = tf.SegformerConfig(
+        num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[8, 16],
+        num_attention_heads=[1, 2], mlp_ratios=[2, 2], patch_sizes=[3, 3], strides=[2, 2],
+    )  # fmt: skip
+    batch = {"pixel_values": torch.randn(2, 3, 16, 16), "labels": torch.tensor([0, 1])}
+    return tf.SegformerForImageClassification(config), batch
+
+
+MODELS = {
+    "perceiver": lambda: _perceiver(24),
+    "perceiver, equal widths": lambda: _perceiver(16),
+    "mobilebert": _mobilebert,
+    "pix2struct": _pix2struct,
+    "segformer": _segformer,
+}
+
+
+def inputs_of(modules):
+    """What layers are called with, as rows, from now on."""
+    seen = {module: [] for module in modules}
+    for module, rows in seen.items():
+        module.register_forward_hook(
+            lambda _, args, output, rows=rows: rows.append(args[0].detach())
+        )
+    return seen
+
+
+def moment(rows, constant, mask=None):
+    kept = rows.new_ones(rows.shape[:-1]) if mask is None else mask.to(rows)
+    full = torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], -1) if constant else rows
+    return torch.einsum("bt,bti,btj->ij", kept, full, full) / kept.sum()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_factor_is_of_its_own_layers_inputs(name):
+    torch.manual_seed(0)
+    model, batch = MODELS[name]()
+    model = model.double().train()
+    batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+    optimizer = create_optimizer(model, "afopt", scope="attention")
+    seen = inputs_of({t.bound.matrix.module for t in optimizer.plan.treatments})
+    model(**batch).loss.backward()
+    taken = optimizer.statistics.take()
+    for treatment in optimizer.plan.treatments:
+        matrix = treatment.bound.matrix
+        (rows,) = seen[matrix.module]
+        mask = batch.get("attention_mask")
+        mask = mask if mask is not None and mask.shape == rows.shape[:2] else None
+        found = taken[treatment.right.moment.request.key]
+        size = matrix.columns
+        mean = (found.sum / found.count)[:size, :size]
+        expected = moment(rows, matrix.bias is not None, mask)
+        torch.testing.assert_close(mean, expected, rtol=1e-9, atol=1e-12, msg=matrix.name)
+    optimizer.step()
+
+
+def test_relative_positions_of_deberta_are_no_tokens():
+    """Its query and key projections are called with 1,024 relative positions too."""
+    model, batch = build("deberta-v2"), text()
+    optimizer = create_optimizer(model, "afopt", scope="attention")
+    model(**batch).loss.backward()
+    counts = {found.count.item() for found in optimizer.statistics.take().values()}
+    assert counts == {batch["attention_mask"].sum().item()}
+
+
+class Memory(nn.Module):
+    """Queries, keys and values of three tensors and widths, as DETR's decoder has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.attend = nn.MultiheadAttention(16, 2, kdim=6, vdim=10, batch_first=True)
+
+    def forward(self, query, key, value):
+        return self.attend(query, key, value, need_weights=False)[0]
+
+
+def test_multihead_attention_of_three_tensors():
+    torch.manual_seed(0)
+    model = Memory().double()
+    optimizer = create_optimizer(model, "afopt", scope="attention", momentum=0.0)
+    tensors = {r: torch.randn(2, 5, n).double() for r, n in zip("qkv", (16, 6, 10), strict=True)}
+    model(*tensors.values()).square().sum().backward()
+    optimizer.step()
+    for treatment in optimizer.plan.treatments:
+        if treatment.role in tensors:
+            found = treatment.right.moment.read(optimizer.state)
+            constant = treatment.bound.matrix.bias is not None
+            torch.testing.assert_close(found, moment(tensors[treatment.role], constant))

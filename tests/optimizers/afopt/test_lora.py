@@ -1,0 +1,110 @@
+"""AFOpt on LoRA's adapters."""
+
+import pytest
+import torch
+
+from hf_precond.registry import create_optimizer
+from tests.optimizers.afopt.support import (
+    directions,
+    optimizer_of,
+)
+from tests.optimizers.models import batch, make, train, weights
+
+DOUBLE = torch.float64
+
+
+def spectral(module, **fields):
+    return optimizer_of(module, **{"direction": "spectral", "damping": 1.0, **fields})
+
+
+def changes(module, optimizer):
+    """Name to change of every parameter in one step."""
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    optimizer.step()
+    return {name: p.detach() - before[name] for name, p in module.named_parameters()}
+
+
+def adapted(targets, dtype=DOUBLE, dora=False):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=targets, modules_to_save=["classifier"], use_dora=dora
+    )
+    return get_peft_model(make("bert", dtype=dtype), config).train()
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_adapters_of_q_and_v_only(dora):
+    model = adapted(["query", "value"], dora=dora)
+    optimizer = create_optimizer(model, "afopt", lr=1e-2, damping=0.5)
+    sides = sorted((t.role, t.side) for t in optimizer.plan.treatments)
+    assert sides == sorted([("q", "down"), ("q", "up"), ("v", "down"), ("v", "up")] * 2)
+    before = weights(model)
+    losses = train("bert", model, optimizer, 12)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    after = weights(model)
+    # B starts at zero, so A has no gradient at the first step, and moves afterwards.
+    for key in before:
+        assert ("lora_" in key or "classifier.modules_to_save" in key) == (
+            not torch.equal(before[key], after[key])
+        ), key
+    assert losses[-1] < losses[0] + 0.2
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_adapter_factors_against_dense_ones(dora):
+    model = adapted(["query", "key"], dora=dora)
+    optimizer = create_optimizer(model, "afopt", direction="inverse", damping=0.5, momentum=0.0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.2)
+            if "magnitude" in name:
+                parameter.mul_(torch.rand_like(parameter) + 0.5)
+    seen = []
+    attention = model.base_model.model.bert.encoder.layer[0].attention.self
+    handle = attention.query.register_forward_hook(lambda m, a, out: seen.append(a[0].detach()))
+    data = batch("bert", dtype=DOUBLE)
+    model(**data).loss.backward()
+    handle.remove()
+    treatments = [t for t in optimizer.plan.treatments if t.block is optimizer.structure.attention[0]]
+    with torch.no_grad():
+        directions(optimizer)
+    kept = seen[0][data["attention_mask"].bool()]
+    features = torch.cat([kept, kept.new_ones(len(kept), 1)], 1)
+    moment = features.mT @ features / len(features)
+
+    def merged(role):
+        layer = getattr(attention, role)
+        update = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * 2.0
+        return (layer.base_layer.weight + update).detach()
+
+    def rows_of(role):
+        if not dora:
+            return torch.ones(16, dtype=DOUBLE)
+        magnitude = getattr(attention, role).lora_magnitude_vector["default"].weight.detach()
+        return magnitude / merged(role).square().sum(1).sqrt()
+
+    def full(role):
+        bias = getattr(attention, role).base_layer.bias[:, None]
+        return torch.cat([rows_of(role).diag() @ merged(role), bias], 1)
+
+    def damped(a):
+        mean = a.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        return torch.linalg.inv(a + 0.5 * mean * torch.eye(a.shape[-1], dtype=DOUBLE))
+
+    keys = full("key").detach().unflatten(0, (2, 8))
+    scale = torch.diag_embed(rows_of("query").unflatten(0, (2, 8)))
+    left = scale @ keys @ moment @ keys.mT @ scale
+    layer = attention.query
+    up, down = layer.lora_B["default"].weight, layer.lora_A["default"].weight
+    inner = down @ moment[:16, :16] @ down.mT
+    above = (damped(left) @ up.grad.unflatten(0, (2, 8)) @ damped(inner)).flatten(0, 1)
+    small = sum(b.mT @ a @ b for a, b in zip(left, up.unflatten(0, (2, 8)), strict=True))
+    below = damped(small) @ down.grad @ damped(moment[:16, :16])
+    for treatment in treatments:
+        if treatment.role == "q":
+            gradient = treatment.bound.gradient()[None]
+            step = optimizer._directions([treatment], gradient)[0].detach()
+            expected = (above if treatment.side == "up" else below).detach()
+            torch.testing.assert_close(step, expected, rtol=1e-8, atol=1e-12)

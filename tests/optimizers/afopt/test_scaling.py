@@ -1,0 +1,204 @@
+"""How long AFOpt's steps are, and the change of the logits that they make."""
+
+import copy
+
+import pytest
+import torch
+
+from hf_precond.optimizers.afopt.config import AFOptConfig
+from hf_precond.optimizers.afopt.optimizer import AFOpt
+from tests.optimizers.afopt.support import (
+    Attention,
+    backward,
+    cosine,
+    directions,
+    inputs,
+    optimizer_of,
+)
+
+DOUBLE = torch.float64
+
+
+def spectral(module, **fields):
+    return optimizer_of(module, **{"direction": "spectral", "damping": 1.0, **fields})
+
+
+def changes(module, optimizer):
+    """Name to change of every parameter in one step."""
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    optimizer.step()
+    return {name: p.detach() - before[name] for name, p in module.named_parameters()}
+
+
+def test_rms_scaling_and_the_learning_rates_of_weight_and_bias():
+    torch.manual_seed(8)
+    module, x = Attention(d=16, heads=2), inputs(2, 12, 16)
+    blocks_only = optimizer_of(module).structure
+    decayed = {"params": [p for p in module.parameters() if p.dim() == 2], "weight_decay": 0.1}
+    rest = {"params": [p for p in module.parameters() if p.dim() == 1], "lr": 3e-3}
+    config = AFOptConfig.create(lr=1e-3, lr_scale=5.0)
+    optimizer = AFOpt([decayed, rest], blocks_only, config)
+    backward(module, x)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    optimizer.step()
+    for name in "qkvo":
+        layer = getattr(module, name)
+        weight = (before[f"{name}.weight"] * (1 - 1e-3 * 0.1) - layer.weight) / 1e-3
+        bias = (before[f"{name}.bias"] - layer.bias) / 3e-3
+        step = torch.cat([weight, bias[:, None]], 1)
+        assert step.square().mean().sqrt().item() == pytest.approx(5 * 0.2, rel=1e-9)
+
+
+@pytest.mark.parametrize("base", ["adamw", "sgd"])
+def test_norm_recovery_keeps_every_norm_and_hands_the_gradient_to_the_base_rule(base):
+    torch.manual_seed(9)
+    module, x = Attention(d=16, heads=2), inputs(2, 12, 16)
+    optimizer = optimizer_of(
+        module, scaling="norm_recovery", direction="inverse_sqrt", damping=0.1, base=base, lr=1e-2
+    )
+    twin = copy.deepcopy(module)
+    backward(module, x)
+    found = directions(optimizer)
+    twin_parameters = dict(twin.named_parameters())
+    for role in "qkvo":
+        layer = getattr(module, role)
+        raw = torch.cat([layer.weight.grad, layer.bias.grad[:, None]], 1)
+        recovered = found[role] * raw.norm() / found[role].norm()
+        twin_parameters[f"{role}.weight"].grad = recovered[:, :-1].clone()
+        twin_parameters[f"{role}.bias"].grad = recovered[:, -1].clone()
+        assert recovered.norm().item() == pytest.approx(raw.norm().item(), rel=1e-12)
+    optimizer.step()
+    if base == "adamw":
+        peer = torch.optim.AdamW(twin.parameters(), lr=1e-2, weight_decay=0.0)
+    else:
+        peer = torch.optim.SGD(twin.parameters(), lr=1e-2)
+    peer.step()
+    for ours, theirs in zip(module.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+
+
+def test_graft_takes_the_norm_of_the_base_step():
+    torch.manual_seed(10)
+    module, x = Attention(d=16, heads=2), inputs(2, 12, 16)
+    twin = copy.deepcopy(module)
+    optimizer = spectral(module, scaling="graft", lr=1e-2, momentum=0.9)
+    peer = torch.optim.AdamW(twin.parameters(), lr=1e-2, weight_decay=0.0)
+    for seed in range(3):
+        backward(module, x, seed=seed)
+        for ours, theirs in zip(module.parameters(), twin.parameters(), strict=True):
+            theirs.grad = ours.grad.clone()
+        before = [copy.deepcopy(m.state_dict()) for m in (module, twin)]
+        optimizer.step()
+        peer.step()
+        for name in "qkvo":
+            norms = []
+            for old, new in zip(before, (module, twin), strict=True):
+                parts = [
+                    new.state_dict()[f"{name}.{k}"] - old[f"{name}.{k}"] for k in ("weight", "bias")
+                ]
+                norms.append(sum(part.square().sum() for part in parts).sqrt().item())
+            assert norms[0] == pytest.approx(norms[1], rel=1e-9)
+
+
+def seen_change(module, x, delta, role):
+    """Root mean square of the logits' real change when one matrix moves."""
+    with torch.no_grad():
+        module(x)
+        before = module.logits.clone()
+        layer = getattr(module, role)
+        layer.weight += delta[:, :-1]
+        layer.bias += delta[:, -1]
+        module(x)
+        change = (module.logits - before).square().mean().sqrt().item()
+        layer.weight -= delta[:, :-1]
+        layer.bias -= delta[:, -1]
+    return change
+
+
+@pytest.mark.parametrize("batch_size", [1, 6])
+@pytest.mark.parametrize("role", ["q", "k"])
+def test_predicted_logit_change_is_the_one_really_seen(batch_size, role):
+    """Within 10 % on the batch it was measured on; exactly, for one sequence."""
+    torch.manual_seed(11)
+    module, x = Attention(d=32, heads=4), inputs(batch_size, 24, 32, spread=30.0, shift=0.2)
+    optimizer = spectral(module, roles=role, scaling="logit_rms", rho=1.0, lr=1e-3)
+    backward(module, x)
+    layer = getattr(module, role)
+    start = copy.deepcopy(module.state_dict())
+    before = torch.cat([layer.weight, layer.bias[:, None]], 1).detach().clone()
+    optimizer.step()
+    after = torch.cat([layer.weight, layer.bias[:, None]], 1).detach().clone()
+    module.load_state_dict(start)
+    change = seen_change(module, x, after - before, role)
+    assert change == pytest.approx(1e-3, rel=1e-9 if batch_size == 1 else 0.1)
+
+
+def test_reported_change_of_a_layer_is_the_one_really_seen():
+    """q and k together, cross term included, for one sequence to first order."""
+    torch.manual_seed(12)
+    module, x = Attention(d=32, heads=4), inputs(1, 24, 32, spread=30.0, shift=0.2)
+    optimizer = spectral(module, roles="qk", lr=1e-6, nesterov=False)
+    backward(module, x)
+    with torch.no_grad():
+        old = module.logits.clone()
+    optimizer.step()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # a scheduler's, for the step to come
+    predicted = optimizer.diagnostics()
+    with torch.no_grad():
+        module(x)
+        change = (module.logits - old).square().mean((0, 2, 3)).sqrt()
+    assert predicted["logit_change/"] == pytest.approx(
+        change.square().mean().sqrt().item(), rel=1e-3
+    )
+    assert predicted["logit_change_max/"] == pytest.approx(change.max().item(), rel=1e-3)
+    assert 0 < predicted["cosine"] < 1
+
+
+def test_cap_only_shrinks():
+    torch.manual_seed(13)
+    module, x = Attention(d=16, heads=2), inputs(2, 12, 16)
+    steps = {}
+    for name, fields in {
+        "rms": {"scaling": "rms"},
+        "loose": {"scaling": "cap", "rho": 1e6},
+        "tight": {"scaling": "cap", "rho": 1e-3},
+    }.items():
+        twin = copy.deepcopy(module)
+        optimizer = spectral(twin, lr=1e-3, **fields)
+        backward(twin, x)
+        steps[name] = (changes(twin, optimizer), twin)
+    for key, value in steps["rms"][0].items():
+        torch.testing.assert_close(steps["loose"][0][key], value, rtol=1e-12, atol=0)
+        tight = steps["tight"][0][key]
+        if key[0] in "qk":
+            assert tight.norm() < 0.1 * value.norm()
+            assert cosine(tight, value) > 1 - 1e-9
+        else:
+            torch.testing.assert_close(tight, value, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"scaling": "cap"}, {"direction": "inverse"}, {"nesterov": False}]
+)
+def test_steps_fade_where_a_matrix_gets_no_gradient_any_more(fields):
+    """A set length would carry an expert that gets no token along its old momentum for long."""
+    torch.manual_seed(14)
+    module, x = Attention(d=16, heads=2), inputs(2, 12, 16)
+    optimizer = spectral(module, lr=1e-3, momentum=0.8, **fields)
+    backward(module, x)
+    first = changes(module, optimizer)
+    full, sizes = first["o.weight"].norm(), []
+    for _ in range(4):
+        backward(module, x)
+        module.o.weight.grad.zero_()
+        module.o.bias.grad.zero_()
+        found = changes(module, optimizer)
+        sizes.append(found["o.weight"].norm())
+        assert found["v.weight"].norm() > 0.7 * first["v.weight"].norm()  # the others have theirs
+    for number, size in enumerate(sizes):
+        assert size.item() == pytest.approx(0.8 ** (number + 1) * full.item(), rel=0.05)
+        if number:  # only the length changes
+            assert size.item() == pytest.approx(0.8 * sizes[number - 1].item(), rel=1e-9)
+    backward(module, x)
+    assert changes(module, optimizer)["o.weight"].norm().item() == pytest.approx(full.item(), 0.05)

@@ -1,0 +1,184 @@
+"""AFOpt's schedule, momentum, base rules and refusals."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_precond.linalg.msign import newton_schulz
+from hf_precond.optimizers.afopt.config import AFOptConfig
+from hf_precond.registry import create_optimizer
+from tests.optimizers.afopt.support import (
+    Attention,
+    backward,
+    directions,
+    inputs,
+    optimizer_of,
+)
+from tests.optimizers.models import batch, make, train, train_step, weights
+
+DOUBLE = torch.float64
+
+
+def spectral(module, **fields):
+    return optimizer_of(module, **{"direction": "spectral", "damping": 1.0, **fields})
+
+
+def changes(module, optimizer):
+    """Name to change of every parameter in one step."""
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    optimizer.step()
+    return {name: p.detach() - before[name] for name, p in module.named_parameters()}
+
+
+def test_refreshes_at_the_first_statistics_then_staggered():
+    model = make("bert")
+    optimizer = create_optimizer(
+        model, "afopt", scope="attention", stat_interval=2, inverse_interval=6
+    )
+    changed = {t: [] for t in optimizer.plan.treatments if t.role == "q"}
+    for step in range(16):
+        before = {t: copy.deepcopy(t.held(optimizer.state).get("left")) for t in changed}
+        train_step(model, optimizer, batch("bert", step))
+        for treatment, found in changed.items():
+            now = treatment.held(optimizer.state)["left"]
+            if before[treatment] is None or not torch.equal(before[treatment], now):
+                found.append(step)
+    assert list(changed.values()) == [[0, 2, 4, 6, 12], [0, 2, 4, 8, 14]]
+
+
+def test_statistics_are_collected_when_due_only():
+    model = make("vit")
+    optimizer = create_optimizer(model, "afopt", stat_interval=3)
+    for step in range(7):
+        assert optimizer.statistics.enabled == (step % 3 == 0)
+        train_step(model, optimizer, batch("vit", step))
+    updates = {int(m.updates(optimizer.state)) for m in optimizer.plan.moments}
+    assert updates == {3}
+
+
+class Reads(TorchDispatchMode):
+    """Counts what would stall a GPU: values read by the host, shapes that depend on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(name in str(func) for name in ("_local_scalar_dense", "nonzero", "is_nonzero")):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"scaling": "cap"}, {"direction": "inverse", "scaling": "graft"}, {"base": "sgd"}],
+)
+def test_the_host_reads_nothing_from_the_device(fields):
+    model = make("bert")
+    optimizer = create_optimizer(model, "afopt", scope="all_linear", **fields)
+    for step in range(7):
+        model(**batch("bert", step)).loss.backward()
+        with Reads() as reads:
+            optimizer.step()
+        # A refresh on a CPU asks whether a factorisation failed; on a GPU it does not.
+        if step % 5:
+            assert reads.found == []
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_momentum_of_the_spectral_direction(nesterov):
+    """By its formulas, over three steps, with factors that are the identity."""
+    torch.manual_seed(14)
+    module, x = Attention(d=16, heads=1), inputs(2, 12, 16)
+    optimizer = optimizer_of(
+        module, roles="o", direction="spectral", damping=1e12, momentum=0.8, nesterov=nesterov,
+        lr=1e-3, lr_scale=2.0,
+    )  # fmt: skip
+    momentum = torch.zeros(16, 17, dtype=DOUBLE)
+    for seed in range(3):
+        backward(module, x, seed=seed)
+        gradient = torch.cat([module.o.weight.grad, module.o.bias.grad[:, None]], 1)
+        momentum = 0.8 * momentum + 0.2 * gradient
+        direction = 0.8 * momentum + 0.2 * gradient if nesterov else momentum
+        sign = newton_schulz(direction)
+        expected = -2e-3 * 0.2 * sign * (16 * 17) ** 0.5 / sign.norm()
+        step = changes(module, optimizer)
+        found = torch.cat([step["o.weight"], step["o.bias"][:, None]], 1)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+def test_product_space_needs_no_statistics():
+    torch.manual_seed(15)
+    module, x = Attention(d=16, heads=2), inputs(2, 12, 16)
+    optimizer = optimizer_of(module, space="product", damping=0.1)
+    assert optimizer.requests() == []
+    backward(module, x)
+    found = directions(optimizer)
+    keys = module.k.weight.detach().unflatten(0, (2, 8))
+    left = keys @ keys.mT
+    mean = left.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    left = torch.linalg.inv(left + 0.1 * mean * torch.eye(8, dtype=DOUBLE))
+    expected = (left @ module.q.weight.grad.unflatten(0, (2, 8))).flatten(0, 1)
+    torch.testing.assert_close(found["q"][:, :-1], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_muon_steps_the_matrices_left():
+    model = make("bert")
+    peer = copy.deepcopy(model)
+    optimizer = create_optimizer(
+        model,
+        "afopt",
+        scope="attention",
+        base="muon",
+        lr=1e-2,
+        weight_decay=0.1,
+        lr_scale=3.0,
+        momentum=0.9,
+    )
+    inside = {m.weight_parameter for m in optimizer.structure.others}
+    assert len(inside) == 5
+    names = {name for name, p in model.named_parameters() if p in inside}
+    chosen = [p for name, p in peer.named_parameters() if name in names]
+    muon = torch.optim.Muon(
+        chosen, lr=3e-2, weight_decay=0.1 / 3, momentum=0.9, adjust_lr_fn="match_rms_adamw"
+    )
+    train_step(model, optimizer, batch("bert"))
+    peer(**batch("bert")).loss.backward()
+    muon.step()
+    theirs = weights(peer)
+    for name, value in weights(model).items():
+        if name in names:
+            torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-6)
+    assert "exp_avg_sq" not in optimizer.state[next(iter(inside))]
+
+
+@pytest.mark.parametrize("base", ["sgd", "adamr", "muon"])
+def test_other_base_rules_train(base):
+    model = make("vit")
+    optimizer = create_optimizer(model, "afopt", base=base, lr=1e-3, scope="query_key")
+    losses = train("vit", model, optimizer, 8)
+    assert all(torch.isfinite(torch.tensor(losses)))
+    assert weights(model).keys() == weights(make("vit")).keys()
+
+
+@pytest.mark.parametrize(
+    "fields, word",
+    [
+        ({"joint": True}, "direction='inverse'"),
+        ({"joint": True, "direction": "inverse", "space": "product"}, "space='logits'"),
+        ({"center": True, "space": "product"}, "center"),
+        ({"scaling": "cap", "space": "product"}, "scaling"),
+        ({"scaling": "graft", "base": "muon"}, "graft"),
+    ],
+)
+def test_contradictions_are_refused(fields, word):
+    with pytest.raises(ValueError, match=word):
+        AFOptConfig.create(**fields)
+
+
+def test_joint_is_refused_for_rotated_and_grouped_attention():
+    with pytest.raises(ValueError, match="joint"):
+        create_optimizer(make("llama"), "afopt", joint=True, direction="inverse")

@@ -1,0 +1,64 @@
+"""What is done otherwise with tensors of a GPU, done on the CPU."""
+
+import pytest
+import torch
+
+from hf_precond.registry import create_optimizer, list_optimizers
+from tests.optimizers.models import batch, make, train_step, weights
+from tests.optimizers.test_shared import QUICK
+
+CASES = [(name, {}) for name in list_optimizers()]
+CASES += [
+    ("adamr", {"basis": "one_sided"}),
+    ("adamr", {"basis_source": "feature"}),
+    ("adamr", {"max_dim": 10}),
+    ("adamr", {"floor": 0.0}),
+    ("nkfac", {"base": "adamr"}),
+    ("nkfac", {"reference": True, "weight_decay": 0.1}),
+]
+
+
+def trained(name, values, steps, dtype):
+    """Losses, and the weights at the end."""
+    # More images than any layer is wide: an eigenbasis of a null space is left to rounding.
+    model = make("vit", dtype=dtype)
+    optimizer = create_optimizer(model, name, lr=1e-3, **QUICK[name] | values)
+    data = batch("vit", size=48, dtype=dtype)
+    losses = [train_step(model, optimizer, data) for _ in range(steps)]
+    assert all(isinstance(value, float) for value in optimizer.diagnostics().values())
+    optimizer.close()
+    return losses, weights(model)
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Called, it makes every tensor claim to be a GPU's."""
+
+    def claim():
+        for name, value in (("is_cpu", False), ("is_cuda", True)):
+            answer = property(lambda tensor, value=value: value)
+            monkeypatch.setattr(torch.Tensor, name, answer, raising=False)
+
+    return claim
+
+
+@pytest.mark.parametrize(("name", "values"), CASES, ids=str)
+def test_float64_steps_are_the_same(name, values, elsewhere):
+    # AdamR's eigenvectors of close eigenvalues multiply rounding by 1e5 a step, and what NKFAC
+    # makes of the head's gradient has a null space.
+    steps = {"adamr": 3}.get(name, 2 if "base" in values else 5)
+    _, expected = trained(name, values, steps, torch.float64)
+    elsewhere()
+    _, found = trained(name, values, steps, torch.float64)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-8, msg=key)
+
+
+@pytest.mark.parametrize("precision", ["highest", "tf32", "bf16"])
+@pytest.mark.parametrize("name", [name for name in list_optimizers() if name != "sgdph"])
+def test_float32_losses_are_alike(name, precision, elsewhere):
+    expected, _ = trained(name, {}, 6, torch.float32)
+    elsewhere()
+    found, _ = trained(name, {"precision": precision}, 6, torch.float32)
+    # AFOpt takes the matrix sign of square matrices in bfloat16 then.
+    assert found == pytest.approx(expected, abs=2e-2)

@@ -1,0 +1,317 @@
+"""Queries and keys per head as the kernel sees them, and the averages over rotations."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import weakref
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor, nn
+from transformers.modeling_utils import AttentionInterface
+
+from hf_precond.architectures.attention import find_attention
+from hf_precond.architectures.structure import AttentionBlock
+from hf_precond.statistics import kernel_observer
+from hf_precond.statistics.collector import MomentCollector
+from hf_precond.statistics.requests import MomentRequest
+from hf_precond.statistics.rope import average, half_split, read_layout, tables
+from tests.architectures.families import FAMILIES, TEXT, build, loss_of, text
+
+
+class Seen:
+    """Queries and keys that the kernel of one attention was called with."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.calls: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        observation = kernel_observer.Observation(modules, self.see)
+        observation.enable(True)
+        self.end = observation.close
+
+    def see(self, module: nn.Module, call: kernel_observer.Call) -> None:
+        self.calls[module] = (call.query.detach(), call.key.detach())
+
+
+def head_requests(blocks: list[AttentionBlock], **options: bool) -> list[MomentRequest]:
+    return [
+        MomentRequest(f"{block.name}/{kind}", kind, block.q, block, **options)
+        for block in blocks
+        for kind in ("query", "key")
+    ]
+
+
+def opened(model: nn.Module, requests: list[MomentRequest]) -> MomentCollector:
+    capture = MomentCollector(model, requests)
+    capture.enable(True, 0)
+    return capture
+
+
+def rows_of(vectors: Tensor, mask: Tensor | None) -> Tensor:
+    """``[H, real tokens, d_h]``."""
+    rows = vectors.transpose(0, 1)
+    return rows.flatten(1, 2) if mask is None else rows[:, mask.bool()]
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "qwen3", "gpt-neox", "vit"])
+def test_moments_of_heads(name: str, kernel: str) -> None:
+    model, batch = build(name), FAMILIES[name].batch()
+    model.set_attn_implementation(kernel)
+    blocks = find_attention(model)
+    capture = opened(model, head_requests(blocks))
+    seen = Seen([block.module for block in blocks])
+    loss_of(model, batch).backward()
+    seen.end()
+    taken = capture.take()
+    capture.close()
+    mask = batch.get("attention_mask")
+    for block in blocks:
+        query, key = seen.calls[block.module]
+        for kind, vectors, heads in (
+            ("query", query, block.heads.query),
+            ("key", key, block.heads.key_value),
+        ):
+            found = taken[f"{block.name}/{kind}"]
+            rows = rows_of(vectors, mask)
+            assert found.sum.shape == (heads, block.heads.size, block.heads.size)
+            torch.testing.assert_close(found.sum, rows.mT @ rows)
+            assert found.count == rows.shape[1]
+
+
+def rotations_of(module: nn.Module, cos: Tensor, sin: Tensor | None, size: int) -> Tensor:
+    """The matrix of each position, column by column, by the model's own function: ``[n, d, d]``."""
+    forward = inspect.unwrap(type(module).forward)
+    (name,) = {n for n in forward.__code__.co_names if "rotary" in n and n in forward.__globals__}
+    rotate = forward.__globals__[name]
+    count, columns = cos.shape[-2], torch.eye(size, dtype=torch.float64)[None, :, None, :]
+    columns = columns.expand(1, size, count, size)
+    if sin is None:  # complex numbers, and [B, N, H, d]
+        moved = columns.transpose(1, 2)
+        return rotate(moved, moved, cos)[0][0].mT.double()
+    rotated, _ = rotate(columns, columns, cos, sin)
+    return rotated[0].permute(1, 2, 0)  # [positions, component, column]
+
+
+ROTARY: dict[str, Any] = {
+    "llama": lambda: FAMILIES["llama"].build(),
+    "qwen3": lambda: FAMILIES["qwen3"].build(),
+    "modernbert": lambda: FAMILIES["modernbert"].build(),
+    "gpt-neox, partly rotated": lambda: tf.GPTNeoXForCausalLM(
+        tf.GPTNeoXConfig(
+            **(TEXT | {"hidden_size": 32}),
+            rope_parameters={
+                "rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5
+            },
+        )
+    ),
+    "cohere, interleaved": lambda: tf.CohereForCausalLM(
+        tf.CohereConfig(**TEXT, num_key_value_heads=2)
+    ),
+    "llama4, complex": lambda: tf.Llama4ForCausalLM(
+        tf.Llama4TextConfig(
+            **TEXT, num_key_value_heads=2, head_dim=4, intermediate_size_mlp=24,
+            num_local_experts=2, use_qk_norm=False, no_rope_layers=[1, 1],
+            rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        )
+    ),
+    "gpt-oss, half width": lambda: tf.GptOssForCausalLM(
+        tf.GptOssConfig(
+            **TEXT, num_key_value_heads=2, head_dim=4, num_local_experts=2, num_experts_per_tok=1,
+            rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_average_over_rotations_equals_brute_force(name: str) -> None:
+    torch.manual_seed(0)
+    model = ROTARY[name]().double().train()
+    if name.startswith("gpt-oss"):  # torch's grouped product has no float64
+        model.set_experts_implementation("eager")
+    batch = text("class" if name == "modernbert" else "tokens")
+    batch["position_ids"] = torch.arange(7).expand(3, 7) + torch.tensor([[0], [5], [2]])
+    blocks = [block for block in find_attention(model) if block.observed]
+    assert blocks or name == "modernbert"  # an older one has its own kernels
+    plain = head_requests(blocks)
+    averaged = [
+        MomentRequest(f"{r.key}/mean", r.kind, r.matrix, r.attention, average_rotation=True)
+        for r in plain
+    ]
+    capture = opened(model, plain + averaged)
+    rotations: dict[nn.Module, Any] = {}
+    for block in blocks:
+        block.module.register_forward_pre_hook(
+            lambda m, args, kwargs: rotations.__setitem__(
+                m, kwargs["position_embeddings"] if "position_embeddings" in kwargs else args[1]
+            ),
+            with_kwargs=True,
+        )
+    loss_of(model, batch).backward()
+    taken = capture.take()
+    capture.close()
+    mask = batch["attention_mask"].bool()
+    for block in blocks:
+        given = rotations[block.module]
+        paired = isinstance(given, Tensor)
+        cos, sin = (given, None) if paired else (part.double() for part in given)
+        matrices = []
+        for row in range(3):
+            pick = slice(row, row + 1) if cos.shape[0] == 3 else slice(0, 1)
+            sines = None if sin is None else sin[pick]
+            every = rotations_of(block.module, cos[pick], sines, block.heads.size)
+            matrices.append(every[mask[row]])
+        turned = torch.cat(matrices)
+        for kind in ("query", "key"):
+            moment = taken[f"{block.name}/{kind}"].sum
+            expected = torch.stack(
+                [torch.stack([r.T @ head @ r for r in turned]).mean(0) for head in moment]
+            )
+            found = taken[f"{block.name}/{kind}/mean"]
+            torch.testing.assert_close(found.sum, expected, rtol=1e-6, atol=1e-8)
+            assert found.count == mask.sum()
+            assert not torch.allclose(found.sum, moment, rtol=1e-3), "the average does something"
+
+
+def test_images_that_are_attended_one_by_one_have_the_positions_of_all() -> None:
+    """A rotation keeps the trace, so their average does."""
+    config = tf.Qwen2VLConfig().vision_config
+    for name, value in {
+        "depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2,
+        "patch_size": 4, "spatial_merge_size": 1, "temporal_patch_size": 1,
+    }.items():  # fmt: skip
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    model = tf.models.qwen2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel(config)
+    model = model.double().train()
+    (block,) = find_attention(model)
+    requests = head_requests([block]), head_requests([block], average_rotation=True)
+    images, grid = torch.randn(10, 48).double(), torch.tensor([[1, 2, 2], [1, 2, 3]])
+    found = []
+    for asked in requests:
+        capture = opened(model, asked)
+        model(images, grid_thw=grid).last_hidden_state.square().sum().backward()
+        found.append(capture.take())
+        capture.close()
+    for key, plain in found[0].items():
+        mean = found[1][key]
+        assert mean.count == plain.count == 10
+        traces = [part.sum.diagonal(dim1=-2, dim2=-1).sum(-1) for part in (mean, plain)]
+        torch.testing.assert_close(traces[0], traces[1], rtol=1e-6, atol=0)
+        assert not torch.allclose(mean.sum, plain.sum, rtol=1e-3)
+
+
+def test_layers_without_rotation_are_told() -> None:
+    config = {**TEXT, "num_key_value_heads": 2, "num_hidden_layers": 4}
+    smol = tf.SmolLM3ForCausalLM(tf.SmolLM3Config(**config, no_rope_layers=[1, 0, 1, 1]))
+    assert [b.rotary for b in find_attention(smol)] == [True, False, True, True]
+    windows = ["sliding_attention", "full_attention"] * 2
+    cohere = tf.Cohere2ForCausalLM(tf.Cohere2Config(**config, layer_types=windows))
+    assert [b.rotary for b in find_attention(cohere)] == [True, False, True, False]
+
+
+def test_average_is_the_identity_at_position_zero() -> None:
+    layout = half_split(6, 6)
+    moment = torch.randn(2, 6, 6, dtype=torch.float64)
+    moment = moment + moment.mT
+    cos, sin = torch.ones(1, 3, 6), torch.zeros(1, 3, 6)
+    mean = tables(layout, cos.double(), sin.double(), None) / 3
+    torch.testing.assert_close(average(layout, moment, mean), moment)
+
+
+def test_layout_of_an_unknown_rotation_is_half_split() -> None:
+    class Own(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    layout, expected = read_layout(Own(), 8, torch.ones(1, 3, 4)), half_split(8, 4)
+    for item in ("partner", "sign", "cosine", "sine", "rotated"):
+        torch.testing.assert_close(getattr(layout, item), getattr(expected, item))
+    assert layout.partner.tolist() == [2, 3, 0, 1, 4, 5, 6, 7]
+
+
+def test_unseen_rotation_says_what_to_do() -> None:
+    model = build("bert")
+    block = find_attention(model)[0]
+    capture = opened(model, head_requests([block], average_rotation=True))
+    try:
+        with pytest.raises(RuntimeError, match="rope='ignored'"):
+            loss_of(model, text())
+    finally:
+        capture.close()
+
+
+def test_centred_keys_lose_each_sequences_mean() -> None:
+    model, batch = build("llama"), FAMILIES["llama"].batch()
+    blocks = find_attention(model)[:1]
+    capture = opened(model, head_requests(blocks, center=True))
+    seen = Seen([blocks[0].module])
+    loss_of(model, batch).backward()
+    seen.end()
+    found = capture.take()[f"{blocks[0].name}/key"].sum
+    capture.close()
+    expected = torch.zeros_like(found)
+    for key, mask in zip(seen.calls[blocks[0].module][1], batch["attention_mask"], strict=True):
+        kept = key[:, mask.bool()]
+        kept = kept - kept.mean(1, keepdim=True)
+        expected += kept.mT @ kept
+    torch.testing.assert_close(found, expected)
+
+
+def test_look_up_is_wrapped_only_while_needed_and_models_do_not_mix() -> None:
+    original = AttentionInterface.get_interface
+    first, second = build("llama"), build("llama")
+    blocks = find_attention(first)
+    plain = MomentCollector(first, [MomentRequest("x", "input", blocks[0].q)])
+    assert AttentionInterface.get_interface is original, "inputs need no look-up"
+    one = opened(first, head_requests(blocks))
+    two = opened(second, head_requests(find_attention(second)))
+    assert AttentionInterface.get_interface is not original and kernel_observer.observing() == 2
+    batch = FAMILIES["llama"].batch()
+    loss_of(first, batch).backward()
+    assert two.take() == {} and len(one.take()) == 4
+    one.close()
+    one.close()
+    assert AttentionInterface.get_interface is not original and kernel_observer.observing() == 1
+    loss_of(second, batch).backward()
+    assert len(two.take()) == 4 and one.take() == {}
+    two.close()
+    plain.close()
+    assert AttentionInterface.get_interface is original and kernel_observer.observing() == 0
+
+
+def test_a_capture_that_is_forgotten_lets_go_of_the_look_up() -> None:
+    original = AttentionInterface.get_interface
+    model = build("llama")
+    blocks = find_attention(model)
+    inputs = [MomentRequest(block.name, "input", block.q, block) for block in blocks]
+    capture = opened(model, head_requests(blocks, average_rotation=True) + inputs)
+    gone = weakref.ref(capture), weakref.ref(model)
+    assert capture.switch.held
+    held = capture.switch.held
+    del model, capture, blocks, inputs
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None] and not held
+    assert AttentionInterface.get_interface is original and kernel_observer.observing() == 0
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_heads_count_once(reentrant: bool) -> None:
+    taken = []
+    for checkpointed in (True, False):
+        model = build("llama")
+        if checkpointed:
+            options = {"use_reentrant": reentrant}
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+            model.enable_input_require_grads()
+        capture = opened(model, head_requests(find_attention(model), average_rotation=True))
+        loss_of(model, FAMILIES["llama"].batch()).backward()
+        taken.append(capture.take())
+        capture.close()
+    assert taken[0].keys() == taken[1].keys()
+    for key in taken[0]:
+        torch.testing.assert_close(taken[0][key].sum, taken[1][key].sum)
+        torch.testing.assert_close(taken[0][key].count, taken[1][key].count)

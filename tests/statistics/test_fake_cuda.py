@@ -1,0 +1,137 @@
+"""What hooks compute from a GPU's activations and gradients stays there, and makes nobody wait."""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from hf_precond.architectures.structure import LayerMatrix
+from hf_precond.statistics.attention_entropy import entropies, spaced
+from hf_precond.statistics.buffer import StatisticsBuffer, moment
+from hf_precond.statistics.hessian.products import diagonal_estimates, probe_vectors
+from hf_precond.statistics.kernel_observer import Call
+from hf_precond.statistics.parts import Collection, input_part, output_part, patch_part
+from hf_precond.statistics.rope import average, half_split, tables
+from hf_precond.statistics.shared_inputs import SharedInputs
+from hf_precond.statistics.token_weights import TokenWeights
+from tests.fake_cuda import GPU, Watch, on_gpu, pretended
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch):
+    with pretended(monkeypatch):
+        yield
+
+
+def there(*shape, dtype=torch.float32):
+    return torch.empty(*shape, dtype=dtype, device=GPU)
+
+
+def watched(work):
+    """The result of ``work``, which must not wait."""
+    with Watch() as watch:
+        result = work()
+    assert watch.waits == []
+    return result
+
+
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("shape", [(30, 8), (2, 3, 5, 8), (700, 600)])
+def test_moments(shape, constant, weights):
+    weights = there(*shape[:-1]) if weights else None
+    found = watched(lambda: moment(there(*shape), weights, constant=constant))
+    size = shape[-1] + constant
+    assert found.device == GPU and found.shape == (*shape[:-2], size, size)
+
+
+@pytest.mark.parametrize(("blocks", "rows", "center"), [(1, 0, False), (3, 4, False), (1, 0, True)])
+@pytest.mark.parametrize("kind", ["input", "output_grad"])
+def test_parts_are_staged(kind, blocks, rows, center):
+    matrix = LayerMatrix("layer", on_gpu(nn.Linear(8, 6)), bias="bias")
+    collection = Collection("c", kind, matrix, kind == "input", center, blocks, rows)
+    stage, weights = StatisticsBuffer(), there(2, 5)
+    for _ in range(2):
+        if kind == "input":
+            part = watched(lambda: input_part(collection, there(2, 5, 8), weights, 1, stage.spares))
+        else:
+            part = watched(lambda: output_part(collection, there(10, 6), weights, 1, stage.spares))
+        watched(lambda part=part: stage.add(part))
+    found = stage.get("c")
+    assert found.sum.device == found.count.device == GPU
+
+
+def test_patches_of_a_convolution():
+    layer = on_gpu(nn.Conv2d(2, 4, 3, padding=1))
+    matrix = LayerMatrix("layer", layer, bias="bias", layout="conv")
+    collection = Collection("c", "input", matrix, True, False)
+    part = watched(lambda: patch_part(collection, layer, there(3, 2, 6, 6)))
+    assert part.sum.shape == (19, 19) and part.sum.device == GPU
+
+
+def test_siblings_share():
+    shared, inputs = SharedInputs(), there(4, 8)
+    matrix = LayerMatrix("layer", on_gpu(nn.Linear(8, 6, bias=False)))
+    collection = Collection("c", "input", matrix, False, False)
+    for name in "qk":
+        part = watched(
+            lambda name=name: shared.part(
+                name, 0, inputs, lambda: input_part(collection, inputs, None)
+            )
+        )
+        assert part.sum.device == GPU
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_rotations(weights):
+    with unset_fake_temporarily():
+        layout = half_split(8, 8)
+    layout = type(layout)(*(there(8, dtype=t.dtype) for t in vars(layout).values()))
+    weights = there(2, 5) if weights else None
+    found = watched(lambda: tables(layout, there(2, 5, 8), there(2, 5, 8), weights))
+    turned = watched(lambda: average(layout, there(3, 8, 8), found))
+    assert turned.device == GPU and turned.shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("mask", [None, (2, 1, 5, 5), (2, 5)])
+@pytest.mark.parametrize("kernel", ["sdpa_attention_forward", "eager_attention_forward"])
+def test_entropies(kernel, mask):
+    options = {"scaling": 0.5, "softcap": 3.0, "s_aux": there(4), "sliding_window": 2}
+    mask = None if mask is None else there(*mask, dtype=torch.bool)
+    query, key = there(2, 4, 5, 8), there(2, 2, 5, 8)
+    call = Call(query, key, there(2, 5, 32), mask, options, kernel)
+    found = watched(lambda: entropies(nn.Identity(), call, spaced(5, 2)))
+    assert found.device == GPU and found.shape == (2, 4, 2)
+
+
+@pytest.mark.parametrize("given", ["attention_mask", "labels"])
+def test_token_weights(given):
+    class Model(nn.Module):
+        base_model_prefix = "model"
+
+        def forward(self, attention_mask=None, decoder_input_ids=None, labels=None):
+            return None
+
+    model = Model()
+    model.config = type("Config", (), {"is_encoder_decoder": given == "labels"})()
+    tokens = TokenWeights(model)
+    tokens.enabled = True
+    reader = tokens.reader("decoder.layer" if given == "labels" else "layer")
+    trained = torch.enable_grad()(model)  # passes without gradients have no masks to keep
+    watched(lambda: trained(**{given: there(2, 5, dtype=torch.int64)}))
+    weights = watched(lambda: reader.read((2, 5, 8), torch.float32))
+    assert weights.device == GPU and weights.dtype == torch.float32
+    tokens.close()
+
+
+@pytest.mark.parametrize("probe", ["rademacher", "ones", "exact"])
+def test_probes(probe):
+    parameters = [there(3), there(2), there(4, dtype=torch.bfloat16)]
+    vectors = watched(lambda: probe_vectors(parameters, probe, 3))
+    estimates = watched(
+        lambda: diagonal_estimates(
+            lambda v: [2 * each for each in v], parameters, probe, vectors
+        )
+    )
+    assert [e.shape for e in estimates] == [p.shape for p in parameters]
+    assert all(t.device == GPU and t.dtype == torch.float32 for t in (*vectors, *estimates))
