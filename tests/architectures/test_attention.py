@@ -81,7 +81,7 @@ def test_queries_beside_a_gate() -> None:
     by_head = weight.unflatten(0, (block.heads.query, 2, block.heads.size))
     for scope, matrices in (("attention", "qkvo"), ("all_linear", "qkvo+gate")):
         optimizer = create_optimizer(model, "afopt", scope=scope)
-        inside = [m for m in optimizer.blocks.matrices if m.module in block.module.children()]
+        inside = [m for m in optimizer.structure.matrices if m.module in block.module.children()]
         assert len(inside) == len(matrices.split("+")[0]) + ("+" in matrices)
         for matrix in inside:
             if matrix.name.endswith(("[q]", "[gate]")):

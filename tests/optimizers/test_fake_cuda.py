@@ -142,14 +142,14 @@ def test_a_step_with_skip_nonfinite_waits_once_for_each_dtype():
     optimizer = build("sgdph", skip_nonfinite=True)
     step(optimizer)
     (wait,) = step(optimizer).waits
-    assert "sharding.py" in wait
+    assert "collectives.py" in wait
 
 
 @pytest.mark.parametrize(
     ("name", "number", "places"),
     [
-        ("nkfac", 0, {"nkfac.py", "inverses.py"}),  # factors without data; Newton's start astray
-        ("adamr", 1, {"fallback.py"}),  # the first eigenvectors, and whether they are finite
+        ("nkfac", 0, {"optimizer.py", "inverses.py"}),  # factors without data; Newton's start astray
+        ("adamr", 1, {"factorization.py"}),  # the first eigenvectors, and whether they are finite
     ],
 )
 def test_where_a_refresh_waits(name, number, places):

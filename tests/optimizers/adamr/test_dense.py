@@ -24,7 +24,7 @@ class Net(nn.Module):
         self.wide = nn.Linear(5, 4, bias=False)
         self.grouped = nn.Conv1d(4, 6, 2, groups=2, bias=False)
         self.words = nn.Embedding(7, 4)
-        self.structure = nn.Linear(9, 8, bias=False)
+        self.blocks = nn.Linear(9, 8, bias=False)
         self.double()
 
 

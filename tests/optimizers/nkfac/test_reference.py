@@ -12,7 +12,7 @@ from hf_precond.optimizers.nkfac.config import NKFACConfig
 from hf_precond.optimizers.nkfac.optimizer import NKFAC
 from hf_precond.optimizers.nkfac.selection import layer_matrices
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 def network(name):

@@ -14,7 +14,7 @@ from hf_precond.optimizers.sgdph.config import SGDPHConfig
 from hf_precond.optimizers.sgdph.optimizer import SGDPH
 from hf_precond.optimizers.sgdph.selection import norm_parameters
 
-GOLDEN = Path(__file__).parent.parent / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 def batch_norm():
