@@ -27,7 +27,6 @@ from hf_precond.optimizers.nkfac.selection import layer_matrices
 from hf_precond.optimizers.sgdph.config import SGDPHConfig
 from hf_precond.optimizers.sgdph.optimizer import SGDPH
 from hf_precond.optimizers.sgdph.selection import norm_parameters
-from hf_precond.statistics.sources import open_statistics
 
 
 @dataclass(frozen=True)
@@ -168,6 +167,5 @@ def read_blocks(model: nn.Module, config: OptimizerConfig) -> ModelStructure:
     if refused is not None:
         raise ValueError(refused)
     structure = get_info(config.name).select(model, config)
-    structure.open = functools.partial(open_statistics, model)
     structure.find = functools.partial(read_blocks, config=config)
     return structure

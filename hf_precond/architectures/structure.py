@@ -424,8 +424,9 @@ class ModelStructure:
         norms: the channel-wise parameters to precondition.
         routing: the routing table.
         owners: name, module and attribute of every parameter, frozen ones too.
-        open: makes the source of the statistics that are asked for, its hooks
-            installed; ``None`` where there is no model to read (a deep copy).
+        model: the model that was read; ``None`` in a deep copy, and where the
+            structure was made by hand.
+        open: opens another source of statistics than the model's.
         find: reads another model in the same way (a deep copy is attached to
             its own model with it).
     """
@@ -436,9 +437,10 @@ class ModelStructure:
     norms: list[NormParameter] = field(default_factory=list)
     routing: RoutingTable = field(default_factory=RoutingTable)
     owners: list[Owner] = field(default_factory=list)
+    model: nn.Module | None = None
     open: Callable[[Any], Any] | None = None
     find: Callable[[nn.Module], ModelStructure] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy reads no model until it is attached to one."""
-        return self.__dict__ | {"open": None}
+        return self.__dict__ | {"model": None, "open": None}

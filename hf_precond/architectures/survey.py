@@ -160,6 +160,7 @@ class ParameterSurvey:
             norms=list(norms),
             routing=self.table(treated, getattr(config, "base", "adamw"), reasons),
             owners=[(name, *owner) for name, owner in self.owners.items()],
+            model=self.model,
         )
 
 

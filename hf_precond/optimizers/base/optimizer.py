@@ -35,6 +35,7 @@ from hf_precond.state.checkpoint import complete, forget_empty, restoring
 from hf_precond.state.identity import KEY, added_route, identity, refuse_other, relabelled
 from hf_precond.statistics import requests
 from hf_precond.statistics.requests import Request, Statistic, StatisticsSource, request_shape
+from hf_precond.statistics.sources import open_statistics
 
 
 class PrecondOptimizer(torch.optim.Optimizer):
@@ -279,8 +280,11 @@ class PrecondOptimizer(torch.optim.Optimizer):
 
     def _open(self) -> None:
         requests = self.requests()
-        if requests and self.structure.open is not None:
-            self.statistics = self.structure.open(requests)
+        structure = self.structure
+        if requests and structure.open is not None:
+            self.statistics = structure.open(requests)
+        elif requests and structure.model is not None:
+            self.statistics = open_statistics(structure.model, requests)
         if self.scaler is not None:
             self.attach_scaler(self.scaler)
         self._announce()
