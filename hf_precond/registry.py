@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from hf_precond.architectures.groups import parameter_groups
-from hf_precond.architectures.strategies import unsupported_strategy
+from hf_precond.architectures.parameters import parameter_groups
 from hf_precond.architectures.structure import ModelStructure, RoutingTable
 from hf_precond.config.base import OptimizerConfig
+from hf_precond.distributed.strategies import unsupported_strategy
 from hf_precond.optimizers.adamr.config import AdamRConfig
 from hf_precond.optimizers.adamr.optimizer import AdamR
 from hf_precond.optimizers.adamr.selection import every_matrix

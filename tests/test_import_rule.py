@@ -17,8 +17,10 @@ MAY_IMPORT = {
     "optimizers": {
         "compat", "linalg", "config", "distributed", "architectures", "statistics", "state"
     },
-    "registry": {"optimizers", "config", "architectures", "statistics"},
-    "integrations": {"registry", "config", "optimizers", "architectures", "statistics", "compat"},
+    "registry": {"optimizers", "config", "distributed", "architectures", "statistics"},
+    "integrations": {
+        "compat", "config", "distributed", "architectures", "statistics", "optimizers", "registry"
+    },
     "cli": {"__init__", "integrations", "registry", "config", "optimizers"},
     "__main__": {"cli"},
     "__init__": {"architectures", "config", "integrations", "optimizers", "registry"},

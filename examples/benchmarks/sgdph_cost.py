@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_precond import create_optimizer
-from hf_precond.architectures.groups import parameter_groups
+from hf_precond.architectures.parameters import parameter_groups
 
 Step = Callable[[], None]
 

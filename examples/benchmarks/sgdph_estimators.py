@@ -28,7 +28,7 @@ from sgdph_tasks import DATA, ResNet, images
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
-from hf_precond.architectures.norms import channel_parameters
+from hf_precond.architectures.modules import channel_parameters
 from hf_precond.statistics.hessian.double_backward import DoubleBackward
 from hf_precond.statistics.hessian.products import GraphProduct, diagonal_estimates, probe_vectors
 

@@ -45,7 +45,7 @@ from transformers import (
 )
 
 from hf_precond import create_optimizer
-from hf_precond.architectures.groups import parameter_groups
+from hf_precond.architectures.parameters import parameter_groups
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 Batch = dict[str, Tensor]

@@ -56,7 +56,7 @@ def settings_of_checkpoint(own: Any) -> dict[str, Any]:
     Args:
         own: an optimizer of this package, whose state was loaded.
     """
-    from hf_precond.architectures.groups import DECAY, NO_DECAY
+    from hf_precond.architectures.parameters import DECAY, NO_DECAY
 
     # The body's groups by their names: a head has its own rate, others are a script's own.
     groups = [g for g in own.param_groups if g.get("name") in (DECAY, NO_DECAY)]

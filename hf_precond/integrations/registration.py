@@ -67,14 +67,14 @@ class OptimizerFactory:
             ValueError: under DeepSpeed, with several GPUs in one process
                 (``nn.DataParallel``), and whatever ``create_optimizer`` refuses.
         """
-        from hf_precond.architectures import strategies
+        from hf_precond.distributed import strategies
         from hf_precond.integrations import compat
         from hf_precond.registry import create_optimizer
 
         if compat.uses_deepspeed(args):
             raise ValueError(f"{config.name}: {strategies.DEEPSPEED}{strategies.INSTEAD}")
         if getattr(args, "n_gpu", 1) > 1:
-            raise ValueError(f"{config.name}: {strategies.REPLICAS}{strategies.INSTEAD}")
+            raise ValueError(f"{config.name}: {strategies.DATA_PARALLEL}{strategies.INSTEAD}")
         return create_optimizer(model, config)
 
 

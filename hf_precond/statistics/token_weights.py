@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_precond.architectures.groups import output_embedding
+from hf_precond.architectures.parameters import output_embedding
 from hf_precond.architectures.peft import base_of
 from hf_precond.statistics.hooks import Hook
 

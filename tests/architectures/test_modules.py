@@ -1,4 +1,4 @@
-"""Every weight of a model is found once, as the matrix that its layer multiplies with."""
+"""Every weight is found once, as the matrix its layer multiplies with; which modules are norms."""
 
 from __future__ import annotations
 
@@ -6,12 +6,19 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import GptOssConfig, GptOssForCausalLM
+from transformers import GptOssConfig, GptOssForCausalLM, RobertaPreLayerNormConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.roberta_prelayernorm.modeling_roberta_prelayernorm import (
+    RobertaPreLayerNormLMHead,
+)
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
 from hf_precond.architectures.modules import (
+    channel_parameters,
     find_matrices,
     is_linear,
+    is_norm,
     is_readable,
     refusal,
     tied_names,
@@ -131,3 +138,59 @@ def test_weights_of_experts_are_stacks_and_their_biases_none_for_adamr() -> None
     others.convolution = nn.Conv1d(6, 6, 3)
     others.convolution.num_experts = 7
     assert not any(matrix.stacked for matrix in find_matrices(others))
+
+
+class Conditional(nn.LayerNorm):
+    """A norm with more in it than torch's."""
+
+    def __init__(self) -> None:
+        super().__init__((2, 3), bias=False)
+        self.mix = nn.Linear(3, 3)
+
+
+class GatedRMSNorm(nn.Module):
+    """Called a norm: a scale, and an activation without parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.gate = nn.Parameter(torch.ones(3)), nn.SiLU()
+
+
+class FusedLayerNormLinear(nn.Module):
+    """A norm and a matrix in one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.weight = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        (nn.LayerNorm((2, 3)), ["weight", "bias"]),
+        (nn.LayerNorm(3, bias=False), ["weight"]),
+        (nn.LayerNorm(3, elementwise_affine=False), []),
+        (nn.RMSNorm(3), ["weight"]),
+        (nn.GroupNorm(1, 3), ["weight", "bias"]),
+        (nn.BatchNorm2d(3, affine=False), []),
+        (nn.SyncBatchNorm(3), ["weight", "bias"]),
+        (nn.InstanceNorm1d(3, affine=True), ["weight", "bias"]),
+        (LlamaRMSNorm(3), ["weight"]),
+        (T5LayerNorm(3), ["weight"]),
+        (Conditional(), ["weight"]),
+        (GatedRMSNorm(), ["weight"]),
+    ],
+)
+def test_a_norms_own_parameters_are_channel_wise(module: nn.Module, names: list[str]) -> None:
+    assert is_norm(module)
+    assert [norm.name for norm, _ in channel_parameters(module)] == names
+
+
+def test_what_only_bears_the_name_is_no_norm() -> None:
+    config = RobertaPreLayerNormConfig(hidden_size=4, vocab_size=9)
+    head = RobertaPreLayerNormLMHead(config)
+    assert not is_norm(head) and not is_norm(FusedLayerNormLinear())
+    assert [norm.name for norm, _ in channel_parameters(head)] == [
+        "layer_norm.weight",
+        "layer_norm.bias",
+    ]

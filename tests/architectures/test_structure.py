@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_precond.architectures.structure import LayerMatrix, RowSelection
+from hf_precond.architectures.structure import LayerMatrix, Route, RoutingTable, RowSelection
 
 
 class Transposed(nn.Module):
@@ -76,3 +76,11 @@ def test_complement_holds_the_rows_left():
     rows = torch.arange(12)
     seen = torch.cat([selection.view(rows).reshape(-1) for selection in chosen + rest])
     assert sorted(seen.tolist()) == list(range(12))
+
+
+def test_long_names_and_reasons_stay_within_80_columns():
+    reason = "in no attention, " * 9 + "whatever"
+    table = RoutingTable([Route("layer." * 12 + "weight", (30522, 384), "base", reason, "decay")])
+    lines = str(table).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert f"{reason} [decay]" == " ".join(line.strip() for line in lines[2:-1])

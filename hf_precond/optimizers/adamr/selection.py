@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 
 from hf_precond.architectures.modules import find_matrices
+from hf_precond.architectures.parameters import ParameterSurvey
 from hf_precond.architectures.structure import (
     ModelStructure,
 )
-from hf_precond.architectures.survey import ParameterSurvey
 
 
 def every_matrix(model: nn.Module, config: Any) -> ModelStructure:

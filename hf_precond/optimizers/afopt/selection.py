@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_precond.architectures.attention import HOW_TO_DECLARE, find_attention
 from hf_precond.architectures.modules import find_matrices, is_linear
+from hf_precond.architectures.parameters import ParameterSurvey, add_reason
 from hf_precond.architectures.peft import trains
 from hf_precond.architectures.structure import (
     AttentionBlock,
@@ -18,7 +19,6 @@ from hf_precond.architectures.structure import (
     ModelStructure,
     RowSelection,
 )
-from hf_precond.architectures.survey import ParameterSurvey, add_reason
 
 SCOPES = {"query_key": ("q", "k"), "attention": ("q", "k", "v", "o")}
 _ROLES = {"q": "queries", "k": "keys", "v": "values", "o": "attention output"}

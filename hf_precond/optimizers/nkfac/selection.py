@@ -7,11 +7,11 @@ from typing import Any
 from torch import nn
 
 from hf_precond.architectures.modules import CONVOLUTIONS, find_matrices, is_linear
+from hf_precond.architectures.parameters import ParameterSurvey, add_reason
 from hf_precond.architectures.structure import (
     LayerMatrix,
     ModelStructure,
 )
-from hf_precond.architectures.survey import ParameterSurvey, add_reason
 
 
 def layer_matrices(model: nn.Module, config: Any) -> ModelStructure:

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from hf_precond.architectures.norms import channel_parameters
+from hf_precond.architectures.modules import channel_parameters
+from hf_precond.architectures.parameters import ParameterSurvey
 from hf_precond.architectures.structure import (
     ModelStructure,
     NormParameter,
 )
-from hf_precond.architectures.survey import ParameterSurvey
 
 
 def norm_parameters(model: nn.Module, config: Any) -> ModelStructure:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from hf_precond.architectures.groups import parameter_groups
+from hf_precond.architectures.parameters import parameter_groups
 from hf_precond.architectures.structure import (
     AttentionBlock,
     Heads,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_precond.architectures.norms import channel_parameters
+from hf_precond.architectures.modules import channel_parameters
 from hf_precond.architectures.structure import ModelStructure, NormParameter
 from hf_precond.optimizers.sgdph.config import SGDPHConfig
 from hf_precond.optimizers.sgdph.optimizer import SGDPH

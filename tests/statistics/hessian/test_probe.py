@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_precond.architectures.norms import channel_parameters
+from hf_precond.architectures.modules import channel_parameters
 from hf_precond.architectures.structure import NormParameter
 from hf_precond.statistics.hessian.probe import open_probe
 from hf_precond.statistics.hessian.products import GraphProduct, diagonal_estimates, probe_vectors

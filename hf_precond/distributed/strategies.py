@@ -1,14 +1,13 @@
-"""What runs a training in parallel, and what of it an optimizer of this package cannot serve."""
+"""What runs a training in parallel, and which of it the optimizers of this package cannot serve."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from hf_precond.architectures.peft import base_of
+from hf_precond.compat.accelerate_internals import accelerator_state
 
 INSTEAD = (
     "use DDP (torchrun), or FSDP2 where the model does not fit (fully_shard; fsdp_version: 2 in "
@@ -23,40 +22,42 @@ FSDP1 = (
     "preconditioned; "
 )
 MEGATRON = "Megatron-LM is not supported, because it cuts the matrices that are preconditioned; "
-REPLICAS = (
+DATA_PARALLEL = (
     "nn.DataParallel (one process with several GPUs) is not supported, because it makes new copies "
     "of the model in every pass, which no statistics are read from; show the process one GPU "
     "(CUDA_VISIBLE_DEVICES=0), or "
 )
-PARALLEL = (
+TENSOR_PARALLEL = (
     "tensor parallelism is not supported, because it cuts the matrices that are preconditioned "
     "({seen}); load the model without tp_plan, tp_size or parallelize_module and "
 )
 
 
-def unsupported_strategy(model: nn.Module, who: str) -> str | None:
-    """Why what runs the training cannot be served, in a sentence; ``None`` if it can.
+def unsupported_strategy(model: nn.Module, optimizer: str) -> str | None:
+    """Why what runs the training cannot be served, in a sentence.
 
-    DeepSpeed, FSDP1 and Megatron-LM are told by the model and by what
+    DeepSpeed, FSDP1 and Megatron-LM are recognised by the model and by what
     accelerate was set up for, so before ``prepare`` too; tensor parallelism
     (alone or below FSDP2) by the placements of the parameters;
-    ``nn.DataParallel`` by the model. Right are one process, DDP, and FSDP2 on
-    a mesh of one dimension or of replicas by shards.
+    ``nn.DataParallel`` by the model. Supported are one process, DDP, and FSDP2
+    on a mesh of one dimension or of replicas by shards.
 
     Args:
-        model: what an optimizer is to be made for.
-        who: its name, to begin the sentence with.
+        model: the model that the optimizer is made for.
+        optimizer: its name, with which the sentence begins.
+
+    Returns:
+        The sentence, with what to use instead; ``None`` where nothing is refused.
     """
-    reason = _copied(model) or _flattened(model) or _cut(model)
-    return None if reason is None else f"{who}: {reason}{INSTEAD}"
+    reason = _whole_model_reason(model) or _tensor_parallel_reason(model)
+    return None if reason is None else f"{optimizer}: {reason}{INSTEAD}"
 
 
-def _copied(model: nn.Module) -> str | None:
-    return REPLICAS if isinstance(model, nn.DataParallel) else None
-
-
-def _flattened(model: nn.Module) -> str | None:
-    state = _accelerator_state()
+def _whole_model_reason(model: nn.Module) -> str | None:
+    """Why a model is refused that is copied, or whose parameters are flattened or partitioned."""
+    if isinstance(model, nn.DataParallel):
+        return DATA_PARALLEL
+    state = accelerator_state()
     kind = state.get("distributed_type")
     kind = str(getattr(kind, "value", kind))
     # ZeRO-3 marks the parameters that it partitions when they are made.
@@ -64,7 +65,7 @@ def _flattened(model: nn.Module) -> str | None:
         return DEEPSPEED
     if kind == "MEGATRON_LM":
         return MEGATRON
-    # FSDP is not imported here: where nobody did, nothing is wrapped.
+    # torch.distributed.fsdp is not imported here: where nothing else did, nothing is wrapped.
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None:
         flat = fsdp.FullyShardedDataParallel
@@ -76,17 +77,12 @@ def _flattened(model: nn.Module) -> str | None:
     return None
 
 
-def _accelerator_state() -> Mapping[str, Any]:
-    """accelerate's shared state; empty where no Trainer or Accelerator has made it."""
-    state = sys.modules.get("accelerate.state")
-    return {} if state is None else state.AcceleratorState._shared_state
-
-
-def _cut(model: nn.Module) -> str | None:
-    """Why a model is refused of whose layers some rank runs a part."""
-    size: Any = getattr(base_of(model), "tp_size", None) or 1
-    if isinstance(size, int) and size > 1:
-        return PARALLEL.format(seen=f"the model's tp_size is {size}")
+def _tensor_parallel_reason(model: nn.Module) -> str | None:
+    """Why a model is refused of which each rank computes a part of some layer."""
+    for module in model.modules():
+        size: Any = getattr(module, "tp_size", None)  # of a PreTrainedModel
+        if isinstance(size, int) and size > 1:
+            return TENSOR_PARALLEL.format(seen=f"the model's tp_size is {size}")
     tensors = sys.modules.get("torch.distributed.tensor")
     if tensors is None:
         return None
@@ -101,13 +97,13 @@ def _cut(model: nn.Module) -> str | None:
         for parameter in module.parameters()
     }
     for name, parameter in parallel:
-        if id(parameter) not in gathered or not _only_stored_apart(parameter, tensors):
+        if id(parameter) not in gathered or not _is_fully_sharded(parameter, tensors):
             placed = f"{name} is a DTensor with placements {parameter.placements}"
-            return PARALLEL.format(seen=f"{placed}, which fully_shard alone does not make")
+            return TENSOR_PARALLEL.format(seen=f"{placed}, which fully_shard alone does not make")
     return None
 
 
-def _only_stored_apart(parameter: Tensor, tensors: Any) -> bool:
+def _is_fully_sharded(parameter: Tensor, tensors: Any) -> bool:
     """Whether at most the last mesh dimension shards, and the others hold replicas."""
     *outer, last = parameter.placements  # type: ignore[attr-defined]
     replicas = all(isinstance(placement, tensors.Replicate) for placement in outer)

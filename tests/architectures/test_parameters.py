@@ -10,7 +10,7 @@ import transformers as tf
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from hf_precond.architectures.groups import find_head, parameter_groups, undecayed_names
+from hf_precond.architectures.parameters import find_head, parameter_groups, undecayed_names
 from tests.architectures.families import FAMILIES, TEXT, build
 
 
