@@ -31,7 +31,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import hf_precond
 from hf_precond.distributed import collectives
-from hf_precond.linalg.packed import pack
+from hf_precond.linalg.matrix_functions import pack
 
 SHAPES = {"minilm": (384, 6), "bert-base": (768, 12)}
 NAMES = ("adamr", "afopt", "nkfac")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hf_precond.distributed import collectives
-from hf_precond.linalg import factorization, inverse_roots
+from hf_precond.linalg import factorization, matrix_functions
 from hf_precond.optimizers.nkfac import inverses
 from hf_precond.registry import create_optimizer
 from tests import ranks
@@ -34,7 +34,7 @@ def matrices_with(name, transport="permute"):
     """Steps with the same gradients on every rank; what came of them."""
     seen = {
         "adamr": (factorization, "eigh"),
-        "afopt": (inverse_roots, "damp"),
+        "afopt": (matrix_functions, "damp"),
         "nkfac": (inverses, "damped"),
     }
     module, attribute = seen[name]

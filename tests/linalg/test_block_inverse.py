@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_precond.linalg import block_inverse
-from hf_precond.linalg.block_inverse import root_without_last, spd_block_inverse, without_last
+from hf_precond.linalg.block_inverse import spd_block_inverse
 
 
 def spd(*shape, seed=0, condition=100.0, dtype=torch.float64):
@@ -56,15 +56,3 @@ def test_what_cannot_be_inverted_shows_on_the_diagonal(place):
     finite = torch.isfinite(found.diagonal(dim1=1, dim2=2)).all(1)
     assert finite.tolist() == [True, False, False]
     assert torch.isfinite(found[0]).all()
-
-
-def test_an_inverse_without_the_last_row_is_that_of_the_block_and_has_a_root():
-    torch.manual_seed(0)
-    rows = torch.randn(2, 30, 6, dtype=torch.float64) + 2
-    matrices = rows.mT @ rows
-    root = torch.linalg.cholesky(torch.linalg.inv(matrices))
-    wanted = torch.zeros_like(matrices)
-    wanted[:, :-1, :-1] = torch.linalg.inv(matrices[:, :-1, :-1])
-    torch.testing.assert_close(without_last(torch.linalg.inv(matrices)), wanted)
-    found = root_without_last(root)
-    torch.testing.assert_close(found @ found.mT, wanted)

@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from hf_precond.linalg import inverse_roots, msign
+from hf_precond.linalg import matrix_functions as functions
 from hf_precond.linalg.block_inverse import spd_block_inverse
 from hf_precond.linalg.eigenbasis import refresh
 from hf_precond.linalg.gram import gram
 from hf_precond.linalg.newton import newton_step, newton_step_reference
-from hf_precond.linalg.packed import pack, unpack
 from hf_precond.linalg.power import largest_eigenvalue
 from hf_precond.linalg.products import matmul
 from tests.fake_cuda import GPU, Watch, pretended
@@ -17,13 +16,13 @@ SQUARE = {
     "largest_eigenvalue": largest_eigenvalue,
     "newton_step": lambda a: newton_step(a, a),
     "newton_step_reference": lambda a: newton_step_reference(a, a),
-    "inverse": lambda a: inverse_roots.inverse(a, 0.1).value,
-    "inverse_factor": lambda a: inverse_roots.inverse_factor(a, 0.1).value,
-    "inverse_sqrt": lambda a: inverse_roots.inverse_sqrt(a, 0.1).value,
+    "inverse": lambda a: functions.inverse(a, 0.1).value,
+    "inverse_factor": lambda a: functions.inverse_factor(a, 0.1).value,
+    "inverse_sqrt": lambda a: functions.inverse_sqrt(a, 0.1).value,
     "spd_block_inverse": spd_block_inverse,
-    "newton_schulz": msign.newton_schulz,
-    "gram_newton_schulz": msign.gram_newton_schulz,
-    "pack": lambda a: unpack(pack(a)),
+    "newton_schulz": functions.newton_schulz,
+    "gram_newton_schulz": functions.gram_newton_schulz,
+    "pack": lambda a: functions.unpack(functions.pack(a)),
     "refresh": refresh,
     "gram": lambda a: gram(a[0]),
     "tf32": lambda a: matmul(a, a, "tf32"),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hf_precond.linalg.packed import pack
+from hf_precond.linalg.matrix_functions import pack
 from hf_precond.optimizers.afopt.plan import Moment, State
 from hf_precond.optimizers.base.parameters import grouped, in_batches
 from hf_precond.statistics.requests import Statistic

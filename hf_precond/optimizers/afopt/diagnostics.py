@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_precond.architectures.structure import AttentionBlock
-from hf_precond.linalg.inverse_roots import mean_eigenvalue
+from hf_precond.linalg.matrix_functions import mean_eigenvalue
 from hf_precond.optimizers.afopt.directions import times_right
 from hf_precond.optimizers.afopt.factors import heads_of
 from hf_precond.optimizers.afopt.plan import AFOptPlan, MatrixPlan, RightFactor

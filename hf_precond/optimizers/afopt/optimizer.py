@@ -8,8 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hf_precond.linalg.msign import largest_entry
-from hf_precond.linalg.packed import pack, packed_size, unpack
+from hf_precond.linalg.matrix_functions import largest_entry, pack, packed_size, unpack
 from hf_precond.optimizers.afopt import scaling
 from hf_precond.optimizers.afopt.averages import average
 from hf_precond.optimizers.afopt.config import AFOptConfig

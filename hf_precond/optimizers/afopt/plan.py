@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from hf_precond.architectures.structure import AttentionBlock, LayerMatrix, ModelStructure
-from hf_precond.linalg.packed import unpack
+from hf_precond.linalg.matrix_functions import unpack
 from hf_precond.optimizers.afopt.config import AFOptConfig
 from hf_precond.optimizers.base.parameters import BoundMatrix, grouped
 from hf_precond.statistics.requests import MomentRequest

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_precond.distributed.collectives import is_sharded
-from hf_precond.linalg import inverse_roots
-from hf_precond.linalg.packed import pack
+from hf_precond.linalg import matrix_functions
+from hf_precond.linalg.matrix_functions import pack
 from hf_precond.optimizers.afopt.config import AFOptConfig
 from hf_precond.optimizers.afopt.factors import AttentionFactors, merged, quadratic
 from hf_precond.optimizers.afopt.plan import AFOptPlan, MatrixPlan, RightFactor, State
@@ -158,7 +158,7 @@ class Refresh:
         self,
         items: Sequence[Due],
         held: Sequence[Tensor],
-        found: inverse_roots.Refreshed,
+        found: matrix_functions.DampedInverse,
         shape: torch.Size,
         pieces: ShardedRefresh[Due],
         packed: bool = False,
@@ -177,11 +177,11 @@ class Refresh:
 
 def _root(
     kind: str, moments: Tensor, damping: float, mean: Tensor | None = None, blocks: int = 1
-) -> inverse_roots.Refreshed:
+) -> matrix_functions.DampedInverse:
     """The factors of a kind of a batch ``[n, s, s]``."""
     if kind == "root":
-        return inverse_roots.inverse_sqrt(moments, damping, mean, blocks)
-    return (inverse_roots.inverse if kind == "inverse" else inverse_roots.inverse_factor)(moments, damping, mean)
+        return matrix_functions.inverse_sqrt(moments, damping, mean, blocks)
+    return (matrix_functions.inverse if kind == "inverse" else matrix_functions.inverse_factor)(moments, damping, mean)
 
 
 def _name(item: Due) -> str:

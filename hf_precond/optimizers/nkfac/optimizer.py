@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_precond.linalg.block_inverse import without_last
+from hf_precond.linalg.matrix_functions import without_last
 from hf_precond.linalg.products import float32_products
 from hf_precond.optimizers.base.optimizer import PrecondOptimizer
 from hf_precond.optimizers.base.parameters import (

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_precond.linalg.msign import newton_schulz
+from hf_precond.linalg.matrix_functions import newton_schulz
 from hf_precond.optimizers.afopt import directions as directions_module
 from tests.optimizers.afopt.support import (
     Attention,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_precond.linalg.msign import newton_schulz
+from hf_precond.linalg.matrix_functions import newton_schulz
 from hf_precond.optimizers.afopt.config import AFOptConfig
 from hf_precond.registry import create_optimizer
 from tests.optimizers.afopt.support import (

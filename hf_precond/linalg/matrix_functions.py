@@ -1,0 +1,298 @@
+"""Matrix sign, damped inverses and inverse roots in batches, without ``eigh``; packed triangles."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Matrix sign ---------------------------------------------------------------------
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Quintic of Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024).
+
+Steep at zero: five steps bring every singular value above about 1/500 of the Frobenius norm into
+[0.6, 1.25], not to 1 exactly.
+"""
+
+STEPS = 5
+
+
+def newton_schulz(matrix: Tensor, steps: int = STEPS) -> Tensor:
+    """Approximates the matrix sign ``msign(Z) = U Vᵀ`` (``Z = U Σ Vᵀ``) of every matrix of a batch.
+
+    ``X ← a X + (b XXᵀ + c (XXᵀ)²) X``, from ``X = Z / ‖Z‖_F``. Three products a step; for matrices
+    at least twice as long as wide :func:`gram_newton_schulz` costs less.
+
+    Args:
+        matrix: Z, ``[…, m, n]``; computed in its dtype.
+        steps: number of steps, >= 1.
+
+    Returns:
+        ``[…, m, n]``; zeros stay zeros.
+    """
+    a, b, c = COEFFICIENTS
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    shape = matrix.shape
+    x = (matrix.mT if tall else matrix).reshape(-1, min(shape[-2:]), max(shape[-2:]))
+    x = x / largest_entry(x)  # the squares of entries below 1e-22 are nothing in float32
+    x = x / frobenius_norm(x)
+    for _ in range(steps):
+        gram = torch.bmm(x, x.mT)
+        update = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, update, x, beta=a)
+    return (x.mT if tall else x).reshape(shape)
+
+
+def gram_newton_schulz(gram: Tensor, steps: int = STEPS) -> Tensor:
+    """Takes the steps of :func:`newton_schulz` on ``G = Z Zᵀ``: P with ``msign(Z) ≈ P Z``.
+
+    Every step multiplies X from the left by a polynomial of ``X Xᵀ``, so all of them can be done in
+    the small dimension: ``P ← h P``, ``G ← h G h``, ``h = a I + b G + c G²``. For ``Z = L N R``
+    neither the root R nor Z is needed: ``G = L (N R Rᵀ Nᵀ) Lᵀ``. Rounding in G limits this form to
+    float32 and wider (singular values below 1e-3 of the largest come out smaller than
+    :func:`newton_schulz` would make them); do not call it in bfloat16.
+
+    Args:
+        gram: G, ``[…, m, m]``, symmetric, positive semi-definite.
+        steps: number of steps, >= 1.
+
+    Returns:
+        P, ``[…, m, m]``, symmetric.
+    """
+    a, b, c = COEFFICIENTS
+    size = gram.shape[-1]
+    trace = _positive(gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None])
+    g = (gram / trace).reshape(-1, size, size)
+    product: Tensor | None = None
+    for step in range(steps):
+        h = torch.baddbmm(g, g, g, beta=b, alpha=c)
+        h.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = h if product is None else torch.bmm(h, product)
+        if step + 1 < steps:
+            g = torch.bmm(torch.bmm(h, g), h)
+    assert product is not None
+    return product.reshape(gram.shape) * trace.rsqrt()
+
+
+def largest_entry(matrices: Tensor) -> Tensor:
+    """Largest magnitude in each matrix, ``[…, m, n] -> […, 1, 1]``, never zero."""
+    low, high = matrices.flatten(-2).aminmax(dim=-1, keepdim=True)
+    return _positive(torch.maximum(high, -low)).unsqueeze(-1)
+
+
+def frobenius_norm(matrices: Tensor) -> Tensor:
+    """Frobenius norms, ``[…, m, n] -> […, 1, 1]``; never zero, nor so small that 1/x overflows."""
+    norm = torch.linalg.matrix_norm(matrices, keepdim=True)
+    return norm.clamp(min=torch.finfo(norm.dtype).tiny / torch.finfo(norm.dtype).eps)
+
+
+def _positive(value: Tensor) -> Tensor:
+    """``value`` kept away from zero, for a division."""
+    return value.clamp(min=torch.finfo(value.dtype).tiny)
+
+
+# Damped inverses and roots ---------------------------------------------------------
+
+FLOOR = 1e-12
+"""Smallest damping in absolute units."""
+
+RETRIES = 3
+"""Attempts at a Cholesky factorisation, each with ten times the damping."""
+
+
+class DampedInverse(NamedTuple):
+    """Inverses or inverse roots of a batch.
+
+    Args:
+        value: ``[…, n, n]``.
+        usable: ``[…]``; False where the factorisation failed and the previous factor should stay.
+        identity: ``[…]``; True where the moment was zero or not finite, and ``value`` the identity.
+    """
+
+    value: Tensor
+    usable: Tensor
+    identity: Tensor
+
+
+def mean_eigenvalue(moment: Tensor) -> Tensor:
+    """``tr(A)/n``, ``[…, n, n] -> […]``."""
+    return moment.diagonal(dim1=-2, dim2=-1).mean(-1)
+
+
+def damp(moment: Tensor, damping: float, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``A + max(λ·tr(A)/n, floor)·I``, symmetrised; the identity where A is zero or not finite.
+
+    Args:
+        moment: A, ``[…, n, n]``, positive semi-definite up to rounding.
+        damping: λ, in units of the mean eigenvalue.
+        mean: ``[…]``, the mean eigenvalue to use where A is one diagonal block of a larger matrix;
+            A's own by default.
+
+    Returns:
+        The damped matrix, and where it is the identity (``[…]``).
+    """
+    mean = mean_eigenvalue(moment) if mean is None else mean
+    finite = torch.isfinite(moment).all(-1).all(-1) & torch.isfinite(mean)
+    identity = ~(finite & (mean > 0))
+    damped = (moment + moment.mT) * 0.5
+    damped.diagonal(dim1=-2, dim2=-1).add_((mean * damping).clamp(min=FLOOR)[..., None])
+    return torch.where(identity[..., None, None], _eye(moment), damped), identity
+
+
+def inverse(moment: Tensor, damping: float, mean: Tensor | None = None) -> DampedInverse:
+    """``(A + λ·tr(A)/n·I)⁻¹`` by Cholesky; arguments as for :func:`damp`."""
+    lower, usable, identity = _cholesky(moment, damping, mean)
+    return DampedInverse(torch.cholesky_inverse(lower), usable, identity)
+
+
+def inverse_factor(moment: Tensor, damping: float, mean: Tensor | None = None) -> DampedInverse:
+    """W with ``W Wᵀ = (A + λ·tr(A)/n·I)⁻¹``: the inverse transpose of a Cholesky factor.
+
+    W is the inverse square root up to an orthogonal factor, ``W = A^(-1/2) Q``. That is all the
+    spectral step needs, since ``msign(Qᵀ Z) = Qᵀ msign(Z)``. Arguments as for :func:`damp`.
+    """
+    lower, usable, identity = _cholesky(moment, damping, mean)
+    eye = _eye(moment).expand_as(lower)
+    inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
+    return DampedInverse(inverse.mT, usable, identity)
+
+
+def inverse_sqrt(
+    moment: Tensor, damping: float, mean: Tensor | None = None, blocks: int = 1
+) -> DampedInverse:
+    """``(A + λ·tr(A)/n·I)^(-1/2)``, symmetric, by the coupled Newton–Schulz iteration.
+
+    ``T = (3I - Z Y)/2, Y ← Y T, Z ← T Z`` from ``Y = A/‖A‖_F, Z = I`` (Higham, "Functions of
+    Matrices", 2008, eq. 6.35): Y tends to the root, Z to its inverse. The number of steps follows
+    from λ, which bounds the condition number; nothing is read back to the host.
+
+    Args:
+        moment: A, ``[…, n, n]``.
+        damping: λ, > 0.
+        mean: see :func:`damp`.
+        blocks: how many blocks share ``mean``.
+    """
+    damped, identity = damp(moment, damping, mean)
+    shape, size = damped.shape, damped.shape[-1]
+    largest = largest_entry(damped)  # the squares of entries above 1e19 are beyond float32
+    y = damped / largest
+    norm = frobenius_norm(y)
+    y = (y / norm).reshape(-1, size, size)
+    z = _eye(y).expand_as(y).contiguous()
+    for _ in range(_root_steps(size * blocks, damping)):
+        t = torch.bmm(z, y).mul_(-0.5)
+        t.diagonal(dim1=-2, dim2=-1).add_(1.5)
+        y, z = torch.bmm(y, t), torch.bmm(t, z)
+    value = z.reshape(shape) * norm.rsqrt() * largest.rsqrt()
+    value = (value + value.mT) * 0.5
+    return DampedInverse(value, torch.isfinite(value).all(-1).all(-1), identity)
+
+
+def _root_steps(size: int, damping: float) -> int:
+    """Steps until the smallest eigenvalue of a damped matrix of this size has converged.
+
+    It is at least ``λ/(n + λ√n)`` of the Frobenius norm, and grows by 9/4 a step while small; six
+    more make it exact.
+    """
+    smallest = damping / (size + damping * math.sqrt(size))
+    return math.ceil(-math.log(smallest) / math.log(2.25)) + 6
+
+
+def _cholesky(
+    moment: Tensor, damping: float, mean: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lower factors, where they are usable, and where they are the identity's."""
+    damped, identity = damp(moment, damping, mean)
+    lower, info = torch.linalg.cholesky_ex(damped)
+    for attempt in range(1, RETRIES):
+        # A CUDA device always retries: asking whether it must would stall the host.
+        if not info.is_cuda and not info.any():
+            break
+        raised, _ = damp(moment, damping * 10.0**attempt, mean)
+        again, again_info = torch.linalg.cholesky_ex(raised)
+        lower = torch.where((info == 0)[..., None, None], lower, again)
+        info = torch.where(info == 0, info, again_info)
+    usable = info == 0
+    return torch.where(usable[..., None, None], lower, _eye(moment)), usable, identity
+
+
+def _eye(like: Tensor) -> Tensor:
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
+
+
+def without_last(inverse: Tensor) -> Tensor:
+    """The inverse of A without its last row and column, zeros in their place.
+
+    ``P - p pᵀ / π`` with P the inverse of A, p its last column and π their corner.
+
+    Args:
+        inverse: P, ``[…, n, n]``.
+    """
+    last = inverse[..., -1:]
+    return inverse - last @ (last / inverse[..., -1:, -1:]).mT
+
+
+def root_without_last(root: Tensor) -> Tensor:
+    """A root of :func:`without_last` of ``W Wᵀ``: ``W - W w wᵀ / ‖w‖²``, w the last row of W.
+
+    Args:
+        root: W, ``[…, n, n]``.
+    """
+    last = root[..., -1:, :]
+    return root - root @ last.mT @ (last / last.square().sum(-1, keepdim=True))
+
+
+# Packed triangles ------------------------------------------------------------------
+
+
+def packed_size(size: int) -> int:
+    """Entries of a packed ``[size, size]``: ``n (n + 1) / 2`` instead of ``n²``."""
+    return size * (size + 1) // 2
+
+
+def pack(matrix: Tensor) -> Tensor:
+    """The lower triangle of ``[…, n, n]`` as ``[…, n (n + 1) / 2]``.
+
+    The rectangular full packed format (Gustavson, Waśniewski, Dongarra and Langou, 2010): the
+    triangle is cut into a square and two small triangles, which together fill a rectangle. So
+    packing copies blocks, and no list of indices is needed.
+    """
+    first = -(-matrix.shape[-1] // 2)
+    top, bottom = matrix[..., :first, :first], matrix[..., first:, first:]
+    fold = matrix.new_zeros(*matrix.shape[:-2], *_fold_shape(matrix.shape[-1], first))
+    corner, rest = _triangles(fold, matrix.shape[-1], first)
+    corner.copy_(top.tril())
+    rest.add_(bottom.mT.triu())
+    square = matrix[..., first:, :first]
+    return torch.cat([square.flatten(-2), fold.flatten(-2)], -1)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """The symmetric ``[…, n, n]`` of :func:`pack`."""
+    size = (math.isqrt(8 * packed.shape[-1] + 1) - 1) // 2
+    first, second = -(-size // 2), size // 2
+    square, fold = packed.split([first * second, packed.shape[-1] - first * second], -1)
+    square = square.unflatten(-1, (second, first))
+    corner, rest = _triangles(fold.unflatten(-1, _fold_shape(size, first)), size, first)
+    matrix = packed.new_empty(*packed.shape[:-1], size, size)
+    top, bottom = corner.tril(), rest.triu()
+    matrix[..., :first, :first] = top + top.tril(-1).mT
+    matrix[..., first:, first:] = bottom + bottom.triu(1).mT
+    matrix[..., first:, :first] = square
+    matrix[..., :first, first:] = square.mT
+    return matrix
+
+
+def _fold_shape(size: int, first: int) -> tuple[int, int]:
+    """The rectangle that both triangles fill: they meet along a diagonal."""
+    return (first, first) if size % 2 else (first + 1, first)
+
+
+def _triangles(fold: Tensor, size: int, first: int) -> tuple[Tensor, Tensor]:
+    """Where the first triangle lies (on and below the diagonal), and the second (above it)."""
+    if size % 2:
+        return fold, fold[..., : first - 1, 1:]
+    return fold[..., 1:, :], fold[..., :-1, :]
