@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 from hf_precond.architectures.modules import channel_parameters
-from hf_precond.statistics.hessian.double_backward import DoubleBackward
-from hf_precond.statistics.hessian.products import GraphProduct, diagonal_estimates, probe_vectors
+from hf_precond.statistics.double_backward import DoubleBackward
+from hf_precond.statistics.hessian_products import GraphProduct, diagonal_estimates, probe_vectors
 
 Loss = Callable[[Tensor], Tensor]
 PROBES, DECAY = 64, 0.9

@@ -1,17 +1,227 @@
-"""The loss scale of float16 training."""
+"""Private names of torch that this package relies on, as they are in torch 2.9 to 2.13.
+
+No other module imports ``torch._C``, ``torch._dynamo`` or ``torch.utils._pytree``.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, TypeVar
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._C import _functorch
+from torch.utils._pytree import tree_leaves, tree_map
+
+T = TypeVar("T")
 
 
 def loss_scale(scaler: torch.amp.GradScaler | None) -> Tensor | float | None:
-    """What a loss scaler multiplies the loss with now; ``None`` where none is at work.
+    """Returns what a loss scaler multiplies the loss by now; ``None`` without an active scaler.
 
-    The tensor, where it exists: ``get_scale()`` waits for the device.
+    The tensor ``GradScaler._scale`` where it exists: ``get_scale()`` waits for the device.
+
+    Args:
+        scaler: the scaler of float16 training, or ``None``.
     """
     if scaler is None or not scaler.is_enabled():
         return None
     scale: Tensor | None = getattr(scaler, "_scale", None)
     return scaler.get_scale() if scale is None else scale
+
+
+# Hooks ------------------------------------------------------------------------
+
+
+def inert(*args: Any, **kwargs: Any) -> None:
+    """Does nothing: what a copied or unpickled :class:`Hook` becomes."""
+
+
+class Hook:
+    """A module hook that is inert in a deep copy or a pickle of the model.
+
+    ``copy.deepcopy(model)`` copies hooks too; without this the copy's passes
+    would be counted into the original's statistics.
+
+    Args:
+        call: the hook.
+    """
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the hook."""
+        return self.call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return inert
+
+    def __copy__(self) -> Callable[..., None]:
+        return inert
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
+        return _make_inert, ()
+
+
+def _make_inert() -> Callable[..., None]:
+    return inert
+
+
+# torch.func -------------------------------------------------------------------
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether a transform of ``torch.func`` wraps the tensor: ``grad``, ``vmap``, …."""
+    return _functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def transforming() -> bool:
+    """Whether a transform of ``torch.func`` is running."""
+    return _functorch.peek_interpreter_stack() is not None
+
+
+def untransformed(total: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns a sum and its count as plain tensors, out of all transforms of ``torch.func``.
+
+    Under ``vmap`` (gradients of single samples) both are summed over the samples.
+
+    Args:
+        total: the sum.
+        count: the count.
+    """
+    while _functorch.is_functorch_wrapped_tensor(total):
+        if _functorch.is_batchedtensor(total):
+            dim, total = _functorch.maybe_get_bdim(total), _functorch.get_unwrapped(total)
+            samples, total = total.shape[dim], total.sum(dim)
+            if _functorch.is_batchedtensor(count):
+                dim = _functorch.maybe_get_bdim(count)
+                count = _functorch.get_unwrapped(count).sum(dim)
+            else:
+                count = count * samples
+        else:
+            total = _functorch.get_unwrapped(total)
+            if _functorch.is_gradtrackingtensor(count):
+                count = _functorch.get_unwrapped(count)
+    while _functorch.is_functorch_wrapped_tensor(count):
+        count = _functorch.get_unwrapped(count)
+    return total, count
+
+
+# autograd ---------------------------------------------------------------------
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def keeps_graph() -> bool:
+    """Whether the backward pass under way keeps its graph (``retain_graph=True``)."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def will_run(node: torch.autograd.graph.Node) -> bool | None:
+    """Whether the backward pass under way runs a node of its graph.
+
+    ``None`` where ``torch.autograd.grad`` was asked for the gradient that the node accumulates.
+
+    Args:
+        node: of the graph.
+    """
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:
+        return None
+
+
+# Modules ----------------------------------------------------------------------
+
+
+def padding_for_pad(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
+    """Returns a convolution's padding as ``torch.nn.functional.pad`` takes it, ``"same"`` too.
+
+    Args:
+        layer: the convolution.
+    """
+    return list(layer._reversed_padding_repeated_twice)
+
+
+def in_float32(tree: T, low: torch.dtype) -> T | None:
+    """Returns nested containers with their tensors of one dtype in float32, ``None`` without any.
+
+    Containers are rebuilt only where they must be: the receiver may write to one.
+
+    Args:
+        tree: tensors and other values in lists, tuples, dictionaries, ….
+        low: the dtype that is cast.
+    """
+
+    def is_low(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.dtype == low
+
+    if not any(is_low(value) for value in tree_leaves(tree)):
+        return None
+    cast: T = tree_map(lambda value: value.float() if is_low(value) else value, tree)
+    return cast
+
+
+# torch.compile ----------------------------------------------------------------
+
+
+class EagerCode:
+    """Makes compiled functions run the Python that they were compiled from, in the whole process.
+
+    The stance is global in torch: the first of several holders sets it, the last one resets it.
+    """
+
+    holders = 0
+    stack = ExitStack()
+
+    def __init__(self) -> None:
+        self.held = False
+        self.idled = False
+
+    def expect(self, due: bool) -> None:
+        """Holds the stance from now on if the step is due, else lets go of it.
+
+        A compiled model has been compiled once a step that was not due is
+        over. So the stance is held until then, and afterwards if anything was
+        compiled; otherwise the process may compile what it likes, also after a
+        training that ended before a step that would have been due.
+
+        Args:
+            due: whether the passes of the next step must run uncompiled.
+        """
+        self.release()
+        self.idled = self.idled or not due
+        if due and (not self.idled or compiled_code_runs()):
+            self.acquire()
+
+    def acquire(self) -> None:
+        """Holds the stance."""
+        if self.held:
+            return
+        self.held = True
+        if EagerCode.holders == 0 and "torch._dynamo" in sys.modules:
+            EagerCode.stack.enter_context(torch.compiler.set_stance("force_eager"))
+        EagerCode.holders += 1
+
+    def release(self) -> None:
+        """Lets go of the stance."""
+        if self.held:
+            self.held = False
+            EagerCode.holders -= 1
+            if EagerCode.holders == 0:
+                EagerCode.stack.close()
+
+
+def compiled_code_runs() -> bool:
+    """Whether anything was compiled in this process so far; True where torch does not say."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None:
+        return False
+    counters = getattr(getattr(dynamo, "utils", None), "counters", None)
+    return counters is None or bool(counters.get("frames"))

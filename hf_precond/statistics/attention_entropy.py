@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hf_precond.statistics.kernel_observer import Call
+from hf_precond.statistics.attention_heads import Call
 
 
 def spaced(length: int, rows: int) -> slice:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,23 +16,236 @@ from hf_precond.architectures.attention import find_attention
 from hf_precond.architectures.modules import CONVOLUTIONS, is_linear
 from hf_precond.architectures.peft import trains, wrappers_of
 from hf_precond.architectures.structure import LayerMatrix
+from hf_precond.compat.torch_internals import (
+    EagerCode,
+    Hook,
+    is_transformed,
+    keeps_graph,
+    transforming,
+    untransformed,
+    will_run,
+)
 from hf_precond.statistics.attention_heads import HEADS, HeadMoments
-from hf_precond.statistics.buffer import Part, StatisticsBuffer, no_autocast
-from hf_precond.statistics.eval_mode import EvalModeMonitor
-from hf_precond.statistics.hessian.double_backward import DoubleBackward
-from hf_precond.statistics.hooks import Hook
-from hf_precond.statistics.layer_rows import (
+from hf_precond.statistics.moments import (
+    Collection,
+    Part,
+    Spares,
     input_of,
+    input_part,
     multihead_inner,
     multihead_role,
     multihead_weights,
+    no_autocast,
+    output_part,
     output_rows,
+    patch_part,
 )
-from hf_precond.statistics.output_grads import OutputGradAccumulator
-from hf_precond.statistics.parts import Collection, input_part, output_part, patch_part
 from hf_precond.statistics.requests import MomentRequest, Statistic, StatisticsSource
-from hf_precond.statistics.shared_inputs import SharedInputs
 from hf_precond.statistics.token_weights import Reader, TokenWeights
+
+
+class StatisticsBuffer:
+    """Sums and counts by collection."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}
+        self.spares = Spares()
+        self.owed: dict[str, Tensor] = {}
+        self.lent: list[Tensor] = []
+        self.epoch = 0  # counts how often it was emptied
+
+    def add(self, part: Part) -> None:
+        """Add what one call brought."""
+        if is_transformed(part.sum):
+            part = Part(part.collection, *untransformed(part.sum, part.count))
+        if part.collection in self.sums:
+            self.sums[part.collection].add_(part.sum)
+            self.counts[part.collection].add_(part.count)
+            if part.spare:
+                self.spares.give(part.sum)
+        else:
+            self.sums[part.collection] = part.sum
+            self.counts[part.collection] = part.count.clone()
+            if part.spare:
+                self.owed[part.collection] = part.sum
+
+    def get(self, collection: str) -> Statistic | None:
+        """What was added to a collection, or ``None`` when nothing was."""
+        if collection not in self.sums:
+            return None
+        return Statistic(self.sums[collection], self.counts[collection])
+
+    def lend(self) -> None:
+        """Forget everything; whoever got it may keep it until :meth:`recycle`, if that comes."""
+        self.lent = list(self.owed.values())
+        self.owed.clear()
+        self.clear()
+
+    def recycle(self) -> None:
+        """Use the memory of what was last lent for the next sums."""
+        for matrix in self.lent:
+            self.spares.give(matrix)
+        self.lent = []
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for matrix in self.owed.values():
+            self.spares.give(matrix)
+        self.epoch += 1
+        self.owed.clear()
+        self.sums.clear()
+        self.counts.clear()
+
+
+class OutputGradAccumulator:
+    """What of a call's output gradient trains its layer.
+
+    A graph that is kept may be gone through several times: two losses whose
+    backward passes follow each other are one loss, and ``torch.autograd.grad``
+    of something else (a gradient penalty, the norm of a task's gradient) is
+    none that is trained.
+
+    Args:
+        layer: the layer.
+        epoch: of the stage; what was staged in another is gone.
+    """
+
+    def __init__(self, layer: nn.Module, epoch: int) -> None:
+        self.node = _accumulator(getattr(layer, "weight", None))
+        self.epoch = epoch
+        self.total: Tensor | None = None
+        self.staged = False
+        self.asked = False  # by autograd.grad only, so far
+
+    def add(self, gradient: Tensor, epoch: int) -> tuple[Tensor, Tensor | None] | None:
+        """Take the gradient of one backward pass.
+
+        Args:
+            gradient: of the output.
+            epoch: of the stage, now.
+
+        Returns:
+            The gradient to be staged, and the one staged before, which it
+            replaces; ``None`` where this pass changes nothing.
+        """
+        trains = self._trains()
+        before, kept = self.total, keeps_graph()
+        if trains is False:
+            return None
+        if self.staged:
+            if before is None or epoch != self.epoch or (trains is None and not self.asked):
+                return None
+            if not (self.asked and trains):
+                gradient = before + gradient
+        self.asked = trains is None
+        self.staged, self.epoch = True, epoch
+        # Only where the graph is kept can another pass come.
+        self.total = gradient if kept else None
+        return gradient, before
+
+    def _trains(self) -> bool | None:
+        """Whether this pass adds to the weight's gradient; ``None`` where it is handed out."""
+        if self.node is None:
+            return True
+        return will_run(self.node)
+
+
+def _accumulator(weight: Any) -> torch.autograd.graph.Node | None:
+    """The node that adds to a weight's gradient; ``None`` for one without."""
+    if not isinstance(weight, Tensor) or not weight.requires_grad or not weight.is_leaf:
+        return None
+    if transforming():  # inside torch.func no node adds to weights outside
+        return None
+    return torch.autograd.graph.get_gradient_edge(weight).node
+
+
+@dataclass
+class _Known:
+    tensor: weakref.ref[Tensor]
+    version: int
+    part: Part
+
+
+class SharedInputs:
+    """The last input moments of a pass, by where and how they were taken.
+
+    q, k and v of an attention, or gate and up of an MLP, get the same tensor
+    one after the other. :meth:`forget` before anything is staged: what was
+    handed out is then changed in place.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Any, _Known] = {}
+
+    def part(self, name: str, kind: Any, inputs: Tensor, compute: Callable[[], Part]) -> Part:
+        """The moment of ``inputs``, under a name of its own.
+
+        Args:
+            name: the collection's.
+            kind: hashable: what two layers must have in common besides the tensor.
+            inputs: what the layer was called with.
+            compute: computes the part.
+        """
+        known = self._known.get(kind)
+        if known is not None and known.tensor() is inputs and known.version == inputs._version:
+            return Part(name, known.part.sum.clone(), known.part.count)
+        part = compute()
+        self._known[kind] = _Known(weakref.ref(inputs), inputs._version, part)
+        return part
+
+    def forget(self) -> None:
+        """Hand out nothing that was computed before."""
+        self._known.clear()
+
+
+ALL = (
+    "no second moment was collected since the last step: the model ran in evaluation mode "
+    "(from_pretrained returns it so), whose passes do not count, and its layers are stepped "
+    "without a preconditioner of theirs; call model.train() before the training loop."
+)
+SOME = (
+    "{count} layers ({first}, …) had gradients since the last step from passes in evaluation mode "
+    "only, which do not count: they are stepped without a preconditioner of theirs, or with an old "
+    "one; call train() on them too, and switch dropout off by its p."
+)
+
+
+class EvalModeMonitor:
+    """Notes the layers through whose passes in evaluation mode a gradient went."""
+
+    def __init__(self) -> None:
+        self.layers: dict[str, list[str]] = {}
+
+    def watch(self, layer: str, collections: Iterable[str], output: Tensor) -> None:
+        """Note a layer if the gradient of a call's output comes.
+
+        Args:
+            layer: its name.
+            collections: what is collected from its calls in training mode.
+            output: of the call.
+        """
+        names = list(collections)
+        output.register_hook(lambda _: self.layers.__setitem__(layer, names))
+
+    def warn(self, staged: Container[str]) -> None:
+        """Say of which layers nothing was staged.
+
+        Args:
+            staged: names of the collections of which something was.
+        """
+        missed = [
+            layer
+            for layer, names in self.layers.items()
+            if not any(name in staged for name in names)
+        ]
+        if missed:
+            some = SOME.format(count=len(missed), first=missed[0])
+            warnings.warn(some if staged else ALL, stacklevel=3)
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.layers.clear()
 
 
 @dataclass
@@ -86,7 +300,7 @@ class MomentCollector(StatisticsSource):
         self.memory = _memory_layers(model)
         self.tokens = TokenWeights(model)
         # Compiled code runs uncompiled on due steps: hooks that act would break its graphs.
-        self.switch = DoubleBackward(model)
+        self.switch = EagerCode()
         self.points: dict[nn.Module, _Point] = {}
         self.served: dict[str, str] = {}
         heads = [request for request in self.requests if request.kind in HEADS]
@@ -344,7 +558,7 @@ def _leave(
     handles: list[RemovableHandle],
     tokens: TokenWeights,
     heads: HeadMoments,
-    switch: DoubleBackward,
+    switch: EagerCode,
 ) -> None:
     """What :meth:`MomentCollector.close` undoes, also when it is collected as garbage."""
     for handle in handles:

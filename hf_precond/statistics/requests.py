@@ -9,7 +9,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_precond.architectures.structure import AttentionBlock, LayerMatrix, NormParameter
 
@@ -213,3 +213,21 @@ def all_reduce_statistics(
         reduced[key] = Statistic(block[:size].view(*shape), block[size])
         start += size + 1
     return reduced
+
+
+def open_statistics(model: nn.Module, requests: Sequence[Request]) -> StatisticsSource:
+    """The source of what an optimizer asks for, its hooks installed.
+
+    Raises:
+        ValueError: for curvature and second moments asked for at once.
+    """
+    curvature = [request for request in requests if isinstance(request, CurvatureRequest)]
+    if curvature and len(curvature) == len(requests):
+        from hf_precond.statistics.hessian_probe import open_probe
+
+        return open_probe(model, curvature)
+    if curvature:
+        raise ValueError("curvature and second moments come from two sources: open each by itself.")
+    from hf_precond.statistics.collector import MomentCollector
+
+    return MomentCollector(model, [r for r in requests if not isinstance(r, CurvatureRequest)])

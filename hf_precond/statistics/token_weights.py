@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_precond.architectures.parameters import output_embedding
 from hf_precond.architectures.peft import base_of
-from hf_precond.statistics.hooks import Hook
+from hf_precond.compat.torch_internals import Hook, in_backward
 
 _KEPT = 8  # masks of passes whose backward may still recompute them (checkpointing)
 _NAMES = ("attention_mask", "encoder_attention_mask", "decoder_attention_mask", "labels")
@@ -206,7 +206,7 @@ class Reader:
     def _held(owner: _Owner) -> list[dict[str, Tensor]]:
         """The masks that a call may mean, likeliest first."""
         # Backward recomputes (checkpointing): which pass it is, only the shape can tell.
-        held = owner.masks if _in_backward() else owner.masks[-1:]
+        held = owner.masks if in_backward() else owner.masks[-1:]
         return held[::-1]
 
     def _fit(self, mask: Tensor, shape: tuple[int, ...], owner: _Owner) -> Tensor | None:
@@ -226,10 +226,6 @@ class Reader:
             decoding = "decoder" in below or self.head
             return "decoder_attention_mask" if decoding and not self.memory else "attention_mask"
         return "encoder_attention_mask" if self.memory else "attention_mask"
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 def _positions(module: nn.Module) -> dict[int, str]:

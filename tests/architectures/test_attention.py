@@ -13,7 +13,7 @@ from torch import nn
 from hf_precond.architectures.attention import declare_attention, find_attention, forget_attention
 from hf_precond.architectures.structure import Heads
 from hf_precond.registry import create_optimizer
-from hf_precond.statistics import kernel_observer
+from hf_precond.statistics import attention_heads
 from hf_precond.statistics.collector import MomentCollector
 from hf_precond.statistics.requests import MomentRequest
 from tests.architectures.families import FAMILIES, TEXT, build, loss_of
@@ -104,11 +104,11 @@ def compare_with_the_kernel(model: nn.Module, run: Callable[[], object]) -> int:
                 lambda module, args, key=(block.module, role): inputs.__setitem__(key, args[0])
             )
     class Watcher:
-        def see(self, module: nn.Module, call: kernel_observer.Call) -> None:
+        def see(self, module: nn.Module, call: attention_heads.Call) -> None:
             seen[module] = (call.query, call.key)
 
     watcher = Watcher()
-    observation = kernel_observer.Observation(list(blocks), watcher.see)
+    observation = attention_heads.Observation(list(blocks), watcher.see)
     observation.enable(True)
     with torch.no_grad():
         run()

@@ -15,7 +15,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from hf_precond.architectures.attention import find_attention
 from hf_precond.architectures.structure import AttentionBlock
-from hf_precond.statistics import kernel_observer
+from hf_precond.statistics import attention_heads
 from hf_precond.statistics.collector import MomentCollector
 from hf_precond.statistics.requests import MomentRequest
 from hf_precond.statistics.rope import average, half_split, read_layout, tables
@@ -27,11 +27,11 @@ class Seen:
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.calls: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-        observation = kernel_observer.Observation(modules, self.see)
+        observation = attention_heads.Observation(modules, self.see)
         observation.enable(True)
         self.end = observation.close
 
-    def see(self, module: nn.Module, call: kernel_observer.Call) -> None:
+    def see(self, module: nn.Module, call: attention_heads.Call) -> None:
         self.calls[module] = (call.query.detach(), call.key.detach())
 
 
@@ -269,18 +269,18 @@ def test_look_up_is_wrapped_only_while_needed_and_models_do_not_mix() -> None:
     assert AttentionInterface.get_interface is original, "inputs need no look-up"
     one = opened(first, head_requests(blocks))
     two = opened(second, head_requests(find_attention(second)))
-    assert AttentionInterface.get_interface is not original and kernel_observer.observing() == 2
+    assert AttentionInterface.get_interface is not original and attention_heads.observing() == 2
     batch = FAMILIES["llama"].batch()
     loss_of(first, batch).backward()
     assert two.take() == {} and len(one.take()) == 4
     one.close()
     one.close()
-    assert AttentionInterface.get_interface is not original and kernel_observer.observing() == 1
+    assert AttentionInterface.get_interface is not original and attention_heads.observing() == 1
     loss_of(second, batch).backward()
     assert len(two.take()) == 4 and one.take() == {}
     two.close()
     plain.close()
-    assert AttentionInterface.get_interface is original and kernel_observer.observing() == 0
+    assert AttentionInterface.get_interface is original and attention_heads.observing() == 0
 
 
 def test_a_capture_that_is_forgotten_lets_go_of_the_look_up() -> None:
@@ -291,11 +291,11 @@ def test_a_capture_that_is_forgotten_lets_go_of_the_look_up() -> None:
     capture = opened(model, head_requests(blocks, average_rotation=True) + inputs)
     gone = weakref.ref(capture), weakref.ref(model)
     assert capture.switch.held
-    held = capture.switch.held
+    switch = capture.switch
     del model, capture, blocks, inputs
     gc.collect()
-    assert [reference() for reference in gone] == [None, None] and not held
-    assert AttentionInterface.get_interface is original and kernel_observer.observing() == 0
+    assert [reference() for reference in gone] == [None, None] and not switch.held
+    assert AttentionInterface.get_interface is original and attention_heads.observing() == 0
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -40,7 +40,7 @@ CONVOLUTIONS = [
 @pytest.mark.parametrize("entries", [1, 2**24])
 @pytest.mark.parametrize("layer", CONVOLUTIONS, ids=["plain", "grouped", "depthwise"])
 def test_convolutions(layer: nn.Module, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_precond.statistics.parts._PATCHES", entries)
+    monkeypatch.setattr("hf_precond.statistics.moments._PATCHES", entries)
     torch.manual_seed(0)
     layer = copy.deepcopy(layer).double()
     (matrix,) = find_matrices(layer)

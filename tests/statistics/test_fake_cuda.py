@@ -7,12 +7,17 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from hf_precond.architectures.structure import LayerMatrix
 from hf_precond.statistics.attention_entropy import entropies, spaced
-from hf_precond.statistics.buffer import StatisticsBuffer, moment
-from hf_precond.statistics.hessian.products import diagonal_estimates, probe_vectors
-from hf_precond.statistics.kernel_observer import Call
-from hf_precond.statistics.parts import Collection, input_part, output_part, patch_part
+from hf_precond.statistics.attention_heads import Call
+from hf_precond.statistics.collector import SharedInputs, StatisticsBuffer
+from hf_precond.statistics.hessian_products import diagonal_estimates, probe_vectors
+from hf_precond.statistics.moments import (
+    Collection,
+    input_part,
+    moment,
+    output_part,
+    patch_part,
+)
 from hf_precond.statistics.rope import average, half_split, tables
-from hf_precond.statistics.shared_inputs import SharedInputs
 from hf_precond.statistics.token_weights import TokenWeights
 from tests.fake_cuda import GPU, Watch, on_gpu, pretended
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_precond.architectures.attention import find_attention
 from hf_precond.architectures.modules import layer_matrix
-from hf_precond.statistics.layer_rows import multihead_inner, output_rows, patches, select_outputs
+from hf_precond.statistics.moments import multihead_inner, output_rows, patches, select_outputs
 from tests.architectures.families import build
 
 CONVOLUTIONS: dict[str, tuple[type[nn.Module], tuple[int, ...], dict[str, Any]]] = {

@@ -6,7 +6,7 @@ from torch import nn
 
 from hf_precond.architectures.structure import LayerMatrix
 from hf_precond.statistics.collector import MomentCollector
-from hf_precond.statistics.parts import thinned
+from hf_precond.statistics.moments import thinned
 from hf_precond.statistics.requests import MomentRequest
 from tests.optimizers.models import batch, make
 

@@ -14,8 +14,8 @@ from hf_precond.optimizers.adamr.config import AdamRConfig
 from hf_precond.optimizers.adamr.rotated_adam import RotatedAdam
 from hf_precond.optimizers.base.optimizer import PrecondOptimizer
 from hf_precond.optimizers.base.parameters import BoundMatrix, ParamView
+from hf_precond.statistics.moments import mean_of
 from hf_precond.statistics.requests import MomentRequest, Statistic
-from hf_precond.statistics.running_average import mean_of
 
 Moment = Literal["input", "output_grad"]
 FEATURED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -10,8 +10,8 @@ from torch import Tensor
 from hf_precond.linalg.matrix_functions import pack
 from hf_precond.optimizers.afopt.plan import Moment, State
 from hf_precond.optimizers.base.parameters import grouped, in_batches
+from hf_precond.statistics.moments import mean_of, update_moments
 from hf_precond.statistics.requests import Statistic
-from hf_precond.statistics.running_average import mean_of, update_moments
 
 CHUNK = 1 << 25
 """Elements that are averaged in one batch on a GPU, to bound the memory of temporaries."""

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from hf_precond.architectures.structure import AttentionBlock
+from hf_precond.statistics.moments import mean_of
 from hf_precond.statistics.requests import MomentRequest, Statistic
-from hf_precond.statistics.running_average import mean_of
 
 ROWS = 8
 """Query positions of a sequence that are looked at."""

@@ -34,8 +34,13 @@ from hf_precond.optimizers.base.validation import ParamGroupValidator
 from hf_precond.state.checkpoint import complete, forget_empty, restoring
 from hf_precond.state.identity import KEY, added_route, identity, refuse_other, relabelled
 from hf_precond.statistics import requests
-from hf_precond.statistics.requests import Request, Statistic, StatisticsSource, request_shape
-from hf_precond.statistics.sources import open_statistics
+from hf_precond.statistics.requests import (
+    Request,
+    Statistic,
+    StatisticsSource,
+    open_statistics,
+    request_shape,
+)
 
 
 class PrecondOptimizer(torch.optim.Optimizer):

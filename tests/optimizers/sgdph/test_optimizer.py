@@ -13,7 +13,7 @@ from hf_precond.architectures.structure import ModelStructure, NormParameter
 from hf_precond.optimizers.sgdph.config import SGDPHConfig
 from hf_precond.optimizers.sgdph.optimizer import SGDPH
 from hf_precond.registry import create_optimizer
-from hf_precond.statistics.hessian.probe import open_probe
+from hf_precond.statistics.hessian_probe import open_probe
 from hf_precond.statistics.requests import Statistic, StatisticsSource
 
 
@@ -383,7 +383,7 @@ def test_steps_that_are_not_due_compute_no_product(monkeypatch):
     model = network()
     optimizer = build(model, probe_interval=3)
     calls = []
-    import hf_precond.statistics.hessian.probe as module
+    import hf_precond.statistics.hessian_probe as module
 
     original = module.GraphProduct
     monkeypatch.setattr(

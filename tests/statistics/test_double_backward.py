@@ -6,8 +6,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_precond.architectures.modules import channel_parameters
-from hf_precond.statistics.hessian.full_precision import FullPrecision
-from hf_precond.statistics.hessian.probe import open_probe
+from hf_precond.statistics.double_backward import FullPrecision
+from hf_precond.statistics.hessian_probe import open_probe
 from hf_precond.statistics.requests import CurvatureRequest
 
 LOW = torch.bfloat16

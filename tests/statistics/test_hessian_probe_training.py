@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from hf_precond.architectures.modules import channel_parameters
-from hf_precond.statistics.hessian.probe import open_probe
+from hf_precond.statistics.hessian_probe import open_probe
 from hf_precond.statistics.requests import CurvatureRequest
 from tests.optimizers.models import batch, make
 

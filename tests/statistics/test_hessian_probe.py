@@ -8,8 +8,8 @@ from torch import nn
 
 from hf_precond.architectures.modules import channel_parameters
 from hf_precond.architectures.structure import NormParameter
-from hf_precond.statistics.hessian.probe import open_probe
-from hf_precond.statistics.hessian.products import GraphProduct, diagonal_estimates, probe_vectors
+from hf_precond.statistics.hessian_probe import open_probe
+from hf_precond.statistics.hessian_products import GraphProduct, diagonal_estimates, probe_vectors
 from hf_precond.statistics.requests import CurvatureRequest
 
 PROBES = ("rademacher", "ones", "exact")

@@ -11,18 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_precond.statistics.hessian import backward_hook
-from hf_precond.statistics.hessian.double_backward import DoubleBackward
-from hf_precond.statistics.hessian.finite_difference import DifferenceProduct
-from hf_precond.statistics.hessian.full_precision import FullPrecision
-from hf_precond.statistics.hessian.products import (
+from hf_precond.compat import accelerate_internals
+from hf_precond.compat.torch_internals import Hook
+from hf_precond.statistics.double_backward import DoubleBackward, FullPrecision
+from hf_precond.statistics.hessian_products import (
+    DifferenceProduct,
     GraphProduct,
     depends_on,
     diagonal_estimates,
     probe_vectors,
     recomputes,
 )
-from hf_precond.statistics.hooks import Hook
 from hf_precond.statistics.requests import CurvatureRequest, CurvatureSource, Statistic
 
 NO_LOSS = (
@@ -77,7 +76,7 @@ def _leave(handles: Sequence[Any], switches: DoubleBackward) -> None:
     for handle in handles:
         handle.remove()
     switches.release()
-    backward_hook.stop()
+    accelerate_internals.stop()
 
 
 class CurvatureProbe(CurvatureSource):
@@ -111,7 +110,7 @@ class CurvatureProbe(CurvatureSource):
             before, after = _weakly(self.before_forward), _weakly(self.after_forward)
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(module.register_forward_hook(after, always_call=True))
-        backward_hook.listen(self)
+        accelerate_internals.listen(self)
         self._leave = weakref.finalize(self, _leave, handles, self.switches)
         self._leave.atexit = False
 
@@ -149,7 +148,7 @@ class CurvatureProbe(CurvatureSource):
         """Remove every hook."""
         self.due = False
         self.drop()
-        backward_hook.stop(self)
+        accelerate_internals.stop(self)
         self._leave()
 
     @contextmanager
