@@ -34,21 +34,21 @@ TILE = 64
 
 
 def eigenbasis(
-    factor: Tensor, record: factorization.Record | None = None
+    factor: Tensor, retries: factorization.Retries | None = None
 ) -> tuple[Tensor, Tensor]:
     """The eigenvectors, in descending order, and the matrix in their coordinates.
 
-    Decomposes by ``eigh`` and its fall-back ladder: for the first basis, when
+    Decomposes by ``eigh`` with its retries: for the first basis, when
     there is none to start from.
 
     Args:
         factor: A, symmetric, ``[b, n, n]``; the lower triangle is read.
-        record: see :func:`hf_precond.linalg.factorization.eigh`.
+        retries: see :func:`hf_precond.linalg.factorization.eigh`.
 
     Returns:
         ``Q`` and ``diag(λ)``, each ``[b, n, n]``.
     """
-    values, vectors = factorization.eigh(factor, record=record)
+    values, vectors = factorization.eigh(factor, retries)
     return vectors, torch.diag_embed(values)
 
 

@@ -1,57 +1,55 @@
-"""Factorisations that do not give up at the first failure.
+"""Cholesky inverses and eigendecompositions that are retried where they fail.
 
-A batch is factorised in one call. Only the matrices for which that failed
-climb the ladder, each on its own: ``scaled`` (divided by its largest entry),
-``damped`` (a little added to the diagonal), ``float64``, ``cpu`` and at last
-``kept`` (the previous result stays). Each rung used is counted. Memory that
-runs out is a failure like any other: the rungs need less of it, or none of the
-device's.
+A batch is factorised in one call. Each matrix for which that failed is tried
+again on its own: as it is, divided by its largest entry (``scaled``), with a
+little added to the diagonal too (``damped``), that in double precision
+(``float64``), and on the host (``cpu``). Where all of this fails, the caller's
+previous result stays (``kept``). Memory that runs out is a failure like any
+other: retries need less of it, or none of the device's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 MAX_FAILURES = 3
-RUNGS = ("scaled", "damped", "float64", "cpu", "kept")
-
-Factorise = Callable[[Tensor], tuple[Tensor, ...]]
-Item = TypeVar("Item")
-Cause = Literal["out_of_memory", "solver"]
-
 UNDECOMPOSED = (
     "its factor could not be decomposed {limit} times in a row; it is close to singular, or holds "
     "infinities or NaN. Lower the learning rate, raise `damping` (or `eps`), clip gradients, or "
     "train in float32."
 )
+RETRIES = ("scaled", "damped", "float64", "cpu", "kept")
+"""How a matrix was served that the plain factorisation did not serve."""
+
+Factorise = Callable[[Tensor, float, float], tuple[Tensor, ...]]
+Cause = Literal["out_of_memory", "solver"]
+
 SOLVERS = ("cusolver", "hipsolver", "rocsolver", "magma")
 ALLOCATORS = ("can't allocate memory", "status_alloc_failed")
 
 
 @dataclass
-class Record:
+class Retries:
     """What a call had to do beyond the plain factorisation.
 
     Args:
-        rungs: rung to the number of matrices that it served; empty when the
-            plain factorisation served them all.
-        failed: per matrix, whether it kept its previous result; shaped like
-            the batch.
+        counts: name of a retry to the number of matrices that it served;
+            empty when the plain factorisation served them all.
+        failed: per matrix of the batch, whether no retry served it.
     """
 
-    rungs: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
     failed: list[bool] = field(default_factory=list)
 
-    def counted(self, kind: str, count: Callable[[str, int], None]) -> None:
-        """Hand every rung to an optimizer's counter, as ``{kind}_{rung}``."""
-        for rung, matrices in self.rungs.items():
-            count(f"{kind}_{rung}", matrices)
+    def report(self, kind: str, count: Callable[[str, int], None]) -> None:
+        """Call ``count`` with ``{kind}_{retry}`` and a number for every retry that was used."""
+        for name, matrices in self.counts.items():
+            count(f"{kind}_{name}", matrices)
 
 
 def cause(error: RuntimeError) -> Cause | None:
@@ -68,37 +66,8 @@ def cause(error: RuntimeError) -> Cause | None:
     return None
 
 
-def in_parts(
-    work: Callable[[Sequence[Item]], None], items: Sequence[Item], last: bool = False
-) -> list[tuple[Item, Cause]]:
-    """``work(items)``; where that fails by :func:`cause`, once more with each item on its own.
-
-    Args:
-        work: changes what it changes at its end, so that it can be called
-            again for some of the items when it has failed.
-        items: equal pieces of work.
-        last: whether this is the last attempt already.
-
-    Returns:
-        The items that failed on their own too, and why.
-    """
-    try:
-        work(items)
-        return []
-    except RuntimeError as error:
-        found = cause(error)
-        if found is None:
-            raise
-    # Only here are the frames of the failed attempt, and what they held, gone.
-    if found == "out_of_memory" and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-    if last:
-        return [(item, found) for item in items]
-    return [failed for item in items for failed in in_parts(work, [item], last=True)]
-
-
 def strikes(before: int, failed: bool, name: str, limit: int = MAX_FAILURES) -> int:
-    """Consecutive failures of one matrix, after one more attempt.
+    """Failures in a row of one matrix, after one more attempt.
 
     Args:
         before: how often in a row it had failed.
@@ -116,177 +85,125 @@ def strikes(before: int, failed: bool, name: str, limit: int = MAX_FAILURES) -> 
     raise RuntimeError(f"{name}: {UNDECOMPOSED.format(limit=limit)}")
 
 
-def eigh(
-    batch: Tensor,
-    previous: tuple[Tensor, Tensor] | None = None,
-    record: Record | None = None,
-) -> tuple[Tensor, Tensor]:
+def eigh(batch: Tensor, retries: Retries | None = None) -> tuple[Tensor, Tensor]:
     """Eigenvalues in descending order, and eigenvectors, of symmetric matrices.
 
-    ``A = Q diag(λ) Qᵀ``. A matrix that no rung can decompose keeps
-    ``previous``; without one it gets the identity and its own diagonal
-    (zeros where that is not finite).
+    ``A = Q diag(λ) Qᵀ``. A matrix that no retry can decompose gets the
+    identity and its own diagonal (zeros where that is not finite).
 
     Args:
         batch: A, ``[…, n, n]``; the lower triangle is read.
-        previous: eigenvalues and eigenvectors of the last success.
-        record: filled with the rungs used and the matrices that failed.
+        retries: filled with the retries used and the matrices that failed.
 
     Returns:
         ``λ`` ``[…, n]`` and ``Q`` ``[…, n, n]``, columns in the order of λ.
     """
     matrices = batch.reshape(-1, *batch.shape[-2:])
 
-    def last(index: int) -> tuple[Tensor, ...]:
-        if previous is not None:
-            return tuple(t.reshape(-1, *t.shape[batch.dim() - 2 :])[index] for t in previous)
+    def kept(index: int) -> tuple[Tensor, ...]:
         diagonal = matrices[index].diagonal()
-        return (
-            torch.where(torch.isfinite(diagonal), diagonal, 0.0),
-            torch.eye(batch.shape[-1], dtype=batch.dtype, device=batch.device),
-        )
+        identity = torch.eye(len(diagonal), dtype=batch.dtype, device=batch.device)
+        return torch.where(torch.isfinite(diagonal), diagonal, 0.0), identity
 
-    values, vectors = _climb(matrices, _descending, _eigh_single, last, record)
+    values, vectors = _factorised(matrices, _descending_eigh, kept, retries)
     return values.reshape(batch.shape[:-1]), vectors.reshape(batch.shape)
 
 
-def spd_inverse(
-    batch: Tensor, previous: Tensor | None = None, record: Record | None = None
-) -> tuple[Tensor, Tensor]:
+def spd_inverse(batch: Tensor, previous: Tensor, retries: Retries | None = None) -> Tensor:
     """Inverses of symmetric positive definite matrices, by Cholesky's factorisation.
 
-    A matrix that no rung can factorise keeps ``previous``, or gets the
-    identity without one. The rungs ``damped`` and above invert
-    ``A + δ I`` with ``δ`` at rounding level: ``n · eps · max|A|``.
+    A matrix that no retry can factorise keeps its previous inverse. Retries
+    from ``damped`` on invert ``A + δ I`` with ``δ = n · eps · max|A|``, which
+    is at rounding level.
 
     Args:
-        batch: A, ``[…, n, n]``; the lower triangle is read.
-        previous: the inverses of the last success.
-        record: filled with the rungs used and the matrices that failed.
+        batch: A, ``[b, n, n]``; the lower triangle is read.
+        previous: the previous inverses, ``[b, n, n]``.
+        retries: filled with the retries used and the matrices that failed.
 
     Returns:
-        The inverses ``[…, n, n]``, and per matrix whether it kept its
-        previous inverse: bool, ``[…]``.
+        ``[b, n, n]``.
     """
-    matrices = batch.reshape(-1, *batch.shape[-2:])
-    record = Record() if record is None else record
-
-    def last(index: int) -> tuple[Tensor, ...]:
-        if previous is not None:
-            return (previous.reshape(matrices.shape)[index],)
-        return (torch.eye(batch.shape[-1], dtype=batch.dtype, device=batch.device),)
-
-    (inverse,) = _climb(matrices, _inverse, _inverse_single, last, record)
-    failed = torch.tensor(record.failed, dtype=torch.bool, device=batch.device)
-    return inverse.reshape(batch.shape), failed.reshape(batch.shape[:-2])
+    return _factorised(batch, _cholesky_inverse, lambda index: (previous[index],), retries)[0]
 
 
-def _climb(
+def _factorised(
     matrices: Tensor,
     factorise: Factorise,
-    single: Callable[[Tensor, Tensor, float], tuple[Tensor, ...]],
-    last: Callable[[int], tuple[Tensor, ...]],
-    record: Record | None,
+    kept: Callable[[int], tuple[Tensor, ...]],
+    retries: Retries | None,
 ) -> tuple[Tensor, ...]:
-    """Factorise a batch; those that fail climb the ladder one by one."""
-    record = Record() if record is None else record
-    record.rungs, record.failed = {}, [False] * len(matrices)
+    """Factorise a batch ``[b, n, n]``, and one by one the matrices for which that failed."""
+    retries = Retries() if retries is None else retries
+    retries.counts, retries.failed = {}, [False] * len(matrices)
     if matrices.numel() == 0:
-        return factorise(matrices)
+        return factorise(matrices, 1.0, 0.0)
     try:
-        results = factorise(matrices)
-        good = _finite(results)
+        results = factorise(matrices, 1.0, 0.0)
+        finite = torch.stack([torch.isfinite(part).flatten(1).all(1) for part in results])
+        good = finite.all(0).tolist()
         if all(good):
             return results
         parts = [tuple(part[index] for part in results) for index in range(len(matrices))]
     except RuntimeError as error:
         if cause(error) is None:
             raise
-        good = [False] * len(matrices)
-        parts = [()] * len(matrices)
+        good, parts = [False] * len(matrices), [()] * len(matrices)
     for index, fine in enumerate(good):
         if fine:
             continue
-        matrix = matrices[index]
-        found, rung = _rungs(matrix, factorise, single)
-        if found is None:
-            record.failed[index] = True
-            found = last(index)
-        if rung:
-            record.rungs[rung] = record.rungs.get(rung, 0) + 1
-        parts[index] = tuple(part.to(matrix) for part in found)
+        found, name = _retry(matrices[index], factorise)
+        retries.failed[index] = found is None
+        if name:
+            retries.counts[name] = retries.counts.get(name, 0) + 1
+        parts[index] = tuple(part.to(matrices) for part in found or kept(index))
     return tuple(torch.stack(columns) for columns in zip(*parts, strict=True))
 
 
-def _rungs(
-    matrix: Tensor,
-    factorise: Factorise,
-    single: Callable[[Tensor, Tensor, float], tuple[Tensor, ...]],
-) -> tuple[tuple[Tensor, ...] | None, str]:
-    """The first rung that serves one matrix: its result and its name."""
+def _retry(matrix: Tensor, factorise: Factorise) -> tuple[tuple[Tensor, ...] | None, str]:
+    """The first retry that serves ``matrix``, ``[n, n]``: its result, if there is one, and name."""
     if not bool(torch.isfinite(matrix).all()):
         return None, "kept"
-    plain = _attempt(lambda: tuple(part[0] for part in factorise(matrix[None])), matrix)
-    if plain is not None:
-        return plain, ""
-    scale = matrix.abs().max()
-    if not bool(scale > 0):
-        scale = torch.ones_like(scale)
+    scale = float(matrix.abs().max()) or 1.0
     shift = matrix.shape[-1] * torch.finfo(matrix.dtype).eps
-    exact = matrix.double()
-    rungs: list[tuple[str, Tensor, float]] = [
-        ("scaled", matrix, 0.0),
-        ("damped", matrix, shift),
-        ("float64", exact, shift),
+    double, device = torch.float64, matrix.device
+    attempts = [
+        ("", matrix.dtype, device, 1.0, 0.0),
+        ("scaled", matrix.dtype, device, scale, 0.0),
+        ("damped", matrix.dtype, device, scale, shift),
+        ("float64", double, device, scale, shift),
     ]
-    if matrix.device.type != "cpu":
-        rungs.append(("cpu", exact.cpu(), shift))
-    for rung, operand, damping in rungs:
-        found = _attempt(partial(single, operand, scale.to(operand), damping), matrix)
-        if found is not None:
-            return found, rung
+    if device.type != "cpu":
+        attempts.append(("cpu", double, torch.device("cpu"), scale, shift))
+    for name, dtype, place, divisor, damping in attempts:
+        try:
+            operand = matrix.to(place, dtype)[None]
+            parts = tuple(part[0].to(matrix) for part in factorise(operand, divisor, damping))
+        except RuntimeError as error:
+            if cause(error) is None:
+                raise
+            continue
+        if all(bool(torch.isfinite(part).all()) for part in parts):
+            return parts, name
     return None, "kept"
 
 
-def _attempt(
-    work: Callable[[], tuple[Tensor, ...]], like: Tensor
-) -> tuple[Tensor, ...] | None:
-    """The result in ``like``'s dtype and device, or ``None`` if it raised or is not finite."""
-    try:
-        found = tuple(part.to(like) for part in work())
-    except RuntimeError as error:
-        if cause(error) is None:
-            raise
-        return None
-    return found if all(bool(torch.isfinite(part).all()) for part in found) else None
+def _descending_eigh(batch: Tensor, scale: float, damping: float) -> tuple[Tensor, ...]:
+    values, vectors = torch.linalg.eigh(_scaled_and_damped(batch, scale, damping))
+    return (values.flip(-1) - damping) * scale, vectors.flip(-1)
 
 
-def _finite(results: tuple[Tensor, ...]) -> list[bool]:
-    """Per matrix, whether all of its results are finite: one reading from the device."""
-    fine = torch.stack([torch.isfinite(part).flatten(1).all(1) for part in results]).all(0)
-    return fine.tolist()
-
-
-def _descending(batch: Tensor) -> tuple[Tensor, ...]:
-    values, vectors = torch.linalg.eigh(batch)
-    return values.flip(-1), vectors.flip(-1)
-
-
-def _eigh_single(matrix: Tensor, scale: Tensor, damping: float) -> tuple[Tensor, ...]:
-    scaled = matrix / scale
-    scaled.diagonal().add_(damping)
-    values, vectors = _descending(scaled)
-    return (values - damping) * scale, vectors
-
-
-def _inverse(batch: Tensor) -> tuple[Tensor, ...]:
-    factor, info = torch.linalg.cholesky_ex(batch)
+def _cholesky_inverse(batch: Tensor, scale: float, damping: float) -> tuple[Tensor, ...]:
+    factor, info = torch.linalg.cholesky_ex(_scaled_and_damped(batch, scale, damping))
     inverse = torch.cholesky_inverse(factor)
     # A failed factorisation leaves finite numbers behind; NaN marks it without a host check here.
-    return (inverse.masked_fill((info != 0)[:, None, None], torch.nan),)
+    return (inverse.masked_fill((info != 0)[:, None, None], torch.nan) / scale,)
 
 
-def _inverse_single(matrix: Tensor, scale: Tensor, damping: float) -> tuple[Tensor, ...]:
-    scaled = matrix / scale
-    scaled.diagonal().add_(damping)
-    return (_inverse(scaled[None])[0][0] / scale,)
+def _scaled_and_damped(batch: Tensor, scale: float, damping: float) -> Tensor:
+    """``A / scale + damping I``; A itself where that is what it is."""
+    if (scale, damping) == (1.0, 0.0):
+        return batch
+    result = batch / scale
+    result.diagonal(dim1=-2, dim2=-1).add_(damping)
+    return result

@@ -223,28 +223,6 @@ def _eye(like: Tensor) -> Tensor:
     return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
 
 
-def without_last(inverse: Tensor) -> Tensor:
-    """The inverse of A without its last row and column, zeros in their place.
-
-    ``P - p pᵀ / π`` with P the inverse of A, p its last column and π their corner.
-
-    Args:
-        inverse: P, ``[…, n, n]``.
-    """
-    last = inverse[..., -1:]
-    return inverse - last @ (last / inverse[..., -1:, -1:]).mT
-
-
-def root_without_last(root: Tensor) -> Tensor:
-    """A root of :func:`without_last` of ``W Wᵀ``: ``W - W w wᵀ / ‖w‖²``, w the last row of W.
-
-    Args:
-        root: W, ``[…, n, n]``.
-    """
-    last = root[..., -1:, :]
-    return root - root @ last.mT @ (last / last.square().sum(-1, keepdim=True))
-
-
 # Packed triangles ------------------------------------------------------------------
 
 

@@ -12,11 +12,11 @@ def spd(batch, n, seed=0, dtype=torch.float64):
 
 def test_eigh_descends_and_reconstructs():
     batch = spd(3, 6)
-    record = factorization.Record()
-    values, vectors = factorization.eigh(batch, record=record)
+    retries = factorization.Retries()
+    values, vectors = factorization.eigh(batch, retries=retries)
     assert (values[:, :-1] >= values[:, 1:]).all()
     torch.testing.assert_close(vectors @ torch.diag_embed(values) @ vectors.mT, batch)
-    assert record.rungs == {} and record.failed == [False] * 3
+    assert retries.counts == {} and retries.failed == [False] * 3
 
 
 def test_eigh_of_one_matrix_keeps_its_shape():
@@ -26,15 +26,16 @@ def test_eigh_of_one_matrix_keeps_its_shape():
     torch.testing.assert_close(vectors @ values.diag() @ vectors.mT, matrix)
 
 
-def test_eigh_keeps_the_previous_result_of_a_poisoned_matrix_only():
+def test_eigh_gives_the_identity_for_a_poisoned_matrix_only():
     batch = spd(3, 4)
-    previous = factorization.eigh(spd(3, 4, seed=1))
     poisoned = batch.clone()
     poisoned[1, 2, 2] = torch.nan
-    record = factorization.Record()
-    values, vectors = factorization.eigh(poisoned, previous, record)
-    assert record.failed == [False, True, False] and record.rungs == {"kept": 1}
-    assert torch.equal(values[1], previous[0][1]) and torch.equal(vectors[1], previous[1][1])
+    retries = factorization.Retries()
+    values, vectors = factorization.eigh(poisoned, retries)
+    assert retries.failed == [False, True, False] and retries.counts == {"kept": 1}
+    diagonal = batch[1].diagonal().clone()
+    diagonal[2] = 0.0
+    assert torch.equal(values[1], diagonal) and torch.equal(vectors[1], torch.eye(4).double())
     for index in (0, 2):
         torch.testing.assert_close(
             vectors[index] @ values[index].diag() @ vectors[index].mT, batch[index]
@@ -48,8 +49,8 @@ def test_eigh_without_a_previous_result_falls_back_to_the_identity():
     assert torch.equal(vectors, torch.eye(3))
 
 
-@pytest.mark.parametrize(("rung", "failures"), [("scaled", 2), ("damped", 3), ("float64", 4)])
-def test_eigh_climbs_one_rung_at_a_time(monkeypatch, rung, failures):
+@pytest.mark.parametrize(("retry", "failures"), [("scaled", 2), ("damped", 3), ("float64", 4)])
+def test_eigh_is_retried_one_way_after_another(monkeypatch, retry, failures):
     plain, calls = torch.linalg.eigh, []
 
     def fails_at_first(matrix):
@@ -60,9 +61,9 @@ def test_eigh_climbs_one_rung_at_a_time(monkeypatch, rung, failures):
 
     monkeypatch.setattr(torch.linalg, "eigh", fails_at_first)
     batch = 1e20 * spd(1, 5, dtype=torch.float32)
-    record = factorization.Record()
-    values, vectors = factorization.eigh(batch, record=record)
-    assert record.rungs == {rung: 1} and record.failed == [False]
+    retries = factorization.Retries()
+    values, vectors = factorization.eigh(batch, retries=retries)
+    assert retries.counts == {retry: 1} and retries.failed == [False]
     assert values.dtype == torch.float32
     torch.testing.assert_close(
         vectors @ torch.diag_embed(values) @ vectors.mT, batch, rtol=1e-4, atol=1e15
@@ -71,24 +72,25 @@ def test_eigh_climbs_one_rung_at_a_time(monkeypatch, rung, failures):
 
 def test_spd_inverse_is_the_inverse():
     batch = spd(4, 6)
-    inverse, failed = factorization.spd_inverse(batch)
+    retries = factorization.Retries()
+    inverse = factorization.spd_inverse(batch, torch.zeros_like(batch), retries)
     torch.testing.assert_close(inverse @ batch, torch.eye(6, dtype=batch.dtype).expand(4, 6, 6))
-    assert failed.shape == (4,) and not failed.any()
+    assert retries.failed == [False] * 4 and retries.counts == {}
 
 
-def test_spd_inverse_that_no_float32_can_hold_is_the_identity():
+def test_spd_inverse_that_no_float32_can_hold_is_the_previous_one():
     batch = spd(2, 3, dtype=torch.float32)
     batch[1] *= 1e-42
-    record = factorization.Record()
-    inverse, failed = factorization.spd_inverse(batch, record=record)
-    assert failed.tolist() == [False, True]
-    assert record.rungs == {"kept": 1}
+    retries = factorization.Retries()
+    inverse = factorization.spd_inverse(batch, torch.eye(3).expand(2, 3, 3), retries)
+    assert retries.failed == [False, True]
+    assert retries.counts == {"kept": 1}
     torch.testing.assert_close(inverse[1], torch.eye(3))
     torch.testing.assert_close(inverse[0], torch.linalg.inv(batch[0]))
 
 
-@pytest.mark.parametrize(("rung", "failures"), [("scaled", 2), ("damped", 3), ("float64", 4)])
-def test_spd_inverse_climbs_one_rung_at_a_time(monkeypatch, rung, failures):
+@pytest.mark.parametrize(("retry", "failures"), [("scaled", 2), ("damped", 3), ("float64", 4)])
+def test_spd_inverse_is_retried_one_way_after_another(monkeypatch, retry, failures):
     plain, calls = torch.linalg.cholesky_ex, []
 
     def fails_at_first(matrix):
@@ -98,17 +100,17 @@ def test_spd_inverse_climbs_one_rung_at_a_time(monkeypatch, rung, failures):
 
     monkeypatch.setattr(torch.linalg, "cholesky_ex", fails_at_first)
     batch = 1e10 * spd(1, 5, dtype=torch.float32)
-    record = factorization.Record()
-    inverse, failed = factorization.spd_inverse(batch, record=record)
-    assert record.rungs == {rung: 1} and not failed.any()
+    retries = factorization.Retries()
+    inverse = factorization.spd_inverse(batch, torch.zeros_like(batch), retries)
+    assert retries.counts == {retry: 1} and retries.failed == [False]
     torch.testing.assert_close(inverse @ batch, torch.eye(5)[None], rtol=0, atol=1e-3)
 
 
 def test_spd_inverse_damps_a_singular_matrix_at_rounding_level():
     vector = torch.ones(4, 1, dtype=torch.float32)
-    record = factorization.Record()
-    inverse, failed = factorization.spd_inverse((vector @ vector.T)[None], record=record)
-    assert not failed.any() and record.rungs == {"damped": 1}
+    retries = factorization.Retries()
+    inverse = factorization.spd_inverse((vector @ vector.T)[None], torch.eye(4)[None], retries)
+    assert retries.failed == [False] and retries.counts == {"damped": 1}
     # (11ᵀ + δI)⁻¹ has the eigenvalue 1/(4 + δ) along 1 and 1/δ across.
     shift = 4 * torch.finfo(torch.float32).eps
     across = torch.tensor([1.0, -1.0, 0.0, 0.0]) / 2**0.5
@@ -119,12 +121,12 @@ def test_spd_inverse_damps_a_singular_matrix_at_rounding_level():
 def test_spd_inverse_keeps_the_previous_inverse_of_an_indefinite_matrix():
     batch = torch.stack([torch.eye(3), -torch.eye(3)]).double()
     previous = torch.stack([2 * torch.eye(3), 5 * torch.eye(3)]).double()
-    record = factorization.Record()
-    inverse, failed = factorization.spd_inverse(batch, previous, record)
-    assert failed.tolist() == [False, True]
+    retries = factorization.Retries()
+    inverse = factorization.spd_inverse(batch, previous, retries)
+    assert retries.failed == [False, True]
     assert torch.equal(inverse[0], batch[0]) and torch.equal(inverse[1], previous[1])
     counts = {}
-    record.counted("inverse", lambda name, by: counts.update({name: by}))
+    retries.report("inverse", lambda name, by: counts.update({name: by}))
     assert counts == {"inverse_kept": 1}
 
 
@@ -154,44 +156,16 @@ def test_the_cause_of_an_error(error, found):
     assert factorization.cause(error) == found
 
 
-def test_work_that_fails_is_done_in_parts():
-    done = []
-
-    def work(items):
-        if len(items) > 1:
-            raise torch.OutOfMemoryError("out of memory")
-        if items[0] == 2:
-            raise torch.linalg.LinAlgError("singular")
-        done.extend(items)
-
-    assert factorization.in_parts(work, [1, 2, 3]) == [(2, "solver")]
-    assert done == [1, 3]
-    assert factorization.in_parts(work, [4]) == [] and done == [1, 3, 4]
-    assert factorization.in_parts(work, [2]) == [(2, "solver")]
-
-
-def test_work_on_one_item_is_tried_twice():
-    attempts = []
-
-    def work(items):
-        attempts.append(items)
-        if len(attempts) == 1:
-            raise torch.OutOfMemoryError("out of memory")
-
-    assert factorization.in_parts(work, ["a"]) == [] and attempts == [["a"], ["a"]]
-
-
 def test_an_error_of_another_kind_is_raised(monkeypatch):
     def fails(matrices):
         raise RuntimeError("expected scalar type Half")
 
     monkeypatch.setattr(torch.linalg, "eigh", fails)
-    for attempt in (lambda: factorization.in_parts(fails, [1]), lambda: factorization.eigh(spd(1, 3))):
-        with pytest.raises(RuntimeError, match="scalar type"):
-            attempt()
+    with pytest.raises(RuntimeError, match="scalar type"):
+        factorization.eigh(spd(1, 3))
 
 
-def test_eigh_that_runs_out_of_memory_climbs_the_ladder(monkeypatch):
+def test_eigh_that_runs_out_of_memory_is_retried(monkeypatch):
     plain, calls = torch.linalg.eigh, []
 
     def fails_at_first(matrix):
@@ -201,8 +175,8 @@ def test_eigh_that_runs_out_of_memory_climbs_the_ladder(monkeypatch):
         return plain(matrix)
 
     monkeypatch.setattr(torch.linalg, "eigh", fails_at_first)
-    record = factorization.Record()
+    retries = factorization.Retries()
     matrix = spd(1, 5)
-    values, vectors = factorization.eigh(matrix, record=record)
-    assert record.rungs == {"scaled": 1}
+    values, vectors = factorization.eigh(matrix, retries=retries)
+    assert retries.counts == {"scaled": 1}
     torch.testing.assert_close(vectors @ torch.diag_embed(values) @ vectors.mT, matrix)

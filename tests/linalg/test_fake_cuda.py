@@ -4,12 +4,11 @@ import pytest
 import torch
 
 from hf_precond.linalg import matrix_functions as functions
-from hf_precond.linalg.block_inverse import spd_block_inverse
 from hf_precond.linalg.eigenbasis import refresh
 from hf_precond.linalg.gram import gram
-from hf_precond.linalg.newton import newton_step, newton_step_reference
-from hf_precond.linalg.power import largest_eigenvalue
+from hf_precond.linalg.inverses import largest_eigenvalue, newton_step, spd_block_inverse
 from hf_precond.linalg.products import matmul
+from hf_precond.optimizers.nkfac.reference import newton_step_reference
 from tests.fake_cuda import GPU, Watch, pretended
 
 SQUARE = {

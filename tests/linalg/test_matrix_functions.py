@@ -11,9 +11,7 @@ from hf_precond.linalg.matrix_functions import (
     newton_schulz,
     pack,
     packed_size,
-    root_without_last,
     unpack,
-    without_last,
 )
 
 # Matrix sign: against the singular value decomposition
@@ -185,18 +183,6 @@ def test_a_failed_factorisation_is_tried_with_more_damping():
 def test_hopeless_factorisations_are_reported():
     moment = torch.diag(torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64))[None]
     assert functions.inverse(moment, 1e-3).usable.tolist() == [False]
-
-
-def test_an_inverse_without_the_last_row_is_that_of_the_block_and_has_a_root():
-    torch.manual_seed(0)
-    rows = torch.randn(2, 30, 6, dtype=torch.float64) + 2
-    matrices = rows.mT @ rows
-    root = torch.linalg.cholesky(torch.linalg.inv(matrices))
-    wanted = torch.zeros_like(matrices)
-    wanted[:, :-1, :-1] = torch.linalg.inv(matrices[:, :-1, :-1])
-    torch.testing.assert_close(without_last(torch.linalg.inv(matrices)), wanted)
-    found = root_without_last(root)
-    torch.testing.assert_close(found @ found.mT, wanted)
 
 
 # Packed triangles

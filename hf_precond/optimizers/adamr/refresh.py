@@ -27,7 +27,7 @@ CHECK_EVERY = 8
 Chosen = dict[ParamView, dict[str, bool]]
 """The bases whose turn it is, and whether each turns."""
 
-COUNTERS = ("basis_refreshes", *(f"basis_{rung}" for rung in factorization.RUNGS))
+COUNTERS = ("basis_refreshes", *(f"basis_{retry}" for retry in factorization.RETRIES))
 
 
 @dataclass(eq=False)
@@ -299,10 +299,10 @@ class BasisRefresh:
         moments: dict[str, Tensor] = {}
         energies = None
         if step == 0:
-            record = factorization.Record()
-            basis, factor = eigenbasis.eigenbasis(factor, record)
+            retries = factorization.Retries()
+            basis, factor = eigenbasis.eigenbasis(factor, retries)
             rotation = basis
-            record.counted("basis", pieces.count)
+            retries.report("basis", pieces.count)
         else:
             sweeps = 2 if step < interval else 1
             factor = eigenbasis.mirrored(factor, self.workspace)

@@ -19,12 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_precond.linalg.matrix_functions import (
-    gram_newton_schulz,
-    newton_schulz,
-    root_without_last,
-    without_last,
-)
+from hf_precond.linalg.inverses import root_without_last, without_last
+from hf_precond.linalg.matrix_functions import gram_newton_schulz, newton_schulz
 from hf_precond.linalg.products import Precision, float32_products, matmul
 from hf_precond.optimizers.afopt.plan import FactorKind, Form
 

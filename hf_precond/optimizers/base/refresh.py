@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_precond.distributed import collectives
-from hf_precond.linalg import factorization
+from hf_precond.linalg.factorization import Cause, cause
 from hf_precond.optimizers.base.failures import FailureRecord
 
 Item = TypeVar("Item")
@@ -72,11 +72,11 @@ class ShardedRefresh(Generic[Item]):
         Pieces that fail on their own too keep the preconditioner they have.
 
         Args:
-            work: as for :func:`hf_precond.linalg.factorization.in_parts`.
+            work: as for :func:`in_parts`.
             items: pieces of one shape.
         """
-        for item, cause in factorization.in_parts(work, items):
-            self._values[self._flag(cause, item)] = 1.0
+        for item, why in in_parts(work, items):
+            self._values[self._flag(why, item)] = 1.0
 
     def fail(self, items: Sequence[Item], failed: Tensor | Sequence[bool]) -> None:
         """Say of which pieces a factor could not be decomposed."""
@@ -172,6 +172,35 @@ class ShardedRefresh(Generic[Item]):
 
     def _own(self, number: int, item: Item) -> int:
         return self._numbers + number * len(self.items) + self._places[id(item)]
+
+
+def in_parts(
+    work: Callable[[Sequence[Item]], None], items: Sequence[Item], last: bool = False
+) -> list[tuple[Item, Cause]]:
+    """``work(items)``; where that fails by :func:`cause`, once more with each item on its own.
+
+    Args:
+        work: changes what it changes at its end, so that it can be called
+            again for some of the items when it has failed.
+        items: equal pieces of work.
+        last: whether this is the last attempt already.
+
+    Returns:
+        The items that failed on their own too, and why.
+    """
+    try:
+        work(items)
+        return []
+    except RuntimeError as error:
+        found = cause(error)
+        if found is None:
+            raise
+    # Only here are the frames of the failed attempt, and what they held, gone.
+    if found == "out_of_memory" and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if last:
+        return [(item, found) for item in items]
+    return [failed for item in items for failed in in_parts(work, [item], last=True)]
 
 
 def _numbers(values: Tensor | Sequence[bool]) -> list[Number]:

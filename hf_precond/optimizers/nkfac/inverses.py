@@ -9,10 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_precond.linalg.block_inverse import spd_block_inverse
-from hf_precond.linalg.factorization import RUNGS, Record, spd_inverse
-from hf_precond.linalg.newton import newton_step
-from hf_precond.linalg.power import largest_eigenvalue
+from hf_precond.linalg.factorization import RETRIES, Retries, spd_inverse
+from hf_precond.linalg.inverses import largest_eigenvalue, newton_step, spd_block_inverse
 
 Solver = Literal["newton", "exact"]
 
@@ -31,7 +29,7 @@ BATCH_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 """Entries of the factors inverted in one batch: more gain nothing there, and cost memory."""
 
 
-COUNTERS = ("newton_restarts", *(f"inverse_{rung}" for rung in RUNGS))
+COUNTERS = ("newton_restarts", *(f"inverse_{retry}" for retry in RETRIES))
 """What :func:`invert` counts."""
 
 
@@ -104,19 +102,19 @@ def invert(
 def _exact(
     matrices: Tensor, previous: Tensor, count: Callable[[str, int], None], damping: float
 ) -> tuple[Tensor, list[bool]]:
-    record = Record()
+    retries = Retries()
     if damping < WELL_CONDITIONED and matrices.dtype != torch.float64:
-        inverses, _ = spd_inverse(matrices, previous, record)
-        record.counted("inverse", count)
-        return inverses, record.failed
+        inverses = spd_inverse(matrices, previous, retries)
+        retries.report("inverse", count)
+        return inverses, retries.failed
     inverses = spd_block_inverse(matrices)
     failed = ~torch.isfinite(inverses.diagonal(dim1=-2, dim2=-1)).all(-1)
     places = failed.nonzero().flatten()
     kept = [False] * len(matrices)
     if len(places):
-        inverses[places], _ = spd_inverse(matrices[places], previous[places], record)
-        record.counted("inverse", count)
-        for place, lost in zip(places.tolist(), record.failed, strict=True):
+        inverses[places] = spd_inverse(matrices[places], previous[places], retries)
+        retries.report("inverse", count)
+        for place, lost in zip(places.tolist(), retries.failed, strict=True):
             kept[place] = lost
     return inverses, kept
 

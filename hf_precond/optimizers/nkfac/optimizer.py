@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_precond.linalg.matrix_functions import without_last
+from hf_precond.linalg.inverses import without_last
 from hf_precond.linalg.products import float32_products
 from hf_precond.optimizers.base.optimizer import PrecondOptimizer
 from hf_precond.optimizers.base.parameters import (
@@ -57,7 +57,7 @@ class NKFAC(PrecondOptimizer):
     The first three inverses of a factor, and all of every
     ``exact_interval``-th refresh, are exact. The others take ``newton_steps``
     scaled and safeguarded Newton steps from the previous inverse
-    (:func:`~hf_precond.linalg.newton.newton_step`) where that is cheaper, and
+    (:func:`~hf_precond.linalg.inverses.newton_step`) where that is cheaper, and
     are exact too elsewhere (``solver="auto"``), and where the previous
     inverse is off by more than half, ``‖I - cBA‖_F > √n/2``. A side wider
     than ``max_dim`` has no factor. Kept per layer in float32:

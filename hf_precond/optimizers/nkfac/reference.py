@@ -12,10 +12,49 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_precond.linalg.newton import newton_step_reference
-from hf_precond.linalg.power import largest_eigenvalue_from_ones
-
 NORM_EPS = 1e-12
+
+
+def largest_eigenvalue_from_ones(matrix: Tensor, rounds: int = 10) -> Tensor:
+    """The authors' estimate of ``λmax``: power iteration from the vector of ones.
+
+    ``v = 1``; each round ``u = A v / ‖A v‖``, ``v = A u``; the answer is ``‖v‖``
+    of the last round. Not a number where the ones lie in A's null space (the
+    output-gradient factor of a softmax classifier, or a zero matrix).
+
+    Args:
+        matrix: A, symmetric positive semi-definite, ``[…, n, n]``.
+        rounds: rounds, each of two products.
+
+    Returns:
+        ``[…]``.
+    """
+    vector = matrix.new_ones(*matrix.shape[:-1], 1)
+    for _ in range(rounds):
+        vector = matrix @ vector
+        vector = matrix @ (vector * (1 / vector.norm(dim=(-2, -1), keepdim=True)))
+    return vector.norm(dim=(-2, -1))
+
+
+def newton_step_reference(matrix: Tensor, inverse: Tensor) -> Tensor:
+    """The authors' step, ``B' = (1 + a) B - a B A B``.
+
+    ``a = 1`` where ``‖I - B A‖_F < 1``, else ``1 / ‖B A‖_F`` (the supplement of
+    NKFAC, section 6). With ``E = I - B A`` the next residual is
+    ``(1 - a) E + a E²``. The test's norm grows like √n, so large matrices take
+    the slow branch and hardly move;
+    :func:`~hf_precond.linalg.inverses.newton_step` does not.
+
+    Args:
+        matrix: A, symmetric positive definite, ``[…, n, n]``.
+        inverse: B, an approximation of its inverse, symmetric positive
+            definite, shaped like A.
+    """
+    product = inverse @ matrix
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    far = (identity - product).norm(dim=(-2, -1), keepdim=True) >= 1
+    scale = torch.where(far, 1 / product.norm(dim=(-2, -1), keepdim=True), 1.0)
+    return ((1 + scale) * identity - scale * product) @ inverse
 
 
 def average_moment(moment: Tensor, updates: Tensor, mean: Tensor, decay: float) -> Tensor:
