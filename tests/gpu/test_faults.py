@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_precond.optimizers.base.failures import MAX_DROPPED, FailureRecord
+from hf_precond.optimizers.base.refresh import MAX_DROPPED, FailureRecord
 from hf_precond.registry import list_optimizers
 from tests.gpu.support import inputs, no_waiting, passes
 from tests.optimizers.models import make

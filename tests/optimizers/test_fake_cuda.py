@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from hf_precond.optimizers.base.failures import FailureRecord
+from hf_precond.optimizers.base.refresh import FailureRecord
 from hf_precond.registry import create_optimizer, list_optimizers
 from tests.fake_cuda import GPU, Watch, on_gpu, pretended, step, with_source
 from tests.optimizers.models import make

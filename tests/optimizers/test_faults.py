@@ -10,7 +10,7 @@ import torch
 from hf_precond.distributed.collectives import all_finite
 from hf_precond.optimizers.adamr import refresh as rotation_refresh
 from hf_precond.optimizers.adamr.batch import Batch
-from hf_precond.optimizers.base.failures import MAX_DROPPED, FailureRecord
+from hf_precond.optimizers.base.refresh import MAX_DROPPED, FailureRecord
 from hf_precond.registry import list_optimizers
 from tests.optimizers.models import backward, batch, make, train, train_step, weights
 from tests.optimizers.test_shared import build, same

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from hf_precond.optimizers.base.checkpoint import KEY
 from hf_precond.registry import create_optimizer, list_optimizers
-from hf_precond.state.identity import KEY
 from tests.optimizers.models import make, train, weights
 from tests.optimizers.test_shared import build, same, through_file
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_precond.architectures.structure import LayerMatrix
 from hf_precond.distributed.collectives import full, is_sharded, like
 from hf_precond.linalg import eigenbasis
 from hf_precond.linalg.products import compute_dtype
@@ -23,13 +22,6 @@ SLICE = 1 << 22
 """Elements of a larger matrix handled at a time on a CPU: bounds the memory of its products."""
 GPU_ELEMENTS = 1 << 25
 """Elements of a batch on a GPU: bounds the memory of the products' results."""
-
-
-@dataclass(eq=False)
-class MatrixView(ParamView):
-    """A leaf with what the model says of its matrix."""
-
-    matrix: LayerMatrix | None = None
 
 
 @dataclass(eq=False)

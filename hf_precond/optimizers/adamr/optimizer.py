@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from hf_precond.architectures.structure import LayerMatrix
-from hf_precond.optimizers.adamr.batch import MatrixView
 from hf_precond.optimizers.adamr.config import AdamRConfig
 from hf_precond.optimizers.adamr.rotated_adam import RotatedAdam
 from hf_precond.optimizers.base.optimizer import PrecondOptimizer
@@ -73,7 +72,7 @@ class AdamR(PrecondOptimizer):
             return False
         return step < 2 or step % self.config.stat_interval == 0
 
-    def commit(self, statistics: Mapping[str, Statistic]) -> None:
+    def update_statistics(self, statistics: Mapping[str, Statistic]) -> None:
         """One update of the factors of every layer that was seen whole."""
         dropped: dict[str, Tensor] = {}
         whole: dict[ParamView, tuple[str, dict[str, Statistic]]] = {}
@@ -83,7 +82,7 @@ class AdamR(PrecondOptimizer):
             seen = {side: f for side, f in found.items() if f is not None}
             if kinds and len(seen) == len(kinds):
                 whole[self._leaf(bound)] = bound.matrix.name, seen
-        self.fallback.allocate_all(list(whole))
+        self.fallback.allocate(list(whole))
         for view, (name, seen) in whole.items():
             bad = self.fallback.observe(view, {s: mean_of(f.sum, f.count) for s, f in seen.items()})
             # Without a single token, on any rank, there was nothing to drop.
@@ -106,29 +105,20 @@ class AdamR(PrecondOptimizer):
 
     # The step ---------------------------------------------------------------------
 
-    def step_others(self, views: Sequence[ParamView]) -> None:
-        """Step every leaf, the matrices with what the model says of them."""
-        self.fallback.update(self._known(views))
-
-    def allocate_fallback(self, views: Sequence[ParamView]) -> None:
-        """Make the state of every leaf, where it is missing."""
-        self.fallback.allocate_all(self._known(views))
-
-    def _known(self, views: Sequence[ParamView]) -> list[ParamView]:
+    def _raw_views(self, *args: Any) -> list[ParamView]:
+        """Every parameter, the matrices with what the model says of them."""
+        views = super()._raw_views(*args)
         matrices = {bound.weight: bound.matrix for bound in self.bound}
-        return [
-            MatrixView(**vars(view), matrix=matrices[view.param])
-            if view.param in matrices
-            else view
-            for view in views
-        ]
+        for view in views:
+            view.matrix = matrices.get(view.param)
+        return views
 
-    def _leaf(self, bound: BoundMatrix) -> MatrixView:
+    def _leaf(self, bound: BoundMatrix) -> ParamView:
         """A whole weight as a leaf, for its state; there may be no gradient yet."""
-        group = self.param_groups[bound.weight_position[0]]
+        group = self.param_groups[bound.group]
         weight = bound.weight
         gradient: Tensor = weight if weight.grad is None else weight.grad
-        return MatrixView(weight, gradient, self.state[weight], "", group, matrix=bound.matrix)
+        return ParamView(weight, gradient, self.state[weight], "", group, matrix=bound.matrix)
 
 
 def is_featured(matrix: LayerMatrix) -> bool:

@@ -17,9 +17,8 @@ from hf_precond.optimizers.adamr.products import turn
 from hf_precond.optimizers.adamr.schedule import Due, RefreshSchedule
 from hf_precond.optimizers.adamr.state import host_tensor
 from hf_precond.optimizers.adamr.tiling import Tiling
-from hf_precond.optimizers.base.failures import FailureRecord
 from hf_precond.optimizers.base.parameters import ParamView, grouped
-from hf_precond.optimizers.base.refresh import ShardedRefresh
+from hf_precond.optimizers.base.refresh import FailureRecord, ShardedRefresh
 
 CHECK_EVERY = 8
 """Steps between two looks at what a GPU says of its gradients."""

@@ -105,10 +105,7 @@ class RotatedAdam(FallbackOptimizer):
         """How a leaf is seen."""
         return tile(view.shape, self.config, getattr(view, "matrix", None))
 
-    def allocate(self, view: ParamView) -> None:
-        self.allocate_all([view])
-
-    def allocate_all(self, views: Sequence[ParamView]) -> None:
+    def allocate(self, views: Sequence[ParamView]) -> None:
         """Make the state of leaves where it is missing, their refreshes spread over steps."""
         new = {view for view in views if "exp_avg" not in view}
         planned = [(view, self.plan(view)) for view in views]
@@ -133,7 +130,7 @@ class RotatedAdam(FallbackOptimizer):
         is the mean of ``exp_avg_sq``, which no rotation changes.
         """
         if not plan.rotated:
-            self.adamw.allocate(view)
+            self.adamw.allocate([view])
             return
         dtype, device = compute_dtype(view.param.dtype), view.param.device
         shape = (plan.tiles, plan.rows, plan.columns)
@@ -147,7 +144,7 @@ class RotatedAdam(FallbackOptimizer):
     # The step -----------------------------------------------------------------
 
     def update(self, views: Sequence[ParamView]) -> None:
-        self.allocate_all(views)
+        self.allocate(views)
         planned = [(view, self.plan(view)) for view in views]
         plain = [view for view, plan in planned if not plan.rotated]
         rotated = [(view, plan) for view, plan in planned if plan.rotated]

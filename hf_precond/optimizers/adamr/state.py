@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_precond.linalg.products import compute_dtype
 from hf_precond.optimizers.adamr.config import AdamRConfig
 from hf_precond.optimizers.adamr.tiling import Tiling
-from hf_precond.optimizers.base.parameters import ParamView, fit, reshaped
+from hf_precond.optimizers.base.parameters import RESHAPED, ParamView, fit
 
 
 def allocate(view: ParamView, plan: Tiling, config: AdamRConfig) -> None:
@@ -47,7 +47,8 @@ def follow(view: ParamView, plan: Tiling, config: AdamRConfig) -> None:
     shape, first = (plan.tiles, plan.rows, plan.columns), view["exp_avg"]
     lost = [side for side in plan.sides if f"{side}_factor" not in view]
     if tuple(first.shape) != shape or lost:
-        raise RuntimeError(reshaped(f"{view.prefix}exp_avg", first.shape, shape))
+        name = f"{view.prefix}exp_avg"
+        raise RuntimeError(RESHAPED.format(name=name, held=tuple(first.shape), wanted=shape))
     if first.dtype == dtype and first.device == device:
         return
     kinds = dict.fromkeys(("exp_avg", "exp_avg_sq", "mean_sq"), dtype)

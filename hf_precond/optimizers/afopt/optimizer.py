@@ -18,10 +18,13 @@ from hf_precond.optimizers.afopt.entropy import EntropyMonitor
 from hf_precond.optimizers.afopt.factors import AttentionFactors, heads_of
 from hf_precond.optimizers.afopt.plan import AFOptPlan, MatrixPlan, RightFactor, observes
 from hf_precond.optimizers.afopt.refresh import Refresh
+from hf_precond.optimizers.base.fallback import FallbackOptimizer
 from hf_precond.optimizers.base.muon import MuonFallback
 from hf_precond.optimizers.base.optimizer import PrecondOptimizer
 from hf_precond.optimizers.base.parameters import (
+    Bound,
     BoundMatrix,
+    Kind,
     ParamView,
     Preconditioned,
     fit,
@@ -121,34 +124,21 @@ class AFOpt(PrecondOptimizer):
         """The left factors, from the state as it stands."""
         return AttentionFactors(self.plan, self.state, self.config)
 
-    @property
-    def finishes(self) -> bool:  # type: ignore[override]
-        """Whether the base rule keeps no state of the matrices in scope."""
-        return self.config.scaling not in ("norm_recovery", "graft")
+    def uses_fallback(self, bound: Bound) -> bool:
+        return self.config.scaling in ("norm_recovery", "graft")
 
     # The matrices left, under base="muon" ------------------------------------
 
-    def _left_matrices(self, views: Sequence[ParamView]) -> tuple[list[ParamView], list[ParamView]]:
-        """Leaves of linear layers outside the scope, and all others."""
-        held = {id(self.state[matrix.weight_parameter]) for matrix in self.structure.others}
-        matrices = [view for view in views if id(view.state) in held and len(view.shape) == 2]
-        kept = {id(view) for view in matrices}
-        return matrices, [view for view in views if id(view) not in kept]
+    def make_fallback(self) -> FallbackOptimizer:
+        fallback = super().make_fallback()
+        if isinstance(fallback, MuonFallback):
+            fallback.is_hidden = self._is_hidden
+        return fallback
 
-    def step_others(self, views: Sequence[ParamView]) -> None:
-        if not isinstance(self.fallback, MuonFallback):
-            return super().step_others(views)
-        matrices, rest = self._left_matrices(views)
-        self.fallback.update_matrices(matrices)
-        return self.fallback.update(rest)
-
-    def allocate_fallback(self, views: Sequence[ParamView]) -> None:
-        if not isinstance(self.fallback, MuonFallback):
-            return super().allocate_fallback(views)
-        matrices, rest = self._left_matrices(views)
-        for view in matrices:
-            self.fallback.allocate_matrix(view)
-        return super().allocate_fallback(rest)
+    def _is_hidden(self, view: ParamView) -> bool:
+        """Whether a view is a matrix of a hidden linear layer outside the scope."""
+        others = {id(self.state[matrix.weight_parameter]) for matrix in self.structure.others}
+        return id(view.state) in others and len(view.shape) == 2
 
     # Statistics ------------------------------------------------------------
 
@@ -196,7 +186,7 @@ class AFOpt(PrecondOptimizer):
             zeros(moment.key, dtype, *lead, packed_size(size))
             zeros(f"{moment.key}_updates", torch.int64)
 
-    def commit(self, statistics: Mapping[str, Statistic]) -> None:
+    def update_statistics(self, statistics: Mapping[str, Statistic]) -> None:
         if self.watch is not None:
             self.watch.keep(statistics)
         dropped = average(self.plan.moments, statistics, self.state, self.config.stat_decay)
@@ -228,10 +218,10 @@ class AFOpt(PrecondOptimizer):
                 momentum = self._momentum(batch, raw)
                 directions = self._directions(batch, momentum.div_(largest_entry(momentum)))
                 directions *= self._scale(batch, directions, base)
-            finished = self.config.scaling != "norm_recovery"
+            kind: Kind = "gradient" if self.config.scaling == "norm_recovery" else "direction"
             parts = split_stack(items, directions)
             for item, matrix, part in zip(items, directions, parts, strict=True):
-                yield Preconditioned(item, matrix, finished, part)
+                yield Preconditioned(item, matrix, kind, part)
 
     def _batches(self, bound: Sequence[BoundMatrix]) -> Iterator[list[MatrixPlan]]:
         treatments = [self.plan.by_placed[item] for item in bound]
@@ -254,13 +244,13 @@ class AFOpt(PrecondOptimizer):
             treatment.right is None,
             special,
             block and (block.heads, block.logit_scale),
-            (bound.weight_position[0], bound.bias_rests),
+            (bound.group, bound.bias_rests),
             (bound.weight.dtype, bound.weight.device),
         )
 
     def _momentum(self, batch: Sequence[MatrixPlan], raw: Tensor) -> Tensor:
         """``M ← β M + (1-β) G``; N (or M) in the place of G."""
-        beta = self.param_groups[batch[0].bound.weight_position[0]]["momentum"]
+        beta = self.param_groups[batch[0].bound.group]["momentum"]
         held, fades = self._held(batch, "momentum"), self._held(batch, "fade")
         torch._foreach_copy_(fades, scaling.fade(torch.stack(fades), raw, beta).unbind())
         gradients = list(raw.unbind())
@@ -383,7 +373,7 @@ class AFOpt(PrecondOptimizer):
             directions = self._directions(batch, momentum)
             directions = directions * self._scale(batch, directions, None)
             for treatment, before, after in zip(batch, momentum, directions, strict=True):
-                found[treatment] = (before, after * self.rates[treatment.bound.weight_position[0]])
+                found[treatment] = (before, after * self.rates[treatment.bound.group])
         return found
 
     @torch.no_grad()

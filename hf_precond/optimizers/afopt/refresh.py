@@ -22,9 +22,8 @@ from hf_precond.linalg.matrix_functions import pack
 from hf_precond.optimizers.afopt.config import AFOptConfig
 from hf_precond.optimizers.afopt.factors import AttentionFactors, merged, quadratic
 from hf_precond.optimizers.afopt.plan import AFOptPlan, MatrixPlan, RightFactor, State
-from hf_precond.optimizers.base.failures import FailureRecord
 from hf_precond.optimizers.base.parameters import BoundMatrix, grouped
-from hf_precond.optimizers.base.refresh import ShardedRefresh
+from hf_precond.optimizers.base.refresh import FailureRecord, ShardedRefresh
 
 Due = RightFactor | MatrixPlan
 COUNTERS = ("failed_refreshes", "identity_factors")

@@ -110,7 +110,7 @@ def base_step_norm(fallback: FallbackOptimizer, views: Sequence[ParamView]) -> T
         assert isinstance(fallback, SGDFallback)
         parts = []
         for view in views:
-            fallback.allocate(view)
+            fallback.allocate([view])
             gradient = view.grad.to(compute_dtype(view.param.dtype))
             if view.group["momentum"] != 0:
                 gradient = view["momentum_buffer"].mul_(view.group["momentum"]).add_(gradient)

@@ -1,4 +1,7 @@
-"""Which rule a config's ``base`` names."""
+"""Fallback optimizers: how a gradient, raw or preconditioned, becomes a step.
+
+The elementwise work is torch's own functional ``adamw`` and ``sgd``.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +37,11 @@ def group_defaults(config: Any) -> dict[str, Any]:
 
 
 def make_fallback(name: str, config: Any) -> FallbackOptimizer:
-    """The rule that a config's ``base`` names.
+    """The fallback optimizer that a config's ``base`` names.
 
     Args:
         name: ``adamw``, ``sgd``, ``adamr`` or ``muon``.
-        config: where the rule reads its fields.
+        config: its fields are read from here.
 
     Raises:
         ValueError: for any other name.
@@ -56,27 +59,24 @@ def make_fallback(name: str, config: Any) -> FallbackOptimizer:
         from hf_precond.optimizers.base.muon import MuonFallback
 
         return MuonFallback.under(config)
-    raise ValueError(f"base={name!r}: no such rule; the rules are 'adamw', 'sgd', 'adamr', 'muon'.")
+    raise ValueError(
+        f"base={name!r}: no such fallback optimizer; choose 'adamw', 'sgd', 'adamr' or 'muon'."
+    )
 
 
 class FallbackOptimizer(ABC):
-    """Steps leaves in place; keeps its state in theirs."""
+    """Steps views of parameters in place; keeps its state in theirs."""
 
     @abstractmethod
-    def allocate(self, view: ParamView) -> None:
+    def allocate(self, views: Sequence[ParamView]) -> None:
         """Make the state that :meth:`update` needs, where it is missing."""
-
-    def allocate_all(self, views: Sequence[ParamView]) -> None:
-        """The same for several, which a rule may lay out together."""
-        for view in views:
-            self.allocate(view)
 
     @abstractmethod
     def update(self, views: Sequence[ParamView]) -> None:
-        """Step every leaf by its gradient."""
+        """Step every view by its gradient."""
 
     def diagnostics(self) -> dict[str, float]:
-        """Counters of the rule's own, as plain numbers."""
+        """Counters of its own, as plain numbers."""
         return {}
 
 
@@ -93,14 +93,14 @@ class AdamWFallback(FallbackOptimizer):
     def __init__(self, decay_in_step: bool = False) -> None:
         self.decay_in_step = decay_in_step
 
-    def allocate(self, view: ParamView) -> None:
-        view.zeros("exp_avg")
-        view.zeros("exp_avg_sq")
-        view.counter("step")
+    def allocate(self, views: Sequence[ParamView]) -> None:
+        for view in views:
+            view.zeros("exp_avg")
+            view.zeros("exp_avg_sq")
+            view.counter("step")
 
     def update(self, views: Sequence[ParamView]) -> None:
-        for view in views:
-            self.allocate(view)
+        self.allocate(views)
         for batch in by_group(views):
             if not self.decay_in_step or batch[0].group["weight_decay"] == 0:
                 self._adamw(batch, batch[0].group["weight_decay"])
@@ -143,10 +143,9 @@ class AdamWFallback(FallbackOptimizer):
             )
 
     def directions(self, views: Sequence[ParamView]) -> list[tuple[Tensor, Tensor]]:
-        """Update the moments and return ``(m̂, √v̂)`` of each leaf, stepping nothing."""
+        """Update the moments and return ``(m̂, √v̂)`` of each view, stepping nothing."""
         pairs: dict[int, tuple[Tensor, Tensor]] = {}
-        for view in views:
-            self.allocate(view)
+        self.allocate(views)
         for batch in by_group(views):
             beta1, beta2 = batch[0].group["betas"]
             grads = [view.grad.to(view["exp_avg"].dtype) for view in batch]
@@ -166,7 +165,7 @@ class AdamWFallback(FallbackOptimizer):
 
 
 def _kept_by_decay(views: Sequence[ParamView]) -> Sequence[Tensor]:
-    """``1 - lr·wd / (1-β₁ᵗ)`` of each leaf, from the step counts on the device."""
+    """``1 - lr·wd / (1-β₁ᵗ)`` of each view, from the step counts on the device."""
     group = views[0].group
     steps = torch.stack([view["step"] for view in views]).double() + 1
     return (1 - group["lr"] * group["weight_decay"] / (1 - group["betas"][0] ** steps)).unbind()
@@ -183,13 +182,13 @@ class SGDFallback(FallbackOptimizer):
     def __init__(self, coupled: bool = False) -> None:
         self.coupled = coupled
 
-    def allocate(self, view: ParamView) -> None:
-        if view.group["momentum"] != 0:
-            view.zeros("momentum_buffer")
+    def allocate(self, views: Sequence[ParamView]) -> None:
+        for view in views:
+            if view.group["momentum"] != 0:
+                view.zeros("momentum_buffer")
 
     def update(self, views: Sequence[ParamView]) -> None:
-        for view in views:
-            self.allocate(view)
+        self.allocate(views)
         for batch in by_group(views):
             group = batch[0].group
             with compute_copies(batch) as (params, grads):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -18,13 +18,15 @@ class MuonFallback(AdamWFallback):
     ``M ← β M + (1-β) G``, ``U = msign(β M + (1-β) G)`` (Nesterov),
     ``p ← (1 - lr·wd) p - lr·m·0.2·√max(rows, columns)·U``: the entries of a
     step have AdamW's usual root mean square (Liu et al., "Muon is scalable
-    for LLM training", 2025). Whoever owns the rule says which leaves are
-    matrices of hidden layers, and calls :meth:`update_matrices` with them.
+    for LLM training", 2025). The optimizer that owns it says which views are
+    matrices of hidden layers: :attr:`is_hidden`.
 
     Args:
         lr_scale: m, learning rate of the matrices over the group's, > 0.
         nesterov: Nesterov form of the momentum.
     """
+
+    is_hidden: Callable[[ParamView], bool] = staticmethod(lambda view: False)
 
     def __init__(self, lr_scale: float = 1.0, nesterov: bool = True) -> None:
         super().__init__()
@@ -32,18 +34,20 @@ class MuonFallback(AdamWFallback):
 
     @classmethod
     def under(cls, config: Any) -> MuonFallback:
-        """The rule of an optimizer's config."""
+        """The fallback optimizer of an optimizer's config."""
         return cls(getattr(config, "lr_scale", 1.0), getattr(config, "nesterov", True))
 
-    def allocate_matrix(self, view: ParamView) -> None:
-        """Make the momentum of a matrix, where it is missing."""
-        view.zeros("momentum_buffer")
+    def allocate(self, views: Sequence[ParamView]) -> None:
+        matrices, others = self._split(views)
+        for view in matrices:
+            view.zeros("momentum_buffer")
+        super().allocate(others)
 
-    def update_matrices(self, views: Sequence[ParamView]) -> None:
-        """Step leaves that are seen in two dimensions by Muon."""
-        for view in views:
-            self.allocate_matrix(view)
-        for batch in by_group(views):
+    def update(self, views: Sequence[ParamView]) -> None:
+        self.allocate(views)
+        hidden, others = self._split(views)
+        super().update(others)
+        for batch in by_group(hidden):
             group = batch[0].group
             with compute_copies(batch) as (params, grads):
                 matrices = _as_matrices(params, batch)
@@ -64,6 +68,13 @@ class MuonFallback(AdamWFallback):
                 for param, matrix in zip(params, matrices, strict=True):
                     if param is not matrix:
                         param.copy_(matrix.view(param.shape))
+
+
+    def _split(self, views: Sequence[ParamView]) -> tuple[list[ParamView], list[ParamView]]:
+        """Matrices of hidden layers, and all other views."""
+        hidden = {id(view) for view in views if self.is_hidden(view)}
+        matrices = [view for view in views if id(view) in hidden]
+        return matrices, [view for view in views if id(view) not in hidden]
 
 
 def _as_matrices(tensors: Sequence[Tensor], views: Sequence[ParamView]) -> list[Tensor]:

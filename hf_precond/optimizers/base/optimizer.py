@@ -1,4 +1,4 @@
-"""The step that all optimizers of this package share."""
+"""The step that all optimizers of this package share: a template that each of them fills in."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from hf_precond.architectures.structure import ModelStructure, RoutingTable
 from hf_precond.compat.torch_internals import loss_scale
 from hf_precond.config.base import OptimizerConfig
 from hf_precond.distributed import collectives
-from hf_precond.distributed.collectives import like
+from hf_precond.distributed.collectives import all_finite, like
 from hf_precond.linalg.products import compute_dtype, without_autocast
-from hf_precond.optimizers.base import validation
-from hf_precond.optimizers.base.failures import FailureRecord
+from hf_precond.optimizers.base import checkpoint, parameters
 from hf_precond.optimizers.base.fallback import (
     FallbackOptimizer,
     descend,
@@ -24,55 +23,54 @@ from hf_precond.optimizers.base.fallback import (
     make_fallback,
 )
 from hf_precond.optimizers.base.parameters import (
+    Bound,
     BoundMatrix,
+    BoundNorm,
+    ParamGroupValidator,
     ParamView,
-    Position,
     Preconditioned,
-    fused_rests,
 )
-from hf_precond.optimizers.base.validation import ParamGroupValidator
-from hf_precond.state.checkpoint import complete, forget_empty, restoring
-from hf_precond.state.identity import KEY, added_route, identity, refuse_other, relabelled
-from hf_precond.statistics import requests
+from hf_precond.optimizers.base.refresh import FailureRecord
+from hf_precond.statistics import requests as statistics_requests
 from hf_precond.statistics.requests import (
     Request,
     Statistic,
     StatisticsSource,
     open_statistics,
-    request_shape,
 )
 
 
 class PrecondOptimizer(torch.optim.Optimizer):
-    """Commit statistics, refresh preconditioners, precondition, base rule, tick.
+    """A template: update statistics, refresh preconditioners, precondition, step, count.
 
-    A subclass says which statistics it needs (:meth:`requests`, :meth:`due`),
-    what it does with them (:meth:`commit`), when and how its preconditioners
-    are refreshed (:meth:`refresh`) and what a gradient becomes
-    (:meth:`precondition`); all other parameters go through the base rule.
+    A subclass says which statistics it needs (:meth:`requests`, :meth:`due`), what it does with
+    them (:meth:`update_statistics`), how its preconditioners are refreshed (:meth:`refresh`) and
+    what a gradient becomes (:meth:`precondition`). The fallback optimizer (AdamW, SGD, ... by the
+    config's ``base``) steps all other parameters, and where a preconditioner yields gradients
+    takes these in the place of the raw ones.
 
-    A statistic that is not finite is dropped and counted; a refresh that fails
-    keeps the preconditioner there is; either stops training when it goes on
-    (:mod:`hf_precond.optimizers.base.failures`). A gradient that is not finite enters the
-    weights and the base rule's moments as in torch's optimizers, and no
-    preconditioner; ``skip_nonfinite=True`` leaves its step out.
+    A statistic that is not finite is dropped and counted. A refresh that fails keeps the previous
+    preconditioner. Either stops training after several failures in a row
+    (:class:`~hf_precond.optimizers.base.refresh.FailureRecord`). A gradient that is not finite
+    enters the weights and the fallback optimizer's moments as in torch's optimizers, and no
+    preconditioner; with ``skip_nonfinite=True`` the whole step is skipped.
 
     Args:
         param_groups: as for any torch optimizer.
-        blocks: what was found in the model.
+        structure: what was found in the model.
         config: the validated config.
 
     Raises:
         TypeError: built from parameters and fields alone, as torch's optimizers are.
-        ValueError: for complex parameters.
-        RuntimeError: at a step, for sparse gradients and for too many failures
-            in a row, with advice.
+        ValueError: for complex parameters, and where a matrix to be preconditioned is in none of
+            the parameter groups.
+        RuntimeError: at a step, for sparse gradients and for too many failures in a row, with
+            advice.
     """
 
-    finishes = False
-    """Whether :meth:`precondition` yields finished directions (the base rule keeps no state)."""
-
-    rates: Sequence[Any] = ()  # of the last step, by group: a scheduler may have spoken since
+    statistics: StatisticsSource | None = None
+    scaler: torch.amp.GradScaler | None = None
+    rates: Sequence[Any] = ()  # of the last step, by group: a scheduler may have changed them since
 
     def __init__(
         self,
@@ -81,28 +79,28 @@ class PrecondOptimizer(torch.optim.Optimizer):
         config: OptimizerConfig | None = None,
         **fields: Any,
     ) -> None:
-        if fields or not isinstance(structure, ModelStructure) or not isinstance(config, OptimizerConfig):
+        usable = isinstance(structure, ModelStructure) and isinstance(config, OptimizerConfig)
+        if fields or not usable:
             name = type(self).__name__
             raise TypeError(
-                f"{name}(param_groups, blocks, config) needs what was found in the model; build it "
-                f"with hf_precond.create_optimizer(model, {name.lower()!r}, lr=…)."
+                f"{name}(param_groups, structure, config) needs what was found in the model; build "
+                f"it with hf_precond.create_optimizer(model, {name.lower()!r}, lr=…)."
             )
+        assert structure is not None and config is not None
         self.config = config
         self.structure = structure
-        self.statistics: StatisticsSource | None = None
         self.counters: dict[str, int] = {}
         self.device_counters: dict[str, Tensor] = {}
         self.failures = FailureRecord()
-        self.scaler: torch.amp.GradScaler | None = None
         self.fallback: FallbackOptimizer = self.make_fallback()
         super().__init__(param_groups, group_defaults(config))
         self._bind()
         self._open()
 
-    # What a subclass says -------------------------------------------------
+    # What a subclass fills in -----------------------------------------------------
 
     def make_fallback(self) -> FallbackOptimizer:
-        """The rule for parameters without a preconditioner, and under one."""
+        """The optimizer of the parameters without a preconditioner, and of gradients with one."""
         return make_fallback(getattr(self.config, "base", "adamw"), self.config)
 
     def requests(self) -> Sequence[Request]:
@@ -110,47 +108,39 @@ class PrecondOptimizer(torch.optim.Optimizer):
         return ()
 
     def due(self, step: int) -> bool:
-        """Whether the passes before step number ``step`` (from 0) are to be collected."""
+        """Whether statistics are collected in the passes before step number ``step`` (from 0)."""
         return False
 
-    def allocate(self, bound: BoundMatrix) -> None:
-        """Make all state of one matrix that this class keeps itself, where it is missing."""
+    def allocate(self, bound: Any) -> None:
+        """Make the state of one matrix that this class keeps itself, where it is missing."""
 
-    def commit(self, statistics: Mapping[str, Statistic]) -> None:
-        """Put this step's statistics, summed over ranks, into running moments."""
+    def update_statistics(self, statistics: Mapping[str, Statistic]) -> None:
+        """Put this step's statistics, summed over ranks, into running averages."""
 
     def refresh(self) -> None:
         """Recompute the preconditioners that are due at step :attr:`steps`."""
 
-    def precondition(self, bound: Sequence[BoundMatrix]) -> Iterable[Preconditioned]:
-        """The gradients of these matrices (each has one), preconditioned.
+    def precondition(self, ready: Sequence[Any]) -> Iterable[Preconditioned]:
+        """What becomes of the gradients of these matrices or norm parameters (each has one).
 
-        A matrix left out goes through the base rule with its raw gradient.
+        The fallback optimizer steps those that are left out, by their raw gradients.
         """
         return ()
 
-    def step_others(self, views: Sequence[ParamView]) -> None:
-        """Step every leaf that is not a finished direction, by the base rule."""
-        self.fallback.update(views)
+    def uses_fallback(self, bound: Bound) -> bool:
+        """Whether the fallback optimizer steps this matrix, by any gradient, and so keeps state."""
+        return True
 
-    def allocate_fallback(self, views: Sequence[ParamView]) -> None:
-        """Make the base rule's state of these leaves, where it is missing."""
-        self.fallback.allocate_all(views)
-
-    # The step ---------------------------------------------------------------
+    # The step -----------------------------------------------------------------------
 
     @property
     def steps(self) -> int:
-        """Steps taken so far; the number of the step under way while in :meth:`step`."""
+        """Steps taken so far; inside :meth:`step` the number of the current one."""
         return self.param_groups[0]["step"]
-
-    @property
-    def _first(self) -> Tensor:
-        return next(parameter for group in self.param_groups for parameter in group["params"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step.
+        """Take one step.
 
         Args:
             closure: reevaluates the model and returns the loss.
@@ -167,16 +157,16 @@ class PrecondOptimizer(torch.optim.Optimizer):
         return loss
 
     def _step(self) -> None:
-        validation.refuse_sparse(self.param_groups, self.config.name)
-        self.locate(self.positions())
+        parameters.refuse_sparse(self.param_groups, self.config.name)
+        self._locate()
         for bound in self.bound:
             self.allocate(bound)
-        if validation.only_allocates(self.param_groups):
-            self.allocate_fallbacks()
+        if self._only_allocates():
+            self.allocate_fallback()
             return
         if self.config.skip_nonfinite and self._skips():
             return
-        self._commit_staged()
+        self._update_statistics()
         self.refresh()
         self.failures.check()
         rates = [group["lr"] for group in self.param_groups]
@@ -184,15 +174,24 @@ class PrecondOptimizer(torch.optim.Optimizer):
         self._apply()
         for group in self.param_groups:
             group["step"] += 1
-        self._announce()
+        self._enable_statistics()
 
-    def allocate_fallbacks(self) -> None:
-        """Make the base rule's state of everything that has a gradient and is stepped by it."""
-        self.allocate_fallback(self._raw_views(set(self.bound) if self.finishes else set(), {}))
+    def allocate_fallback(self) -> None:
+        """Make the fallback optimizer's state of everything with a gradient that it steps."""
+        stepped_here = {bound for bound in self.bound if not self.uses_fallback(bound)}
+        self.fallback.allocate(self._raw_views(stepped_here, {}))
+
+    def _only_allocates(self) -> bool:
+        """Whether this is a step of zero gradients and lr 0, by which checkpointing makes state."""
+        groups = self.param_groups
+        # To look at a rate that is a tensor may wait for a GPU: only before the first step.
+        if any((self.steps and isinstance(g["lr"], Tensor)) or g["lr"] != 0 for g in groups):
+            return False
+        return not any(bool(grad.count_nonzero()) for grad in parameters.gradients_of(groups))
 
     def _skips(self) -> bool:
-        """Whether this step is left out because a gradient is not finite; every rank alike."""
-        skips = not validation.are_finite(self.param_groups)
+        """Whether this step is skipped because a gradient is not finite; the same on every rank."""
+        skips = not all_finite(parameters.gradients_of(self.param_groups))
         self.failures.note("step", self.config.name, skips)
         if skips:
             self.count("skipped_steps")
@@ -200,110 +199,126 @@ class PrecondOptimizer(torch.optim.Optimizer):
                 self.statistics.drop()
         return skips
 
+    def _update_statistics(self) -> None:
+        if self.statistics is None or not self.due(self.steps):
+            return
+        collected = self.statistics.take()
+        if collectives.world_size() > 1:
+            collected = statistics_requests.all_reduce_statistics(
+                collected,
+                {r.key: statistics_requests.request_shape(r) for r in self.requests()},
+                compute_dtype(self._first.dtype),
+                self._first.device,
+            )
+        self.update_statistics(collected)
+        self.statistics.recycle()
+
     def _apply(self) -> None:
         ready = [bound for bound in self.bound if bound.weight.grad is not None]
-        done: set[BoundMatrix] = set()
-        finished: list[ParamView] = []
-        others: list[ParamView] = []
+        handled: set[Bound] = set()
+        directions: list[ParamView] = []
+        gradients: list[ParamView] = []
         gathered: dict[Tensor, Tensor] = {}
         for item in self.precondition(ready):
-            # A finished direction needs no state: an empty one must not appear in self.state.
-            state = {} if item.finished else self.state
-            views = item.bound.views(item.matrix, self.param_groups, state, gathered, item.parts)
-            (finished if item.finished else others).extend(views)
-            done.add(item.bound)
-        others.extend(self._raw_views(done, gathered))
-        if others:
-            self.step_others(others)
-        if finished:
-            descend(finished)
+            handled.add(item.bound)
+            if item.matrix is None:
+                continue
+            # A direction needs no state: an empty one must not appear in self.state.
+            state = self.state if item.kind == "gradient" else {}
+            args = (item.matrix, self.param_groups, state, gathered, item.parts)
+            (gradients if item.kind == "gradient" else directions).extend(item.bound.views(*args))
+        gradients.extend(self._raw_views(handled, gathered))
+        if gradients:
+            self.fallback.update(gradients)
+        if directions:
+            descend(directions)
         for parameter, whole in gathered.items():
             parameter.copy_(like(parameter, whole))
 
     def _raw_views(
-        self, done: set[BoundMatrix], gathered: dict[Tensor, Tensor]
+        self, handled: set[Bound], gathered: dict[Tensor, Tensor]
     ) -> list[ParamView]:
-        """Everything with a gradient outside ``done``, to be stepped by its raw gradient."""
-        taken = {position for bound in done for position in (bound.weight_position, bound.bias_position)}
+        """Everything with a gradient outside ``handled``, to be stepped by its raw gradient."""
+        taken = {id(parameter) for bound in handled for parameter in bound.parameters}
         views: list[ParamView] = []
-        for bound in self.bound + self._rest:
-            if bound.matrix.rows is not None:
-                taken |= {bound.weight_position, bound.bias_position}
-                if bound not in done:
+        for bound in (*self.bound, *self._remainders):
+            if isinstance(bound, BoundMatrix) and bound.fused:
+                taken |= {id(parameter) for parameter in bound.parameters}
+                if bound not in handled:
                     views += bound.raw_views(self.param_groups, self.state, gathered)
         views.extend(
             ParamView(parameter, parameter.grad, self.state[parameter], "", group)
-            for number, group in enumerate(self.param_groups)
-            for index, parameter in enumerate(group["params"])
-            if parameter.grad is not None and (number, index) not in taken
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None and id(parameter) not in taken
         )
         return views
 
-    def _commit_staged(self) -> None:
-        if self.statistics is None or not self.due(self.steps):
-            return
-        staged = self.statistics.take()
-        if collectives.world_size() > 1:
-            dtype, device = compute_dtype(self._first.dtype), self._first.device
-            shapes = {request.key: request_shape(request) for request in self.requests()}
-            staged = requests.all_reduce_statistics(staged, shapes, dtype, device)
-        self.commit(staged)
-        self.statistics.recycle()
+    # Binding to parameter groups and to the model --------------------------------------
 
-    # Binding to parameter groups and to the model ----------------------------
+    @property
+    def _first(self) -> Tensor:
+        return next(parameter for group in self.param_groups for parameter in group["params"])
 
-    def positions(self) -> dict[int, Position]:
-        """``id`` of every parameter held now to its group and index; not to be kept."""
-        return {
-            id(parameter): (number, index)
-            for number, group in enumerate(self.param_groups)
-            for index, parameter in enumerate(group["params"])
-        }
+    def _group_numbers(self) -> dict[int, int]:
+        """``id`` of every parameter held now to its group's number; not to be kept."""
+        groups = enumerate(self.param_groups)
+        return {id(parameter): number for number, group in groups for parameter in group["params"]}
 
-    def locate(self, positions: Mapping[int, Position]) -> None:
+    def _locate(self) -> None:
         """Find what is preconditioned again in parameter groups that may have changed."""
-        for bound in self.bound + self._rest:
-            bound.locate(positions)
-        self.watched.check(positions, self.bound, self.config.name)
+        groups = self._group_numbers()
+        for bound in (*self.bound, *self._remainders):
+            bound.locate(groups)
+        self.validator.check(groups, self.bound, self.config.name)
 
     def _bind(self) -> None:
-        """Find every matrix's place in the parameter groups."""
-        positions = self.positions()
-        self.watched = ParamGroupValidator(self.structure.owners, positions)
-        self.bound: list[BoundMatrix] = []
+        """Find the parameter groups of everything that is preconditioned."""
+        groups = self._group_numbers()
+        self.validator = ParamGroupValidator(self.structure.owners, groups)
+        self.bound: list[Any] = []
         for matrix in self.structure.matrices:
-            position = positions.get(id(matrix.weight_parameter))
-            if position is None:
-                raise ValueError(
-                    f"{matrix.name}: its weight is in none of the parameter groups; pass every "
-                    "trainable parameter of the model, or build with create_optimizer(model, …)."
-                )
             bias = matrix.bias_parameter
-            bias_position = None if bias is None else positions.get(id(bias))
-            self.bound.append(BoundMatrix(matrix, position, bias_position))
-        self._rest = fused_rests(self.bound)
+            bias_group = None if bias is None else groups.get(id(bias))
+            group = self._group_at_start(matrix.name, matrix.weight_parameter, groups)
+            self.bound.append(BoundMatrix(matrix, group, bias_group))
+        for norm in self.structure.norms:
+            if norm.parameter.requires_grad or id(norm.parameter) in groups:
+                group = self._group_at_start(norm.name, norm.parameter, groups)
+                self.bound.append(BoundNorm(norm, group))
+        self._remainders = parameters.fused_remainders(self.bound)
+
+    def _group_at_start(self, name: str, parameter: Tensor, groups: Mapping[int, int]) -> int:
+        if id(parameter) in groups:
+            return groups[id(parameter)]
+        raise ValueError(
+            f"{name}: it is in none of the parameter groups; pass every trainable "
+            "parameter of the model, freeze it, or build with create_optimizer(model, …)."
+        )
 
     def _open(self) -> None:
-        requests = self.requests()
-        structure = self.structure
+        requests, structure = self.requests(), self.structure
         if requests and structure.open is not None:
             self.statistics = structure.open(requests)
         elif requests and structure.model is not None:
             self.statistics = open_statistics(structure.model, requests)
         if self.scaler is not None:
             self.attach_scaler(self.scaler)
-        self._announce()
+        self._enable_statistics()
 
-    def _announce(self) -> None:
+    def _enable_statistics(self) -> None:
         if self.statistics is not None:
             self.statistics.enable(self.due(self.steps), self.steps)
 
     def attach_scaler(self, scaler: torch.amp.GradScaler) -> None:
-        """Tell the loss scaler of a float16 loop without a ``Trainer``.
+        """Name the loss scaler of a float16 loop that runs without a ``Trainer``.
 
-        Statistics of output gradients are then taken without the loss scale.
+        Statistics of output gradients are then divided by the loss scale.
         ``optimizer.zero_grad()`` (not ``model.zero_grad()``) drops those of a
         step that the scaler skipped.
+
+        Args:
+            scaler: the scaler.
         """
         self.scaler = scaler
         if self.statistics is not None:
@@ -313,15 +328,21 @@ class PrecondOptimizer(torch.optim.Optimizer):
         """Read ``model`` (whose parameters this optimizer holds) and install the hooks.
 
         A deep copy of an optimizer has none until this is called.
+
+        Args:
+            model: the model.
+
+        Raises:
+            RuntimeError: the optimizer was not built by ``create_optimizer``.
         """
         if self.structure.find is None:
             raise RuntimeError(
-                "attach: these blocks were made by hand; build the optimizer with "
-                "create_optimizer(model, …) instead."
+                "attach: this optimizer's model structure was made by hand; build the optimizer "
+                "with create_optimizer(model, …) instead."
             )
         self.close()
         self.structure = self.structure.find(model)
-        self.structure.routing = relabelled(self.routing, model, self.param_groups)
+        self.structure.routing = checkpoint.relabelled(self.routing, model, self.param_groups)
         self._bind()
         self._open()
 
@@ -331,65 +352,84 @@ class PrecondOptimizer(torch.optim.Optimizer):
             self.statistics.close()
             self.statistics = None
 
-    # What torch optimizers have -----------------------------------------------
+    # What torch optimizers have ----------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; without a block of theirs they go through the base rule."""
-        param_group.setdefault("step", self.param_groups[0]["step"] if self.param_groups else 0)
+        """Add parameters; the fallback optimizer steps those that no structure names.
+
+        Args:
+            param_group: as for any torch optimizer.
+
+        Raises:
+            ValueError: for complex parameters.
+        """
+        param_group.setdefault("step", self.steps if self.param_groups else 0)
         super().add_param_group(param_group)
-        validation.refuse_complex(self.param_groups[-1]["params"], self.config.name)
-        for parameter in self.param_groups[-1]["params"] if hasattr(self, "bound") else []:
-            self.routing.routes.append(added_route(len(self.param_groups) - 1, parameter))
+        added = self.param_groups[-1]["params"]
+        parameters.refuse_complex(added, self.config.name)
+        if hasattr(self, "bound"):
+            number = len(self.param_groups) - 1
+            self.routing.routes.extend(checkpoint.added_route(number, p) for p in added)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear gradients, and the statistics staged for a step that did not come."""
+        """Clear gradients, and the statistics collected for a step that did not come.
+
+        Args:
+            set_to_none: as for any torch optimizer.
+        """
         super().zero_grad(set_to_none)
         if self.statistics is not None:
             self.statistics.drop()
 
     def state_dict(self) -> dict[str, Any]:
-        """As of any torch optimizer, with what tells a checkpoint of another model or optimizer.
+        """As of any torch optimizer, with the identity that tells a checkpoint of another one.
 
-        Once there is state, every parameter has an entry.
+        Returns:
+            Plain values and tensors, which ``weights_only`` loads. Once there
+            is state, every parameter has an entry.
         """
-        own = identity(self.config, self.param_groups, self.routing)
-        forget_empty(self.state)
-        return complete(super().state_dict()) | {KEY: own}
+        own = checkpoint.identity(self.config, self.param_groups, self.routing)
+        checkpoint.forget_empty(self.state)
+        return checkpoint.complete(super().state_dict()) | {checkpoint.KEY: own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`'s output; every tensor keeps its own dtype.
+
+        Args:
+            state_dict: of this release or of an earlier one.
 
         Raises:
             ValueError: the state is of another model or optimizer, was saved
                 with other fields, or is not whole; nothing has been loaded.
         """
-        own = identity(self.config, self.param_groups, self.routing)
-        with restoring(self, lambda given: refuse_other(given, own)):
+        own = checkpoint.identity(self.config, self.param_groups, self.routing)
+        with checkpoint.restoring(self, own):
             super().load_state_dict(state_dict)
-        forget_empty(self.state)
+        checkpoint.forget_empty(self.state)
         if self.statistics is not None:
             self.statistics.drop()  # of a step that was given up
-        self._announce()
+        self._enable_statistics()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("config", "structure", "fallback", "counters", "device_counters", "failures", "bound")
-        state: dict[str, Any] = super().__getstate__()
-        return state | {name: self.__dict__[name] for name in (*own, "_rest", "watched")}
+        """A copy has its own statistics and counters, and no hooks until :meth:`attach`."""
+        own = ("config", "structure", "fallback", "counters", "device_counters", "failures")
+        held = {name: self.__dict__[name] for name in (*own, "bound", "_remainders", "validator")}
+        return super().__getstate__() | held
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.__dict__.setdefault("statistics", None)
-        self.__dict__.setdefault("scaler", None)
-
-    # What a person sees ---------------------------------------------------------
+    # What a person sees --------------------------------------------------------------------
 
     @property
     def routing(self) -> RoutingTable:
-        """Every parameter, how it is treated, and why."""
+        """Every parameter, how it is stepped, and why."""
         return self.structure.routing
 
     def count(self, name: str, by: int | Tensor = 1) -> None:
-        """Add to a counter that :meth:`diagnostics` shows; a tensor is added on its device."""
+        """Add to a counter that :meth:`diagnostics` shows.
+
+        Args:
+            name: the counter's name.
+            by: a number, or a tensor that is added on its device.
+        """
         if isinstance(by, Tensor):
             held = self.device_counters.get(name)
             self.device_counters[name] = by.clone() if held is None else held + by

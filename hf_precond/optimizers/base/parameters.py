@@ -1,34 +1,56 @@
-"""A tensor that a base rule steps: a parameter, or the rows of a fused one."""
+"""Parameters as the optimizers step them: views, matrices bound to their groups, and checks."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from hf_precond.architectures.structure import LayerMatrix, RowSelection
+from hf_precond.architectures.structure import LayerMatrix, NormParameter, Owner, RowSelection
 from hf_precond.distributed.collectives import full, is_sharded, like
 from hf_precond.linalg.products import compute_dtype
 
 Item = TypeVar("Item")
+Groups = Sequence[Mapping[str, Any]]
+Parts = tuple[Tensor, Tensor | None]
+
+PATIENCE = 2
+"""Steps in which another optimizer would move an unfrozen parameter (AdamR's first moves none)."""
+
+UNFROZEN = (
+    "{name}: {count} parameters ({first}, …) were frozen when the optimizer was made, have "
+    "gradients now and are in none of its parameter groups: it does not train them. Call "
+    "optimizer.add_param_group({{'params': […]}}) and then optimizer.attach(model), or make the "
+    "optimizer before layers are frozen."
+)
+TIED = (
+    "{name} has become {other} since the optimizer was made (tie_weights): a tied weight is "
+    "stepped otherwise. Tie the weights before, or build a new optimizer now."
+)
+RESHAPED = (
+    "the state {name!r} of a parameter has shape {held} and {wanted} is needed: the parameter was "
+    "resized, tied or pruned after the optimizer's first step (resize_token_embeddings, "
+    "tie_weights). Do that before, or build a new optimizer now."
+)
 
 
 @dataclass(eq=False)
 class ParamView:
-    """What a rule needs to step one tensor.
+    """A parameter, or the rows of a fused one, with what it takes to step it.
 
     Args:
-        param: the tensor to change in place; a view where a parameter is
-            fused.
-        grad: its gradient, or the preconditioned gradient that stands for it.
+        param: the tensor to change in place.
+        grad: its gradient, or what stands for it: a preconditioned gradient, a direction.
         state: the optimizer's state of the parameter.
         prefix: put before the names of the state (``"q."`` of a fused weight).
-        group: the parameter group: lr, weight_decay and the rule's constants.
-        seen: the shape that a rule for matrices reads, where it is not the
-            parameter's: rows interleaved per head lie in ``[groups, rows, in]``.
+        group: the parameter group: ``lr``, ``weight_decay``, the fallback optimizer's constants.
+        matrix_shape: ``[out, in]``, where ``param`` is not two-dimensional: rows interleaved per
+            head lie in ``[groups, rows, in]``.
+        matrix: what the model says of the weight, where an optimizer asks for it.
     """
 
     param: Tensor
@@ -36,12 +58,13 @@ class ParamView:
     state: dict[str, Any]
     prefix: str
     group: dict[str, Any]
-    seen: tuple[int, ...] | None = None
+    matrix_shape: tuple[int, ...] | None = None
+    matrix: LayerMatrix | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """``[out, …]`` as a rule for matrices sees it."""
-        return tuple(self.param.shape) if self.seen is None else self.seen
+        """``[out, …]``, as an optimizer of matrices sees the parameter."""
+        return tuple(self.param.shape) if self.matrix_shape is None else self.matrix_shape
 
     def __contains__(self, name: str) -> bool:
         return self.prefix + name in self.state
@@ -54,37 +77,52 @@ class ParamView:
 
     def zeros(self, name: str) -> None:
         """Allocate state ``name`` like the parameter, in float32 (float64 for float64)."""
-        param, dtype = self.param, compute_dtype(self.param.dtype)
-        if name in self:
-            fit(self.state, self.prefix + name, param.shape, dtype, param.device)
-        else:
-            self[name] = torch.zeros_like(
-                param, dtype=dtype, memory_format=torch.contiguous_format
-            )
+        shape, dtype = tuple(self.param.shape), compute_dtype(self.param.dtype)
+        allocate(self.state, self.prefix + name, shape, dtype, self.param.device, self.param)
 
     def counter(self, name: str) -> None:
-        """Allocate a float32 count: where torch's AdamW reads it, on a GPU or on the host."""
+        """Allocate a float32 count where torch's AdamW reads it: on a GPU, or on the host."""
         device = self.param.device if self.param.is_cuda else torch.device("cpu")
-        if name in self:
-            fit(self.state, self.prefix + name, (), torch.float32, device)
-        else:
-            self[name] = torch.zeros((), dtype=torch.float32, device=device)
+        allocate(self.state, self.prefix + name, (), torch.float32, device)
 
 
-def fit(
-    held: dict[str, Any],
+def allocate(
+    state: dict[str, Any],
     name: str,
     shape: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
+    parameter: Tensor | None = None,
 ) -> None:
-    """Let a tensor of the state follow its parameter, converted or moved since the last step.
+    """Make a zero tensor of the state where it is missing; otherwise see :func:`fit`.
+
+    Args:
+        state: holds it, changed in place.
+        name: its name there.
+        shape: what is needed.
+        dtype: the same.
+        device: the same.
+        parameter: what it is to be sharded like.
+    """
+    if name in state:
+        fit(state, name, shape, dtype, device)
+    elif parameter is None:
+        state[name] = torch.zeros(tuple(shape), dtype=dtype, device=device)
+    else:
+        layout = torch.contiguous_format
+        state[name] = torch.zeros_like(parameter, dtype=dtype, memory_format=layout)
+
+
+def fit(
+    state: dict[str, Any], name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Convert or move a tensor of the state as its parameter was since the last step.
 
     Kernels that take a state of another size than the parameter's would write
     beyond its memory.
 
     Args:
-        held: the state that holds it, changed in place.
+        state: holds it, changed in place.
         name: its name there.
         shape: what the parameter has now.
         dtype: the same.
@@ -93,20 +131,13 @@ def fit(
     Raises:
         RuntimeError: it has another shape.
     """
-    tensor: Tensor = held[name]
+    tensor: Tensor = state[name]
     if tuple(tensor.shape) != tuple(shape):
-        raise RuntimeError(reshaped(name, tensor.shape, shape))
+        raise RuntimeError(
+            RESHAPED.format(name=name, held=tuple(tensor.shape), wanted=tuple(shape))
+        )
     if tensor.dtype != dtype or tensor.device != device:
-        held[name] = tensor.to(device=device, dtype=dtype)
-
-
-def reshaped(name: str, held: Sequence[int], wanted: Sequence[int]) -> str:
-    """What is said where a parameter's state does not fit it any more."""
-    return (
-        f"the state {name!r} of a parameter has shape {tuple(held)} and {tuple(wanted)} is needed: "
-        "the parameter was resized, tied or pruned after the optimizer's first step "
-        "(resize_token_embeddings, tie_weights). Do that before, or build a new optimizer now."
-    )
+        state[name] = tensor.to(device=device, dtype=dtype)
 
 
 def grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> list[list[Item]]:
@@ -118,66 +149,100 @@ def grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> list[list[Item
 
 
 def in_batches(items: Sequence[Item], size: int, limit: int) -> Iterator[Sequence[Item]]:
-    """The items in runs of at most ``limit`` elements, one item at least; each has ``size``."""
+    """Runs of items, each of ``size`` elements, that have at most ``limit`` together (one item
+    at least)."""
     length = max(1, limit // size)
     for start in range(0, len(items), length):
         yield items[start : start + length]
 
 
 def by_group(views: Sequence[ParamView]) -> list[list[ParamView]]:
-    """Leaves of one parameter group, dtype, device and mesh together."""
-    return grouped(
-        views,
-        lambda view: (
-            id(view.group),
-            view.param.dtype,
-            view.param.device,
-            getattr(view.param, "device_mesh", None),
-        ),
-    )
+    """Views of one parameter group, dtype, device and mesh together."""
+
+    def key(view: ParamView) -> tuple[Any, ...]:
+        param = view.param
+        mesh = getattr(param, "device_mesh", None)
+        return id(view.group), param.dtype, param.device, mesh
+
+    return grouped(views, key)
 
 
-Position = tuple[int, int]
-Parts = tuple[Tensor, Tensor | None]
-
-
-def position_of(name: str, parameter: Tensor, positions: Mapping[int, Position]) -> Position:
-    """Where a parameter sits now.
+def group_of(name: str, parameter: Tensor, groups: Mapping[int, int]) -> int:
+    """The number of the parameter group that holds a parameter now.
 
     Args:
-        name: what it belongs to, for the message.
+        name: the layer or parameter, for the message.
         parameter: the parameter, as the model holds it.
-        slots: ``id`` of every parameter of the groups to its group and index.
+        groups: ``id`` of every parameter in the groups to its group's number.
 
     Raises:
-        RuntimeError: it is in none of the groups any more. Stepped anyway, the
-            preconditioned layers would train without the others.
+        RuntimeError: none holds it any more. Its layer would silently stop training.
     """
-    if id(parameter) not in positions:
+    if id(parameter) not in groups:
         raise RuntimeError(
             f"{name}: its parameter is in none of the parameter groups any more. It was replaced "
             "since the optimizer was made (by load_state_dict(assign=True), say, or fully_shard "
             "without accelerate's prepare): build the optimizer afterwards; or taken out of its "
             "group: freeze it with requires_grad_(False) instead."
         )
-    return positions[id(parameter)]
+    return groups[id(parameter)]
+
+
+@dataclass(eq=False)
+class BoundNorm:
+    """A channel-wise parameter with the number of its parameter group.
+
+    Args:
+        norm: the parameter.
+        group: the number.
+    """
+
+    norm: NormParameter
+    group: int
+    fused = False
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter as the module holds it now."""
+        return self.norm.parameter
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What a step of this item changes."""
+        return [self.norm.parameter]
+
+    def locate(self, groups: Mapping[int, int]) -> None:
+        """Find the group again; see :func:`group_of`."""
+        self.group = group_of(self.norm.name, self.weight, groups)
+
+    def views(
+        self,
+        direction: Tensor,
+        groups: Sequence[dict[str, Any]],
+        state: dict[Tensor, dict[str, Any]],
+        gathered: dict[Tensor, Tensor],
+        parts: Parts | None = None,
+    ) -> list[ParamView]:
+        """``direction``, shaped like the parameter, as its one view."""
+        held = state.setdefault(self.weight, {})
+        return [ParamView(self.weight, direction, held, "", groups[self.group])]
 
 
 @dataclass(eq=False)
 class BoundMatrix:
-    """A matrix with its place: group and index, which survive a swap of the parameters.
+    """A matrix with the numbers of the parameter groups of its weight and bias.
 
-    Groups may be changed between steps: :meth:`locate`.
+    Groups may change between steps: :meth:`locate`.
 
     Args:
         matrix: the matrix.
-        weight_slot: group and index of the weight.
-        bias_slot: group and index of the bias, ``None`` without one.
+        group: number of the weight's group.
+        bias_group: number of the bias's group; ``None`` where no group holds one.
     """
 
     matrix: LayerMatrix
-    weight_position: Position
-    bias_position: Position | None
+    group: int
+    bias_group: int | None
 
     @property
     def prefix(self) -> str:
@@ -190,8 +255,19 @@ class BoundMatrix:
         return self.matrix.weight_parameter
 
     @property
+    def parameters(self) -> list[Tensor]:
+        """What a step of this matrix changes, if it has gradients: weight and bias."""
+        bias = None if self.bias_group is None else self.matrix.bias_parameter
+        return [self.weight] if bias is None else [self.weight, bias]
+
+    @property
+    def fused(self) -> bool:
+        """Whether the matrix is only some rows of its weight."""
+        return self.matrix.rows is not None
+
+    @property
     def bias_rests(self) -> bool:
-        """Whether the weight's step leaves the bias as it is: frozen since it was joined."""
+        """Whether the weight's step leaves the bias as it is: frozen since they were joined."""
         bias = self.matrix.bias_parameter
         return bias is not None and bias.grad is None and self.weight.grad is not None
 
@@ -200,11 +276,11 @@ class BoundMatrix:
         """The dtype of the mathematics: float64 for float64 weights, else float32."""
         return compute_dtype(self.weight.dtype)
 
-    def locate(self, positions: Mapping[int, Position]) -> None:
-        """Find weight and bias again in groups that may have changed; see :func:`position_of`."""
-        self.weight_position = position_of(self.matrix.name, self.weight, positions)
+    def locate(self, groups: Mapping[int, int]) -> None:
+        """Find the groups of weight and bias again; see :func:`group_of`."""
+        self.group = group_of(self.matrix.name, self.weight, groups)
         bias = self.matrix.bias_parameter
-        self.bias_position = None if bias is None else positions.get(id(bias))
+        self.bias_group = None if bias is None else groups.get(id(bias))
 
     def gradient(self) -> Tensor | None:
         """``[dW | db]``, ``[out, in(+1)]`` in ``dtype``, gathered; ``None`` without a gradient."""
@@ -217,63 +293,82 @@ class BoundMatrix:
     def views(
         self,
         matrix: Tensor,
-        groups: list[dict[str, Any]],
+        groups: Sequence[dict[str, Any]],
         state: dict[Tensor, dict[str, Any]],
         gathered: dict[Tensor, Tensor],
         parts: Parts | None = None,
     ) -> list[ParamView]:
-        """``matrix`` ([out, in(+1)]) as the leaves of weight and bias, each with its group.
+        """A gradient or direction as views of weight and bias, those that have a gradient.
 
-        Rows of a sharded fused weight have no view in the shards: their leaf
+        Rows of a sharded fused weight have no view in the shards: their view
         steps a copy gathered into ``gathered``, to be scattered afterwards.
-        ``parts``, where they are known: those of ``matrix``.
+
+        Args:
+            matrix: ``[out, in(+1)]``.
+            groups: the optimizer's parameter groups.
+            state: the optimizer's state.
+            gathered: sharded fused weights to their gathered copies; added to.
+            parts: ``matrix`` as weight and bias parts, where they are known.
         """
         weight_part, bias_part = self.matrix.split(matrix) if parts is None else parts
-        weight = self.weight
-        found = [(weight, weight_part, self.weight_position)] if weight.grad is not None else []
-        bias = self.matrix.bias_parameter
-        if bias is not None and bias.grad is None:  # frozen since the matrix was found
-            bias = None
-        if bias is not None and bias_part is not None and self.bias_position is not None:
-            found.append((bias, bias_part, self.bias_position))
         views = []
-        for parameter, part, position in found:
-            held: Tensor = parameter
-            if self.matrix.rows is not None and is_sharded(parameter):
+        if self.weight.grad is not None:
+            group = groups[self.group]
+            views.append(self._view(self.weight, weight_part, group, state, gathered))
+        bias = self.matrix.bias_parameter
+        trains = bias is not None and bias.grad is not None and self.bias_group is not None
+        if trains and bias_part is not None:
+            assert bias is not None and self.bias_group is not None
+            group = groups[self.bias_group]
+            views.append(self._view(bias, bias_part, group, state, gathered))
+        return views
+
+    def _view(
+        self,
+        parameter: Tensor,
+        part: Tensor,
+        group: dict[str, Any],
+        state: dict[Tensor, dict[str, Any]],
+        gathered: dict[Tensor, Tensor],
+    ) -> ParamView:
+        whole, is_weight, shape = parameter, parameter is self.weight, None
+        if self.fused:
+            shape = self.matrix.shape if is_weight else self.matrix.shape[:1]
+            if is_sharded(parameter):
                 if parameter not in gathered:
                     gathered[parameter] = full(parameter).clone()
-                held = gathered[parameter]
-            group = groups[position[0]]
-            is_weight = parameter is weight
-            target = self.matrix.target(held) if is_weight else self.matrix.bias_view(held)
-            held_state = state.setdefault(parameter, {})
-            view = ParamView(target, like(target, part), held_state, self.prefix, group)
-            if self.matrix.rows is not None:
-                view.seen = self.matrix.shape if is_weight else self.matrix.shape[:1]
-            views.append(view)
-        return views
+                whole = gathered[parameter]
+        target = self.matrix.target(whole) if is_weight else self.matrix.bias_view(whole)
+        held = state.setdefault(parameter, {})
+        return ParamView(target, like(target, part), held, self.prefix, group, shape)
 
     def raw_views(
         self,
-        groups: list[dict[str, Any]],
+        groups: Sequence[dict[str, Any]],
         state: dict[Tensor, dict[str, Any]],
         gathered: dict[Tensor, Tensor],
     ) -> list[ParamView]:
-        """The leaves of weight and bias with their raw gradients, those of them that have one.
+        """Views of weight and bias with their raw gradients, those of them that have one.
 
-        A fused weight is always split in its parts, so that its state has one
-        layout whatever its parts' treatment.
+        A fused weight is always split into its parts, so that its state has
+        one layout whichever parts are preconditioned.
         """
-        weight, bias = self.weight, self.matrix.bias_parameter
-        if weight.grad is None and (bias is None or bias.grad is None):
+        parameters = [self.weight, self.matrix.bias_parameter]
+        if all(p is None or p.grad is None for p in parameters):
             return []
         gradients = [
-            torch.zeros_like(full(p.detach())) if p.grad is None else full(p.grad)
-            for p in (weight, bias)
-            if p is not None
-        ]
-        matrix = self.matrix.join(*gradients, *[None] * (bias is None))
+            None if p is None
+            else torch.zeros_like(full(p.detach())) if p.grad is None
+            else full(p.grad)
+            for p in parameters
+        ]  # fmt: skip
+        assert gradients[0] is not None
+        matrix = self.matrix.join(gradients[0], gradients[1])
         return self.views(matrix.to(self.dtype), groups, state, gathered)
+
+
+Bound = BoundMatrix | BoundNorm
+Kind = Literal["gradient", "direction", "applied"]
 
 
 @dataclass(eq=False)
@@ -281,16 +376,16 @@ class Preconditioned:
     """What a preconditioner made of one matrix's gradient.
 
     Args:
-        placed: the matrix.
-        matrix: ``[out, in(+1)]``.
-        finished: a direction to descend along (decay decoupled) instead of a
-            gradient for the base rule.
+        bound: the matrix or norm parameter.
+        matrix: ``[out, in(+1)]``, or shaped like the norm parameter; ``None`` for ``applied``.
+        kind: ``gradient``, for the fallback optimizer; ``direction``, to descend along with
+            decoupled weight decay; ``applied`` where the parameters were changed already.
         parts: ``matrix`` as its weight and bias parts, where they are known.
     """
 
-    bound: BoundMatrix
-    matrix: Tensor
-    finished: bool = False
+    bound: Bound
+    matrix: Tensor | None
+    kind: Kind = "gradient"
     parts: Parts | None = None
 
 
@@ -330,7 +425,7 @@ def _alike(bound: Sequence[BoundMatrix]) -> bool:
     first = bound[0].matrix
     for item in bound:
         matrix, bias = item.matrix, item.matrix.bias_parameter
-        if matrix.rows is not None or is_sharded(item.weight) or matrix.layout != first.layout:
+        if item.fused or is_sharded(item.weight) or matrix.layout != first.layout:
             return False
         if item.weight.shape != bound[0].weight.shape or (bias is None) != (first.bias is None):
             return False
@@ -339,18 +434,131 @@ def _alike(bound: Sequence[BoundMatrix]) -> bool:
     return True
 
 
-def fused_rests(bound: Sequence[BoundMatrix]) -> list[BoundMatrix]:
-    """The rows of fused weights that no matrix of ``placed`` holds: the base rule's."""
-    fused: dict[Position, list[BoundMatrix]] = {}
-    for item in bound:
-        if item.matrix.rows is not None:
-            fused.setdefault(item.weight_position, []).append(item)
-    rests = []
-    for parts in fused.values():
+def fused_remainders(bound: Sequence[Bound]) -> list[BoundMatrix]:
+    """The rows of fused weights that no matrix of ``bound`` holds: the fallback optimizer's."""
+    fused = [item for item in bound if isinstance(item, BoundMatrix) and item.fused]
+    remainders = []
+    for parts in grouped(fused, lambda item: id(item.weight)):
         selections = [part.matrix.rows for part in parts if part.matrix.rows is not None]
         for number, rows in enumerate(RowSelection.complement(selections)):
             owner = parts[0].matrix
             name = f"{owner.name.split('[')[0]}[rest{number}]"
-            rest = LayerMatrix(name, owner.module, owner.weight, owner.bias, owner.layout, rows)
-            rests.append(BoundMatrix(rest, parts[0].weight_position, parts[0].bias_position))
-    return rests
+            matrix = LayerMatrix(name, owner.module, owner.weight, owner.bias, owner.layout, rows)
+            remainders.append(BoundMatrix(matrix, parts[0].group, parts[0].bias_group))
+    return remainders
+
+
+def gradients_of(groups: Groups) -> list[Tensor]:
+    """Every gradient there is, in the order of the parameter groups."""
+    return [p.grad for group in groups for p in group["params"] if p.grad is not None]
+
+
+def refuse_complex(parameters: Iterable[Tensor], name: str) -> None:
+    """Refuse complex parameters.
+
+    Args:
+        parameters: of a parameter group.
+        name: the optimizer's, for the message.
+
+    Raises:
+        ValueError: for a complex one, with what to do.
+    """
+    for parameter in parameters:
+        if parameter.is_complex():
+            raise ValueError(
+                f"{name}: complex parameters are not supported (shape {tuple(parameter.shape)}); "
+                "store real and imaginary parts as two tensors."
+            )
+
+
+def refuse_sparse(groups: Groups, name: str) -> None:
+    """Refuse sparse gradients.
+
+    Args:
+        groups: parameter groups.
+        name: the optimizer's, for the message.
+
+    Raises:
+        RuntimeError: for a sparse gradient, with what to do.
+    """
+    for gradient in gradients_of(groups):
+        if gradient.is_sparse:
+            raise RuntimeError(
+                f"{name}: sparse gradients are not supported (a parameter of shape "
+                f"{tuple(gradient.shape)} has one); build its nn.Embedding with sparse=False."
+            )
+
+
+class ParamGroupValidator:
+    """Checks at every step that the parameter groups hold what the model trains.
+
+    Modules are kept, no parameters.
+
+    Args:
+        owners: name, module and attribute of the model's parameters.
+        groups: ``id`` of every parameter in the groups to its group's number.
+    """
+
+    def __init__(self, owners: Sequence[Owner], groups: Mapping[int, int]) -> None:
+        held = [(owner, _parameter(owner)) for owner in owners]
+        self.stepped = [owner for owner, p in held if p is not None and id(p) in groups]
+        self.frozen = [owner for owner, p in held if p is not None and not p.requires_grad]
+        self.checksums: dict[str, list[tuple[float, float]]] = {}  # of unfrozen ones, by step
+
+    def check(self, groups: Mapping[int, int], bound: Sequence[Bound], name: str) -> None:
+        """Refuse parameters that were replaced or tied; warn once of those that were unfrozen.
+
+        Args:
+            groups: as they are now.
+            bound: what is preconditioned.
+            name: the optimizer's.
+
+        Raises:
+            RuntimeError: see :func:`group_of`; or a matrix has become the
+                weight of two layers, whose gradient is a sum that the
+                statistics of neither describe.
+        """
+        first: dict[int, str] = {}
+        for owner in self.stepped:
+            parameter = _parameter(owner)
+            if parameter is None or not _trains(parameter):
+                continue
+            group_of(owner[0], parameter, groups)
+            other = first.setdefault(id(parameter), owner[0])
+            if other != owner[0] and any(item.weight is parameter for item in bound):
+                raise RuntimeError(TIED.format(name=owner[0], other=other))
+        if self.frozen:
+            self._warn_of_unfrozen(groups, name)
+
+    def _warn_of_unfrozen(self, groups: Mapping[int, int], name: str) -> None:
+        """Warn once of those that had gradients and did not change for :data:`PATIENCE` steps."""
+        held = [(owner[0], _parameter(owner)) for owner in self.frozen]
+        unfrozen = {
+            key: p for key, p in held if p is not None and _trains(p) and id(p) not in groups
+        }
+        # Another optimizer may step them, by fused kernels that leave their version as it is.
+        sums = {key: [*self.checksums.get(key, ()), _checksum(p)] for key, p in unfrozen.items()}
+        moved = {key for key, values in sums.items() if values[-1] != values[0]}
+        missing = [k for k, values in sums.items() if len(values) > PATIENCE and k not in moved]
+        done = moved | set(missing)
+        self.frozen = [owner for owner in self.frozen if owner[0] not in done]
+        self.checksums = {key: values for key, values in sums.items() if key not in done}
+        if missing:
+            message = UNFROZEN.format(name=name, count=len(missing), first=missing[0])
+            warnings.warn(message, stacklevel=2)
+
+
+def _parameter(owner: Owner) -> Tensor | None:
+    """The parameter as its module holds it now; ``None`` where it holds none of that name."""
+    _, module, attribute = owner
+    return module._parameters.get(attribute)
+
+
+def _checksum(parameter: Tensor) -> tuple[float, float]:
+    """Numbers that change with this rank's entries; read from the device at few steps only."""
+    local: Tensor = getattr(parameter, "_local_tensor", parameter).detach().double()
+    return float(local.sum()), float(local.square().sum())
+
+
+def _trains(parameter: Tensor) -> bool:
+    return parameter.requires_grad and parameter.grad is not None

@@ -1,39 +1,199 @@
-"""A refresh whose pieces are computed each by one rank, and known to all."""
+"""Refreshes that ranks share among themselves, in_parts where they fail, and failures in a row."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from hf_precond.distributed import collectives
 from hf_precond.linalg.factorization import Cause, cause
-from hf_precond.optimizers.base.failures import FailureRecord
 
 Item = TypeVar("Item")
 Number = float | Tensor
+
 KINDS = ("factor", "out_of_memory", "solver")
-"""How a piece can fail: its factor has no decomposition, or computing it broke off."""
+"""How a refresh fails: its factor has no decomposition, or computing it was interrupted."""
+
+MAX_FAILURES = 3
+"""Refreshes of one preconditioner in a row that may fail before training stops."""
+MAX_DROPPED = 10
+"""The same for statistics of one layer, gradients and steps."""
+LIMITS = {"statistic": MAX_DROPPED, "gradient": MAX_DROPPED, "step": MAX_DROPPED}
+
+ADVICE = {
+    "factor": (
+        "its factor could not be decomposed {limit} times in a row; it is close to singular, or "
+        "holds infinities or NaN. Lower the learning rate, raise `damping` (or `eps`), clip "
+        "gradients, or train in float32."
+    ),
+    "solver": (
+        "the solver library failed at its refresh {limit} times in a row. Raise `damping` (or "
+        "`eps`), lower the learning rate, or set max_dim below the layer's width."
+    ),
+    "out_of_memory": (
+        "memory ran out at its refresh {limit} times in a row, also with this matrix alone. Lower "
+        "the batch size or `max_dim`, or keep the factors in state_dtype='bfloat16'."
+    ),
+    "statistic": (
+        "its statistics were not finite {limit} times in a row, so its activations or gradients "
+        "hold infinities or NaN. If the loss is NaN too, the weights are lost: go back to a "
+        "checkpoint, lower the learning rate or warm up longer, and set skip_nonfinite=True so "
+        "that no bad batch reaches the weights; otherwise train in float32 or bfloat16."
+    ),
+    "gradient": (
+        "{limit} updates of the factors in a row met a gradient that is not finite, or too large "
+        "to square. If the loss is NaN, the weights are lost: go back to a checkpoint, lower the "
+        "learning rate or warm up longer, and set skip_nonfinite=True so that no bad batch "
+        "reaches the weights; otherwise clip gradients."
+    ),
+    "step": (
+        "{limit} steps in a row had gradients that are not finite and were skipped "
+        "(skip_nonfinite=True). Every batch gives them, so the weights or the data are at fault: "
+        "look at the data, go back to a checkpoint, lower the learning rate or clip gradients."
+    ),
+}
+"""What the message says after the name, by what failed."""
+
+
+class FailureRecord:
+    """Counts failures in a row by name, and stops training where there are too many.
+
+    On a CPU an outcome is judged at once. What only an accelerator knows is
+    counted there and copied to the host without waiting; it is judged at the
+    first :meth:`check` that finds the copy done. A copy of an optimizer starts
+    counting anew.
+    """
+
+    def __init__(self) -> None:
+        self._on_host: dict[tuple[str, str], int] = {}
+        self._on_device: dict[tuple[str, str], Tensor] = {}
+        self._changed = False
+        self._copies: list[tuple[list[tuple[str, str]], Tensor, torch.cuda.Event]] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+    def note(self, kind: str, name: str, failed: bool) -> None:
+        """Record the outcome of an attempt that the host knows.
+
+        Args:
+            kind: a key of :data:`ADVICE`.
+            name: the matrix, for the message.
+            failed: whether it failed.
+
+        Raises:
+            RuntimeError: too many in a row, with advice.
+        """
+        failures = self._on_host.get((kind, name), 0) + 1 if failed else 0
+        self._on_host[kind, name] = failures
+        self._judge(kind, name, failures)
+
+    def watch(self, kind: str, names: Sequence[str], failed: Tensor) -> None:
+        """Record outcomes that may be on a device, without waiting for it.
+
+        Args:
+            kind: a key of :data:`ADVICE`.
+            names: the matrices.
+            failed: ``[len(names)]``, not zero where it failed.
+
+        Raises:
+            RuntimeError: see :meth:`note`.
+        """
+        if failed.device.type == "cpu":
+            for name, flag in zip(names, failed.tolist(), strict=True):
+                self.note(kind, name, bool(flag))
+            return
+        keys = [(kind, name) for name in names]
+        flags = failed.detach().ne(0).to(torch.int64)
+        for key in keys:
+            if key not in self._on_device or self._on_device[key].device != flags.device:
+                self._on_device[key] = flags.new_zeros(())
+        counts = [self._on_device[key] for key in keys]
+        torch._foreach_add_(counts, 1)
+        torch._foreach_mul_(counts, list(flags.unbind()))
+        self._changed = True
+
+    def check(self) -> None:
+        """Judge what has reached the host, and send what has changed since.
+
+        Raises:
+            RuntimeError: see :meth:`note`.
+        """
+        copies, self._copies = self._copies, []
+        for keys, values, done in copies:
+            if not done.query():
+                self._copies.append((keys, values, done))
+                continue
+            for (kind, name), failures in zip(keys, values.tolist(), strict=True):
+                self._judge(kind, name, failures)
+        if not self._changed or self._copies:
+            return
+        self._changed = False
+        devices: dict[torch.device, list[tuple[str, str]]] = {}
+        for key, count in self._on_device.items():
+            devices.setdefault(count.device, []).append(key)
+        for device, keys in devices.items():
+            counts = torch.stack([self._on_device[key] for key in keys])
+            values = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
+            values.copy_(counts, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(device))
+            self._copies.append((keys, values, done))
+
+    def _judge(self, kind: str, name: str, failures: int) -> None:
+        limit = LIMITS.get(kind, MAX_FAILURES)
+        if failures >= limit:
+            raise RuntimeError(f"{name}: {ADVICE[kind].format(limit=limit)}")
+
+
+def in_parts(
+    work: Callable[[Sequence[Item]], None], items: Sequence[Item], alone: bool = False
+) -> list[tuple[Item, Cause]]:
+    """``work(items)``; where that is interrupted, once more with each item on its own.
+
+    Args:
+        work: changes what it changes at its end, so that it can be called
+            again for some of the items when it has failed.
+        items: equal pieces of work.
+        alone: whether this is the second attempt.
+
+    Returns:
+        The items that failed on their own too, and why.
+    """
+    try:
+        work(items)
+        return []
+    except RuntimeError as error:
+        reason = cause(error)
+        if reason is None:
+            raise
+    # Only here are the frames of the failed attempt, and the memory they held, gone.
+    if reason == "out_of_memory" and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if alone:
+        return [(item, reason) for item in items]
+    return [failed for item in items for failed in in_parts(work, [item], alone=True)]
 
 
 class ShardedRefresh(Generic[Item]):
-    """What is due at one refresh, and which rank computes what.
+    """The items that are due at one refresh, and which rank computes which.
 
-    The costliest piece goes first, to the rank with the least to do. Every
-    rank must name the same pieces in the same order. What the owner finds on
-    the way (failures, counts) is told to all in one sum, so that counters,
-    and a stop after too many failures in a row, are the same everywhere.
+    The costliest item goes first, to the rank with the least to do. Every rank
+    must name the same items in the same order. Failures, counts and numbers
+    are summed over the ranks, so that counters, and a stop after too many
+    failures in a row, are the same everywhere.
 
     Args:
-        items: the pieces.
+        items: what is refreshed.
         costs: cost of each, any unit.
         device: where the sum over ranks runs.
         counters: names that :meth:`count` may be called with.
-        numbers: how many numbers of its own each piece has (:meth:`put`).
-        shared: whether ranks share the pieces out; every rank computes all of
-            them otherwise.
+        numbers: how many numbers of its own each item has (:meth:`put`).
+        shared: whether ranks share the items; every rank computes all of them
+            otherwise.
     """
 
     def __init__(
@@ -48,80 +208,80 @@ class ShardedRefresh(Generic[Item]):
         self.items, self.device = list(items), device
         self._shared = shared and collectives.world_size() > 1
         self._places = {id(item): place for place, item in enumerate(self.items)}
-        ranks = None if self._shared else 1
-        self._owners = collectives.owners(costs, ranks)
-        size = len(self.items)
-        self._counters = {name: len(KINDS) * size + n for n, name in enumerate(counters)}
-        self._numbers = len(KINDS) * size + len(counters)
-        # Numbers of the host stay there: one rank on a CPU pays nothing for all this.
-        self._values: list[Number] = [0.0] * (self._numbers + numbers * size)
+        self._owners = collectives.owners(costs, None if self._shared else 1)
+        # Numbers of the host stay there: one rank on a CPU pays nothing for the bookkeeping.
+        rows = (*KINDS, *range(numbers))
+        self._values: dict[Any, list[Number]] = {row: [0.0] * len(self.items) for row in rows}
+        self._counts: dict[str, Number] = dict.fromkeys(counters, 0.0)
 
     def mine(self) -> list[Item]:
-        """The pieces that this rank computes."""
-        return [item for item, owner in self._owned() if self._is_mine(owner)]
+        """The items that this rank computes."""
+        owned = zip(self.items, self._owners, strict=True)
+        return [item for item, rank in owned if not self._shared or collectives.is_mine(rank)]
 
-    def others(self) -> list[Item]:
-        """The pieces that other ranks compute."""
-        return [item for item, owner in self._owned() if not self._is_mine(owner)]
+    def attempt(self, work: Callable[[Sequence[Item]], None], items: Sequence[Item]) -> None:
+        """Compute some of this rank's items in one batch, and where that fails one by one.
 
-    def attempt(
-        self, work: Callable[[Sequence[Item]], None], items: Sequence[Item]
-    ) -> None:
-        """Compute some of this rank's pieces in one batch, and where that fails one by one.
-
-        Pieces that fail on their own too keep the preconditioner they have.
+        Items that fail on their own too keep the preconditioner they have.
 
         Args:
             work: as for :func:`in_parts`.
-            items: pieces of one shape.
+            items: items of one shape.
         """
-        for item, why in in_parts(work, items):
-            self._values[self._flag(why, item)] = 1.0
+        for item, reason in in_parts(work, items):
+            self._values[reason][self._places[id(item)]] = 1.0
 
     def fail(self, items: Sequence[Item], failed: Tensor | Sequence[bool]) -> None:
-        """Say of which pieces a factor could not be decomposed."""
+        """Say of which items a factor could not be decomposed."""
+        row = self._values["factor"]
         for item, flag in zip(items, _numbers(failed), strict=True):
-            place = self._flag("factor", item)
-            before = self._values[place]
+            before = row[self._places[id(item)]]
             if isinstance(flag, Tensor) and isinstance(before, Tensor):
                 flag = torch.maximum(before, flag)
-            self._values[place] = flag if isinstance(flag, Tensor) else flag or before
+            row[self._places[id(item)]] = flag if isinstance(flag, Tensor) else flag or before
 
     def count(self, name: str, by: Number = 1) -> None:
         """Add to a counter."""
-        on_gpu = isinstance(by, Tensor) and by.is_cuda
-        self._values[self._counters[name]] += by if on_gpu else float(by)
+        on_device = isinstance(by, Tensor) and by.device.type != "cpu"
+        self._counts[name] += by if on_device else float(by)
 
     def put(self, number: int, items: Sequence[Item], values: Tensor) -> None:
-        """Set a number of some of this rank's pieces."""
+        """Set a number of some of this rank's items."""
         for item, value in zip(items, _numbers(values), strict=True):
-            self._values[self._own(number, item)] = value
+            self._values[number][self._places[id(item)]] = value
 
     def number(self, number: int, item: Item) -> Number:
-        """A number of a piece, wherever it was computed; a 0-d tensor where that is a GPU."""
-        return self._values[self._own(number, item)]
+        """A number of an item, whichever rank computed it; a 0-d tensor on an accelerator."""
+        return self._values[number][self._places[id(item)]]
 
     def interrupted(self, item: Item) -> Number:
-        """1 where computing a piece broke off, else 0; after :meth:`share` wherever it was."""
-        flags = [self._values[self._flag(kind, item)] for kind in KINDS[1:]]
-        return flags[0] + flags[1]
+        """1 where computing an item was interrupted, else 0; after :meth:`share` on any rank."""
+        place = self._places[id(item)]
+        return self._values["out_of_memory"][place] + self._values["solver"][place]
 
     def share(self, results: Callable[[Item], Sequence[Tensor]]) -> None:
-        """Give everybody the results of every piece, and what was found on the way.
+        """Send everybody the results of every item, the failures and the counts.
 
         Args:
-            results: the tensors that hold a piece's result; neighbours in
+            results: the tensors that hold an item's result; neighbours in
                 memory, in their order, are sent without a copy.
         """
         if not self._shared:
             return
         collectives.share([results(item) for item in self.items], self._owners)
-        known = [0.0 if isinstance(value, Tensor) else value for value in self._values]
+        rows = [*self._values.values(), list(self._counts.values())]
+        values = [value for row in rows for value in row]
+        known = [0.0 if isinstance(value, Tensor) else value for value in values]
         numbers = torch.tensor(known, dtype=torch.float64, device=self.device)
-        for place, value in enumerate(self._values):
+        for place, value in enumerate(values):
             if isinstance(value, Tensor):
                 numbers[place] = value
-        self._values = _numbers(collectives.total(numbers))
+        values = _numbers(collectives.total(numbers))
+        size = len(self.items)
+        for place, row in enumerate(self._values):
+            self._values[row] = values[place * size : (place + 1) * size]
+        tail = values[len(self._values) * size :]
+        self._counts = dict(zip(self._counts, tail, strict=True))
 
     def report(
         self,
@@ -130,13 +290,12 @@ class ShardedRefresh(Generic[Item]):
         count: Callable[[str, int | Tensor], None],
         zeros: bool = False,
     ) -> None:
-        """Hand failures and counts to the optimizer. Nothing is read from a GPU.
+        """Hand failures and counts to the optimizer. Nothing is read from a device.
 
-        Interrupted pieces count as ``refresh_out_of_memory`` and
-        ``refresh_solver``.
+        Interrupted items count as ``refresh_out_of_memory`` and ``refresh_solver``.
 
         Args:
-            failures: what counts failures in a row.
+            failures: the optimizer's record.
             name: an item's name, for the message.
             count: the optimizer's counter.
             zeros: name counters that counted nothing too.
@@ -144,69 +303,28 @@ class ShardedRefresh(Generic[Item]):
         Raises:
             RuntimeError: see :meth:`FailureRecord.note`.
         """
-        counts = {key: self._values[place] for key, place in self._counters.items()}
-        for kind in KINDS[1:]:
-            flags = [self._values[self._flag(kind, item)] for item in self.items]
-            counts[f"refresh_{kind}"] = sum(flags)
+        counts = dict(self._counts)
+        counts |= {f"refresh_{kind}": sum(self._values[kind]) for kind in KINDS[1:]}
         for key, value in counts.items():
             if isinstance(value, Tensor):
                 count(key, value.to(torch.int64))
-            elif value or (zeros and key in self._counters):
+            elif value or (zeros and key in self._counts):
                 count(key, int(value))
         for kind in KINDS:
-            for item in self.items:
-                flag = self._values[self._flag(kind, item)]
-                if isinstance(flag, Tensor):
-                    failures.watch(kind, [name(item)], flag[None])
-                else:
+            flagged = list(zip(self.items, self._values[kind], strict=True))
+            for item, flag in flagged:
+                if not isinstance(flag, Tensor):
                     failures.note(kind, name(item), bool(flag))
-
-    def _is_mine(self, owner: int) -> bool:
-        return not self._shared or collectives.is_mine(owner)
-
-    def _owned(self) -> list[tuple[Item, int]]:
-        return list(zip(self.items, self._owners, strict=True))
-
-    def _flag(self, kind: str, item: Item) -> int:
-        return KINDS.index(kind) * len(self.items) + self._places[id(item)]
-
-    def _own(self, number: int, item: Item) -> int:
-        return self._numbers + number * len(self.items) + self._places[id(item)]
-
-
-def in_parts(
-    work: Callable[[Sequence[Item]], None], items: Sequence[Item], last: bool = False
-) -> list[tuple[Item, Cause]]:
-    """``work(items)``; where that fails by :func:`cause`, once more with each item on its own.
-
-    Args:
-        work: changes what it changes at its end, so that it can be called
-            again for some of the items when it has failed.
-        items: equal pieces of work.
-        last: whether this is the last attempt already.
-
-    Returns:
-        The items that failed on their own too, and why.
-    """
-    try:
-        work(items)
-        return []
-    except RuntimeError as error:
-        found = cause(error)
-        if found is None:
-            raise
-    # Only here are the frames of the failed attempt, and what they held, gone.
-    if found == "out_of_memory" and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-    if last:
-        return [(item, found) for item in items]
-    return [failed for item in items for failed in in_parts(work, [item], last=True)]
+            known = [(name(item), flag) for item, flag in flagged if isinstance(flag, Tensor)]
+            if known:
+                names, flags = zip(*known, strict=True)
+                failures.watch(kind, names, torch.stack(flags))
 
 
 def _numbers(values: Tensor | Sequence[bool]) -> list[Number]:
-    """Each value: on the host where it is there, else as a 0-d tensor."""
+    """Each value: a number where the host knows it, else a 0-d tensor."""
     if not isinstance(values, Tensor):
         return [float(value) for value in values]
-    if values.is_cuda:
+    if values.device.type != "cpu":
         return list(values.to(torch.float64).unbind())
     return [float(value) for value in values.tolist()]

@@ -112,7 +112,7 @@ class NKFAC(PrecondOptimizer):
 
     # Statistics -------------------------------------------------------------------
 
-    def commit(self, statistics: Mapping[str, Statistic]) -> None:
+    def update_statistics(self, statistics: Mapping[str, Statistic]) -> None:
         """One update of every factor that has a statistic."""
         factors = [factor for bound in self.bound for factor in self.factors(bound)]
         found = [(f, statistics[f.key].sum, statistics[f.key].count)

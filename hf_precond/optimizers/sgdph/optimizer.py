@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from hf_precond.architectures.structure import NormParameter
 from hf_precond.distributed import collectives
-from hf_precond.optimizers.base.fallback import descend
 from hf_precond.optimizers.base.optimizer import PrecondOptimizer
 from hf_precond.optimizers.base.parameters import (
+    Bound,
+    BoundNorm,
     ParamView,
-    Position,
+    Preconditioned,
     by_group,
     grouped,
-    position_of,
 )
 from hf_precond.optimizers.sgdph import directions
 from hf_precond.optimizers.sgdph.config import SGDPHConfig
 from hf_precond.statistics.requests import CurvatureRequest, CurvatureSource, Statistic
-
-
-@dataclass(eq=False)
-class BoundNorm:
-    """A channel-wise parameter with its place in the parameter groups.
-
-    Args:
-        norm: the parameter.
-        slot: group and index.
-    """
-
-    norm: NormParameter
-    position: Position
 
 
 class SGDPH(PrecondOptimizer):
@@ -121,19 +106,19 @@ class SGDPH(PrecondOptimizer):
                 CurvatureRequest(
                     c.norm.name, c.norm, self.config.probe, autocast=self.config.probe_autocast
                 )
-                for c in self.channels
+                for c in self.bound
             ]
-        cycle = len(self.channels)
+        cycle = len(self.bound)
         # The authors never use the curvature of the last one, so it is not probed.
         return [
             CurvatureRequest(c.norm.name, c.norm, self.config.probe, cycle, turn, autocast=True)
-            for turn, c in enumerate(self.channels[:-1])
+            for turn, c in enumerate(self.bound[:-1])
         ]
 
     def due(self, step: int) -> bool:
         """Every ``probe_interval`` steps; in reference mode all but the last of a cycle."""
         if self.config.reference:
-            return step % len(self.channels) != len(self.channels) - 1
+            return step % len(self.bound) != len(self.bound) - 1
         return step % self.config.probe_interval == 0
 
     def curvature_context(self) -> AbstractContextManager[None]:
@@ -171,12 +156,12 @@ class SGDPH(PrecondOptimizer):
         if self.statistics is not None:
             cast(CurvatureSource, self.statistics).observe(loss, scale=scale)
 
-    def commit(self, statistics: Mapping[str, Statistic]) -> None:
+    def update_statistics(self, statistics: Mapping[str, Statistic]) -> None:
         """Put the probes into the running averages."""
         ranks = collectives.world_size()
         decay = self.config.momentum if self.config.reference else self.config.stat_decay
-        names = [c.norm.name for c in self.channels if c.norm.name in statistics]
-        views = [self._leaf(c) for c in self.channels if c.norm.name in statistics]
+        names = [c.norm.name for c in self.bound if c.norm.name in statistics]
+        views = [self._view(c) for c in self.bound if c.norm.name in statistics]
         for view in views:
             directions.allocate(view, self.config.base)
         lost: dict[str, Tensor] = {}
@@ -195,23 +180,30 @@ class SGDPH(PrecondOptimizer):
         self.count_dropped("dropped_probes", lost)
         self.count("probes")
 
-    def step_others(self, views: Sequence[ParamView]) -> None:
-        """Channel-wise parameters by their curvature, the others by the base rule."""
-        channels, rest = self._partition(views)
-        if rest:
-            self.fallback.update(rest)
-        for view in channels:
+    def precondition(self, ready: Sequence[BoundNorm]) -> Iterable[Preconditioned]:
+        """Directions of the channel-wise parameters by their curvature."""
+        stepped = {id(bound) for bound in self._stepped()}
+        views = {bound: self._view(bound) for bound in ready if id(bound) in stepped}
+        for view in views.values():
             directions.allocate(view, self.config.base)
-        directions.advance_moments(channels, self.config.base)
-        for batch in by_group(channels):
-            descend(directions.with_directions(batch, self._directions(batch)))
+        directions.advance_moments(list(views.values()), self.config.base)
+        bound_of = {id(view): bound for bound, view in views.items()}
+        for batch in by_group(list(views.values())):
+            for view, direction in zip(batch, self._directions(batch), strict=True):
+                yield Preconditioned(bound_of[id(view)], direction, "direction")
 
-    def allocate_fallback(self, views: Sequence[ParamView]) -> None:
-        """Make the state of these leaves, where it is missing."""
-        channels, rest = self._partition(views)
-        super().allocate_fallback(rest)
-        for view in channels:
-            directions.allocate(view, self.config.base)
+    def allocate(self, bound: BoundNorm) -> None:
+        """Make the state of a parameter that has a gradient, where it is missing."""
+        if bound.weight.grad is not None and not self.uses_fallback(bound):
+            directions.allocate(self._view(bound), self.config.base)
+
+    def uses_fallback(self, bound: Bound) -> bool:
+        """The authors' last parameter only."""
+        return bound not in self._stepped()
+
+    def _stepped(self) -> list[BoundNorm]:
+        """The parameters that are stepped by their curvature."""
+        return self.bound[:-1] if self.config.reference else self.bound
 
     def _directions(self, batch: Sequence[ParamView]) -> list[Tensor]:
         if self.config.base == "adamw":
@@ -221,45 +213,13 @@ class SGDPH(PrecondOptimizer):
 
     def _cycle(self) -> int | None:
         """The authors' n at the step under way; ``None`` outside reference mode."""
-        return (self.steps + 1) // len(self.channels) + 1 if self.config.reference else None
+        return (self.steps + 1) // len(self.bound) + 1 if self.config.reference else None
 
-    def _partition(self, views: Sequence[ParamView]) -> tuple[list[ParamView], list[ParamView]]:
-        """Leaves stepped by their curvature, and the others."""
-        stepped = self.channels[:-1] if self.config.reference else self.channels
-        held = {id(channel.norm.parameter) for channel in stepped}
-        channels: list[ParamView] = []
-        rest: list[ParamView] = []
-        for view in views:
-            (channels if id(view.param) in held else rest).append(view)
-        return channels, rest
-
-    def _leaf(self, channel: BoundNorm) -> ParamView:
-        parameter = channel.norm.parameter
+    def _view(self, bound: BoundNorm) -> ParamView:
+        parameter = bound.weight
         grad = torch.empty(0) if parameter.grad is None else parameter.grad
-        group = self.param_groups[channel.position[0]]
+        group = self.param_groups[bound.group]
         return ParamView(parameter, grad, self.state[parameter], "", group)
-
-    def locate(self, positions: Mapping[int, Position]) -> None:
-        super().locate(positions)
-        for channel in self.channels:
-            channel.position = position_of(channel.norm.name, channel.norm.parameter, positions)
-
-    def _bind(self) -> None:
-        super()._bind()
-        positions = self.positions()
-        self.channels: list[BoundNorm] = []
-        for norm in self.structure.norms:
-            position = positions.get(id(norm.parameter))
-            if position is not None:
-                self.channels.append(BoundNorm(norm, position))
-            elif norm.parameter.requires_grad:
-                raise ValueError(
-                    f"{norm.name}: it is in none of the parameter groups; pass every trainable "
-                    "parameter of the model, freeze it, or build with create_optimizer(model, …)."
-                )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"channels": self.channels}
 
     def diagnostics(self) -> dict[str, float]:
         """Counters, and of the last step of the norm parameters:
@@ -271,7 +231,7 @@ class SGDPH(PrecondOptimizer):
         """
         values = super().diagnostics()
         with torch.no_grad():
-            views = [self._leaf(channel) for channel in self.channels]
+            views = [self._view(channel) for channel in self.bound]
             values.update(self._norm_diagnostics([x for x in views if "curvature" in x]))
         return values
 

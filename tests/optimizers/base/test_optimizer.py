@@ -22,10 +22,11 @@ class Doubling(PrecondOptimizer):
 class Finishing(PrecondOptimizer):
     """Descends along the gradient itself."""
 
-    finishes = True
+    def uses_fallback(self, bound):
+        return False
 
     def precondition(self, bound):
-        return [Preconditioned(item, item.gradient(), finished=True) for item in bound]
+        return [Preconditioned(item, item.gradient(), "direction") for item in bound]
 
 
 class Idle(PrecondOptimizer):

@@ -20,8 +20,8 @@ LAYERS = {
 def bound(kind, dtype=torch.float32):
     torch.manual_seed(0)
     make, fields = LAYERS[kind]
-    position = (0, 1) if "bias" in fields else None
-    items = [BoundMatrix(LayerMatrix(f"l{n}", make().to(dtype), **fields), (0, 0), position)
+    bias_group = 0 if "bias" in fields else None
+    items = [BoundMatrix(LayerMatrix(f"l{n}", make().to(dtype), **fields), 0, bias_group)
              for n in range(3)]  # fmt: skip
     for item in items:
         for parameter in item.matrix.module.parameters():

@@ -1,11 +1,17 @@
-"""Whose state a checkpoint holds: saved with it, and compared before anything is loaded."""
+"""An optimizer's state in checkpoints: its layout, whose it is, and what earlier releases wrote.
+
+The one place that knows checkpoint layouts. A state dict holds tensors and plain values alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_precond.architectures.structure import Route, RoutingTable
@@ -13,17 +19,20 @@ from hf_precond.config.base import OptimizerConfig
 
 KEY = "hf_precond"
 """Where a state dict holds :func:`identity`."""
-
+STATELESS = "stateless"
+"""What stands in a state dict for a parameter that has no state of its own."""
+RENAMED: dict[str, str] = {}
+"""Name of a state in release 0.1 to its name now."""
+DROPPED: frozenset[str] = frozenset()
+"""Names of states in release 0.1 that are no longer kept."""
 SHOWN = 3
 """Differences that a message names."""
 
 Groups = Sequence[Mapping[str, Any]]
 
 
-def identity(
-    config: OptimizerConfig, groups: Groups, routing: RoutingTable
-) -> dict[str, Any]:
-    """What must be equal where the state is loaded.
+def identity(config: OptimizerConfig, groups: Groups, routing: RoutingTable) -> dict[str, Any]:
+    """What must be equal where a state is loaded.
 
     Args:
         config: the optimizer's.
@@ -59,28 +68,129 @@ def added_route(number: int, parameter: Tensor) -> Route:
 
 
 def relabelled(routing: RoutingTable, model: nn.Module, groups: Groups) -> RoutingTable:
-    """The routing of a model read anew, with the names of the groups its parameters are in.
+    """The routing of a model that was read again, with the groups that hold its parameters.
 
     Args:
         routing: of ``model``, its parameters in no group yet.
         model: the model.
-        groups: the optimizer's; what they hold beside the model's parameters is listed too.
+        groups: the optimizer's; parameters that are not the model's are listed too.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    labels = {
-        names[id(parameter)]: group.get("name", "")
-        for group in groups
-        for parameter in group["params"]
-        if id(parameter) in names
-    }
+    labels, added = {}, []
+    for number, group in enumerate(groups):
+        for parameter in group["params"]:
+            if id(parameter) in names:
+                labels[names[id(parameter)]] = group.get("name", "")
+            else:
+                added.append(added_route(number, parameter))
     routes = [replace(route, group=labels.get(route.name, "")) for route in routing]
-    added = [
-        added_route(number, parameter)
-        for number, group in enumerate(groups)
-        for parameter in group["params"]
-        if id(parameter) not in names
-    ]
     return RoutingTable(routes + added)
+
+
+def complete(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """``state_dict`` with an entry for every parameter, unless nothing has state yet.
+
+    A bias stepped with its weight has no state of its own, and a strict
+    ``torch.distributed.checkpoint.state_dict.set_state_dict`` refuses a
+    trainable parameter without any. The entry is ``{"stateless": 1}``;
+    :func:`restored` removes it again.
+
+    Args:
+        state_dict: of a torch optimizer; changed in place.
+    """
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # what GPUs are still writing to the host belongs to the state
+    state = state_dict["state"]
+    if any(state.values()):
+        for group in state_dict["param_groups"]:
+            for index in group["params"]:
+                if not state.get(index):
+                    state[index] = {STATELESS: 1}
+    return state_dict
+
+
+def forget_empty(state: MutableMapping[Tensor, dict[str, Any]]) -> None:
+    """Remove entries without content, which looking a parameter's state up leaves behind.
+
+    One of a parameter that was since swapped for another would have no index.
+
+    Args:
+        state: an optimizer's state; changed in place.
+    """
+    for parameter in [parameter for parameter, held in state.items() if not held]:
+        del state[parameter]
+
+
+@contextmanager
+def restoring(optimizer: torch.optim.Optimizer, own: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, ``load_state_dict`` of torch gives every parameter :func:`restored` state.
+
+    Torch's own is cast to the parameter's dtype. Ours is made of what the
+    optimizer's pre-hooks have made of the state dict, and its post-hooks see it.
+
+    Args:
+        optimizer: the one that loads.
+        own: its :func:`identity`.
+
+    Raises:
+        ValueError: see :func:`refuse_other`; nothing has been loaded.
+    """
+    given: list[Mapping[str, Any]] = []
+
+    def before(_: Any, state_dict: dict[str, Any]) -> None:
+        refuse_other(state_dict, own)
+        given.append(state_dict)
+
+    def after(_: Any) -> None:
+        state, groups = given[-1]["state"], given[-1]["param_groups"]
+        saved = [index for group in groups for index in group["params"]]
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for index, parameter in zip(saved, held, strict=True):
+            if index in state:
+                optimizer.state[parameter] = restored(state[index], parameter)
+
+    handles = [
+        optimizer.register_load_state_dict_pre_hook(before),
+        optimizer.register_load_state_dict_post_hook(after, prepend=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def restored(saved: Mapping[str, Any], parameter: Tensor, prefix: str = "") -> dict[str, Any]:
+    """One parameter's state from a state dict: own copies, on the parameter's device.
+
+    torch's flattened checkpoints return a mapping in a mapping where a name
+    has a dot (``q.exp_avg`` of a fused weight); the names are joined again.
+    Names of release 0.1 are translated.
+
+    Args:
+        saved: the parameter's entry.
+        parameter: the parameter.
+        prefix: put before the names.
+    """
+    state: dict[str, Any] = {}
+    for name, value in saved.items():
+        if isinstance(value, Mapping):
+            state |= restored(value, parameter, f"{prefix}{name}.")
+            continue
+        part, dot, last = f"{prefix}{name}".rpartition(".")
+        if last not in DROPPED and last != STATELESS:
+            last = RENAMED.get(last, last)
+            state[part + dot + last] = _copied(last, value, parameter)
+    return state
+
+
+def _copied(name: str, value: Any, parameter: Tensor) -> Any:
+    if not isinstance(value, Tensor):
+        return copy.deepcopy(value)
+    on_host = name.endswith("_energy") or (name.endswith("step") and not parameter.is_cuda)
+    # A GPU's fused AdamW reads its step counts on the device, wherever the file was mapped to.
+    device = "cpu" if on_host and value.dim() == 0 else parameter.device
+    return value.detach().clone().to(device=device)
 
 
 def refuse_other(state_dict: Mapping[str, Any], own: Mapping[str, Any]) -> None:
