@@ -110,7 +110,7 @@ class FailureRecord:
         flags = failed.detach().ne(0).to(torch.int64)
         for key in keys:
             if key not in self._on_device or self._on_device[key].device != flags.device:
-                self._on_device[key] = flags.new_zeros(())
+                self._on_device[key] = torch.zeros((), dtype=flags.dtype, device=flags.device)
         counts = [self._on_device[key] for key in keys]
         torch._foreach_add_(counts, 1)
         torch._foreach_mul_(counts, list(flags.unbind()))

@@ -130,7 +130,7 @@ def directions(optimizer):
     with torch.no_grad():
         for bound in optimizer.bound:
             optimizer.allocate(bound)
-        optimizer._commit_staged()
+        optimizer._update_statistics()
         optimizer.refresh()
         found = {}
         for treatment in optimizer.plan.treatments:
