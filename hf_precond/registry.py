@@ -15,8 +15,7 @@ from hf_precond.architectures.structure import ModelStructure, RoutingTable
 from hf_precond.config.base import OptimizerConfig
 from hf_precond.distributed.strategies import unsupported_strategy
 from hf_precond.optimizers.adamr.config import AdamRConfig
-from hf_precond.optimizers.adamr.optimizer import AdamR
-from hf_precond.optimizers.adamr.selection import every_matrix
+from hf_precond.optimizers.adamr.optimizer import AdamR, every_matrix
 from hf_precond.optimizers.afopt.config import AFOptConfig
 from hf_precond.optimizers.afopt.optimizer import AFOpt
 from hf_precond.optimizers.afopt.selection import attention_matrices

@@ -218,6 +218,24 @@ def off_diagonal_energy(
     return beside / (beside + on).clamp_min(1.0)
 
 
+def rotate(
+    side: str,
+    rotation: Tensor,
+    matrix: Tensor,
+    workspace: Workspace | None = None,
+    role: str = "rotated moment",
+) -> Tensor:
+    """``Pᵀ M`` on the left, ``M P`` on the right.
+
+    With a workspace the result's memory is taken over by the next call of the
+    same role and shape.
+    """
+    out = (workspace or Workspace()).take(role, matrix.shape, matrix)
+    if side == "left":
+        return product(rotation.mT, matrix, out)
+    return product(matrix, rotation, out)
+
+
 def overlap(rotation: Tensor) -> Tensor:
     """``P ∘ P``, doubly stochastic: how much of an old coordinate a new one holds."""
     return rotation.square()

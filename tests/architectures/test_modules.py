@@ -24,7 +24,7 @@ from hf_precond.architectures.modules import (
     tied_names,
 )
 from hf_precond.optimizers.adamr.config import AdamRConfig
-from hf_precond.optimizers.adamr.selection import every_matrix
+from hf_precond.optimizers.adamr.optimizer import every_matrix
 from tests.architectures.families import FAMILIES, build
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_precond.architectures.structure import ModelStructure
 from hf_precond.optimizers.adamr.config import AdamRConfig
-from hf_precond.optimizers.adamr.selection import every_matrix
+from hf_precond.optimizers.adamr.optimizer import every_matrix
 from hf_precond.optimizers.afopt.config import AFOptConfig
 from hf_precond.optimizers.afopt.selection import attention_matrices
 from hf_precond.optimizers.nkfac.config import NKFACConfig

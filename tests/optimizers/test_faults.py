@@ -303,20 +303,20 @@ def test_memory_that_runs_out_while_a_basis_turns_changes_nothing(transport, sid
     model, optimizer = make_both("adamr", transport=transport)
     train("bert", model, optimizer, 4)
     bases = optimizer.fallback.bases
-    view = optimizer._leaf(optimizer.bound[3])
-    chosen = Batch([view], optimizer.fallback.plan(view))
-    plain, outcomes = rotation_refresh.turn, []
+    view = optimizer._view(optimizer.bound[3])
+    chosen = Batch([view], optimizer.fallback.tiling(view))
+    plain, outcomes = rotation_refresh.eigenbasis.rotate, []
     for number in range(5):
         calls, attempts = itertools.count(), itertools.count()
 
-        def turn(*args, calls=calls, attempts=attempts, number=number):
+        def rotate(*args, calls=calls, attempts=attempts, number=number):
             if next(calls) >= number and next(attempts) < 2:
                 raise ERRORS["out_of_memory"]
             return plain(*args)
 
-        monkeypatch.setattr(rotation_refresh, "turn", turn)
+        monkeypatch.setattr(rotation_refresh.eigenbasis, "rotate", rotate)
         before = everything(optimizer)
-        outcomes.append(side in bases.refresh([rotation_refresh.DueRefresh(chosen, 0, (), (side,))]))
+        outcomes.append(side in bases.refresh([rotation_refresh.RefreshItem(chosen, 0, (), (side,))]))
         if not outcomes[-1]:
             equal(before, everything(optimizer))
             bases.failures = FailureRecord()

@@ -8,7 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_precond.architectures.structure import LayerMatrix
+from hf_precond.architectures.modules import find_matrices
+from hf_precond.architectures.parameters import ParameterSurvey
+from hf_precond.architectures.structure import (
+    LayerMatrix,
+    ModelStructure,
+)
 from hf_precond.optimizers.adamr.config import AdamRConfig
 from hf_precond.optimizers.adamr.rotated_adam import RotatedAdam
 from hf_precond.optimizers.base.optimizer import PrecondOptimizer
@@ -81,7 +86,7 @@ class AdamR(PrecondOptimizer):
             found = {side: statistics.get(f"{bound.matrix.name}.{side}") for side in kinds}
             seen = {side: f for side, f in found.items() if f is not None}
             if kinds and len(seen) == len(kinds):
-                whole[self._leaf(bound)] = bound.matrix.name, seen
+                whole[self._view(bound)] = bound.matrix.name, seen
         self.fallback.allocate(list(whole))
         for view, (name, seen) in whole.items():
             bad = self.fallback.observe(view, {s: mean_of(f.sum, f.count) for s, f in seen.items()})
@@ -95,13 +100,13 @@ class AdamR(PrecondOptimizer):
         matrix = bound.matrix
         if self.config.basis_source == "gradient" or not is_featured(matrix):
             return {}
-        plan = self.fallback.plan(self._leaf(bound))
-        if plan.tiles > 1:
+        tiling = self.fallback.tiling(self._view(bound))
+        if tiling.tiles > 1:
             return {}
         kinds: dict[str, Moment] = {"left": "output_grad", "right": "input"}
         if matrix.layout == "transposed":
             kinds = {"left": "input", "right": "output_grad"}
-        return {side: kinds[side] for side in plan.sides}
+        return {side: kinds[side] for side in tiling.sides}
 
     # The step ---------------------------------------------------------------------
 
@@ -113,8 +118,8 @@ class AdamR(PrecondOptimizer):
             view.matrix = matrices.get(view.param)
         return views
 
-    def _leaf(self, bound: BoundMatrix) -> ParamView:
-        """A whole weight as a leaf, for its state; there may be no gradient yet."""
+    def _view(self, bound: BoundMatrix) -> ParamView:
+        """A whole weight as a view, for its state; there may be no gradient yet."""
         group = self.param_groups[bound.group]
         weight = bound.weight
         gradient: Tensor = weight if weight.grad is None else weight.grad
@@ -127,3 +132,29 @@ def is_featured(matrix: LayerMatrix) -> bool:
     hidden = type(matrix.module).__name__ == "NonDynamicallyQuantizableLinear"
     layered = isinstance(matrix.module, FEATURED) or matrix.layout == "transposed"
     return whole and layered and not hidden
+
+
+def every_matrix(model: nn.Module, config: Any) -> ModelStructure:
+    """For AdamR: every trainable parameter of two or more dimensions, whole, without bias.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    survey = ParameterSurvey(model)
+    matrices, treated, reasons = [], {}, {}
+    for matrix in find_matrices(model):
+        matrix.bias = None
+        (name,) = survey.matrix_names(matrix)
+        if min(matrix.shape) == 1:
+            reasons[name] = "a single row or column"
+        elif matrix.weight.endswith("bias"):  # of experts, a row each
+            reasons[name] = "bias"
+        else:
+            matrices.append(matrix)
+            treated[name] = survey.describe(name)
+    if not matrices:
+        raise ValueError(
+            "adamr: no trainable parameter of this model has two dimensions, so nothing would be "
+            "rotated; unfreeze a matrix, or use --optim adamw_torch."
+        )
+    return survey.structure(config, treated, reasons, matrices=matrices)

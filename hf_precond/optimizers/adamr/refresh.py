@@ -11,14 +11,141 @@ from torch import Tensor
 
 from hf_precond.linalg import eigenbasis, factorization
 from hf_precond.linalg.workspace import Workspace
-from hf_precond.optimizers.adamr.batch import Batch
+from hf_precond.optimizers.adamr.batch import Batch, host_tensor
 from hf_precond.optimizers.adamr.config import AdamRConfig
-from hf_precond.optimizers.adamr.products import turn
-from hf_precond.optimizers.adamr.schedule import Due, RefreshSchedule
-from hf_precond.optimizers.adamr.state import host_tensor
 from hf_precond.optimizers.adamr.tiling import Tiling
 from hf_precond.optimizers.base.parameters import ParamView, grouped
 from hf_precond.optimizers.base.refresh import FailureRecord, ShardedRefresh
+
+ORTHOGONALIZE_EVERY = 8
+"""Refreshes of a basis between two corrections of its orthogonality."""
+PHASES = 4096
+"""Steps of an interval that turns are spread over, so that an endless one has no endless lists."""
+
+
+@dataclass(frozen=True, eq=False)
+class DueBasis:
+    """One basis of a view at the step of its turn.
+
+    Args:
+        view: the view.
+        side: ``left`` or ``right``.
+        cost: of a step that turns it, any unit.
+    """
+
+    view: ParamView
+    side: str
+    cost: float
+
+    @property
+    def waited(self) -> int:
+        """Steps since it turned last."""
+        waited: int = self.view["step"] - self.view[f"{self.side}_turned"]
+        return waited
+
+
+class RefreshSchedule:
+    """Spreads the turns of bases over the steps, so that no step is much longer than the others.
+
+    Kept in a view's state, for each rotated side: ``left_phase``, the step of
+    an interval on which it turns; ``left_clean``, the interval of
+    :data:`ORTHOGONALIZE_EVERY` in which it is made orthogonal again; ``left_turned``,
+    Adam's step at which it turned last.
+
+    The phases are spread by cost when the state is made. Bases that are left
+    as they are make their steps short and the others too long by comparison,
+    so a step that has more to turn than an average one puts some off to the
+    next.
+
+    Args:
+        interval: steps between two turns of a basis, >= 1.
+    """
+
+    def __init__(self, interval: int) -> None:
+        self.interval = interval
+
+    def spread(
+        self,
+        new: Sequence[tuple[ParamView, Tiling]],
+        present: Sequence[tuple[ParamView, Tiling]] = (),
+    ) -> None:
+        """Give new bases their steps, the costliest first.
+
+        Args:
+            new: views at their first call, with the tiling of each.
+            present: those that have their steps.
+        """
+        loads = [0.0] * min(self.interval, PHASES)
+        cleans = [[0.0] * ORTHOGONALIZE_EVERY for _ in loads]
+        for view, tiling in present:
+            for side, cost in tiling.turn_cost.items():
+                # A new view's steps begin to count one call from now.
+                place = (view[f"{side}_phase"] - view["step"] - 1) % self.interval
+                if place < len(loads):
+                    loads[place] += cost
+                    cleans[place][view[f"{side}_clean"]] += cost
+        costs = [(cost, view, s) for view, tiling in new for s, cost in tiling.turn_cost.items()]
+        for cost, view, side in sorted(costs, key=lambda found: -found[0]):
+            phase = min(range(len(loads)), key=loads.__getitem__)
+            clean = min(range(ORTHOGONALIZE_EVERY), key=cleans[phase].__getitem__)
+            loads[phase] += cost
+            cleans[phase][clean] += cost
+            view[f"{side}_phase"], view[f"{side}_clean"] = phase, clean
+            view[f"{side}_turned"] = 0
+
+    def orthogonalizes(self, view: ParamView, side: str) -> bool:
+        """Whether a basis that turns at this step is made orthogonal again."""
+        clean: int = view[f"{side}_clean"]
+        return view["step"] // self.interval % ORTHOGONALIZE_EVERY == clean
+
+    def due(self, tiled: Sequence[tuple[ParamView, Tiling]]) -> list[DueBasis]:
+        """The bases whose step of the interval it is, of views past their first interval."""
+        found = []
+        for view, tiling in tiled:
+            place = view["step"] % self.interval
+            if view["step"] >= self.interval:
+                sides = [side for side in tiling.sides if place == view[f"{side}_phase"]]
+                found += [DueBasis(view, side, tiling.turn_cost[side]) for side in sides]
+        return found
+
+    def average(self, tiled: Sequence[tuple[ParamView, Tiling]]) -> float:
+        """Cost of an average step: all bases but those that did not turn for two intervals."""
+        total = 0.0
+        for view, tiling in tiled:
+            oldest = view["step"] - 2 * self.interval
+            for side, cost in tiling.turn_cost.items():
+                total += cost if view[f"{side}_turned"] > oldest else 0.0
+        return total / self.interval
+
+    def postpone(self, stale: Sequence[DueBasis], average: float) -> list[DueBasis]:
+        """Leave to the next steps what makes this one longer than an average one.
+
+        Those that have waited longest turn first, one of them at least. A
+        basis of cost c turns while the load before it is at most ``average -
+        c / interval``: were that exceeded at each of ``interval`` steps, the
+        others would cost more than all together do, so nobody waits longer.
+        With an ``interval`` of 1 all turn.
+
+        Args:
+            stale: the bases that are due and not good any more.
+            average: see :meth:`average`.
+
+        Returns:
+            Those that turn at this step.
+        """
+        turning: list[DueBasis] = []
+        load, rounding = 0.0, 1e-9 * average
+        for due in sorted(stale, key=lambda due: due.waited, reverse=True):
+            room = average - due.cost / self.interval + rounding
+            if self.interval == 1 or not turning or load <= room:
+                turning.append(due)
+                load += due.cost
+                due.view[f"{due.side}_turned"] = due.view["step"]
+            else:
+                phase = due.view[f"{due.side}_phase"]
+                due.view[f"{due.side}_phase"] = (phase + 1) % self.interval
+        return turning
+
 
 CHECK_EVERY = 8
 """Steps between two looks at what a GPU says of its gradients."""
@@ -30,11 +157,11 @@ COUNTERS = ("basis_refreshes", *(f"basis_{retry}" for retry in factorization.RET
 
 
 @dataclass(eq=False)
-class DueRefresh:
-    """A leaf that has bases whose turn it is.
+class RefreshItem:
+    """A view that has bases whose turn it is.
 
     Args:
-        batch: the batch that the leaf is stepped in.
+        batch: the batch that the view is stepped in.
         place: its place there.
         measured: the sides whose off-diagonal energy is due.
         stale: the sides that are refreshed.
@@ -47,18 +174,18 @@ class DueRefresh:
 
     @property
     def view(self) -> ParamView:
-        """The leaf."""
+        """The view."""
         return self.batch.views[self.place]
 
     @property
     def name(self) -> str:
-        """The leaf and its sides, for messages."""
+        """The view and its sides, for messages."""
         return name_of(self.view, " and ".join(self.stale or self.measured))
 
     @property
     def cost(self) -> float:
         """Of its refreshes, in multiplications; a skipped one takes a look at its factor."""
-        cost = self.batch.plan.refresh_cost
+        cost = self.batch.tiling.refresh_cost
         size = self.batch.views[self.place].param.numel()
         return sum(cost[side] for side in self.stale) + 10.0 * size * len(self.measured)
 
@@ -86,21 +213,21 @@ class BasisRefresh:
         self.calls = 0
         self.schedule = RefreshSchedule(config.basis_interval)
 
-    def decide(self, planned: Sequence[tuple[ParamView, Tiling]]) -> Chosen:
-        """Choose the bases that turn at this step, among those of all leaves that take it.
+    def decide(self, tiled: Sequence[tuple[ParamView, Tiling]]) -> Chosen:
+        """Choose the bases that turn at this step, among those of all views that take it.
 
         A basis whose turn it is stays as it is while the off-diagonal energy
         found at its previous turn was below ``basis_tolerance``.
 
         Returns:
-            For each leaf with bases whose turn it is, whether each turns.
+            For each view with bases whose turn it is, whether each turns.
         """
         chosen: Chosen = {}
-        due = self.schedule.due(planned)
+        due = self.schedule.due(tiled)
         if not due:
             return chosen
         stale = [one for one in due if not self._energy(one) < self.config.basis_tolerance]
-        turning = self.schedule.put_off(stale, self.schedule.average(planned))
+        turning = self.schedule.postpone(stale, self.schedule.average(tiled))
         skipped = [one for one in due if one not in stale]
         self._count("basis_skipped", len(skipped))
         for one in (*skipped, *turning):
@@ -108,21 +235,21 @@ class BasisRefresh:
             self._strike(one)
         return chosen
 
-    def due(self, batch: Batch, chosen: Chosen) -> list[DueRefresh]:
-        """The leaves of a batch with bases that turn now."""
-        step, sides, places = batch.number("step"), batch.plan.sides, range(len(batch.views))
+    def due(self, batch: Batch, chosen: Chosen) -> list[RefreshItem]:
+        """The views of a batch with bases that turn now."""
+        step, sides, places = batch.number("step"), batch.tiling.sides, range(len(batch.views))
         if step < self.config.basis_interval:
-            return [DueRefresh(batch, n, (), sides) for n in places if step & (step - 1) == 0]
+            return [RefreshItem(batch, n, (), sides) for n in places if step & (step - 1) == 0]
         turns = []
         for place in places:
             turning = chosen.get(batch.views[place], {})
             measured = tuple(side for side in sides if side in turning)
             if measured:
                 stale = tuple(side for side in measured if turning[side])
-                turns.append(DueRefresh(batch, place, measured, stale))
+                turns.append(RefreshItem(batch, place, measured, stale))
         return turns
 
-    def _energy(self, due: Due) -> float:
+    def _energy(self, due: DueBasis) -> float:
         """The energy found at a basis' previous turn; NaN where it was not finite."""
         energy = due.view[f"{due.side}_energy"]
         value = float(energy)
@@ -131,7 +258,7 @@ class BasisRefresh:
             value = float(energy)
         return value
 
-    def _strike(self, due: Due) -> None:
+    def _strike(self, due: DueBasis) -> None:
         """Count how often in a row a basis was found not finite; stop where that goes on."""
         name = f"{due.side}_strikes"
         failed = math.isnan(float(due.view[f"{due.side}_energy"]))
@@ -170,7 +297,7 @@ class BasisRefresh:
         if not flags or self.calls % CHECK_EVERY == 0:
             self.failures.check()
 
-    def refresh(self, turns: Sequence[DueRefresh]) -> dict[str, Tensor]:
+    def refresh(self, turns: Sequence[RefreshItem]) -> dict[str, Tensor]:
         """Turn the bases that are due, every rank its share of them; the moments follow.
 
         Args:
@@ -186,7 +313,7 @@ class BasisRefresh:
         pieces = ShardedRefresh(turns, [turn.cost for turn in turns], device, COUNTERS, numbers=2)
         rotations: dict[str, Tensor] = {}
         for mine in grouped(pieces.mine(), lambda turn: id(turn.batch)):
-            for side in mine[0].batch.plan.sides:
+            for side in mine[0].batch.tiling.sides:
                 left = [t for t in mine if side in t.measured and side not in t.stale]
                 self._measure(left, side, pieces)
                 rotation = self._refresh([t for t in mine if side in t.stale], side, pieces)
@@ -198,13 +325,13 @@ class BasisRefresh:
         pieces.report(self.failures, lambda turn: turn.name, self._count)
         return rotations
 
-    def _refresh(self, turns: Sequence[DueRefresh], side: str, pieces: ShardedRefresh[DueRefresh]) -> Tensor | None:
-        """Turn one side of leaves of one batch; the rotation, where all of the batch turned."""
+    def _refresh(self, turns: Sequence[RefreshItem], side: str, pieces: ShardedRefresh[RefreshItem]) -> Tensor | None:
+        """Turn one side of views of one batch; the rotation, where all of the batch turned."""
         if not turns:
             return None
         batch, rotations = turns[0].batch, []
 
-        def work(chosen: Sequence[DueRefresh]) -> None:
+        def work(chosen: Sequence[RefreshItem]) -> None:
             part = batch.part([turn.place for turn in chosen])
             rotation, energies = self._turn(part, side, pieces)
             rotations.append(rotation)
@@ -212,11 +339,11 @@ class BasisRefresh:
                 self._put(chosen, side, energies, pieces)
 
         pieces.attempt(work, turns)
-        whole = len(rotations) == 1 and len(rotations[0]) == len(batch.views) * batch.plan.tiles
+        whole = len(rotations) == 1 and len(rotations[0]) == len(batch.views) * batch.tiling.tiles
         return rotations[0] if whole else None
 
-    def _measure(self, turns: Sequence[DueRefresh], side: str, pieces: ShardedRefresh[DueRefresh]) -> None:
-        """Off-diagonal energies of one side of leaves of one batch."""
+    def _measure(self, turns: Sequence[RefreshItem], side: str, pieces: ShardedRefresh[RefreshItem]) -> None:
+        """Off-diagonal energies of one side of views of one batch."""
         if not turns:
             return
         batch = turns[0].batch.part([turn.place for turn in turns])
@@ -224,13 +351,13 @@ class BasisRefresh:
         self._put(turns, side, eigenbasis.off_diagonal_energy(factor, self.workspace), pieces)
 
     def _put(
-        self, turns: Sequence[DueRefresh], side: str, energies: Tensor, pieces: ShardedRefresh[DueRefresh]
+        self, turns: Sequence[RefreshItem], side: str, energies: Tensor, pieces: ShardedRefresh[RefreshItem]
     ) -> None:
-        """Note the energies of one side of leaves of one batch."""
+        """Note the energies of one side of views of one batch."""
         number = ("left", "right").index(side)
         pieces.put(number, turns, energies.view(len(turns), -1).amax(1))
 
-    def _note_energies(self, pieces: ShardedRefresh[DueRefresh]) -> None:
+    def _note_energies(self, pieces: ShardedRefresh[RefreshItem]) -> None:
         """Keep energies on the host, where they are read an interval later."""
         found = []
         for number, side in enumerate(("left", "right")):
@@ -249,8 +376,8 @@ class BasisRefresh:
             for (view, name, _), copy in zip(same, copies.unbind(), strict=True):
                 view[name] = copy
 
-    def _results(self, turn: DueRefresh) -> list[Tensor]:
-        """What the turn of a leaf has changed, as it lies in memory."""
+    def _results(self, turn: RefreshItem) -> list[Tensor]:
+        """What the turn of a view has changed, as it lies in memory."""
         view, step = turn.view, turn.view["step"]
         names = [f"{side}_{kind}" for side in turn.stale for kind in ("factor", "basis")]
         if names and step > 0:
@@ -259,11 +386,11 @@ class BasisRefresh:
                 names.append("exp_avg_sq")
         return [view[name] for name in names]
 
-    def _raise(self, turns: Sequence[DueRefresh], pieces: ShardedRefresh[DueRefresh]) -> None:
+    def _raise(self, turns: Sequence[RefreshItem], pieces: ShardedRefresh[RefreshItem]) -> None:
         """Raise V to where ``M̂² <= V̂``, after bases have turned that it did not follow.
 
         The momentum turns into directions that had none, where Adam's ratio
-        would have no bound. Where the only turn of a leaf broke off, nothing is raised.
+        would have no bound. Where the only turn of a view broke off, nothing is raised.
         """
         broken = {t: pieces.interrupted(t) if len(t.stale) == 1 else 0.0 for t in turns}
         turned = [turn for turn, flag in broken.items() if isinstance(flag, Tensor) or not flag]
@@ -280,12 +407,12 @@ class BasisRefresh:
             flags = [broken[turn] for turn in same]
             if any(isinstance(flag, Tensor) for flag in flags):  # not known to the host
                 usable = torch.stack([first.new_ones(()) * (flag == 0) for flag in flags])
-                lowest.mul_(usable.repeat_interleave(batch.plan.tiles)[:, None, None])
+                lowest.mul_(usable.repeat_interleave(batch.tiling.tiles)[:, None, None])
             batch.write("exp_avg_sq", torch.maximum(second, lowest, out=second))
             batch.write("mean_sq", second.mean((1, 2), keepdim=True))
 
     def _turn(
-        self, batch: Batch, side: str, pieces: ShardedRefresh[DueRefresh]
+        self, batch: Batch, side: str, pieces: ShardedRefresh[RefreshItem]
     ) -> tuple[Tensor, Tensor | None]:
         """Turn one side of a batch, which changes all or, where it raises, nothing.
 
@@ -309,9 +436,9 @@ class BasisRefresh:
                 energies = eigenbasis.off_diagonal_energy(factor, self.workspace, whole=True)
             rotation, factor = eigenbasis.refresh(factor, sweeps, self.workspace, whole=True)
             held = batch.read(f"{side}_basis")
-            basis = turn("right", rotation, held, self.workspace, "turned basis")
-            for view, part in zip(batch.views, basis.split(batch.plan.tiles), strict=True):
-                if self.schedule.is_clean(view, side):
+            basis = eigenbasis.rotate("right", rotation, held, self.workspace, "turned basis")
+            for view, part in zip(batch.views, basis.split(batch.tiling.tiles), strict=True):
+                if self.schedule.orthogonalizes(view, side):
                     part.copy_(eigenbasis.orthonormal(part))
             moments = self._transported(batch, side, rotation)
         found = {f"{side}_factor": factor, f"{side}_basis": basis} | moments
@@ -326,11 +453,11 @@ class BasisRefresh:
         While the factors are young their null spaces turn freely, and V always
         follows by overlap.
         """
-        moments = {"exp_avg": turn(side, rotation, batch.read("exp_avg"), self.workspace)}
+        moments = {"exp_avg": eigenbasis.rotate(side, rotation, batch.read("exp_avg"), self.workspace)}
         if self._spreads(batch.number("step")):
             share = eigenbasis.overlap(rotation)
             second = batch.read("exp_avg_sq")
-            moments["exp_avg_sq"] = turn(side, share, second, self.workspace, "turned second")
+            moments["exp_avg_sq"] = eigenbasis.rotate(side, share, second, self.workspace, "turned second")
         return moments
 
     def _spreads(self, step: int) -> bool:
@@ -343,6 +470,6 @@ class BasisRefresh:
 
 
 def name_of(view: ParamView, side: str) -> str:
-    """A leaf's name in messages."""
-    name = getattr(getattr(view, "matrix", None), "name", f"weight {tuple(view.param.shape)}")
+    """A view's name in messages."""
+    name = view.matrix.name if view.matrix else f"weight {tuple(view.param.shape)}"
     return f"{name} ({side} side)"

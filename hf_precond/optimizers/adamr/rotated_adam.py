@@ -12,13 +12,20 @@ from torch import Tensor
 
 from hf_precond.config.base import OptimizerConfig
 from hf_precond.distributed import collectives
+from hf_precond.linalg import eigenbasis
 from hf_precond.linalg.products import compute_dtype, matmul
 from hf_precond.linalg.workspace import Workspace
-from hf_precond.optimizers.adamr import state
-from hf_precond.optimizers.adamr.batch import CPU_ELEMENTS, SLICE, Batch, Part, batches
+from hf_precond.optimizers.adamr.batch import (
+    CPU_ELEMENTS,
+    SLICE,
+    Batch,
+    Part,
+    allocate_state,
+    batches,
+    convert_state,
+)
 from hf_precond.optimizers.adamr.config import AdamRConfig
-from hf_precond.optimizers.adamr.products import accumulate, observe, turn
-from hf_precond.optimizers.adamr.refresh import BasisRefresh, Chosen, DueRefresh
+from hf_precond.optimizers.adamr.refresh import BasisRefresh, Chosen, RefreshItem
 from hf_precond.optimizers.adamr.tiling import Tiling, tile
 from hf_precond.optimizers.base.fallback import AdamWFallback, FallbackOptimizer
 from hf_precond.optimizers.base.parameters import ParamView
@@ -45,7 +52,7 @@ class _Begun:
     batch: Batch
     collects: list[str]
     started: bool
-    turns: list[DueRefresh]
+    turns: list[RefreshItem]
     squares: Tensor | float | None
     usable: Tensor | None
     parts: list[Part]
@@ -101,42 +108,42 @@ class RotatedAdam(FallbackOptimizer):
 
     # State ------------------------------------------------------------------
 
-    def plan(self, view: ParamView) -> Tiling:
-        """How a leaf is seen."""
-        return tile(view.shape, self.config, getattr(view, "matrix", None))
+    def tiling(self, view: ParamView) -> Tiling:
+        """How a view is seen."""
+        return tile(view.shape, self.config, view.matrix)
 
     def allocate(self, views: Sequence[ParamView]) -> None:
-        """Make the state of leaves where it is missing, their refreshes spread over steps."""
+        """Make the state of views where it is missing, their refreshes spread over steps."""
         new = {view for view in views if "exp_avg" not in view}
-        planned = [(view, self.plan(view)) for view in views]
-        rotated = [(view, plan) for view, plan in planned if plan.rotated]
-        for view, plan in rotated:
+        tiled = [(view, self.tiling(view)) for view in views]
+        rotated = [(view, tiling) for view, tiling in tiled if tiling.rotated]
+        for view, tiling in rotated:
             if view not in new:
-                state.follow(view, plan, self.config)
+                convert_state(view, tiling, self.config)
         if not new:
             return
-        present = [(view, plan) for view, plan in rotated if view not in new]
-        for view, plan in planned:
+        present = [(view, tiling) for view, tiling in rotated if view not in new]
+        for view, tiling in tiled:
             if view in new:
-                self._make(view, plan)
+                self._make(view, tiling)
         self.bases.schedule.spread([one for one in rotated if one[0] in new], present)
 
-    def _make(self, view: ParamView, plan: Tiling) -> None:
-        """Moments, factors, bases and counters of a leaf.
+    def _make(self, view: ParamView, tiling: Tiling) -> None:
+        """Moments, factors, bases and counters of a view.
 
         ``step`` counts Adam's steps, ``updates`` the calls that brought
         statistics (``left_updates``, ``right_updates``: to that factor),
         ``observed`` is 1 once these come from the layer's features; ``mean_sq``
         is the mean of ``exp_avg_sq``, which no rotation changes.
         """
-        if not plan.rotated:
+        if not tiling.rotated:
             self.adamw.allocate([view])
             return
         dtype, device = compute_dtype(view.param.dtype), view.param.device
-        shape = (plan.tiles, plan.rows, plan.columns)
+        shape = (tiling.tiles, tiling.rows, tiling.columns)
         view["exp_avg_sq"] = torch.zeros(shape, dtype=dtype, device=device)
-        view["mean_sq"] = torch.zeros((plan.tiles, 1, 1), dtype=dtype, device=device)
-        state.allocate(view, plan, self.config)
+        view["mean_sq"] = torch.zeros((tiling.tiles, 1, 1), dtype=dtype, device=device)
+        allocate_state(view, tiling, self.config)
         view["step"] = 0
         view["updates"] = 0
         view["observed"] = 0
@@ -145,9 +152,9 @@ class RotatedAdam(FallbackOptimizer):
 
     def update(self, views: Sequence[ParamView]) -> None:
         self.allocate(views)
-        planned = [(view, self.plan(view)) for view in views]
-        plain = [view for view, plan in planned if not plan.rotated]
-        rotated = [(view, plan) for view, plan in planned if plan.rotated]
+        tiled = [(view, self.tiling(view)) for view in views]
+        plain = [view for view, tiling in tiled if not tiling.rotated]
+        rotated = [(view, tiling) for view, tiling in tiled if tiling.rotated]
         if plain:
             self.adamw.update(plain)
         self.bases.gradients.clear()
@@ -220,14 +227,14 @@ class RotatedAdam(FallbackOptimizer):
     def _turned(self, begun: _Begun, rotations: Mapping[str, Tensor]) -> Tensor | None:
         """The rotated gradient that is held, turned with the bases; ``None`` where it cannot be."""
         rotated = begun.rotated
-        for side in begun.batch.plan.sides:
+        for side in begun.batch.tiling.sides:
             if rotated is None or not any(side in turn.stale for turn in begun.turns):
                 continue
             found = rotations.get(side)
             if found is not None and rotated.dim() == 2:
                 found = found[0]
             role = f"held {side}"
-            rotated = None if found is None else turn(side, found, rotated, self.workspace, role)
+            rotated = None if found is None else eigenbasis.rotate(side, found, rotated, self.workspace, role)
         return rotated
 
     def _parts(self, batch: Batch) -> list[Part]:
@@ -260,10 +267,10 @@ class RotatedAdam(FallbackOptimizer):
         if batch.number("observed"):
             return []
         if batch.number("updates") < 2:
-            return list(batch.plan.sides)
+            return list(batch.tiling.sides)
         step, interval = batch.number("step"), self.config.stat_interval
         turns = {"left": step, "right": step + interval // 2}
-        return [side for side in batch.plan.sides if turns[side] % interval == 0]
+        return [side for side in batch.tiling.sides if turns[side] % interval == 0]
 
     def _collect(
         self,
@@ -292,7 +299,7 @@ class RotatedAdam(FallbackOptimizer):
         """Put second moments of a layer's features in the place of the gradient's.
 
         Args:
-            leaf: the leaf, allocated.
+            view: the view, allocated.
             means: a second moment for each rotated side.
 
         Returns:
@@ -320,7 +327,7 @@ class RotatedAdam(FallbackOptimizer):
         """``mean V``: by ``‖Ĝ‖ = ‖G‖`` it follows without looking at V."""
         if self.config.floor > 0 and squares is not None:
             beta2 = batch.group["betas"][1]
-            share = (1 - beta2) / (batch.plan.rows * batch.plan.columns)
+            share = (1 - beta2) / (batch.tiling.rows * batch.tiling.columns)
             batch["mean_sq"].mul_(beta2).add_(squares, alpha=share)
 
     def _rotated(self, batch: Batch, part: Part) -> Tensor:
@@ -330,10 +337,10 @@ class RotatedAdam(FallbackOptimizer):
             matrix = matrix.index_select(-2, part.seen)
         if batch.number("step") == 0:
             return matrix
-        if batch.plan.left:
-            role = "turning" if batch.plan.right else "rotated"
+        if batch.tiling.left:
+            role = "turning" if batch.tiling.right else "rotated"
             matrix = self._product(role, batch.matrices("left_basis").mT, matrix)
-        if batch.plan.right:
+        if batch.tiling.right:
             matrix = self._product("rotated", matrix, batch.matrices("right_basis"))
         return matrix
 
@@ -370,9 +377,9 @@ class RotatedAdam(FallbackOptimizer):
     def _descend(self, batch: Batch, part: Part, direction: Tensor, scale: float) -> None:
         """Rotate back and step; ``scale`` goes into the last product."""
         left, right = direction, None
-        if batch.plan.right:
+        if batch.tiling.right:
             right = batch.matrices("right_basis").mT
-        if batch.plan.left:
+        if batch.tiling.left:
             basis = batch.matrices("left_basis")
             if right is None:
                 left, right = basis, direction
@@ -393,3 +400,48 @@ class RotatedAdam(FallbackOptimizer):
     def diagnostics(self) -> dict[str, float]:
         """Refreshes of bases so far, and how often a rung of the fall-back ladder was needed."""
         return {name: float(value) for name, value in self.bases.counters.items()}
+
+
+def accumulate(factor: Tensor, root: Tensor, keep: float, weight: float) -> None:
+    """``B ← keep B + weight X Xᵀ``, at least in the lower triangle.
+
+    Args:
+        factor: B, ``[n, n]`` or ``[b, n, n]``, changed in place.
+        root: X, ``[…, n, k]``.
+        keep: multiplier of B.
+        weight: multiplier of ``X Xᵀ``.
+    """
+    if factor.dtype != root.dtype:
+        wide = factor.to(root.dtype).mul_(keep)
+        factor.copy_(wide.add_(root @ root.mT, alpha=weight))
+    elif factor.dim() == 3:
+        factor.baddbmm_(root, root.mT, beta=keep, alpha=weight)
+    elif len(factor) < eigenbasis.BANDED or not factor.is_cpu:
+        factor.addmm_(root, root.mT, beta=keep, alpha=weight)
+    else:
+        for rows in eigenbasis.bands(len(factor)):
+            band, before = factor[rows, : rows.stop], root[: rows.stop]
+            band.addmm_(root[rows], before.mT, beta=keep, alpha=weight)
+
+
+def observe(view: ParamView, side: str, mean: Tensor, decay: float) -> Tensor:
+    """``B ← decay B + (1-decay) Qᵀ S Q`` with a second moment S of the layer's features.
+
+    Args:
+        view: the view.
+        side: ``left`` or ``right``.
+        mean: S, ``[n, n]``; one that is not finite changes nothing.
+        decay: in [0, 1).
+
+    Returns:
+        1 where S was dropped, else 0: a 0-d tensor.
+    """
+    factor = view[f"{side}_factor"]
+    mean = mean.to(view["exp_avg"].dtype)[None]
+    usable = torch.isfinite(mean).all()
+    weight = torch.where(usable, 1 - decay, 0.0)
+    mean = torch.where(usable, mean, 0.0)
+    if view["step"] > 0:
+        mean = eigenbasis.congruence(view[f"{side}_basis"], mean)
+    factor.copy_(factor.to(mean.dtype).mul_(1 - weight).add_(mean * weight))
+    return (~usable).to(torch.int64)

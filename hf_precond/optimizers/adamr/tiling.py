@@ -109,7 +109,7 @@ def tile(
     groups = 1 if matrix is None else matrix.groups
     if matrix is not None and matrix.stacked:
         return _stack(tuple(shape), config.basis, config.max_dim)
-    return _plan(tuple(shape), config.basis, config.max_dim, embedding, groups)
+    return _tiling(tuple(shape), config.basis, config.max_dim, embedding, groups)
 
 
 def is_embedding(matrix: LayerMatrix) -> bool:
@@ -118,7 +118,7 @@ def is_embedding(matrix: LayerMatrix) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(
+def _tiling(
     shape: tuple[int, ...], basis: str, max_dim: int, embedding: bool, groups: int
 ) -> Tiling:
     out, rest = shape[0] if shape else 1, math.prod(shape[1:])
@@ -140,7 +140,7 @@ def _plan(
 def _stack(shape: tuple[int, ...], basis: str, max_dim: int) -> Tiling:
     """Every matrix of a stack by itself."""
     count, rows, columns = shape
-    one = _plan((rows, columns), basis, max_dim, False, 1)
+    one = _tiling((rows, columns), basis, max_dim, False, 1)
     if one.rotated and one.split == "columns":  # blocks of columns are no view of a stack
         one = _one_side(rows, columns, "left", max_dim)
     return replace(one, tiles=count * one.tiles)

@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_precond.linalg import eigenbasis
 from hf_precond.optimizers.adamr.batch import Batch
-from hf_precond.optimizers.adamr.refresh import DueRefresh, turn
+from hf_precond.optimizers.adamr.refresh import RefreshItem
 from hf_precond.optimizers.base.parameters import ParamView
 from tests.optimizers.adamr.cases import adamr, layers, noise, orthogonal, run
 
@@ -164,7 +164,7 @@ def test_in_a_fixed_basis_it_is_adamw_of_the_rotated_problem(monkeypatch):
     optimizer = adamr([module], basis="two_sided", basis_interval=1000, floor=0.0, **fields)
 
     def once(batch, chosen):
-        return [] if batch.number("step") else [DueRefresh(batch, 0, (), ("left", "right"))]
+        return [] if batch.number("step") else [RefreshItem(batch, 0, (), ("left", "right"))]
 
     monkeypatch.setattr(optimizer.fallback.bases, "due", once)
     plain = nn.Parameter(weight.clone())
@@ -251,9 +251,9 @@ def test_a_refresh_moves_no_momentum_and_keeps_the_sum_of_the_second_moment():
     before, total = momentum(), float(state["exp_avg_sq"].sum())
     bases = state["left_basis"].clone(), state["right_basis"].clone()
     view = ParamView(module.weight, module.weight.grad, state, "", optimizer.param_groups[0])
-    batch = Batch([view], optimizer.fallback.plan(view))
+    batch = Batch([view], optimizer.fallback.tiling(view))
     for side in ("left", "right"):
-        optimizer.fallback.bases.refresh([DueRefresh(batch, 0, (), (side,))])
+        optimizer.fallback.bases.refresh([RefreshItem(batch, 0, (), (side,))])
     assert not torch.allclose(bases[0], state["left_basis"], atol=1e-3)
     assert not torch.allclose(bases[1], state["right_basis"], atol=1e-3)
     torch.testing.assert_close(momentum(), before)
@@ -266,9 +266,9 @@ def test_a_swap_of_two_columns_permutes_the_second_moment():
     signs = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0], dtype=torch.float64)
     rotation = (swap * signs)[None]
     second = start((5, 8))[0].square()[None]
-    moved = turn("left", eigenbasis.overlap(rotation), second)
+    moved = eigenbasis.rotate("left", eigenbasis.overlap(rotation), second)
     assert torch.equal(moved, second[:, [0, 3, 2, 1, 4]])
-    columns = turn("right", eigenbasis.overlap(rotation), second.mT)
+    columns = eigenbasis.rotate("right", eigenbasis.overlap(rotation), second.mT)
     assert torch.equal(columns, second.mT[:, :, [0, 3, 2, 1, 4]])
 
 

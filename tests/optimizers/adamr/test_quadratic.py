@@ -73,7 +73,7 @@ def test_following_the_basis_loses_nothing_against_decomposing_it(monkeypatch):
 def test_a_second_moment_that_is_reset_blows_up(monkeypatch):
     """The control of the transport: M kept, V set to zero and not raised when the basis turns."""
     def reset(self, batch, side, rotation):
-        first = rotation_refresh.turn(side, rotation, batch.read("exp_avg"))
+        first = eigenbasis.rotate(side, rotation, batch.read("exp_avg"))
         return {"exp_avg": first, "exp_avg_sq": torch.zeros_like(first)}
 
     kept = best(ours(basis="two_sided"), True)

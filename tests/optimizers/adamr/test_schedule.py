@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from hf_precond.optimizers.adamr.schedule import Due, RefreshSchedule
+from hf_precond.optimizers.adamr.refresh import DueBasis, RefreshSchedule
 from hf_precond.optimizers.adamr.tiling import Tiling
 from hf_precond.optimizers.base.parameters import ParamView
 
@@ -13,20 +13,20 @@ SQUARE = Tiling(1, 8, 8, "rows", True, True)
 LONG = Tiling(1, 32, 8, "rows", False, True)
 
 
-def views(*plans):
+def views(*tilings):
     """Leaves without values: all that a schedule reads is their counters."""
     nothing = torch.empty(0)
-    return [(ParamView(nothing, nothing, {"step": 0}, "", {}), plan) for plan in plans]
+    return [(ParamView(nothing, nothing, {"step": 0}, "", {}), tiling) for tiling in tilings]
 
 
-def simulate(schedule, planned, steps, is_stale):
+def simulate(schedule, tiled, steps, is_stale):
     """The cost of every step past the first interval, and the steps on which each basis turned."""
     loads, turned = [], {}
     for step in range(steps):
-        for view, _ in planned:
+        for view, _ in tiled:
             view["step"] = step
-        stale = [due for due in schedule.due(planned) if is_stale(due, step)]
-        turning = schedule.put_off(stale, schedule.average(planned))
+        stale = [due for due in schedule.due(tiled) if is_stale(due, step)]
+        turning = schedule.postpone(stale, schedule.average(tiled))
         for due in turning:
             turned.setdefault((id(due.view), due.side), []).append(step)
         loads.append(sum(due.cost for due in turning))
@@ -34,23 +34,23 @@ def simulate(schedule, planned, steps, is_stale):
 
 
 def test_equal_costs_are_spread_evenly_and_stay():
-    schedule, planned = RefreshSchedule(4), views(*[SQUARE] * 8)
-    schedule.spread(planned)
-    loads, turned = simulate(schedule, planned, 60, lambda due, step: True)
+    schedule, tiled = RefreshSchedule(4), views(*[SQUARE] * 8)
+    schedule.spread(tiled)
+    loads, turned = simulate(schedule, tiled, 60, lambda due, step: True)
     assert set(loads) == {4 * SQUARE.turn_cost["left"]}
     for steps in turned.values():
         assert {late - early for early, late in pairwise(steps)} == {4}
 
 
 def test_steps_are_even_again_where_costly_bases_stay_as_they_are():
-    schedule, planned = RefreshSchedule(3), views(LONG, LONG, *[SQUARE] * 4)
-    schedule.spread(planned)
+    schedule, tiled = RefreshSchedule(3), views(LONG, LONG, *[SQUARE] * 4)
+    schedule.spread(tiled)
     unit = SQUARE.turn_cost["left"]
 
     def square(due, step):
         return due.cost == unit
 
-    loads, turned = simulate(schedule, planned, 90, square)
+    loads, turned = simulate(schedule, tiled, 90, square)
     assert max(loads[:9]) > 3 * unit  # four of the eight bases began on the step without a LONG one
     assert max(loads[12:]) <= 3 * unit and min(loads[12:]) >= 2 * unit
     for steps in turned.values():
@@ -59,11 +59,11 @@ def test_steps_are_even_again_where_costly_bases_stay_as_they_are():
 
 
 def test_bases_that_come_and_go_keep_every_step_near_the_average():
-    schedule, planned = RefreshSchedule(5), views(*[SQUARE] * 20)
-    schedule.spread(planned)
+    schedule, tiled = RefreshSchedule(5), views(*[SQUARE] * 20)
+    schedule.spread(tiled)
     generator = torch.Generator().manual_seed(0)
     loads, turned = simulate(
-        schedule, planned, 400, lambda due, step: torch.rand((), generator=generator) < 0.7
+        schedule, tiled, 400, lambda due, step: torch.rand((), generator=generator) < 0.7
     )
     unit = SQUARE.turn_cost["left"]
     assert max(loads) <= 8 * unit + unit / 2  # 40 bases in 5 steps
@@ -73,79 +73,79 @@ def test_bases_that_come_and_go_keep_every_step_near_the_average():
 
 @pytest.mark.parametrize(("interval", "count"), [(3, 2), (3, 5), (10, 7), (10, 12), (4, 9)])
 def test_equal_bases_keep_their_interval_however_they_divide(interval, count):
-    schedule, planned = RefreshSchedule(interval), views(*[SQUARE] * count)
-    schedule.spread(planned)
-    loads, turned = simulate(schedule, planned, 12 * interval, lambda due, step: True)
+    schedule, tiled = RefreshSchedule(interval), views(*[SQUARE] * count)
+    schedule.spread(tiled)
+    loads, turned = simulate(schedule, tiled, 12 * interval, lambda due, step: True)
     assert max(loads) - min(loads) <= SQUARE.turn_cost["left"]
     for steps in turned.values():
         assert {late - early for early, late in pairwise(steps)} == {interval}
 
 
-def test_a_young_leaf_takes_no_turn_from_an_older_one():
-    """Steps are counted by leaf: what matters is how long each has waited."""
-    schedule, planned = RefreshSchedule(3), views(LONG, SQUARE, SQUARE)
-    schedule.spread(planned)
+def test_a_young_view_keeps_no_older_one_from_its_refresh():
+    """Steps are counted by view: what matters is how long each has waited."""
+    schedule, tiled = RefreshSchedule(3), views(LONG, SQUARE, SQUARE)
+    schedule.spread(tiled)
     turned = {}
     for step in range(240):
-        for number, (view, _) in enumerate(planned):
+        for number, (view, _) in enumerate(tiled):
             view["step"] = step + (1000 if number == 0 else 0)
-        for due in schedule.put_off(schedule.due(planned), schedule.average(planned)):
+        for due in schedule.postpone(schedule.due(tiled), schedule.average(tiled)):
             turned[id(due.view), due.side] = turned.get((id(due.view), due.side), 0) + 1
     assert all(count >= 240 / 4 for count in turned.values()) and len(turned) == 5
 
 
-def test_new_leaves_take_the_steps_that_others_leave_free():
-    schedule, planned = RefreshSchedule(4), views(SQUARE)
-    schedule.spread(planned)
+def test_new_views_take_the_steps_that_others_leave_free():
+    schedule, tiled = RefreshSchedule(4), views(SQUARE)
+    schedule.spread(tiled)
     for side, phase in (("left", 0), ("right", 1)):
-        planned[0][0][f"{side}_phase"] = phase
-    # The first call of a new leaf, whose steps count from the next.
-    planned[0][0]["step"] = 4 * 9 + 3
+        tiled[0][0][f"{side}_phase"] = phase
+    # The first call of a new view, whose steps count from the next.
+    tiled[0][0]["step"] = 4 * 9 + 3
     late = views(SQUARE)
-    schedule.spread(late, planned)
+    schedule.spread(late, tiled)
     assert {late[0][0]["left_phase"], late[0][0]["right_phase"]} == {2, 3}
 
 
 def test_those_that_have_waited_longest_turn_first():
-    schedule, planned = RefreshSchedule(3), views(SQUARE, SQUARE)
-    schedule.spread(planned)
+    schedule, tiled = RefreshSchedule(3), views(SQUARE, SQUARE)
+    schedule.spread(tiled)
     stale = []
-    for number, (view, plan) in enumerate(planned):
+    for number, (view, tiling) in enumerate(tiled):
         view["step"] = 30
-        for place, side in enumerate(plan.sides):
+        for place, side in enumerate(tiling.sides):
             view[f"{side}_phase"], view[f"{side}_turned"] = 0, 28 - 2 * number - place
-            stale.append(Due(view, side, 1.0))
-    turning = schedule.put_off(stale, average=2.0)
+            stale.append(DueBasis(view, side, 1.0))
+    turning = schedule.postpone(stale, average=2.0)
     assert [(due.view, due.side) for due in turning] == [
-        (planned[1][0], "right"), (planned[1][0], "left"),
+        (tiled[1][0], "right"), (tiled[1][0], "left"),
     ]  # fmt: skip
     assert [due.view[f"{due.side}_phase"] for due in stale] == [1, 1, 0, 0]
     assert [due.view[f"{due.side}_turned"] for due in turning] == [30, 30]
 
 
 @pytest.mark.parametrize("interval", [1, 2, 7])
-def test_a_lone_matrix_is_never_put_off(interval):
-    schedule, planned = RefreshSchedule(interval), views(SQUARE)
-    schedule.spread(planned)
-    _, turned = simulate(schedule, planned, 70, lambda due, step: True)
+def test_a_lone_matrix_is_never_postpone(interval):
+    schedule, tiled = RefreshSchedule(interval), views(SQUARE)
+    schedule.spread(tiled)
+    _, turned = simulate(schedule, tiled, 70, lambda due, step: True)
     for steps in turned.values():
         assert len(steps) == len(range(interval, 70, interval))
 
 
 def test_an_interval_of_one_turns_everything_at_every_step():
-    schedule, planned = RefreshSchedule(1), views(LONG, SQUARE, SQUARE)
-    schedule.spread(planned)
+    schedule, tiled = RefreshSchedule(1), views(LONG, SQUARE, SQUARE)
+    schedule.spread(tiled)
     # All were good for long, so that an average step turns nothing.
-    _, turned = simulate(schedule, planned, 40, lambda due, step: step > 30)
+    _, turned = simulate(schedule, tiled, 40, lambda due, step: step > 30)
     assert all(steps == list(range(31, 40)) for steps in turned.values())
     assert len(turned) == 5
 
 
 def test_an_endless_interval_costs_nothing_at_its_start():
     """``basis_interval=10**9``: the bases of the first steps for good."""
-    schedule, planned = RefreshSchedule(10**9), views(*[SQUARE] * 8, LONG)
-    schedule.spread(planned[:6])
-    phases = [view[f"{side}_phase"] for view, plan in planned[:6] for side in plan.sides]
+    schedule, tiled = RefreshSchedule(10**9), views(*[SQUARE] * 8, LONG)
+    schedule.spread(tiled[:6])
+    phases = [view[f"{side}_phase"] for view, tiling in tiled[:6] for side in tiling.sides]
     assert sorted(phases) == list(range(12))
-    schedule.spread(planned[6:], planned[:6])
-    assert max(view[f"{side}_phase"] for view, plan in planned for side in plan.sides) < 20
+    schedule.spread(tiled[6:], tiled[:6])
+    assert max(view[f"{side}_phase"] for view, tiling in tiled for side in tiling.sides) < 20

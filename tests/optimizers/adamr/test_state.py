@@ -9,11 +9,11 @@ from torch import nn
 
 from hf_precond.architectures.structure import LayerMatrix, ModelStructure
 from hf_precond.linalg import factorization
-from hf_precond.optimizers.adamr import schedule
+from hf_precond.optimizers.adamr import refresh
 from hf_precond.optimizers.adamr.batch import Batch
 from hf_precond.optimizers.adamr.config import AdamRConfig
 from hf_precond.optimizers.adamr.optimizer import AdamR
-from hf_precond.optimizers.adamr.refresh import DueRefresh
+from hf_precond.optimizers.adamr.refresh import RefreshItem
 from hf_precond.optimizers.adamr.rotated_adam import RotatedAdam
 from hf_precond.optimizers.adamr.tiling import Tiling
 from hf_precond.optimizers.base.fallback import make_fallback
@@ -61,7 +61,7 @@ def test_a_deep_copy_steps_alike():
 
 def test_one_batch_or_one_by_one_is_the_same(monkeypatch):
     # Which refresh makes a basis orthogonal again depends on what else there is.
-    monkeypatch.setattr(schedule, "CLEAN_EVERY", 1)
+    monkeypatch.setattr(refresh, "ORTHOGONALIZE_EVERY", 1)
     together, alone = zeros(*SHAPES), zeros(*SHAPES)
     gradients = noise(*SHAPES, steps=20)
     run(adamr(together, basis_interval=1), together, gradients)
@@ -173,7 +173,7 @@ def test_blocks_step_as_matrices_of_their_own(shape, axis):
     for number, block in enumerate(blocks):
         side = adamr([block], **fields)
         run(side, [block], [[g.chunk(2, axis)[number].contiguous()] for (g,) in gradients])
-        assert len(side.fallback.plan(side._leaf(side.bound[0])).sides) == 1
+        assert len(side.fallback.tiling(side._view(side.bound[0])).sides) == 1
     stepped = torch.cat([block.weight.data for block in blocks], axis)
     torch.testing.assert_close(whole[0].weight.data, stepped, rtol=0, atol=1e-10)
 
@@ -296,12 +296,12 @@ def test_momentum_turned_into_an_empty_direction_finds_a_second_moment_there(tra
     state = optimizer.state[modules[0].weight]
     state["exp_avg"].copy_(torch.tensor([[[1.0, 1.0], [0.0, 0.0]]]))
     state["exp_avg_sq"].copy_(torch.tensor([[[1.0, 1.0], [1e-8, 1e-8]]]))
-    batch = Batch([optimizer._leaf(optimizer.bound[0])], Tiling(1, 2, 2, "rows", True, True))
+    batch = Batch([optimizer._view(optimizer.bound[0])], Tiling(1, 2, 2, "rows", True, True))
     half = torch.full((2, 2), 0.5, dtype=torch.float64).sqrt()
     half[0, 1] *= -1
     for name, value in optimizer.fallback.bases._transported(batch, "left", half[None]).items():
         batch.write(name, value)
-    turns = [DueRefresh(batch, 0, ("left",), ("left",))]
+    turns = [RefreshItem(batch, 0, ("left",), ("left",))]
     optimizer.fallback.bases._raise(turns, ShardedRefresh(turns, [1.0], half.device))
     beta1, beta2 = optimizer.param_groups[0]["betas"]
     first = state["exp_avg"] / (1 - beta1 ** state["step"])
