@@ -18,7 +18,7 @@ from hf_precond.optimizers.adamr.config import AdamRConfig
 from hf_precond.optimizers.adamr.optimizer import AdamR, every_matrix
 from hf_precond.optimizers.afopt.config import AFOptConfig
 from hf_precond.optimizers.afopt.optimizer import AFOpt
-from hf_precond.optimizers.afopt.selection import attention_matrices
+from hf_precond.optimizers.afopt.plan import attention_matrices
 from hf_precond.optimizers.base.optimizer import PrecondOptimizer
 from hf_precond.optimizers.nkfac.config import NKFACConfig
 from hf_precond.optimizers.nkfac.optimizer import NKFAC

@@ -11,7 +11,7 @@ from hf_precond.architectures.structure import ModelStructure
 from hf_precond.optimizers.adamr.config import AdamRConfig
 from hf_precond.optimizers.adamr.optimizer import every_matrix
 from hf_precond.optimizers.afopt.config import AFOptConfig
-from hf_precond.optimizers.afopt.selection import attention_matrices
+from hf_precond.optimizers.afopt.plan import attention_matrices
 from hf_precond.optimizers.nkfac.config import NKFACConfig
 from hf_precond.optimizers.nkfac.selection import layer_matrices
 from hf_precond.optimizers.sgdph.config import SGDPHConfig

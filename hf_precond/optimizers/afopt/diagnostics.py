@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -11,9 +12,10 @@ from torch import Tensor
 from hf_precond.architectures.structure import AttentionBlock
 from hf_precond.linalg.matrix_functions import mean_eigenvalue
 from hf_precond.optimizers.afopt.directions import times_right
-from hf_precond.optimizers.afopt.factors import heads_of
+from hf_precond.optimizers.afopt.factors import Refresh, heads_of
 from hf_precond.optimizers.afopt.plan import AFOptPlan, MatrixPlan, RightFactor
-from hf_precond.optimizers.afopt.refresh import Refresh
+from hf_precond.statistics.moments import mean_of
+from hf_precond.statistics.requests import MomentRequest, Statistic
 
 POWER_STEPS = 12
 
@@ -55,7 +57,7 @@ def report(optimizer: Steps) -> dict[str, float]:
         values[f"logit_change_max/{block.name}"] = change.max().sqrt()
     for name, found in (
         ("condition_input", [_right_condition(refresh, right) for right in optimizer.plan.rights]),
-        ("condition_head", [_left_condition(refresh, t) for t in optimizer.plan.treatments]),
+        ("condition_head", [_left_condition(refresh, t) for t in optimizer.plan.matrices]),
     ):
         known = [value.double().cpu() for value in found if value is not None]
         if known:
@@ -67,9 +69,9 @@ def _logit_steps(
     steps: Mapping[MatrixPlan, tuple[Tensor, Tensor]],
 ) -> dict[AttentionBlock, dict[str, tuple[MatrixPlan, Tensor]]]:
     found: dict[AttentionBlock, dict[str, tuple[MatrixPlan, Tensor]]] = {}
-    for treatment, (_, step) in steps.items():
-        if treatment.in_logits and treatment.block is not None and treatment.right is not None:
-            found.setdefault(treatment.block, {})[treatment.role] = (treatment, step)
+    for plan, (_, step) in steps.items():
+        if plan.in_logits and plan.block is not None and plan.right is not None:
+            found.setdefault(plan.block, {})[plan.role] = (plan, step)
     return found
 
 
@@ -84,15 +86,15 @@ def layer_change(
     Args:
         refresh: reads moments and weights.
         block: the attention.
-        roles: ``q`` and ``k``, or one of them, to treatment and step ``[out, c]``.
+        roles: ``q`` and ``k``, or one of them, to plan and step ``[out, c]``.
     """
     heads, group = block.heads.query, block.heads.group
     factors, total, cross = refresh.factors, None, []
-    for role, (treatment, step) in roles.items():
-        assert treatment.right is not None
-        moment = refresh.right_moment(treatment.right)[0].to(step.dtype)
-        moved = heads_of(times_right(step[None], [moment])[0], treatment.heads)
-        parts = heads_of(step, treatment.heads)
+    for role, (plan, step) in roles.items():
+        assert plan.right is not None
+        moment = refresh.right_moment(plan.right)[0].to(step.dtype)
+        moved = heads_of(times_right(step[None], [moment])[0], plan.heads)
+        parts = heads_of(step, plan.heads)
         if role == "k":
             moved, parts = (t.repeat_interleave(group, 0) for t in (moved, parts))
             left = factors.queries(block)
@@ -100,8 +102,8 @@ def layer_change(
             left = factors.keys(block).repeat_interleave(group, 0)
         term = (torch.bmm(moved, parts.mT) * left.to(step.dtype)).sum((-2, -1))
         total = term if total is None else total + term
-        weight = heads_of(block.effective(role).to(step.dtype), treatment.heads)
-        weight = weight.repeat_interleave(heads // treatment.heads, 0)[..., : moved.shape[-1]]
+        weight = heads_of(block.effective(role).to(step.dtype), plan.heads)
+        weight = weight.repeat_interleave(heads // plan.heads, 0)[..., : moved.shape[-1]]
         cross.append(torch.bmm(moved, weight.mT))
     assert total is not None
     if len(cross) == 2 and not {"query", "key"} & set(refresh.plan.known[block]):
@@ -137,10 +139,10 @@ def _largest(factors: Sequence[Tensor]) -> Tensor:
     return norm[..., 0, 0]
 
 
-def _left_condition(refresh: Refresh, treatment: MatrixPlan) -> Tensor | None:
-    if treatment.left is None:
+def _left_condition(refresh: Refresh, plan: MatrixPlan) -> Tensor | None:
+    if plan.left is None:
         return None
-    moment = refresh.factors.left(treatment)
+    moment = refresh.factors.left(plan)
     # A weight that is lost has no condition number; eigvalsh would raise.
     finite = torch.isfinite(moment).all(-1).all(-1)
     values = torch.linalg.eigvalsh(torch.where(finite[..., None, None], moment, 0.0).double())
@@ -148,3 +150,48 @@ def _left_condition(refresh: Refresh, treatment: MatrixPlan) -> Tensor | None:
     floor = torch.finfo(torch.float64).tiny
     condition = (values[..., -1] + shift) / (values[..., 0].clamp(min=0) + shift + floor)
     return torch.where(finite, condition, torch.nan).max()
+
+
+ROWS = 8
+"""Query positions of a sequence that are looked at."""
+
+
+class EntropyMonitor:
+    """Mean entropy of the attention weights per layer, at the last step with statistics.
+
+    Args:
+        blocks: the attentions.
+    """
+
+    def __init__(self, blocks: Sequence[AttentionBlock]) -> None:
+        self.means: dict[str, Tensor] = {}
+        self.watched = {f"{block.name}:entropy": block for block in blocks if block.observed}
+        blind = [block.name for block in blocks if not block.observed]
+        if blind:
+            warnings.warn(
+                f"afopt: attention_entropy leaves out {len(blind)} attentions ({blind[0]}, …) that "
+                "do not call transformers' attention look-up.",
+                stacklevel=2,
+            )
+
+    def requests(self) -> list[MomentRequest]:
+        """One request an attention."""
+        return [
+            MomentRequest(key, "entropy", block.q, block, rows=ROWS)
+            for key, block in self.watched.items()
+        ]
+
+    def keep(self, statistics: Mapping[str, Statistic]) -> None:
+        """Keep the means of this step's statistics."""
+        for key, block in self.watched.items():
+            found = statistics.get(key)
+            if found is not None:
+                self.means[block.name] = mean_of(found.sum, found.count)
+
+    def values(self) -> dict[str, float]:
+        """``entropy/{attention}``, the mean over heads, and ``entropy_min``, of the sharpest."""
+        values: dict[str, float] = {}
+        for name, mean in self.means.items():
+            values[f"entropy/{name}"] = float(mean.mean())
+            values[f"entropy_min/{name}"] = float(mean.min())
+        return values

@@ -12,12 +12,10 @@ from hf_precond.linalg.matrix_functions import largest_entry, pack, packed_size,
 from hf_precond.optimizers.afopt import scaling
 from hf_precond.optimizers.afopt.averages import average
 from hf_precond.optimizers.afopt.config import AFOptConfig
-from hf_precond.optimizers.afopt.diagnostics import report
+from hf_precond.optimizers.afopt.diagnostics import EntropyMonitor, report
 from hf_precond.optimizers.afopt.directions import TwoSidedPreconditioner, resting
-from hf_precond.optimizers.afopt.entropy import EntropyMonitor
-from hf_precond.optimizers.afopt.factors import AttentionFactors, heads_of
+from hf_precond.optimizers.afopt.factors import AttentionFactors, Refresh, heads_of
 from hf_precond.optimizers.afopt.plan import AFOptPlan, MatrixPlan, RightFactor, observes
-from hf_precond.optimizers.afopt.refresh import Refresh
 from hf_precond.optimizers.base.fallback import FallbackOptimizer
 from hf_precond.optimizers.base.muon import MuonFallback
 from hf_precond.optimizers.base.optimizer import PrecondOptimizer
@@ -55,7 +53,7 @@ class AFOpt(PrecondOptimizer):
     in a row without a gradient (an expert that got no token) it fades, as Adam's. The other
     directions, and ``joint``: :mod:`~hf_precond.optimizers.afopt.directions`; other scalings:
     :mod:`~hf_precond.optimizers.afopt.scaling`; ``space``, ``center``, ``rope``, the damping:
-    :mod:`~hf_precond.optimizers.afopt.factors`; when: :mod:`~hf_precond.optimizers.afopt.refresh`.
+    :mod:`~hf_precond.optimizers.afopt.factors`; when: :mod:`~hf_precond.optimizers.afopt.factors`.
 
     The thesis (Ying Sun, "Designing effective preconditioned optimizers for
     deep neural network training", PolyU 2024) gives AFOpt in its abstract
@@ -151,7 +149,7 @@ class AFOpt(PrecondOptimizer):
 
     def allocate(self, bound: BoundMatrix) -> None:
         plan, config = self.plan, self.config
-        treatment = plan.by_placed[bound]
+        treatment = plan.of[bound]
         held, weight = treatment.held(self.state), bound.weight
         dtype = config.factor_dtype(weight.dtype)
 
@@ -224,7 +222,7 @@ class AFOpt(PrecondOptimizer):
                 yield Preconditioned(item, matrix, kind, part)
 
     def _batches(self, bound: Sequence[BoundMatrix]) -> Iterator[list[MatrixPlan]]:
-        treatments = [self.plan.by_placed[item] for item in bound]
+        treatments = [self.plan.of[item] for item in bound]
         for same in grouped(treatments, self._batch_key):
             size = same[0].bound.matrix.shape[0] * same[0].bound.matrix.columns
             length = max(1, CHUNK // size)
@@ -264,7 +262,7 @@ class AFOpt(PrecondOptimizer):
     def _held(self, batch: Sequence[MatrixPlan], name: str) -> list[Tensor]:
         return [t.held(self.state)[t.name(name)] for t in batch]
 
-    def sandwich(self, batch: Sequence[MatrixPlan]) -> TwoSidedPreconditioner:
+    def preconditioner(self, batch: Sequence[MatrixPlan]) -> TwoSidedPreconditioner:
         """The factors of a batch of equal treatments."""
         first, dtype = batch[0], batch[0].bound.dtype
         left = torch.cat(self._held(batch, "left")).to(dtype) if first.left is not None else None
@@ -289,22 +287,22 @@ class AFOpt(PrecondOptimizer):
 
     def _directions(self, batch: Sequence[MatrixPlan], gradients: Tensor) -> Tensor:
         """The unscaled directions of ``[n, out, c]``."""
-        sandwich = self.sandwich(batch)
+        preconditioner = self.preconditioner(batch)
         if self.config.direction == "spectral":
-            return sandwich.spectral(gradients)
-        directions = sandwich.linear(gradients)
+            return preconditioner.spectral(gradients)
+        directions = preconditioner.linear(gradients)
         if self.config.joint and batch[0].in_logits:
-            directions = directions - 0.5 * self._joint(batch, sandwich, gradients)
+            directions = directions - 0.5 * self._joint(batch, preconditioner, gradients)
         return directions
 
-    def _joint(self, batch: Sequence[MatrixPlan], sandwich: TwoSidedPreconditioner, gradients: Tensor) -> Tensor:
+    def _joint(self, batch: Sequence[MatrixPlan], preconditioner: TwoSidedPreconditioner, gradients: Tensor) -> Tensor:
         """``A_L⁻¹ G Ŵᵀ A⁻¹ Ŵ`` per head, Ŵ and A the matrix's own: the part counted twice."""
         weights = torch.cat([heads_of(t.bound.matrix.read(), t.heads) for t in batch])
         own = torch.cat(self._held(batch, "own"))
         weights, own = weights.to(gradients.dtype), own.to(gradients.dtype)
         parts = gradients.reshape(weights.shape)
-        assert sandwich.left is not None
-        small = torch.bmm(sandwich.left, torch.bmm(parts, weights.mT))
+        assert preconditioner.left is not None
+        small = torch.bmm(preconditioner.left, torch.bmm(parts, weights.mT))
         return torch.bmm(torch.bmm(small, own), weights).view_as(gradients)
 
     # Scaling -------------------------------------------------------------------
@@ -364,7 +362,7 @@ class AFOpt(PrecondOptimizer):
         rule's step.
         """
         found: dict[MatrixPlan, tuple[Tensor, Tensor]] = {}
-        ready = [t.bound for t in self.plan.treatments if t.name("momentum") in t.held(self.state)]
+        ready = [t.bound for t in self.plan.matrices if t.name("momentum") in t.held(self.state)]
         if self.config.scaling == "graft" or not self.rates:
             return found
         for batch in self._batches(ready):
@@ -381,7 +379,7 @@ class AFOpt(PrecondOptimizer):
         """Counters, and what :func:`~hf_precond.optimizers.afopt.diagnostics.report` says.
 
         With ``attention_entropy``, what
-        :meth:`~hf_precond.optimizers.afopt.entropy.EntropyMonitor.values` says
+        :meth:`~hf_precond.optimizers.afopt.diagnostics.EntropyMonitor.values` says
         too. Costs about as much as a step: call it when logging.
         """
         watched = {} if self.watch is None else self.watch.values()

@@ -1,18 +1,188 @@
-"""Which factors stand left and right of each matrix's gradient, and what they are made from."""
+"""Which matrices AFOpt preconditions, and which factors stand left and right of each gradient."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from hf_precond.architectures.structure import AttentionBlock, LayerMatrix, ModelStructure
+from hf_precond.architectures.attention import HOW_TO_DECLARE, find_attention
+from hf_precond.architectures.modules import find_matrices, is_linear
+from hf_precond.architectures.parameters import ParameterSurvey, add_reason
+from hf_precond.architectures.peft import trains
+from hf_precond.architectures.structure import (
+    AttentionBlock,
+    LayerMatrix,
+    ModelStructure,
+    RowSelection,
+)
 from hf_precond.linalg.matrix_functions import unpack
 from hf_precond.optimizers.afopt.config import AFOptConfig
 from hf_precond.optimizers.base.parameters import BoundMatrix, grouped
 from hf_precond.statistics.requests import MomentRequest
+
+# Selection
+
+SCOPES = {"query_key": ("q", "k"), "attention": ("q", "k", "v", "o")}
+_ROLES = {"q": "queries", "k": "keys", "v": "values", "o": "attention output"}
+
+
+def attention_matrices(model: nn.Module, config: Any) -> ModelStructure:
+    """For AFOpt: the matrices of the attentions in ``config.scope``.
+
+    ``query_key`` takes q and k, ``attention`` o and v too, ``all_linear`` the
+    other linear layers as well, except output heads, tied weights and
+    adapters outside the attentions.
+
+    Raises:
+        ValueError: when nothing would be preconditioned: no attention was
+            found, or its matrices are frozen.
+    """
+    survey = ParameterSurvey(model)
+    roles = SCOPES.get(config.scope, SCOPES["attention"])
+    found = find_attention(model)
+    matrices: list[LayerMatrix] = []
+    blocks: list[AttentionBlock] = []
+    treated: dict[str, str] = {}
+    taken: set[int] = set()
+    for block in found:
+        chosen = _in_scope(block, roles)
+        if any(survey.name_of(m.weight_parameter) in survey.tied for m, _ in chosen):
+            continue
+        if chosen:
+            blocks.append(block)
+        for matrix, reason in chosen:
+            if id(matrix) not in taken:
+                taken.add(id(matrix))
+                matrices.append(matrix)
+            add_reason(treated, survey.matrix_names(matrix), reason)
+    if config.scope == "all_linear":
+        _add_linears(survey, found, matrices, treated)
+    reasons = _left_over(survey, found, config.scope, treated)
+    if not matrices or (not found and config.scope != "all_linear"):
+        raise ValueError(_nothing(model, found, config.scope))
+    if not found:
+        warnings.warn(
+            f"afopt: no attention was found in {type(model).__name__}, so only its other linear "
+            f"layers are preconditioned; {HOW_TO_DECLARE}.",
+            stacklevel=3,
+        )
+    others = _others(survey, found, matrices)
+    return survey.structure(
+        config, treated, reasons, matrices=matrices, others=others, attention=blocks
+    )
+
+
+def _others(
+    survey: ParameterSurvey, found: Sequence[AttentionBlock], matrices: Sequence[LayerMatrix]
+) -> list[LayerMatrix]:
+    """What ``all_linear`` would take beside ``matrices``."""
+    wider = [
+        matrix
+        for block in found
+        for role, matrix in block.roles().items()
+        if role in block.trainable and survey.name_of(matrix.weight_parameter) not in survey.tied
+    ]
+    _add_linears(survey, found, wider, {})
+    inside = {(matrix.module, matrix.weight, matrix.rows) for matrix in matrices}
+    return [m for m in wider if (m.module, m.weight, m.rows) not in inside]
+
+
+def _in_scope(block: AttentionBlock, roles: Sequence[str]) -> list[tuple[LayerMatrix, str]]:
+    """The matrices of an attention that are stepped, each with its reason."""
+    chosen: list[tuple[LayerMatrix, str]] = []
+    note = f" ({block.note})" if block.note else ""
+    for role, matrix in block.roles().items():
+        if role not in roles:
+            continue
+        if role in block.trainable:
+            chosen.append((matrix, _ROLES[role] + note))
+        adapter = block.adapters.get(role)
+        if adapter is not None:
+            pair = [matrix for matrix in (adapter.down, adapter.up) if trains(matrix)]
+            chosen += [(matrix, f"adapter of {_ROLES[role]}{note}") for matrix in pair]
+    return chosen
+
+
+def _add_linears(
+    survey: ParameterSurvey,
+    found: Sequence[AttentionBlock],
+    matrices: list[LayerMatrix],
+    treated: dict[str, str],
+) -> None:
+    """Add the linear layers outside attention, in model order."""
+    inside = {matrix.module for block in found for matrix in block.roles().values()}
+    for gate in _gates(found):
+        if trains(gate) and survey.name_of(gate.weight_parameter) not in survey.tied:
+            matrices.append(gate)
+            add_reason(treated, survey.matrix_names(gate), "gate")
+    for matrix in find_matrices(survey.model):
+        name = survey.name_of(matrix.weight_parameter)
+        skipped = (
+            not is_linear(matrix.module)
+            or matrix.module in inside
+            or name in treated
+            or name in survey.tied
+            or name in survey.heads
+            or survey.describe(name) == "adapter"
+            or min(matrix.shape) == 1
+        )
+        if not skipped:
+            matrices.append(matrix)
+            add_reason(treated, survey.matrix_names(matrix), "linear layer")
+    order = {name: place for place, name in enumerate(survey.parameters)}
+    matrices.sort(key=lambda matrix: order[survey.name_of(matrix.weight_parameter)])
+
+
+def _gates(found: Sequence[AttentionBlock]) -> list[LayerMatrix]:
+    """The gates that share a weight with an attention's queries."""
+    gates: dict[nn.Module, LayerMatrix] = {}
+    for block in found:
+        query = block.q
+        shared = {matrix.module for role, matrix in block.roles().items() if role != "q"}
+        if query.rows is not None and query.module not in shared:
+            (rest,) = RowSelection.complement([query.rows])
+            gates[query.module] = replace(query, name=query.name[:-3] + "[gate]", rows=rest)
+    return list(gates.values())
+
+
+def _left_over(
+    survey: ParameterSurvey, found: Sequence[AttentionBlock], scope: str, treated: dict[str, str]
+) -> dict[str, str]:
+    """Reasons for matrices that a wider scope would take, and for rows left of fused ones."""
+    reasons: dict[str, str] = {}
+    for block in found:
+        for role, matrix in block.roles().items():
+            for name in survey.matrix_names(matrix):
+                if name not in treated:
+                    add_reason(reasons, [name], f"{_ROLES[role]}: outside scope={scope}")
+                elif matrix.rows is not None and role not in SCOPES.get(scope, "qkvo"):
+                    add_reason(treated, [name], f"{_ROLES[role]} by the base rule")
+    if scope != "all_linear":
+        for gate in _gates(found):
+            for name in survey.matrix_names(gate):
+                if name in treated:
+                    add_reason(treated, [name], "gate by the base rule")
+        for name in survey.parameters:
+            if name not in treated and survey.describe(name) == "linear layer":
+                reasons.setdefault(name, f"linear layer: outside scope={scope}")
+    return reasons
+
+
+def _nothing(model: nn.Module, found: Sequence[AttentionBlock], scope: str) -> str:
+    name = type(model).__name__
+    if not found:
+        return f"afopt: no attention that it knows was found in {name}; {HOW_TO_DECLARE}."
+    return (
+        f"afopt: {name} has {len(found)} attentions, but no matrix in scope={scope} trains (they "
+        "are frozen or tied); unfreeze them, widen scope, or put LoRA adapters on q, k, v or o."
+    )
+
+
+# Plan
 
 State = dict[Tensor, dict[str, Any]]
 FactorKind = Literal["inverse", "factor", "root"]
@@ -162,7 +332,7 @@ def observes(block: AttentionBlock, config: AFOptConfig) -> bool:
 
 
 class AFOptPlan:
-    """Every treatment, and every moment they need.
+    """Every item, and every moment they need.
 
     Args:
         placed: the matrices in scope, in model order.
@@ -175,21 +345,21 @@ class AFOptPlan:
     ) -> None:
         self.config = config
         self.bound = {item.matrix: item for item in bound}
-        self.treatments: list[MatrixPlan] = []
+        self.matrices: list[MatrixPlan] = []
         self.moments: list[Moment] = []
         self.rights: list[RightFactor] = []
         self.known: dict[AttentionBlock, dict[str, Moment]] = {}
         self.features = config.space == "logits"
         for number, block in enumerate(structure.attention):
             _Attention(self, block, f"a{number}").plan_members()
-        attended = {treatment.bound for treatment in self.treatments}
+        attended = {item.bound for item in self.matrices}
         for item in bound:
             if item not in attended:
                 self._add_linear(item)
         order = {item: place for place, item in enumerate(bound)}
-        self.treatments.sort(key=lambda treatment: order[treatment.bound])
+        self.matrices.sort(key=lambda item: order[item.bound])
         self._stagger()
-        self.by_placed = {treatment.bound: treatment for treatment in self.treatments}
+        self.of = {item.bound: item for item in self.matrices}
         self.rights_at = {same[0].anchor: same for same in grouped(self.rights, _anchor)}
         self.moments_at = {same[0].anchor: same for same in grouped(self.moments, _anchor)}
 
@@ -238,22 +408,22 @@ class AFOptPlan:
         form = form_of(*bound.matrix.shape)
         right = None
         if self.features:
-            key = f"l{len(self.treatments)}"
+            key = f"l{len(self.matrices)}"
             moment = self.moment("input", bound.matrix, bound, "input_moment", key)
             right = self.right(moment, bound, self.kinds(form)[1], None)
-        self.treatments.append(MatrixPlan(bound, "linear", 1, form, right=right))
+        self.matrices.append(MatrixPlan(bound, "linear", 1, form, right=right))
 
     def _stagger(self) -> None:
         """Spread the layers over the statistics steps of one refresh interval."""
         config = self.config
         phases = max(1, config.inverse_interval // config.stat_interval)
         owners: dict[Any, int] = {}
-        for treatment in self.treatments:
-            owner = treatment.block or treatment.bound
+        for item in self.matrices:
+            owner = item.block or item.bound
             number = owners.setdefault(owner, len(owners))
-            treatment.phase = number % phases * config.stat_interval
-            if treatment.right is not None:
-                treatment.right.phase = treatment.phase
+            item.phase = number % phases * config.stat_interval
+            if item.right is not None:
+                item.right.phase = item.phase
 
 
 def form_of(rows: int, columns: int) -> Form:
@@ -305,14 +475,14 @@ class _Attention:
         form = form_of(matrix.shape[0] // heads, matrix.shape[1])
         left, right = plan.kinds(form)
         has_left = role in "qk" or (role == "v" and block.o is not None) or side == "down"
-        treatment = MatrixPlan(
+        item = MatrixPlan(
             bound, role, heads, form, block, side, left=left if has_left else None
         )
         if plan.features:
             down = block.adapters[role].down if side == "up" else None
-            treatment.right = plan.right(self._input(role), bound, right, down)
+            item.right = plan.right(self._input(role), bound, right, down)
             self._ask_for_left(role)
-        plan.treatments.append(treatment)
+        plan.matrices.append(item)
 
     def _input(self, role: str) -> Moment:
         """The moment of what enters the matrix of a role."""

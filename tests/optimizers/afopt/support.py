@@ -13,7 +13,7 @@ from hf_precond.architectures.structure import (
 )
 from hf_precond.optimizers.afopt.config import AFOptConfig
 from hf_precond.optimizers.afopt.optimizer import AFOpt
-from hf_precond.optimizers.afopt.selection import attention_matrices
+from hf_precond.optimizers.afopt.plan import attention_matrices
 from hf_precond.statistics.collector import MomentCollector
 
 
@@ -133,9 +133,9 @@ def directions(optimizer):
         optimizer._update_statistics()
         optimizer.refresh()
         found = {}
-        for treatment in optimizer.plan.treatments:
-            gradient = treatment.bound.gradient()[None]
-            found[treatment.role] = optimizer._directions([treatment], gradient)[0]
+        for plan in optimizer.plan.matrices:
+            gradient = plan.bound.gradient()[None]
+            found[plan.role] = optimizer._directions([plan], gradient)[0]
         return found
 
 

@@ -53,7 +53,7 @@ def test_a_key_without_bias_has_nothing_of_the_constant_in_its_blocks(max_dim):
     optimizer = create_optimizer(model, "afopt", scope="query_key", **fields)
     loss_of(model, FAMILIES["whisper"].batch()).backward()
     optimizer.step()
-    keys = [treatment for treatment in optimizer.plan.treatments if treatment.role == "k"]
+    keys = [plan for plan in optimizer.plan.matrices if plan.role == "k"]
     assert keys and all(k.right.columns == 16 for k in keys)
     for right in (k.right for k in keys):
         held = right.moment.read(optimizer.state)

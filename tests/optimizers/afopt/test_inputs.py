@@ -77,15 +77,15 @@ def test_every_factor_is_of_its_own_layers_inputs(name):
     model = model.double().train()
     batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
     optimizer = create_optimizer(model, "afopt", scope="attention")
-    seen = inputs_of({t.bound.matrix.module for t in optimizer.plan.treatments})
+    seen = inputs_of({t.bound.matrix.module for t in optimizer.plan.matrices})
     model(**batch).loss.backward()
     taken = optimizer.statistics.take()
-    for treatment in optimizer.plan.treatments:
-        matrix = treatment.bound.matrix
+    for plan in optimizer.plan.matrices:
+        matrix = plan.bound.matrix
         (rows,) = seen[matrix.module]
         mask = batch.get("attention_mask")
         mask = mask if mask is not None and mask.shape == rows.shape[:2] else None
-        found = taken[treatment.right.moment.request.key]
+        found = taken[plan.right.moment.request.key]
         size = matrix.columns
         mean = (found.sum / found.count)[:size, :size]
         expected = moment(rows, matrix.bias is not None, mask)
@@ -120,8 +120,8 @@ def test_multihead_attention_of_three_tensors():
     tensors = {r: torch.randn(2, 5, n).double() for r, n in zip("qkv", (16, 6, 10), strict=True)}
     model(*tensors.values()).square().sum().backward()
     optimizer.step()
-    for treatment in optimizer.plan.treatments:
-        if treatment.role in tensors:
-            found = treatment.right.moment.read(optimizer.state)
-            constant = treatment.bound.matrix.bias is not None
-            torch.testing.assert_close(found, moment(tensors[treatment.role], constant))
+    for plan in optimizer.plan.matrices:
+        if plan.role in tensors:
+            found = plan.right.moment.read(optimizer.state)
+            constant = plan.bound.matrix.bias is not None
+            torch.testing.assert_close(found, moment(tensors[plan.role], constant))

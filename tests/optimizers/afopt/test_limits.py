@@ -266,7 +266,7 @@ def test_cross_attention_takes_each_side_from_its_own_sequence():
         full = torch.cat([t, t.new_ones(*t.shape[:-1], 1)], -1).flatten(0, 1)
         return full.mT @ full / len(full)
 
-    rights = {t.role: t.right.moment for t in optimizer.plan.treatments}
+    rights = {t.role: t.right.moment for t in optimizer.plan.matrices}
     state = optimizer.state
     torch.testing.assert_close(rights["q"].read(state), second(x))
     torch.testing.assert_close(rights["k"].read(state), second(memory))

@@ -37,7 +37,7 @@ def adapted(targets, dtype=DOUBLE, dora=False):
 def test_adapters_of_q_and_v_only(dora):
     model = adapted(["query", "value"], dora=dora)
     optimizer = create_optimizer(model, "afopt", lr=1e-2, damping=0.5)
-    sides = sorted((t.role, t.side) for t in optimizer.plan.treatments)
+    sides = sorted((t.role, t.side) for t in optimizer.plan.matrices)
     assert sides == sorted([("q", "down"), ("q", "up"), ("v", "down"), ("v", "up")] * 2)
     before = weights(model)
     losses = train("bert", model, optimizer, 12)
@@ -67,7 +67,7 @@ def test_adapter_factors_against_dense_ones(dora):
     data = batch("bert", dtype=DOUBLE)
     model(**data).loss.backward()
     handle.remove()
-    treatments = [t for t in optimizer.plan.treatments if t.block is optimizer.structure.attention[0]]
+    plans = [t for t in optimizer.plan.matrices if t.block is optimizer.structure.attention[0]]
     with torch.no_grad():
         directions(optimizer)
     kept = seen[0][data["attention_mask"].bool()]
@@ -102,9 +102,9 @@ def test_adapter_factors_against_dense_ones(dora):
     above = (damped(left) @ up.grad.unflatten(0, (2, 8)) @ damped(inner)).flatten(0, 1)
     small = sum(b.mT @ a @ b for a, b in zip(left, up.unflatten(0, (2, 8)), strict=True))
     below = damped(small) @ down.grad @ damped(moment[:16, :16])
-    for treatment in treatments:
-        if treatment.role == "q":
-            gradient = treatment.bound.gradient()[None]
-            step = optimizer._directions([treatment], gradient)[0].detach()
-            expected = (above if treatment.side == "up" else below).detach()
+    for plan in plans:
+        if plan.role == "q":
+            gradient = plan.bound.gradient()[None]
+            step = optimizer._directions([plan], gradient)[0].detach()
+            expected = (above if plan.side == "up" else below).detach()
             torch.testing.assert_close(step, expected, rtol=1e-8, atol=1e-12)

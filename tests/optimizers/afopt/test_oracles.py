@@ -208,20 +208,20 @@ def relative_difference(orthogonal=False, steps=None, **fields):
 
 def whole_step(optimizer):
     """The change that ``step()`` really makes, per unit of lr and negated."""
-    before = {t.role: t.bound.matrix.read().clone() for t in optimizer.plan.treatments}
+    before = {t.role: t.bound.matrix.read().clone() for t in optimizer.plan.matrices}
     optimizer.step()
     return {
         t.role: (before[t.role] - t.bound.matrix.read()) / optimizer.config.lr
-        for t in optimizer.plan.treatments
+        for t in optimizer.plan.matrices
     }
 
 
 def sign(optimizer):
-    return {t.role: t.bound.gradient().sign() for t in optimizer.plan.treatments}
+    return {t.role: t.bound.gradient().sign() for t in optimizer.plan.matrices}
 
 
 def plain(optimizer):
-    return {t.role: t.bound.gradient() for t in optimizer.plan.treatments}
+    return {t.role: t.bound.gradient() for t in optimizer.plan.matrices}
 
 
 def test_inverse_direction_is_invariant():

@@ -37,13 +37,13 @@ def test_refreshes_at_the_first_statistics_then_staggered():
     optimizer = create_optimizer(
         model, "afopt", scope="attention", stat_interval=2, inverse_interval=6
     )
-    changed = {t: [] for t in optimizer.plan.treatments if t.role == "q"}
+    changed = {t: [] for t in optimizer.plan.matrices if t.role == "q"}
     for step in range(16):
         before = {t: copy.deepcopy(t.held(optimizer.state).get("left")) for t in changed}
         train_step(model, optimizer, batch("bert", step))
-        for treatment, found in changed.items():
-            now = treatment.held(optimizer.state)["left"]
-            if before[treatment] is None or not torch.equal(before[treatment], now):
+        for plan, found in changed.items():
+            now = plan.held(optimizer.state)["left"]
+            if before[plan] is None or not torch.equal(before[plan], now):
                 found.append(step)
     assert list(changed.values()) == [[0, 2, 4, 6, 12], [0, 2, 4, 8, 14]]
 
