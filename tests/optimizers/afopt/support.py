@@ -125,7 +125,7 @@ def create(model, **fields):
 def directions(optimizer):
     """Role to the unscaled direction of the gradients that are there now, ``[out, in(+1)]``.
 
-    Commits what was staged and refreshes, as the step would; changes no parameter.
+    Takes the statistics collected and refreshes, as the step would; changes no parameter.
     """
     with torch.no_grad():
         for bound in optimizer.bound:
