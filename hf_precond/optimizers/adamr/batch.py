@@ -16,7 +16,8 @@ from hf_precond.linalg.products import compute_dtype
 from hf_precond.optimizers.adamr.config import AdamRConfig
 from hf_precond.optimizers.adamr.tiling import Tiling, is_embedding
 from hf_precond.optimizers.base.fallback import descend
-from hf_precond.optimizers.base.parameters import RESHAPED, ParamView, fit, grouped
+from hf_precond.optimizers.base.messages import RESHAPED
+from hf_precond.optimizers.base.parameters import ParamView, fit, grouped
 
 CPU_ELEMENTS = 1 << 18
 """Elements of a batch on a CPU: they stay in the cache from one product to the next."""

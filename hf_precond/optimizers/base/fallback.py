@@ -16,6 +16,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from hf_precond.linalg.products import compute_dtype
+from hf_precond.optimizers.base.messages import NO_FALLBACK
 from hf_precond.optimizers.base.parameters import ParamView, by_group, grouped
 
 
@@ -59,9 +60,7 @@ def make_fallback(name: str, config: Any) -> FallbackOptimizer:
         from hf_precond.optimizers.base.muon import MuonFallback
 
         return MuonFallback.under(config)
-    raise ValueError(
-        f"base={name!r}: no such fallback optimizer; choose 'adamw', 'sgd', 'adamr' or 'muon'."
-    )
+    raise ValueError(NO_FALLBACK.format(name=name))
 
 
 class FallbackOptimizer(ABC):

@@ -15,7 +15,7 @@ from hf_precond.config.base import OptimizerConfig
 from hf_precond.distributed import collectives
 from hf_precond.distributed.collectives import all_finite, like
 from hf_precond.linalg.products import compute_dtype, without_autocast
-from hf_precond.optimizers.base import checkpoint, parameters
+from hf_precond.optimizers.base import checkpoint, messages, parameters
 from hf_precond.optimizers.base.fallback import (
     FallbackOptimizer,
     descend,
@@ -82,10 +82,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
         usable = isinstance(structure, ModelStructure) and isinstance(config, OptimizerConfig)
         if fields or not usable:
             name = type(self).__name__
-            raise TypeError(
-                f"{name}(param_groups, structure, config) needs what was found in the model; build "
-                f"it with hf_precond.create_optimizer(model, {name.lower()!r}, lr=…)."
-            )
+            raise TypeError(messages.NEEDS_MODEL.format(name=name, optimizer=name.lower()))
         assert structure is not None and config is not None
         self.config = config
         self.structure = structure
@@ -289,12 +286,9 @@ class PrecondOptimizer(torch.optim.Optimizer):
         self._remainders = parameters.fused_remainders(self.bound)
 
     def _group_at_start(self, name: str, parameter: Tensor, groups: Mapping[int, int]) -> int:
-        if id(parameter) in groups:
-            return groups[id(parameter)]
-        raise ValueError(
-            f"{name}: it is in none of the parameter groups; pass every trainable "
-            "parameter of the model, freeze it, or build with create_optimizer(model, …)."
-        )
+        if id(parameter) not in groups:
+            raise ValueError(messages.NOT_IN_GROUPS.format(name=name))
+        return groups[id(parameter)]
 
     def _open(self) -> None:
         requests, structure = self.requests(), self.structure
@@ -336,10 +330,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
             RuntimeError: the optimizer was not built by ``create_optimizer``.
         """
         if self.structure.find is None:
-            raise RuntimeError(
-                "attach: this optimizer's model structure was made by hand; build the optimizer "
-                "with create_optimizer(model, …) instead."
-            )
+            raise RuntimeError(messages.HAND_MADE)
         self.close()
         self.structure = self.structure.find(model)
         self.structure.routing = checkpoint.relabelled(self.routing, model, self.param_groups)

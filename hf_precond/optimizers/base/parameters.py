@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_precond.architectures.structure import LayerMatrix, NormParameter, Owner, RowSelection
 from hf_precond.distributed.collectives import full, is_sharded, like
 from hf_precond.linalg.products import compute_dtype
+from hf_precond.optimizers.base import messages
 
 Item = TypeVar("Item")
 Groups = Sequence[Mapping[str, Any]]
@@ -20,22 +21,6 @@ Parts = tuple[Tensor, Tensor | None]
 
 PATIENCE = 2
 """Steps in which another optimizer would move an unfrozen parameter (AdamR's first moves none)."""
-
-UNFROZEN = (
-    "{name}: {count} parameters ({first}, …) were frozen when the optimizer was made, have "
-    "gradients now and are in none of its parameter groups: it does not train them. Call "
-    "optimizer.add_param_group({{'params': […]}}) and then optimizer.attach(model), or make the "
-    "optimizer before layers are frozen."
-)
-TIED = (
-    "{name} has become {other} since the optimizer was made (tie_weights): a tied weight is "
-    "stepped otherwise. Tie the weights before, or build a new optimizer now."
-)
-RESHAPED = (
-    "the state {name!r} of a parameter has shape {held} and {wanted} is needed: the parameter was "
-    "resized, tied or pruned after the optimizer's first step (resize_token_embeddings, "
-    "tie_weights). Do that before, or build a new optimizer now."
-)
 
 
 @dataclass(eq=False)
@@ -133,9 +118,8 @@ def fit(
     """
     tensor: Tensor = state[name]
     if tuple(tensor.shape) != tuple(shape):
-        raise RuntimeError(
-            RESHAPED.format(name=name, held=tuple(tensor.shape), wanted=tuple(shape))
-        )
+        held, wanted = tuple(tensor.shape), tuple(shape)
+        raise RuntimeError(messages.RESHAPED.format(name=name, held=held, wanted=wanted))
     if tensor.dtype != dtype or tensor.device != device:
         state[name] = tensor.to(device=device, dtype=dtype)
 
@@ -179,12 +163,7 @@ def group_of(name: str, parameter: Tensor, groups: Mapping[int, int]) -> int:
         RuntimeError: none holds it any more. Its layer would silently stop training.
     """
     if id(parameter) not in groups:
-        raise RuntimeError(
-            f"{name}: its parameter is in none of the parameter groups any more. It was replaced "
-            "since the optimizer was made (by load_state_dict(assign=True), say, or fully_shard "
-            "without accelerate's prepare): build the optimizer afterwards; or taken out of its "
-            "group: freeze it with requires_grad_(False) instead."
-        )
+        raise RuntimeError(messages.REPLACED.format(name=name))
     return groups[id(parameter)]
 
 
@@ -465,10 +444,8 @@ def refuse_complex(parameters: Iterable[Tensor], name: str) -> None:
     """
     for parameter in parameters:
         if parameter.is_complex():
-            raise ValueError(
-                f"{name}: complex parameters are not supported (shape {tuple(parameter.shape)}); "
-                "store real and imaginary parts as two tensors."
-            )
+            shape = tuple(parameter.shape)
+            raise ValueError(messages.COMPLEX.format(name=name, shape=shape))
 
 
 def refuse_sparse(groups: Groups, name: str) -> None:
@@ -483,10 +460,8 @@ def refuse_sparse(groups: Groups, name: str) -> None:
     """
     for gradient in gradients_of(groups):
         if gradient.is_sparse:
-            raise RuntimeError(
-                f"{name}: sparse gradients are not supported (a parameter of shape "
-                f"{tuple(gradient.shape)} has one); build its nn.Embedding with sparse=False."
-            )
+            shape = tuple(gradient.shape)
+            raise RuntimeError(messages.SPARSE.format(name=name, shape=shape))
 
 
 class ParamGroupValidator:
@@ -526,7 +501,7 @@ class ParamGroupValidator:
             group_of(owner[0], parameter, groups)
             other = first.setdefault(id(parameter), owner[0])
             if other != owner[0] and any(item.weight is parameter for item in bound):
-                raise RuntimeError(TIED.format(name=owner[0], other=other))
+                raise RuntimeError(messages.TIED.format(name=owner[0], other=other))
         if self.frozen:
             self._warn_of_unfrozen(groups, name)
 
@@ -544,7 +519,7 @@ class ParamGroupValidator:
         self.frozen = [owner for owner in self.frozen if owner[0] not in done]
         self.checksums = {key: values for key, values in sums.items() if key not in done}
         if missing:
-            message = UNFROZEN.format(name=name, count=len(missing), first=missing[0])
+            message = messages.UNFROZEN.format(name=name, count=len(missing), first=missing[0])
             warnings.warn(message, stacklevel=2)
 
 

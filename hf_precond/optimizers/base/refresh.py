@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_precond.distributed import collectives
 from hf_precond.linalg.factorization import Cause, cause
+from hf_precond.optimizers.base.messages import IN_A_ROW
 
 Item = TypeVar("Item")
 Number = float | Tensor
@@ -22,40 +23,6 @@ MAX_FAILURES = 3
 MAX_DROPPED = 10
 """The same for statistics of one layer, gradients and steps."""
 LIMITS = {"statistic": MAX_DROPPED, "gradient": MAX_DROPPED, "step": MAX_DROPPED}
-
-ADVICE = {
-    "factor": (
-        "its factor could not be decomposed {limit} times in a row; it is close to singular, or "
-        "holds infinities or NaN. Lower the learning rate, raise `damping` (or `eps`), clip "
-        "gradients, or train in float32."
-    ),
-    "solver": (
-        "the solver library failed at its refresh {limit} times in a row. Raise `damping` (or "
-        "`eps`), lower the learning rate, or set max_dim below the layer's width."
-    ),
-    "out_of_memory": (
-        "memory ran out at its refresh {limit} times in a row, also with this matrix alone. Lower "
-        "the batch size or `max_dim`, or keep the factors in state_dtype='bfloat16'."
-    ),
-    "statistic": (
-        "its statistics were not finite {limit} times in a row, so its activations or gradients "
-        "hold infinities or NaN. If the loss is NaN too, the weights are lost: go back to a "
-        "checkpoint, lower the learning rate or warm up longer, and set skip_nonfinite=True so "
-        "that no bad batch reaches the weights; otherwise train in float32 or bfloat16."
-    ),
-    "gradient": (
-        "{limit} updates of the factors in a row met a gradient that is not finite, or too large "
-        "to square. If the loss is NaN, the weights are lost: go back to a checkpoint, lower the "
-        "learning rate or warm up longer, and set skip_nonfinite=True so that no bad batch "
-        "reaches the weights; otherwise clip gradients."
-    ),
-    "step": (
-        "{limit} steps in a row had gradients that are not finite and were skipped "
-        "(skip_nonfinite=True). Every batch gives them, so the weights or the data are at fault: "
-        "look at the data, go back to a checkpoint, lower the learning rate or clip gradients."
-    ),
-}
-"""What the message says after the name, by what failed."""
 
 
 class FailureRecord:
@@ -80,7 +47,7 @@ class FailureRecord:
         """Record the outcome of an attempt that the host knows.
 
         Args:
-            kind: a key of :data:`ADVICE`.
+            kind: a key of :data:`~hf_precond.optimizers.base.messages.IN_A_ROW`.
             name: the matrix, for the message.
             failed: whether it failed.
 
@@ -95,7 +62,7 @@ class FailureRecord:
         """Record outcomes that may be on a device, without waiting for it.
 
         Args:
-            kind: a key of :data:`ADVICE`.
+            kind: a key of :data:`~hf_precond.optimizers.base.messages.IN_A_ROW`.
             names: the matrices.
             failed: ``[len(names)]``, not zero where it failed.
 
@@ -146,7 +113,7 @@ class FailureRecord:
     def _judge(self, kind: str, name: str, failures: int) -> None:
         limit = LIMITS.get(kind, MAX_FAILURES)
         if failures >= limit:
-            raise RuntimeError(f"{name}: {ADVICE[kind].format(limit=limit)}")
+            raise RuntimeError(f"{name}: {IN_A_ROW[kind].format(limit=limit)}")
 
 
 def in_parts(

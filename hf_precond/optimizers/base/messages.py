@@ -1,0 +1,80 @@
+"""What the optimizers say where something is wrong: the fact, and what to do about it."""
+
+IN_A_ROW = {
+    "factor": (
+        "its factor could not be decomposed {limit} times in a row; it is close to singular, or "
+        "holds infinities or NaN. Lower the learning rate, raise `damping` (or `eps`), clip "
+        "gradients, or train in float32."
+    ),
+    "solver": (
+        "the solver library failed at its refresh {limit} times in a row. Raise `damping` (or "
+        "`eps`), lower the learning rate, or set max_dim below the layer's width."
+    ),
+    "out_of_memory": (
+        "memory ran out at its refresh {limit} times in a row, also with this matrix alone. Lower "
+        "the batch size or `max_dim`, or keep the factors in state_dtype='bfloat16'."
+    ),
+    "statistic": (
+        "its statistics were not finite {limit} times in a row, so its activations or gradients "
+        "hold infinities or NaN. If the loss is NaN too, the weights are lost: go back to a "
+        "checkpoint, lower the learning rate or warm up longer, and set skip_nonfinite=True so "
+        "that no bad batch reaches the weights; otherwise train in float32 or bfloat16."
+    ),
+    "gradient": (
+        "{limit} updates of the factors in a row met a gradient that is not finite, or too large "
+        "to square. If the loss is NaN, the weights are lost: go back to a checkpoint, lower the "
+        "learning rate or warm up longer, and set skip_nonfinite=True so that no bad batch "
+        "reaches the weights; otherwise clip gradients."
+    ),
+    "step": (
+        "{limit} steps in a row had gradients that are not finite and were skipped "
+        "(skip_nonfinite=True). Every batch gives them, so the weights or the data are at fault: "
+        "look at the data, go back to a checkpoint, lower the learning rate or clip gradients."
+    ),
+}
+"""Too many failures in a row, by what failed."""
+
+NEEDS_MODEL = (
+    "{name}(param_groups, structure, config) needs what was found in the model; build it with "
+    "hf_precond.create_optimizer(model, {optimizer!r}, lr=…)."
+)
+HAND_MADE = (
+    "attach: this optimizer's model structure was made by hand; build the optimizer with "
+    "create_optimizer(model, …) instead."
+)
+NOT_IN_GROUPS = (
+    "{name}: it is in none of the parameter groups; pass every trainable parameter of the model, "
+    "freeze it, or build with create_optimizer(model, …)."
+)
+REPLACED = (
+    "{name}: its parameter is in none of the parameter groups any more. It was replaced since the "
+    "optimizer was made (by load_state_dict(assign=True), say, or fully_shard without "
+    "accelerate's prepare): build the optimizer afterwards; or taken out of its group: freeze it "
+    "with requires_grad_(False) instead."
+)
+TIED = (
+    "{name} has become {other} since the optimizer was made (tie_weights): a tied weight is "
+    "stepped otherwise. Tie the weights before, or build a new optimizer now."
+)
+UNFROZEN = (
+    "{name}: {count} parameters ({first}, …) were frozen when the optimizer was made, have "
+    "gradients now and are in none of its parameter groups: it does not train them. Call "
+    "optimizer.add_param_group({{'params': […]}}) and then optimizer.attach(model), or make the "
+    "optimizer before layers are frozen."
+)
+RESHAPED = (
+    "the state {name!r} of a parameter has shape {held} and {wanted} is needed: the parameter was "
+    "resized, tied or pruned after the optimizer's first step (resize_token_embeddings, "
+    "tie_weights). Do that before, or build a new optimizer now."
+)
+COMPLEX = (
+    "{name}: complex parameters are not supported (shape {shape}); store real and imaginary parts "
+    "as two tensors."
+)
+SPARSE = (
+    "{name}: sparse gradients are not supported (a parameter of shape {shape} has one); build its "
+    "nn.Embedding with sparse=False."
+)
+NO_FALLBACK = (
+    "base={name!r}: no such fallback optimizer; choose 'adamw', 'sgd', 'adamr' or 'muon'."
+)
