@@ -1,4 +1,4 @@
-"""What a training step with SGD-PH costs, beside its base rule and beside the authors' way.
+"""What a training step with SGD-PH costs, beside its base (AdamW or SGD) and the authors' way.
 
     python examples/benchmarks/sgdph_cost.py --base adamw --rounds 5
     python examples/benchmarks/sgdph_cost.py --base sgd --rounds 5
@@ -14,7 +14,7 @@ needs attention by the MATH kernel at every step. Order rotates from round to ro
 
 Time is the processor time of the process, which other processes disturb less
 than the clock; the clock is printed too. The figure for an interval of 20 is
-(19 plain + 1 probed) / 20 of SGD-PH over the base rule, medians over rounds of
+(19 plain + 1 probed) / 20 of SGD-PH over the base, medians over rounds of
 the ratios inside a round.
 """
 
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         probed = [a / b for a, b in zip(held["probed"], held["base"], strict=True)]
         plain = [a / b for a, b in zip(held["plain"], held["base"], strict=True)]
         print(
-            f"by {label} time, interval {options.interval}: over the base rule "
+            f"by {label} time, interval {options.interval}: over the base "
             f"{statistics.median(over_base):.3f} (without a probe {statistics.median(plain):.3f}, "
             f"with one {statistics.median(probed):.2f}); over the authors' way "
             f"{statistics.median(over_authors):.2f}"

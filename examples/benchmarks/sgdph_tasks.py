@@ -1,4 +1,4 @@
-"""SGD-PH against its base rule on three small tasks.
+"""SGD-PH against AdamW and SGD on three small tasks.
 
     python examples/benchmarks/sgdph_tasks.py --task vit --seeds 0 1 2 \
         --run adamw:lr=1e-3 --run sgdph:lr=1e-3 --run sgdph:lr=1e-3,gamma=0.1

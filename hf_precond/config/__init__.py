@@ -1,0 +1,1 @@
+"""The optimizers' fields: one validated dataclass per optimizer, saved as JSON."""

@@ -1,0 +1,1 @@
+"""The optimizers inside transformers' ``Trainer``: names, arguments, callback, checkpoints."""

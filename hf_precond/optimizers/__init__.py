@@ -1,0 +1,1 @@
+"""The optimizers, one folder each, and the step that they share."""

@@ -1,0 +1,1 @@
+"""What is collected from a model's passes: second moments, entropies, Hessian products."""

@@ -1,0 +1,1 @@
+"""AdamR: Adam in the eigenbasis of the gradient's Kronecker second moments."""

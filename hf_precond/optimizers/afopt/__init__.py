@@ -1,0 +1,1 @@
+"""AFOpt: attention's steps preconditioned by second moments of its features."""

@@ -1,0 +1,1 @@
+"""The template of the step, and what every optimizer takes from it."""

@@ -1,0 +1,1 @@
+"""NKFAC: K-FAC whose inverses follow by Newton's iteration."""

@@ -1,0 +1,1 @@
+"""SGD-PH: norm parameters stepped by their Hessian diagonal."""
