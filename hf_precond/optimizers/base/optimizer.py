@@ -105,34 +105,53 @@ class PrecondOptimizer(torch.optim.Optimizer):
         return ()
 
     def due(self, step: int) -> bool:
-        """Whether statistics are collected in the passes before step number ``step`` (from 0)."""
+        """Whether statistics are collected in the passes before a step.
+
+        Args:
+            step: the step's number, from 0.
+        """
         return False
 
     def allocate(self, bound: Any) -> None:
-        """Make the state of one matrix that this class keeps itself, where it is missing."""
+        """Make the state of one matrix that this class keeps itself, where it is missing.
+
+        Args:
+            bound: the matrix, or norm parameter; its state is ``self.state[bound.weight]``.
+        """
 
     def update_statistics(self, statistics: Mapping[str, Statistic]) -> None:
-        """Put this step's statistics, summed over ranks, into running averages."""
+        """Put this step's statistics, summed over ranks, into running averages.
+
+        Args:
+            statistics: by the ``key`` of the requests; those that no token reached may be missing.
+        """
 
     def refresh(self) -> None:
         """Recompute the preconditioners that are due at step :attr:`steps`."""
 
     def precondition(self, ready: Sequence[Any]) -> Iterable[Preconditioned]:
-        """What becomes of the gradients of these matrices or norm parameters (each has one).
+        """What becomes of the gradients of matrices or norm parameters.
 
         The fallback optimizer steps those that are left out, by their raw gradients.
+
+        Args:
+            ready: those that have a gradient at this step.
         """
         return ()
 
     def uses_fallback(self, bound: Bound) -> bool:
-        """Whether the fallback optimizer steps this matrix, by any gradient, and so keeps state."""
+        """Whether the fallback optimizer steps a matrix, by any gradient, and so keeps state.
+
+        Args:
+            bound: the matrix, or norm parameter.
+        """
         return True
 
     # The step -----------------------------------------------------------------------
 
     @property
     def steps(self) -> int:
-        """Steps taken so far; inside :meth:`step` the number of the current one."""
+        """The number of steps taken so far; inside :meth:`step` that of the current one, from 0."""
         return self.param_groups[0]["step"]
 
     @torch.no_grad()
@@ -441,7 +460,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
             self.failures.watch("statistic", list(dropped), flags)
 
     def diagnostics(self) -> dict[str, float]:
-        """Counters and norms as plain numbers. Reads from the device: call it when logging."""
+        """The counters and norms, as plain numbers. Reads from the device: call it when logging."""
         values = {name: float(value) for name, value in self.counters.items()}
         for name, value in self.device_counters.items():
             values[name] = values.get(name, 0.0) + float(value)
