@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 import hf_precond
-from hf_precond.optimizers.nkfac.inverses import invert
+from hf_precond.optimizers.nkfac.factors import invert
 
 PERIOD = 4
 WARM = 3 * PERIOD
@@ -219,7 +219,7 @@ def solvers(device: torch.device) -> None:
                 found = []
                 for _ in range(4):
                     start = now(device)
-                    invert(matrices, previous, newton_steps, lambda name, by: None, 0.01)
+                    invert(matrices, previous, newton_steps, 0.01, lambda name, by: None)
                     found.append(now(device) - start)
                 seconds.append(min(found))
             print(f"{size:>6}{count:>6}" + "".join(f"{1e3 * s:12.2f}" for s in seconds))

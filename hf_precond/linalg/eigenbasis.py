@@ -34,7 +34,7 @@ TILE = 64
 
 
 def eigenbasis(
-    factor: Tensor, retries: factorization.Retries | None = None
+    factor: Tensor, count: factorization.Count | None = None
 ) -> tuple[Tensor, Tensor]:
     """The eigenvectors, in descending order, and the matrix in their coordinates.
 
@@ -43,12 +43,12 @@ def eigenbasis(
 
     Args:
         factor: A, symmetric, ``[b, n, n]``; the lower triangle is read.
-        retries: see :func:`hf_precond.linalg.factorization.eigh`.
+        count: see :func:`hf_precond.linalg.factorization.eigh`.
 
     Returns:
         ``Q`` and ``diag(λ)``, each ``[b, n, n]``.
     """
-    values, vectors = factorization.eigh(factor, retries)
+    values, vectors = factorization.eigh(factor, count)
     return vectors, torch.diag_embed(values)
 
 

@@ -11,7 +11,6 @@ other: retries need less of it, or none of the device's.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -27,29 +26,11 @@ RETRIES = ("scaled", "damped", "float64", "cpu", "kept")
 """How a matrix was served that the plain factorisation did not serve."""
 
 Factorise = Callable[[Tensor, float, float], tuple[Tensor, ...]]
+Count = Callable[[str], None]
 Cause = Literal["out_of_memory", "solver"]
 
 SOLVERS = ("cusolver", "hipsolver", "rocsolver", "magma")
 ALLOCATORS = ("can't allocate memory", "status_alloc_failed")
-
-
-@dataclass
-class Retries:
-    """What a call had to do beyond the plain factorisation.
-
-    Args:
-        counts: name of a retry to the number of matrices that it served;
-            empty when the plain factorisation served them all.
-        failed: per matrix of the batch, whether no retry served it.
-    """
-
-    counts: dict[str, int] = field(default_factory=dict)
-    failed: list[bool] = field(default_factory=list)
-
-    def report(self, kind: str, count: Callable[[str, int], None]) -> None:
-        """Call ``count`` with ``{kind}_{retry}`` and a number for every retry that was used."""
-        for name, matrices in self.counts.items():
-            count(f"{kind}_{name}", matrices)
 
 
 def cause(error: RuntimeError) -> Cause | None:
@@ -85,7 +66,7 @@ def strikes(before: int, failed: bool, name: str, limit: int = MAX_FAILURES) -> 
     raise RuntimeError(f"{name}: {UNDECOMPOSED.format(limit=limit)}")
 
 
-def eigh(batch: Tensor, retries: Retries | None = None) -> tuple[Tensor, Tensor]:
+def eigh(batch: Tensor, count: Count | None = None) -> tuple[Tensor, Tensor]:
     """Eigenvalues in descending order, and eigenvectors, of symmetric matrices.
 
     ``A = Q diag(λ) Qᵀ``. A matrix that no retry can decompose gets the
@@ -93,7 +74,8 @@ def eigh(batch: Tensor, retries: Retries | None = None) -> tuple[Tensor, Tensor]
 
     Args:
         batch: A, ``[…, n, n]``; the lower triangle is read.
-        retries: filled with the retries used and the matrices that failed.
+        count: called with one of :data:`RETRIES` for every matrix that the
+            plain factorisation did not serve.
 
     Returns:
         ``λ`` ``[…, n]`` and ``Q`` ``[…, n, n]``, columns in the order of λ.
@@ -105,11 +87,13 @@ def eigh(batch: Tensor, retries: Retries | None = None) -> tuple[Tensor, Tensor]
         identity = torch.eye(len(diagonal), dtype=batch.dtype, device=batch.device)
         return torch.where(torch.isfinite(diagonal), diagonal, 0.0), identity
 
-    values, vectors = _factorised(matrices, _descending_eigh, kept, retries)
+    (values, vectors), _ = _factorised(matrices, _descending_eigh, kept, count)
     return values.reshape(batch.shape[:-1]), vectors.reshape(batch.shape)
 
 
-def spd_inverse(batch: Tensor, previous: Tensor, retries: Retries | None = None) -> Tensor:
+def spd_inverse(
+    batch: Tensor, previous: Tensor, count: Count | None = None
+) -> tuple[Tensor, list[int]]:
     """Inverses of symmetric positive definite matrices, by Cholesky's factorisation.
 
     A matrix that no retry can factorise keeps its previous inverse. Retries
@@ -119,45 +103,46 @@ def spd_inverse(batch: Tensor, previous: Tensor, retries: Retries | None = None)
     Args:
         batch: A, ``[b, n, n]``; the lower triangle is read.
         previous: the previous inverses, ``[b, n, n]``.
-        retries: filled with the retries used and the matrices that failed.
+        count: see :func:`eigh`.
 
     Returns:
-        ``[b, n, n]``.
+        The inverses, ``[b, n, n]``, and the indices of those that are the
+        previous ones.
     """
-    return _factorised(batch, _cholesky_inverse, lambda index: (previous[index],), retries)[0]
+    (inverses,), failed = _factorised(batch, _cholesky_inverse, lambda i: (previous[i],), count)
+    return inverses, failed
 
 
 def _factorised(
     matrices: Tensor,
     factorise: Factorise,
     kept: Callable[[int], tuple[Tensor, ...]],
-    retries: Retries | None,
-) -> tuple[Tensor, ...]:
+    count: Count | None,
+) -> tuple[tuple[Tensor, ...], list[int]]:
     """Factorise a batch ``[b, n, n]``, and one by one the matrices for which that failed."""
-    retries = Retries() if retries is None else retries
-    retries.counts, retries.failed = {}, [False] * len(matrices)
     if matrices.numel() == 0:
-        return factorise(matrices, 1.0, 0.0)
+        return factorise(matrices, 1.0, 0.0), []
     try:
         results = factorise(matrices, 1.0, 0.0)
         finite = torch.stack([torch.isfinite(part).flatten(1).all(1) for part in results])
         good = finite.all(0).tolist()
         if all(good):
-            return results
+            return results, []
         parts = [tuple(part[index] for part in results) for index in range(len(matrices))]
     except RuntimeError as error:
         if cause(error) is None:
             raise
         good, parts = [False] * len(matrices), [()] * len(matrices)
-    for index, fine in enumerate(good):
-        if fine:
-            continue
+    failed = []
+    for index in (index for index, fine in enumerate(good) if not fine):
         found, name = _retry(matrices[index], factorise)
-        retries.failed[index] = found is None
-        if name:
-            retries.counts[name] = retries.counts.get(name, 0) + 1
-        parts[index] = tuple(part.to(matrices) for part in found or kept(index))
-    return tuple(torch.stack(columns) for columns in zip(*parts, strict=True))
+        if found is None:
+            failed.append(index)
+            found = kept(index)
+        if name and count is not None:
+            count(name)
+        parts[index] = tuple(part.to(matrices) for part in found)
+    return tuple(torch.stack(columns) for columns in zip(*parts, strict=True)), failed
 
 
 def _retry(matrix: Tensor, factorise: Factorise) -> tuple[tuple[Tensor, ...] | None, str]:

@@ -6,7 +6,7 @@ from torch import nn
 
 from hf_precond.distributed import collectives
 from hf_precond.linalg import factorization, matrix_functions
-from hf_precond.optimizers.nkfac import inverses
+from hf_precond.optimizers.nkfac import factors
 from hf_precond.registry import create_optimizer
 from tests import ranks
 from tests.optimizers.models import batch, make, train_step
@@ -35,7 +35,7 @@ def matrices_with(name, transport="permute"):
     seen = {
         "adamr": (factorization, "eigh"),
         "afopt": (matrix_functions, "damp"),
-        "nkfac": (inverses, "damped"),
+        "nkfac": (factors, "damp"),
     }
     module, attribute = seen[name]
     plain = getattr(module, attribute)
@@ -96,14 +96,14 @@ def fails_on_one_rank():
     """Rank 1's first inverses fail for good; what every rank is told."""
     model = make("bert", dtype=torch.float64)
     optimizer = create_optimizer(model, "nkfac", lr=1e-3, **FIELDS["nkfac"])
-    plain = inverses.damped
+    plain = factors.damp
 
-    def damped(moments, damping, floor):
+    def damp(moments, damping):
         if collectives.rank() == 1:
             raise torch.OutOfMemoryError("out of memory")
-        return plain(moments, damping, floor)
+        return plain(moments, damping)
 
-    inverses.damped = damped
+    factors.damp = damp
     try:
         for step in range(STEPS):
             train_step(model, optimizer, batch("bert", step, dtype=torch.float64))
@@ -111,7 +111,7 @@ def fails_on_one_rank():
         broken = optimizer.diagnostics()["refresh_out_of_memory"]
         return {"steps": optimizer.steps, "said": str(error), "broken": broken}
     finally:
-        inverses.damped = plain
+        factors.damp = plain
     return {}
 
 

@@ -425,10 +425,10 @@ class BasisRefresh:
         moments: dict[str, Tensor] = {}
         energies = None
         if step == 0:
-            retries = factorization.Retries()
-            basis, factor = eigenbasis.eigenbasis(factor, retries)
+            basis, factor = eigenbasis.eigenbasis(
+                factor, lambda retry: pieces.count(f"basis_{retry}")
+            )
             rotation = basis
-            retries.report("basis", pieces.count)
         else:
             sweeps = 2 if step < interval else 1
             factor = eigenbasis.mirrored(factor, self.workspace)

@@ -17,7 +17,7 @@ from torch.optim.sgd import sgd
 
 from hf_precond.linalg.products import compute_dtype
 from hf_precond.optimizers.base.messages import NO_FALLBACK
-from hf_precond.optimizers.base.parameters import ParamView, by_group, grouped
+from hf_precond.optimizers.base.parameters import ParamView, by_group
 
 
 def group_defaults(config: Any) -> dict[str, Any]:
@@ -47,11 +47,10 @@ def make_fallback(name: str, config: Any) -> FallbackOptimizer:
     Raises:
         ValueError: for any other name.
     """
-    reference = getattr(config, "reference", False)
     if name == "adamw":
-        return AdamWFallback(decay_in_step=reference)
+        return AdamWFallback()
     if name == "sgd":
-        return SGDFallback(coupled=reference)
+        return SGDFallback()
     if name == "adamr":
         from hf_precond.optimizers.adamr.rotated_adam import RotatedAdam
 
@@ -83,14 +82,7 @@ class AdamWFallback(FallbackOptimizer):
     """AdamW (Loshchilov and Hutter, 2019), in torch's order of decay and epsilon.
 
     ``p ← (1 - lr·wd) p - lr · m̂ / (√v̂ + ε)``
-
-    Args:
-        decay_in_step: the authors' AdaNKFAC divides the decay by the first
-            moment's bias correction: ``p ← p - lr/(1-β₁ᵗ)·(m/(√v̂+ε) + wd·p)``.
     """
-
-    def __init__(self, decay_in_step: bool = False) -> None:
-        self.decay_in_step = decay_in_step
 
     def allocate(self, views: Sequence[ParamView]) -> None:
         for view in views:
@@ -101,45 +93,33 @@ class AdamWFallback(FallbackOptimizer):
     def update(self, views: Sequence[ParamView]) -> None:
         self.allocate(views)
         for batch in by_group(views):
-            if not self.decay_in_step or batch[0].group["weight_decay"] == 0:
-                self._adamw(batch, batch[0].group["weight_decay"])
-                continue
-            if batch[0].param.is_cuda:
-                self._adamw(batch, 0.0, _kept_by_decay(batch))
-                continue
-            for same in grouped(batch, lambda view: float(view["step"])):
-                group = same[0].group
-                correction = 1 - group["betas"][0] ** (float(same[0]["step"]) + 1)
-                self._adamw(same, group["weight_decay"] / correction)
+            group = batch[0].group
+            with compute_copies(batch) as (params, grads):
+                fused = all(t.is_contiguous() for t in params + grads)
+                # torch's foreach kernels on a CPU take no learning rate that is a tensor.
+                alone = isinstance(group["lr"], Tensor) and not params[0].is_cuda
+                adamw(
+                    params,
+                    grads,
+                    [view["exp_avg"] for view in batch],
+                    [view["exp_avg_sq"] for view in batch],
+                    [],
+                    [view["step"] for view in batch],
+                    fused=fused,
+                    foreach=not (fused or alone),
+                    capturable=params[0].is_cuda,
+                    amsgrad=False,
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    lr=group["lr"],
+                    weight_decay=self.decay(batch, params),
+                    eps=group["eps"],
+                    maximize=False,
+                )
 
-    def _adamw(
-        self, views: Sequence[ParamView], weight_decay: float, kept: Sequence[Tensor] = ()
-    ) -> None:
-        group = views[0].group
-        with compute_copies(views) as (params, grads):
-            for param, keep in zip(params, kept, strict=False):
-                param.mul_(keep)
-            fused = all(t.is_contiguous() for t in params + grads)
-            # torch's foreach kernels on a CPU take no learning rate that is a tensor.
-            alone = isinstance(group["lr"], Tensor) and not params[0].is_cuda
-            adamw(
-                params,
-                grads,
-                [view["exp_avg"] for view in views],
-                [view["exp_avg_sq"] for view in views],
-                [],
-                [view["step"] for view in views],
-                fused=fused,
-                foreach=not (fused or alone),
-                capturable=params[0].is_cuda,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=weight_decay,
-                eps=group["eps"],
-                maximize=False,
-            )
+    def decay(self, views: Sequence[ParamView], params: list[Tensor]) -> float:
+        """The weight decay that is left to torch's ``adamw``: ``p ← (1 - lr·wd) p``."""
+        return views[0].group["weight_decay"]
 
     def directions(self, views: Sequence[ParamView]) -> list[tuple[Tensor, Tensor]]:
         """Update the moments and return ``(m̂, √v̂)`` of each view, stepping nothing."""
@@ -163,23 +143,8 @@ class AdamWFallback(FallbackOptimizer):
         return [pairs[id(view)] for view in views]
 
 
-def _kept_by_decay(views: Sequence[ParamView]) -> Sequence[Tensor]:
-    """``1 - lr·wd / (1-β₁ᵗ)`` of each view, from the step counts on the device."""
-    group = views[0].group
-    steps = torch.stack([view["step"] for view in views]).double() + 1
-    return (1 - group["lr"] * group["weight_decay"] / (1 - group["betas"][0] ** steps)).unbind()
-
-
 class SGDFallback(FallbackOptimizer):
-    """SGD with momentum, ``v ← μ v + g``, ``p ← p - lr v``.
-
-    Args:
-        coupled: add ``wd·p`` to the gradient (the authors' and torch's SGD)
-            instead of decaying the parameter by ``1 - lr·wd``.
-    """
-
-    def __init__(self, coupled: bool = False) -> None:
-        self.coupled = coupled
+    """SGD with momentum: ``p ← (1 - lr·wd) p``, ``v ← μ v + g``, ``p ← p - lr v``."""
 
     def allocate(self, views: Sequence[ParamView]) -> None:
         for view in views:
@@ -191,20 +156,33 @@ class SGDFallback(FallbackOptimizer):
         for batch in by_group(views):
             group = batch[0].group
             with compute_copies(batch) as (params, grads):
-                if not self.coupled and group["weight_decay"] != 0:
-                    torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 sgd(
                     params,
                     grads,
                     [view["momentum_buffer"] if group["momentum"] else None for view in batch],
                     foreach=True,
-                    weight_decay=group["weight_decay"] if self.coupled else 0.0,
+                    weight_decay=self.decay(batch, params),
                     momentum=group["momentum"],
                     lr=group["lr"],
                     dampening=0.0,
                     nesterov=False,
                     maximize=False,
                 )
+
+    def decay(self, views: Sequence[ParamView], params: list[Tensor]) -> float:
+        """Decay the parameters; nothing is left to torch's ``sgd``, which couples it."""
+        group = views[0].group
+        if group["weight_decay"] != 0:
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        return 0.0
+
+
+class CoupledSGD(SGDFallback):
+    """SGD with momentum as torch's, its weight decay coupled: ``v ← μ v + g + wd·p``."""
+
+    def decay(self, views: Sequence[ParamView], params: list[Tensor]) -> float:
+        """All of it is left to torch's ``sgd``."""
+        return views[0].group["weight_decay"]
 
 
 def descend(views: Sequence[ParamView]) -> None:

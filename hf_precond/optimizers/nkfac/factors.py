@@ -1,162 +1,204 @@
-"""Kronecker-factored curvature of a layer: its two factors, their running averages, the block."""
+"""Kronecker factors of a layer: running averages, damped inverses, the block that they make."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from hf_precond.linalg.factorization import spd_inverse
+from hf_precond.linalg.inverses import largest_eigenvalue, newton_step, spd_block_inverse
 from hf_precond.linalg.products import Precision, matmul
-from hf_precond.optimizers.base.parameters import BoundMatrix, fit
+from hf_precond.optimizers.base.parameters import BoundMatrix, allocate
+from hf_precond.statistics.moments import update_moments
 from hf_precond.statistics.requests import MomentRequest
 
-Side = Literal["input", "output"]
-TINY = 1e-12
-"""Norms below this, or above its inverse, may have lost squares to float32's range."""
+Side = Literal["output", "input"]
+Solver = Literal["newton", "exact"]
+Count = Callable[[str, int], None]
+
+FLOOR = 1e-4
+"""Smallest damping of a factor of unit Frobenius norm (the authors' value)."""
+
+WELL_CONDITIONED = 5e-3
+"""Damping, relative to the largest eigenvalue, from which inversion by blocks is exact enough."""
+
+MAX_ERROR = 0.5
+"""Largest rms eigenvalue error of a previous inverse that Newton's step may start from."""
+
+NEWTON_SIZES = {"cpu": math.inf, "cuda": 128}
+"""The size from which Newton's step costs less than the exact inverse, by device: never on a CPU
+(measured in examples/benchmarks/nkfac.md); on a GPU, which runs products far faster than
+factorisations, from here on (not measured yet)."""
 
 
-@dataclass(frozen=True)
-class Factor:
-    """One factor of one layer: ``R`` of its inputs or ``L`` of its output gradients.
+@dataclass(frozen=True, eq=False)
+class KroneckerFactor:
+    """One factor of a layer: L of its output gradients, or R of its inputs.
 
-    Its state sits in the optimizer's state of the layer's weight: ``factor``
-    (the running average, ``[n, n]``), ``inverse`` (of the damped factor,
-    ``[n, n]``), ``updates`` (statistics averaged so far, a 0-d tensor) and
-    ``refreshes`` (inverses made so far, a number), each name behind the side.
+    Its state lies in the optimizer's state of the layer's weight, each name
+    behind the side (``output_factor``): ``factor`` (the running average,
+    ``[n, n]``), ``inverse`` (of the damped factor, ``[n, n]``), ``updates``
+    (statistics averaged so far, a 0-d tensor) and ``refreshes`` (inverses
+    computed so far, a number).
 
     Args:
-        placed: the layer.
-        side: ``input`` or ``output``.
+        bound: the layer.
+        side: ``output`` or ``input``.
+        states: the optimizer's state, by parameter.
     """
 
     bound: BoundMatrix
     side: Side
+    states: dict[Tensor, dict[str, Any]]
 
     @property
     def size(self) -> int:
-        """n: ``in(+1)`` or ``out``."""
+        """n: ``out`` or ``in(+1)``."""
         matrix = self.bound.matrix
-        return matrix.columns if self.side == "input" else matrix.shape[0]
+        return matrix.shape[0] if self.side == "output" else matrix.columns
 
     @property
-    def key(self) -> str:
-        """Name of the statistic, and of the factor in messages."""
+    def name(self) -> str:
+        """Key of its statistic, and its name in messages."""
         return f"{self.bound.matrix.name}.{self.side}"
 
     def request(self, rows: int) -> MomentRequest:
-        """The second moment that this factor averages, of at most ``rows`` rows (0 for all)."""
+        """The second moment that it averages, of at most ``rows`` rows a call (0 for all)."""
         kind: Literal["input", "output_grad"] = "input" if self.side == "input" else "output_grad"
-        return MomentRequest(self.key, kind, self.bound.matrix, rows=rows)
+        return MomentRequest(self.name, kind, self.bound.matrix, rows=rows)
 
-    def name(self, what: str) -> str:
-        """The name of a piece of its state."""
-        return f"{self.bound.prefix}{self.side}_{what}"
+    def allocate(self, dtype: torch.dtype) -> None:
+        """Make the state where it is missing: a factor of zeros, the identity for its inverse.
 
-    def allocate(self, state: dict[str, Any], dtype: torch.dtype) -> None:
-        """Make the state where it is missing: no factor yet, the identity for its inverse."""
-        size, device = self.size, self.bound.weight.device
-        if self.name("factor") in state:
-            fit(state, self.name("factor"), (size, size), dtype, device)
-            fit(state, self.name("inverse"), (size, size), self.bound.dtype, device)
-            fit(state, self.name("updates"), (), torch.int64, device)
-            return
-        state[self.name("factor")] = torch.zeros(size, size, dtype=dtype, device=device)
-        state[self.name("inverse")] = torch.eye(size, dtype=self.bound.dtype, device=device)
-        state[self.name("updates")] = torch.zeros((), dtype=torch.int64, device=device)
-        state[self.name("refreshes")] = 0
+        Args:
+            dtype: the factor's.
+        """
+        state, n, device = self.states[self.bound.weight], self.size, self.bound.weight.device
+        allocate(state, self._key("factor"), (n, n), dtype, device)
+        allocate(state, self._key("inverse"), (n, n), self.bound.dtype, device)
+        allocate(state, self._key("updates"), (), torch.int64, device)
+        if self._key("refreshes") not in state:
+            self["inverse"].fill_diagonal_(1.0)
+            self["refreshes"] = 0
 
+    def __getitem__(self, name: str) -> Any:
+        return self.states[self.bound.weight][self._key(name)]
 
-def factors_of(bound: BoundMatrix, max_dim: int) -> list[Factor]:
-    """The factors that a layer has: of each side of its weight that is at most ``max_dim`` wide."""
-    sides: tuple[Side, Side] = ("output", "input")
-    widths = zip(sides, bound.matrix.shape, strict=True)
-    return [Factor(bound, side) for side, width in widths if width <= max_dim]
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.states[self.bound.weight][self._key(name)] = value
+
+    def _key(self, name: str) -> str:
+        return f"{self.bound.prefix}{self.side}_{name}"
 
 
 def average_unit_moments(
-    moments: Sequence[Tensor], updates: Sequence[Tensor], totals: Sequence[Tensor], decay: float
+    factors: Sequence[Tensor], updates: Sequence[Tensor], sums: Tensor, decay: float
 ) -> Tensor:
-    """``A ← b A + (1 - b) S / ‖S‖_F`` in place, ``b = min(decay, 1 - 1/k)``, k counting updates.
+    """``A ← b A + (1 - b) S / ‖S‖_F`` in place, ``b = min(decay, 1 - 1/k)`` at the k-th update.
 
-    The first update sets A, the second averages two, and so on until the decay
-    rules: no start-up bias. The unit norm takes the loss's scale and the
-    number of rows out. A sum that is not finite, or zero (no rows, no
+    The average has no start-up bias. The unit norm takes out the loss's scale
+    and the number of rows. A sum that is not finite, or zero (no rows, no
     gradient), says nothing of A's shape: it changes and counts nothing. No
-    host synchronisation; on a GPU a few kernels for all.
+    host synchronisation.
 
     Args:
-        moments: A of each factor, all ``[n, n]`` of one dtype, changed in place.
-        updates: k so far of each, 0-d tensors, changed in place.
-        totals: S of each, sums of outer products, ``[n, n]``.
+        factors: A of each, ``[n, n]``, changed in place.
+        updates: k of each, 0-d tensors, changed in place.
+        sums: S of each, sums of outer products, ``[b, n, n]``.
         decay: in [0, 1).
 
     Returns:
-        Per factor 1 where S was not finite, else 0: ``[len(moments)]``.
+        Per factor 1 where S was not finite, else 0: ``[b]``.
     """
-    if not totals[0].is_cuda:
-        each = zip(moments, updates, totals, strict=True)
-        return torch.stack([_average_alone(*one, decay) for one in each])
-    total = torch.stack(list(totals))
-    kept = torch.stack(list(moments)).to(total.dtype)
-    counts = torch.stack(list(updates))
-    largest = total.diagonal(dim1=-2, dim2=-1).amax(-1)
-    dropped = _average_on_device(kept, counts, total, largest, decay)
-    torch._foreach_copy_(list(moments), list(kept.unbind()))
-    torch._foreach_copy_(list(updates), list(counts.unbind()))
-    return dropped
-
-
-def _average_alone(moment: Tensor, updates: Tensor, total: Tensor, decay: float) -> Tensor:
     # No entry exceeds the diagonal's; divided by it, the squares stay within float32.
-    largest = total.diagonal().amax()
-    kept = moment.to(total.dtype)
-    dropped = _average_on_host(kept, updates, total, largest, decay)
-    moment.copy_(kept)
-    return dropped
+    largest = sums.diagonal(dim1=-2, dim2=-1).amax(-1)
+    units = sums / largest[:, None, None]
+    units /= torch.linalg.vector_norm(units, dim=(-2, -1), keepdim=True)
+    return update_moments(factors, updates, units, decay) * (largest != 0)
 
 
-def _average_on_device(
-    kept: Tensor, updates: Tensor, total: Tensor, largest: Tensor, decay: float
-) -> Tensor:
-    """Without reading a number back; ``[…, n, n]``, updates and largest ``[…]``."""
-    total = total / largest[..., None, None]
-    norm = torch.linalg.vector_norm(total, dim=(-2, -1))
-    usable = torch.isfinite(norm)
-    updates += usable
-    keep = torch.clamp(1 - 1 / updates.clamp(min=1).to(total.dtype), max=decay)
-    weight = torch.where(usable, 1 - keep, 0.0)[..., None, None]
-    unit = torch.where(usable[..., None, None], total.div_(norm[..., None, None]), kept)
-    kept.lerp_(unit, weight)
-    return (~usable & (largest != 0)).to(torch.int64)
+def damp(factors: Tensor, damping: float) -> Tensor:
+    """``A + max(1e-4, damping · λmax(A)) I``, ``[…, n, n]``."""
+    # One vector will do for large factors, where the products are what it costs.
+    columns = 4 if factors.shape[-1] <= 512 else 1
+    shift = (damping * largest_eigenvalue(factors, columns=columns)).clamp(min=FLOOR)
+    damped = factors.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(shift[..., None])
+    return damped
 
 
-def _average_on_host(
-    kept: Tensor, updates: Tensor, total: Tensor, largest: Tensor, decay: float
-) -> Tensor:
-    """Where reading a number is free and a pass over a matrix is not."""
-    norm = float(torch.linalg.vector_norm(total))
-    if not TINY < norm < 1 / TINY:
-        total = total / largest
-        norm = float(torch.linalg.vector_norm(total))
-    if not math.isfinite(norm):
-        return torch.tensor(int(largest != 0))
-    updates += 1
-    keep = min(decay, 1 - 1 / int(updates))
-    kept.mul_(keep).add_(total, alpha=(1 - keep) / norm)
-    return torch.tensor(0)
+def cheaper_solver(size: int, device: torch.device) -> Solver:
+    """The cheaper solver of a factor of ``size`` that has an inverse to start from."""
+    smallest = NEWTON_SIZES.get(device.type, NEWTON_SIZES["cuda"])
+    return "newton" if size >= smallest else "exact"
 
 
-def norm_recovered(gradient: Tensor, direction: Tensor) -> Tensor:
-    """``direction`` scaled to the Frobenius norm of ``gradient``, in place; ``[…, out, in]``."""
-    wanted, found = (
-        torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True)
-        for matrix in (gradient, direction)
+def invert(
+    matrices: Tensor,
+    previous: Tensor,
+    newton_steps: int,
+    damping: float,
+    count: Count,
+) -> tuple[Tensor, list[int]]:
+    """Inverses of symmetric positive definite matrices that have changed a little.
+
+    By ``newton_steps`` Newton steps from the previous inverse where that is a
+    start: its rms eigenvalue error is at most :data:`MAX_ERROR`. Exact
+    elsewhere, and for ``newton_steps`` 0. On a GPU the host waits once a batch,
+    to know which matrices these are.
+
+    Args:
+        matrices: A, ``[b, n, n]``.
+        previous: the previous inverses, ``[b, n, n]``.
+        newton_steps: 0 for exact inverses.
+        damping: at most the smallest eigenvalue over the largest.
+        count: called with the name of a counter and a number.
+
+    Returns:
+        The inverses, ``[b, n, n]``, and the indices of the matrices that could
+        not be inverted and have their previous inverse.
+    """
+    if newton_steps == 0:
+        return _exact_inverses(matrices, previous, damping, count)
+    inverses, error = newton_step(matrices, previous)
+    for _ in range(newton_steps - 1):
+        inverses, _ = newton_step(matrices, inverses)
+    astray = (~(error <= MAX_ERROR)).nonzero().flatten()
+    if not len(astray):
+        return inverses, []
+    count("newton_restarts", len(astray))
+    exact, failed = _exact_inverses(matrices[astray], previous[astray], damping, count)
+    inverses[astray] = exact
+    return inverses, astray[failed].tolist()
+
+
+def _exact_inverses(
+    matrices: Tensor, previous: Tensor, damping: float, count: Count
+) -> tuple[Tensor, list[int]]:
+    """By blocks where the damping bounds the condition; by Cholesky elsewhere or if that fails."""
+    if damping >= WELL_CONDITIONED or matrices.dtype == torch.float64:
+        inverses = spd_block_inverse(matrices)
+        wrong = (~torch.isfinite(inverses.diagonal(dim1=-2, dim2=-1)).all(-1)).nonzero().flatten()
+        if not len(wrong):
+            return inverses, []
+    else:
+        inverses, wrong = torch.empty_like(matrices), torch.arange(len(matrices))
+    inverses[wrong], failed = spd_inverse(
+        matrices[wrong], previous[wrong], lambda retry: count(f"inverse_{retry}", 1)
     )
-    return direction.mul_(torch.where(found > 0, wanted / found, 1.0))
+    return inverses, wrong[failed].tolist()
+
+
+def norm_recovered(gradients: Tensor, directions: Tensor) -> Tensor:
+    """Directions scaled in place to the Frobenius norms of the gradients, ``[b, out, in]``."""
+    norms = torch.linalg.vector_norm(gradients, dim=(-2, -1), keepdim=True)
+    found = torch.linalg.vector_norm(directions, dim=(-2, -1), keepdim=True)
+    return directions.mul_(torch.where(found > 0, norms / found, 1.0))
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from hf_precond.architectures.modules import CONVOLUTIONS, find_matrices, is_linear
+from hf_precond.architectures.parameters import ParameterSurvey, add_reason
+from hf_precond.architectures.structure import LayerMatrix, ModelStructure
+from hf_precond.linalg.factorization import RETRIES
 from hf_precond.linalg.inverses import without_last
 from hf_precond.linalg.products import float32_products
 from hf_precond.optimizers.base.optimizer import PrecondOptimizer
@@ -21,17 +26,23 @@ from hf_precond.optimizers.base.parameters import (
 )
 from hf_precond.optimizers.base.refresh import ShardedRefresh
 from hf_precond.optimizers.nkfac import factors as kronecker
-from hf_precond.optimizers.nkfac import inverses, reference
 from hf_precond.optimizers.nkfac.config import NKFACConfig
-from hf_precond.optimizers.nkfac.factors import Factor, KroneckerBlock, factors_of
-from hf_precond.optimizers.nkfac.inverses import batches, choose_solver, stacked
+from hf_precond.optimizers.nkfac.factors import (
+    Count,
+    KroneckerBlock,
+    KroneckerFactor,
+    Side,
+    average_unit_moments,
+)
 from hf_precond.statistics.requests import MomentRequest, Statistic
 
-COUNTERS = ("newton_inverses", "exact_inverses", *inverses.COUNTERS)
-BATCH = 1 << 25
-"""Elements that are handled in one batch on a GPU: bounds the memory of temporaries."""
-FLOOR = 1e-4
-"""Smallest damping of a factor of unit Frobenius norm (the authors' value)."""
+COUNTERS = (
+    "newton_inverses", "exact_inverses", "newton_restarts", *(f"inverse_{r}" for r in RETRIES)
+)  # fmt: skip
+GPU_BATCH = 2**25
+"""Entries that are handled in one batch on a GPU: bounds the memory of temporaries."""
+INVERSE_BATCH = {"cpu": 2**20, "cuda": 2**26}
+"""Entries of the factors inverted in one batch: more gain nothing, and cost memory."""
 
 
 class NKFAC(PrecondOptimizer):
@@ -47,18 +58,18 @@ class NKFAC(PrecondOptimizer):
         Ĝ = L̂ [∇W | ∇b] R̂                        every step
         G̃ = Ĝ ‖G‖_F / ‖Ĝ‖_F                      jointly over weight and bias
 
-    and the base rule (AdamW, SGD with momentum, AdamR) takes G̃ for the
-    gradient; its weight decay is decoupled. The averages start without bias,
-    ``A ← b A + (1 - b) ·``, ``b = min(stat_decay, 1 - 1/k)`` at the k-th, and
-    count an optimizer step once however many micro-batches it has. The unit
-    norms take out the loss's scale and the batch's size. λmax is estimated by
-    power iteration.
+    and the fallback optimizer (AdamW, SGD with momentum, AdamR) takes G̃ for
+    the gradient; its weight decay is decoupled. The averages start without
+    bias, ``A ← b A + (1 - b) ·``, ``b = min(stat_decay, 1 - 1/k)`` at the k-th,
+    and count an optimizer step once however many micro-batches it has. The
+    unit norms take out the loss's scale and the batch's size. λmax is
+    estimated by power iteration.
 
     The first three inverses of a factor, and all of every
     ``exact_interval``-th refresh, are exact. The others take ``newton_steps``
     scaled and safeguarded Newton steps from the previous inverse
-    (:func:`~hf_precond.linalg.inverses.newton_step`) where that is cheaper, and
-    are exact too elsewhere (``solver="auto"``), and where the previous
+    (:func:`~hf_precond.linalg.inverses.newton_step`) where that is cheaper,
+    and are exact too elsewhere (``solver="auto"``), and where the previous
     inverse is off by more than half, ``‖I - cBA‖_F > √n/2``. A side wider
     than ``max_dim`` has no factor. Kept per layer in float32:
     ``2 · 4 · (n_in² + n_out²)`` bytes.
@@ -66,9 +77,9 @@ class NKFAC(PrecondOptimizer):
     ``reference=True`` reproduces the authors' published code: NKFAC with
     ``base="sgd"`` (weight decay coupled), AdaNKFAC with ``base="adamw"``
     (weight decay inside the bias-corrected step); see
-    :mod:`~hf_precond.optimizers.nkfac.reference`.
+    :class:`~hf_precond.optimizers.nkfac.reference.NKFACReference`.
 
-    Start from the learning rate of the base rule. Signs of trouble:
+    Start from the learning rate of the fallback optimizer. Signs of trouble:
     ``newton_restarts`` of :meth:`diagnostics` at every refresh (the curvature
     changes faster than it is followed: lower ``inverse_interval``), a loss
     that jumps after a refresh (raise ``damping``), ``statistics_dropped``
@@ -76,7 +87,7 @@ class NKFAC(PrecondOptimizer):
 
     Args:
         param_groups: as for any torch optimizer.
-        blocks: ``matrices`` are linear layers and convolutions.
+        structure: ``matrices`` are linear layers and convolutions.
         config: the fields.
 
     Source: Ying Sun, "Designing effective preconditioned optimizers for deep
@@ -86,16 +97,34 @@ class NKFAC(PrecondOptimizer):
 
     config: NKFACConfig
 
-    # What it needs, and keeps ---------------------------------------------------
+    def __new__(
+        cls, param_groups: Any = (), structure: Any = None, config: Any = None, **fields: Any
+    ) -> NKFAC:
+        """Choose :class:`NKFACReference` for a config with ``reference=True``."""
+        if cls is NKFAC and getattr(config, "reference", False):
+            from hf_precond.optimizers.nkfac.reference import NKFACReference
 
-    def factors(self, bound: BoundMatrix) -> list[Factor]:
-        """The factors of a layer."""
-        return self._factors[bound]
+            return super().__new__(NKFACReference)
+        return super().__new__(cls)
+
+    # Statistics -------------------------------------------------------------------
+
+    def factors(self, bound: BoundMatrix) -> list[KroneckerFactor]:
+        """The factors of a layer: one for each side of its weight that ``max_dim`` allows."""
+        sides: tuple[Side, Side] = ("output", "input")
+        return [
+            KroneckerFactor(bound, side, self.state)
+            for side, width in zip(sides, bound.matrix.shape, strict=True)
+            if width <= self.config.max_dim
+        ]
+
+    def all_factors(self) -> list[KroneckerFactor]:
+        """The factors of all layers."""
+        return [factor for bound in self.bound for factor in self.factors(bound)]
 
     def requests(self) -> Sequence[MomentRequest]:
         """The second moments of every factor."""
-        rows = self.config.stat_rows
-        return [factor.request(rows) for bound in self.bound for factor in self.factors(bound)]
+        return [factor.request(self.config.stat_rows) for factor in self.all_factors()]
 
     def due(self, step: int) -> bool:
         """Every ``stat_interval`` steps."""
@@ -104,177 +133,194 @@ class NKFAC(PrecondOptimizer):
     def allocate(self, bound: BoundMatrix) -> None:
         """Make the factors' state, where it is missing."""
         for factor in self.factors(bound):
-            dtype = self.config.factor_dtype(bound.weight.dtype)
-            factor.allocate(self.state[bound.weight], dtype)
-
-    def _read(self, factor: Factor, what: str) -> Any:
-        return self.state[factor.bound.weight][factor.name(what)]
-
-    # Statistics -------------------------------------------------------------------
+            factor.allocate(self.config.factor_dtype(bound.weight.dtype))
 
     def update_statistics(self, statistics: Mapping[str, Statistic]) -> None:
-        """One update of every factor that has a statistic."""
-        factors = [factor for bound in self.bound for factor in self.factors(bound)]
-        found = [(f, statistics[f.key].sum, statistics[f.key].count)
-                 for f in factors if f.key in statistics]  # fmt: skip
-        lost: dict[str, Tensor] = {}
-        for alike in grouped(found, lambda one: (one[0].size, one[1].dtype, one[1].device)):
-            for part in in_batches(alike, alike[0][1].numel(), BATCH):
-                names = [factor.key for factor, _, _ in part]
-                lost |= zip(names, self._average(part).unbind(), strict=True)
-        self.count_dropped("statistics_dropped", lost)
+        """Average the new second moments into the factors that have one."""
 
-    def _average(self, found: Sequence[tuple[Factor, Tensor, Tensor]]) -> Tensor:
-        """Update factors of one size by sums and counts; per factor, whether its sum was lost."""
-        moments = [self._read(factor, "factor") for factor, _, _ in found]
-        updates = [self._read(factor, "updates") for factor, _, _ in found]
-        decay = self.config.stat_decay
-        if not self.config.reference:
-            totals = [total for _, total, _ in found]
-            return kronecker.average_unit_moments(moments, updates, totals, decay)
-        means = [total / count if f.side == "input" else total for f, total, count in found]
-        each = zip(moments, updates, means, strict=True)
-        return torch.stack([reference.average_moment(*one, decay) for one in each])
+        def kind(factor: KroneckerFactor) -> tuple[Any, ...]:
+            total = statistics[factor.name].sum
+            return factor.size, total.dtype, total.device
+
+        seen = [factor for factor in self.all_factors() if factor.name in statistics]
+        dropped: dict[str, Tensor] = {}
+        for alike in grouped(seen, kind):
+            limit = GPU_BATCH if alike[0].bound.weight.is_cuda else 0
+            for batch in in_batches(alike, alike[0].size ** 2, limit):
+                flags = self.average(batch, [statistics[factor.name] for factor in batch])
+                dropped |= zip([factor.name for factor in batch], flags.unbind(), strict=True)
+        self.count_dropped("statistics_dropped", dropped)
+
+    def average(
+        self, factors: Sequence[KroneckerFactor], statistics: Sequence[Statistic]
+    ) -> Tensor:
+        """Average a statistic into each factor of one size; see :func:`average_unit_moments`."""
+        return average_unit_moments(
+            [factor["factor"] for factor in factors],
+            [factor["updates"] for factor in factors],
+            _stacked([statistic.sum for statistic in statistics]),
+            self.config.stat_decay,
+        )
 
     # Inverses ---------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """New inverses, every ``inverse_interval`` steps, each rank its share of them."""
+        """New inverses, every ``inverse_interval`` steps; each rank computes its share."""
         if self.steps % self.config.inverse_interval:
             return
-        seen = self._seen([f for bound in self.bound for f in self.factors(bound)])
-        if not seen:
+        due = self.factors_to_invert()
+        if not due:
             return
-        costs = [float(factor.size) ** 3 for factor in seen]
-        device = self._read(seen[0], "inverse").device
-        pieces = ShardedRefresh(seen, costs, device, COUNTERS)
-
-        def work(factors: Sequence[Factor]) -> None:
-            self._refresh_batch(factors, pieces)
-
+        costs = [float(factor.size) ** 3 for factor in due]
+        sharded = ShardedRefresh(due, costs, due[0].bound.weight.device, COUNTERS)
         with float32_products(tf32=False):
-            for batch in grouped(pieces.mine(), self._kind):
-                size, _, device, _ = self._kind(batch[0])
-                for part in batches(len(batch), size, device):
-                    pieces.attempt(work, batch[part])
-        pieces.share(lambda factor: [self._read(factor, "inverse")])
-        pieces.report(self.failures, lambda factor: factor.key, self.count)
-        for factor in seen:
-            self.state[factor.bound.weight][factor.name("refreshes")] += 1
+            for alike in grouped(sharded.mine(), self._inverse_kind):
+                size, _, device, _ = self._inverse_kind(alike[0])
+                limit = INVERSE_BATCH.get(device.type, INVERSE_BATCH["cuda"])
+                for batch in in_batches(alike, size**2, limit):
+                    sharded.attempt(partial(self._invert, sharded), batch)
+        sharded.share(lambda factor: [factor["inverse"]])
+        sharded.report(self.failures, lambda factor: factor.name, self.count)
+        for factor in due:
+            factor["refreshes"] += 1
 
-    def _seen(self, factors: list[Factor]) -> list[Factor]:
-        """Those that have had a statistic: one reading from the device while any has had none."""
-        new = [factor for factor in factors if not self._read(factor, "refreshes")]
-        if self.config.reference or not new:
+    def factors_to_invert(self) -> list[KroneckerFactor]:
+        """The factors that have had a statistic: the device is read while any has had none."""
+        factors = self.all_factors()
+        new = [factor for factor in factors if not factor["refreshes"]]
+        if not new:
             return factors
-        counts = torch.stack([self._read(factor, "updates") for factor in new]).tolist()
-        unseen = {factor.key for factor, updates in zip(new, counts, strict=True) if not updates}
-        return [factor for factor in factors if factor.key not in unseen]
+        updates = torch.stack([factor["updates"] for factor in new]).tolist()
+        empty = {factor.name for factor, count in zip(new, updates, strict=True) if not count}
+        return [factor for factor in factors if factor.name not in empty]
 
-    def _kind(self, factor: Factor) -> tuple[Any, ...]:
-        """What the factors of one batch have in common."""
-        inverse = self._read(factor, "inverse")
-        return factor.size, inverse.dtype, inverse.device, self._newton_steps(factor)
-
-    def _newton_steps(self, factor: Factor) -> int:
-        """Newton steps of a factor's refresh that is due; 0 for an exact inverse."""
-        config, inverse = self.config, self._read(factor, "inverse")
-        if config.reference:
-            exact = reference.is_exact(self.steps, config.inverse_interval, config.exact_interval)
-            return 0 if exact else config.newton_steps
+    def newton_steps(self, factor: KroneckerFactor) -> int:
+        """Newton steps of a factor's inverse at this refresh; 0 for an exact inverse."""
+        config = self.config
         number = self.steps // config.inverse_interval
-        if self._read(factor, "refreshes") < 3 or number % config.exact_interval == 0:
+        if factor["refreshes"] < 3 or number % config.exact_interval == 0:
             return 0
         solver = config.solver
         if solver == "auto":
-            solver = choose_solver(factor.size, inverse.device)
+            solver = kronecker.cheaper_solver(factor.size, factor["inverse"].device)
         return config.newton_steps if solver == "newton" else 0
 
-    def _refresh_batch(self, factors: Sequence[Factor], pieces: ShardedRefresh[Factor]) -> None:
+    def invert(
+        self, factors: Tensor, previous: Tensor, newton_steps: int, count: Count
+    ) -> tuple[Tensor, list[int]]:
+        """Damped inverses, as :func:`~hf_precond.optimizers.nkfac.factors.invert`."""
+        damping = self.config.damping
+        matrices = kronecker.damp(factors, damping)
+        return kronecker.invert(matrices, previous, newton_steps, damping, count)
+
+    def _inverse_kind(self, factor: KroneckerFactor) -> tuple[Any, ...]:
+        """What the factors of one batch have in common."""
+        inverse = factor["inverse"]
+        return factor.size, inverse.dtype, inverse.device, self.newton_steps(factor)
+
+    def _invert(
+        self, sharded: ShardedRefresh[KroneckerFactor], batch: Sequence[KroneckerFactor]
+    ) -> None:
         """New inverses of factors of one kind."""
-        _, dtype, _, newton_steps = self._kind(factors[0])
-        moments = stacked([self._read(factor, "factor") for factor in factors], dtype)
-        held = [self._read(factor, "inverse") for factor in factors]
-        previous = stacked(held, dtype)
-        if self.config.reference:
-            matrices = reference.damped(moments, self.config.damping, FLOOR)
-            found = reference.inverted(
-                matrices, previous, newton_steps == 0, self.config.newton_steps
-            )
-        else:
-            damping = self.config.damping
-            matrices = inverses.damped(moments, damping, FLOOR)
-            found, kept = inverses.invert(matrices, previous, newton_steps, pieces.count, damping)
-            pieces.fail(factors, kept)
-        torch._foreach_copy_(held, list(found.unbind()))
-        pieces.count("newton_inverses" if newton_steps else "exact_inverses", len(factors))
+        newton_steps = self.newton_steps(batch[0])
+        previous = [factor["inverse"] for factor in batch]
+        averages = _stacked([factor["factor"] for factor in batch]).to(previous[0].dtype)
+        inverses, failed = self.invert(averages, _stacked(previous), newton_steps, sharded.count)
+        sharded.fail([batch[index] for index in failed], [True] * len(failed))
+        torch._foreach_copy_(previous, list(inverses.unbind()))
+        sharded.count("newton_inverses" if newton_steps else "exact_inverses", len(batch))
 
-    # Directions -------------------------------------------------------------------
+    # Preconditioned gradients -----------------------------------------------------
 
-    def precondition(self, bound: Sequence[BoundMatrix]) -> Iterable[Preconditioned]:
-        """``L̂ G R̂`` of the gradient's norm, for the base rule."""
-        recovered: Callable[[Tensor, Tensor], Tensor] = (
-            reference.norm_recovered if self.config.reference else kronecker.norm_recovered
-        )
-        ready = [item for item in bound if self.factors(item)]
-        for batch in self._batches(ready):
-            blocks = [self.preconditioner(item) for item in batch]
-            gradients = _gradients(batch)
-            found = [
-                block.apply(gradient, self.config.precision)
-                for block, gradient in zip(blocks, gradients, strict=True)
-            ]
-            directions = stacked(found, gradients.dtype)
-            if any(block.output is not None or block.input is not None for block in blocks):
-                directions = recovered(gradients, directions)
-            parts = split_stack(batch, directions)
-            for item, direction, part in zip(batch, directions, parts, strict=True):
-                yield Preconditioned(item, direction, parts=part)
+    def precondition(self, ready: Sequence[BoundMatrix]) -> Iterable[Preconditioned]:
+        """``L̂ G R̂`` at the gradient's norm, for the fallback optimizer."""
 
-    def _batches(self, bound: Sequence[BoundMatrix]) -> Iterator[Sequence[BoundMatrix]]:
-        """Layers of one shape that are preconditioned together; on a CPU each in the cache."""
-        for alike in grouped(bound, self._shape):
+        def kind(bound: BoundMatrix) -> tuple[Any, ...]:
+            return bound.matrix.shape, bound.matrix.columns, bound.weight.dtype, bound.weight.device
+
+        ready = [b for b in ready if any(factor["refreshes"] for factor in self.factors(b))]
+        for alike in grouped(ready, kind):
             weight = alike[0].weight
-            together = weight.is_cuda and not self.config.reference
-            yield from in_batches(alike, weight.numel(), BATCH if together else 0)
+            limit = GPU_BATCH if weight.is_cuda else 0  # on a CPU each one stays in the cache
+            for batch in in_batches(alike, weight.numel(), limit):
+                gradients = _gradients(batch)
+                directions = _stacked([
+                    self.preconditioner(bound).apply(gradient, self.config.precision)
+                    for bound, gradient in zip(batch, gradients, strict=True)
+                ])
+                directions = self.norm_recovered(gradients, directions)
+                parts = split_stack(batch, directions)
+                for bound, direction, part in zip(batch, directions, parts, strict=True):
+                    yield Preconditioned(bound, direction, parts=part)
 
-    def _shape(self, bound: BoundMatrix) -> tuple[Any, ...]:
-        matrix, weight = bound.matrix, bound.weight
-        seen = [bool(self._read(factor, "refreshes")) for factor in self.factors(bound)]
-        kind = any(seen), bound.bias_rests
-        return matrix.shape, matrix.columns, kind, weight.dtype, weight.device
+    norm_recovered = staticmethod(kronecker.norm_recovered)
 
     def preconditioner(self, bound: BoundMatrix) -> KroneckerBlock:
         """``L̂ ⊗ R̂`` of a layer; the identity for a side without an inverse yet."""
-        found = {
-            factor.side: self._read(factor, "inverse")
-            for factor in self.factors(bound)
-            if self._read(factor, "refreshes")
-        }
-        inputs = found.get("input")
+        inverses = {f.side: f["inverse"] for f in self.factors(bound) if f["refreshes"]}
+        inputs = inverses.get("input")
         if inputs is not None and bound.bias_rests:
             inputs = without_last(inputs)
-        return KroneckerBlock(found.get("output"), inputs)
+        return KroneckerBlock(inverses.get("output"), inputs)
 
     def curvature(self, bound: BoundMatrix) -> KroneckerBlock:
         """``L ⊗ R`` of a layer, undamped, each of about unit Frobenius norm."""
-        found = {factor.side: self._read(factor, "factor") for factor in self.factors(bound)}
-        return KroneckerBlock(found.get("output"), found.get("input"))
+        averages = {factor.side: factor["factor"] for factor in self.factors(bound)}
+        return KroneckerBlock(averages.get("output"), averages.get("input"))
 
-    # Beside the state -----------------------------------------------------------------
 
-    def _bind(self) -> None:
-        super()._bind()
-        self._factors = {item: factors_of(item, self.config.max_dim) for item in self.bound}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_factors": self._factors}
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape as a batch, without a copy where there is only one."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def _gradients(batch: Sequence[BoundMatrix]) -> Tensor:
-    """Gradients of layers of one shape, ``[n, out, in(+1)]``; not to be written to."""
+    """Gradients of layers of one shape, ``[b, out, in(+1)]``; not to be written to."""
     if len(batch) > 1:
         return stacked_gradients(batch)
     gradient = batch[0].gradient()
     assert gradient is not None
     return gradient.unsqueeze(0)
+
+
+def layer_matrices(model: nn.Module, config: NKFACConfig) -> ModelStructure:
+    """Find the linear layers and convolutions of a model, the bias joined, fused weights whole.
+
+    Left to the fallback optimizer: embeddings, tied weights (their gradient is
+    a sum of several uses), the projections of ``nn.MultiheadAttention`` (which
+    calls no layer that could be read), layers with both sides wider than
+    ``max_dim``.
+
+    Args:
+        model: the model.
+        config: ``max_dim`` and ``base``.
+
+    Raises:
+        ValueError: when no layer is left.
+    """
+    survey = ParameterSurvey(model)
+    hidden = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    matrices: list[LayerMatrix] = []
+    preconditioned: dict[str, str] = {}
+    reasons: dict[str, str] = {}
+    for matrix in find_matrices(model):
+        name, module = survey.name_of(matrix.weight_parameter), matrix.module
+        layer = is_linear(module) or isinstance(module, CONVOLUTIONS)
+        if not layer or matrix.weight != "weight" or name in survey.tied:
+            continue
+        wide = [side for side in matrix.shape if side > config.max_dim]
+        if module in hidden:
+            reasons[name] = "nn.MultiheadAttention calls no layer whose gradient could be read"
+        elif len(wide) == 2:
+            reasons[name] = f"both sides wider than max_dim={config.max_dim}"
+        else:
+            matrices.append(matrix)
+            one_sided = f", one side only (max_dim={config.max_dim})" if wide else ""
+            names = survey.matrix_names(matrix)
+            add_reason(preconditioned, names, survey.describe(name) + one_sided)
+    if not matrices:
+        raise ValueError(
+            "nkfac: this model has no linear layer or convolution that trains and is at most "
+            f"max_dim={config.max_dim} wide on a side; unfreeze one, or raise max_dim."
+        )
+    return survey.structure(config, preconditioned, reasons, matrices=matrices)

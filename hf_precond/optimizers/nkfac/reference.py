@@ -1,18 +1,127 @@
-"""The published code of NKFAC and AdaNKFAC, formula by formula.
+"""The published code of NKFAC and AdaNKFAC (Sun, PolyU 2024), formula by formula.
 
-What it does otherwise than :class:`~hf_precond.optimizers.nkfac.optimizer.NKFAC`'s default
-mode: averages that start from zero and are not corrected for it, a power
-iteration from the vector of ones, a Newton step whose rate depends on the
-size of the matrix, and a schedule of exact inverses counted in steps of the
-optimizer, not of the layer.
+What it does otherwise than :class:`~hf_precond.optimizers.nkfac.optimizer.NKFAC`:
+averages that start from zero and are not corrected for it, a power iteration
+from the vector of ones, a Newton step whose rate depends on the size of the
+matrix, a schedule of exact inverses counted in steps of the optimizer, not of
+the layer, and a weight decay that is not decoupled.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from hf_precond.optimizers.base.fallback import (
+    AdamWFallback,
+    CoupledSGD,
+    FallbackOptimizer,
+)
+from hf_precond.optimizers.base.parameters import ParamView
+from hf_precond.optimizers.nkfac.factors import FLOOR, Count, KroneckerFactor
+from hf_precond.optimizers.nkfac.optimizer import NKFAC
+from hf_precond.statistics.requests import Statistic
+
 NORM_EPS = 1e-12
+
+
+class NKFACReference(NKFAC):
+    """NKFAC with ``reference=True``: reproduces the authors' trajectories.
+
+    With ``base="sgd"`` their NKFAC, with ``base="adamw"`` their AdaNKFAC.
+    """
+
+    def make_fallback(self) -> FallbackOptimizer:
+        """The authors' SGD or Adam."""
+        return CoupledSGD() if self.config.base == "sgd" else AdaNKFACAdam()
+
+    def average(
+        self, factors: Sequence[KroneckerFactor], statistics: Sequence[Statistic]
+    ) -> Tensor:
+        """Of inputs the mean of outer products is averaged, of output gradients their sum."""
+        flags = []
+        for factor, statistic in zip(factors, statistics, strict=True):
+            count = statistic.count if factor.side == "input" else 1
+            moment, updates = factor["factor"], factor["updates"]
+            mean = statistic.sum / count
+            flags.append(average_moment(moment, updates, mean, self.config.stat_decay))
+        return torch.stack(flags)
+
+    def factors_to_invert(self) -> list[KroneckerFactor]:
+        """All of them."""
+        return self.all_factors()
+
+    def newton_steps(self, factor: KroneckerFactor) -> int:
+        """0 at the first three refreshes and at every ``exact_interval``-th."""
+        step, interval = self.steps, self.config.inverse_interval
+        exact = step <= 2 * interval or step % (self.config.exact_interval * interval) == 0
+        return 0 if exact else self.config.newton_steps
+
+    def invert(
+        self, factors: Tensor, previous: Tensor, newton_steps: int, count: Count
+    ) -> tuple[Tensor, list[int]]:
+        """``(A + λ I)⁻¹``, exact or by the authors' Newton steps; nothing is retried."""
+        matrices = damp(factors, self.config.damping)
+        if newton_steps == 0:
+            return torch.linalg.inv(matrices), []
+        for _ in range(newton_steps):
+            previous = newton_step_reference(matrices, previous)
+        return previous, []
+
+    @staticmethod
+    def norm_recovered(gradients: Tensor, directions: Tensor) -> Tensor:
+        """Directions scaled in place to the gradients' norms, with the authors' epsilon."""
+        norms = torch.linalg.vector_norm(gradients, dim=(-2, -1), keepdim=True)
+        found = torch.linalg.vector_norm(directions, dim=(-2, -1), keepdim=True)
+        return directions.mul_(norms / (found + NORM_EPS))
+
+
+class AdaNKFACAdam(AdamWFallback):
+    """Adam of AdaNKFAC: ``p ← p - lr / (1 - β₁ᵗ) · (m / (√v̂ + ε) + wd·p)``.
+
+    The first moment's bias correction thus multiplies the weight decay too.
+    """
+
+    def decay(self, views: Sequence[ParamView], params: list[Tensor]) -> float:
+        """Decay the parameters; leaves nothing to be decayed by torch."""
+        group = views[0].group
+        if group["weight_decay"] != 0:
+            for view, param in zip(views, params, strict=True):
+                correction = 1 - group["betas"][0] ** (view["step"].double() + 1)
+                param.mul_(1 - group["lr"] * group["weight_decay"] / correction)
+        return 0.0
+
+
+def average_moment(moment: Tensor, updates: Tensor, mean: Tensor, decay: float) -> Tensor:
+    """``A ← A + (1 - b) (S / (‖S‖_F + 1e-12) - A)`` in place, A starting from zero.
+
+    A sum that is not finite changes nothing.
+
+    Args:
+        moment: A, ``[n, n]``, changed in place.
+        updates: statistics averaged so far, a 0-d tensor, changed in place.
+        mean: S, ``[n, n]``.
+        decay: b, in [0, 1).
+
+    Returns:
+        1 where S was not finite, else 0: a 0-d tensor.
+    """
+    norm = torch.linalg.vector_norm(mean)
+    usable = torch.isfinite(norm)
+    updates += usable
+    change = (mean / (norm + NORM_EPS) - moment) * (1 - decay)
+    moment.add_(torch.where(usable, change, 0.0))
+    return (~usable).to(torch.int64)
+
+
+def damp(factors: Tensor, damping: float) -> Tensor:
+    """``A + λ I``, ``λ = max(1e-4, damping · λmax)``, 1e-4 where λmax is not a number."""
+    shift = damping * largest_eigenvalue_from_ones(factors)
+    shift = torch.where(shift > FLOOR, shift, FLOOR)
+    identity = torch.eye(factors.shape[-1], dtype=factors.dtype, device=factors.device)
+    return factors + shift[..., None, None] * identity
 
 
 def largest_eigenvalue_from_ones(matrix: Tensor, rounds: int = 10) -> Tensor:
@@ -55,54 +164,3 @@ def newton_step_reference(matrix: Tensor, inverse: Tensor) -> Tensor:
     far = (identity - product).norm(dim=(-2, -1), keepdim=True) >= 1
     scale = torch.where(far, 1 / product.norm(dim=(-2, -1), keepdim=True), 1.0)
     return ((1 + scale) * identity - scale * product) @ inverse
-
-
-def average_moment(moment: Tensor, updates: Tensor, mean: Tensor, decay: float) -> Tensor:
-    """``A ← A + (1 - b) (S / (‖S‖_F + 1e-12) - A)`` in place, A starting from zero.
-
-    A sum that is not finite changes nothing.
-
-    Args:
-        moment: A, ``[n, n]``, changed in place.
-        updates: statistics averaged so far, a 0-d tensor, changed in place.
-        mean: S: of inputs the mean, of output gradients the sum of outer
-            products, ``[n, n]``.
-        decay: b, in [0, 1).
-
-    Returns:
-        1 where S was not finite, else 0: a 0-d tensor.
-    """
-    norm = torch.linalg.vector_norm(mean)
-    usable = torch.isfinite(norm)
-    updates += usable
-    change = (mean / (norm + NORM_EPS) - moment) * (1 - decay)
-    moment.add_(torch.where(usable, change, 0.0))
-    return (~usable).to(torch.int64)
-
-
-def damped(moment: Tensor, damping: float, floor: float) -> Tensor:
-    """``A + λ I``, ``λ = max(floor, damping · λmax)``, the floor where λmax is not a number."""
-    shift = damping * largest_eigenvalue_from_ones(moment)
-    shift = torch.where(shift > floor, shift, floor)
-    identity = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
-    return moment + shift[..., None, None] * identity
-
-
-def is_exact(step: int, inverse_interval: int, exact_interval: int) -> bool:
-    """Whether the inverses due at ``step`` are computed exactly instead of by Newton's step."""
-    return step <= 2 * inverse_interval or step % (exact_interval * inverse_interval) == 0
-
-
-def inverted(matrix: Tensor, previous: Tensor, exact: bool, newton_steps: int) -> Tensor:
-    """The inverse of a damped factor: exact, or so many Newton steps from the previous one."""
-    if exact:
-        return torch.linalg.inv(matrix)
-    for _ in range(newton_steps):
-        previous = newton_step_reference(matrix, previous)
-    return previous
-
-
-def norm_recovered(gradient: Tensor, direction: Tensor) -> Tensor:
-    """``direction`` scaled to the Frobenius norm of ``gradient``, their epsilon included."""
-    scale = torch.linalg.vector_norm(gradient) / (torch.linalg.vector_norm(direction) + NORM_EPS)
-    return direction.mul_(scale)

@@ -154,7 +154,7 @@ def test_in_a_fixed_basis_it_is_adamw_of_the_rotated_problem(monkeypatch):
     left, right = orthogonal(6, 1), orthogonal(9, 2)
     bases = [left, right]
 
-    def fixed(factor, retries=None):
+    def fixed(factor, count=None):
         return bases.pop(0)[None], factor
 
     monkeypatch.setattr(eigenbasis, "eigenbasis", fixed)

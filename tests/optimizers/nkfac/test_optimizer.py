@@ -8,7 +8,8 @@ from torch import nn
 
 from hf_precond.architectures.structure import LayerMatrix, ModelStructure
 from hf_precond.optimizers.nkfac.config import NKFACConfig
-from hf_precond.optimizers.nkfac.optimizer import FLOOR, NKFAC
+from hf_precond.optimizers.nkfac.factors import FLOOR
+from hf_precond.optimizers.nkfac.optimizer import NKFAC
 from hf_precond.registry import create_optimizer
 from hf_precond.statistics.requests import Statistic, StatisticsSource
 

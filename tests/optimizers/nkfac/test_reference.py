@@ -11,12 +11,11 @@ from torch import nn
 from hf_precond.architectures.structure import ModelStructure
 from hf_precond.linalg.inverses import newton_step
 from hf_precond.optimizers.nkfac.config import NKFACConfig
-from hf_precond.optimizers.nkfac.optimizer import NKFAC
+from hf_precond.optimizers.nkfac.optimizer import NKFAC, layer_matrices
 from hf_precond.optimizers.nkfac.reference import (
     largest_eigenvalue_from_ones,
     newton_step_reference,
 )
-from hf_precond.optimizers.nkfac.selection import layer_matrices
 
 F64 = torch.float64
 GOLDEN = Path(__file__).parents[2] / "golden"
