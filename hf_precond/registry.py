@@ -23,8 +23,7 @@ from hf_precond.optimizers.base.optimizer import PrecondOptimizer
 from hf_precond.optimizers.nkfac.config import NKFACConfig
 from hf_precond.optimizers.nkfac.optimizer import NKFAC, layer_matrices
 from hf_precond.optimizers.sgdph.config import SGDPHConfig
-from hf_precond.optimizers.sgdph.optimizer import SGDPH
-from hf_precond.optimizers.sgdph.selection import norm_parameters
+from hf_precond.optimizers.sgdph.optimizer import SGDPH, norm_parameters
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from hf_precond.optimizers.afopt.plan import attention_matrices
 from hf_precond.optimizers.nkfac.config import NKFACConfig
 from hf_precond.optimizers.nkfac.optimizer import layer_matrices
 from hf_precond.optimizers.sgdph.config import SGDPHConfig
-from hf_precond.optimizers.sgdph.selection import norm_parameters
+from hf_precond.optimizers.sgdph.optimizer import norm_parameters
 from tests.architectures.families import FAMILIES, build
 
 SELECTIONS = {

@@ -148,7 +148,7 @@ def test_a_step_with_skip_nonfinite_waits_once_for_each_dtype():
 @pytest.mark.parametrize(
     ("name", "number", "places"),
     [
-        ("nkfac", 0, {"optimizer.py", "inverses.py"}),  # factors without data; Newton's start astray
+        ("nkfac", 0, {"optimizer.py", "factors.py"}),  # factors without data; Newton's start astray
         ("adamr", 1, {"factorization.py"}),  # the first eigenvectors, and whether they are finite
     ],
 )

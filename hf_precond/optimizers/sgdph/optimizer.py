@@ -1,14 +1,17 @@
-"""SGD-PH: channel-wise parameters stepped by their Hessian diagonal, the rest by a base rule."""
+"""SGD-PH: channel-wise parameters stepped by their Hessian diagonal, the rest as always."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from hf_precond.architectures.modules import channel_parameters
+from hf_precond.architectures.parameters import ParameterSurvey
+from hf_precond.architectures.structure import ModelStructure, NormParameter
 from hf_precond.distributed import collectives
 from hf_precond.optimizers.base.optimizer import PrecondOptimizer
 from hf_precond.optimizers.base.parameters import (
@@ -25,7 +28,7 @@ from hf_precond.statistics.requests import CurvatureRequest, CurvatureSource, St
 
 
 class SGDPH(PrecondOptimizer):
-    """Partial-Hessian steps for norm scales and shifts, a base rule for everything else.
+    """Partial-Hessian steps for norm scales and shifts, a fallback optimizer for everything else.
 
     Every ``probe_interval`` steps, with H the Hessian of the training loss in
     all norm parameters together and z random signs, the same on every rank::
@@ -57,12 +60,7 @@ class SGDPH(PrecondOptimizer):
     product for every channel and is for small models.
 
     ``reference=True`` (with ``base="sgd"``, ``probe="ones"``) reproduces the
-    published code: all one-dimensional parameters but the last, one of them
-    probed at each step in turn, ``D`` the average of ``|row sums|`` with the
-    momentum's decay, ``u = τ (1 - μⁿ) v / (D + ε_c)``. Tensors take their turn
-    in model order, which is the published order for one parameter group; the
-    published code decays biases and norms too, so pass ``model.parameters()``
-    as the one group to have its weight decay.
+    published code; see :class:`~hf_precond.optimizers.sgdph.reference.SGDPHReference`.
 
     The products need the loss. Under ``Trainer`` and Accelerate loops it is
     seen where ``Accelerator.backward`` gets it; in a plain loop::
@@ -85,7 +83,7 @@ class SGDPH(PrecondOptimizer):
 
     Args:
         param_groups: as for any torch optimizer.
-        blocks: ``norms`` are the channel-wise parameters.
+        structure: ``norms`` are the channel-wise parameters.
         config: the validated config.
 
     Raises:
@@ -99,26 +97,26 @@ class SGDPH(PrecondOptimizer):
 
     config: SGDPHConfig
 
+    def __new__(
+        cls, param_groups: Any = (), structure: Any = None, config: Any = None, **fields: Any
+    ) -> SGDPH:
+        """Choose :class:`SGDPHReference` for a config with ``reference=True``."""
+        if cls is SGDPH and getattr(config, "reference", False):
+            from hf_precond.optimizers.sgdph.reference import SGDPHReference
+
+            return super().__new__(SGDPHReference)
+        return super().__new__(cls)
+
+    # Curvature --------------------------------------------------------------------
+
     def requests(self) -> Sequence[CurvatureRequest]:
-        """One request a channel-wise parameter."""
-        if not self.config.reference:
-            return [
-                CurvatureRequest(
-                    c.norm.name, c.norm, self.config.probe, autocast=self.config.probe_autocast
-                )
-                for c in self.bound
-            ]
-        cycle = len(self.bound)
-        # The authors never use the curvature of the last one, so it is not probed.
-        return [
-            CurvatureRequest(c.norm.name, c.norm, self.config.probe, cycle, turn, autocast=True)
-            for turn, c in enumerate(self.bound[:-1])
-        ]
+        """The Hessian diagonal of every channel-wise parameter."""
+        probe, autocast = self.config.probe, self.config.probe_autocast
+        norms = [bound.norm for bound in self.bound]
+        return [CurvatureRequest(n.name, n, probe, autocast=autocast) for n in norms]
 
     def due(self, step: int) -> bool:
-        """Every ``probe_interval`` steps; in reference mode all but the last of a cycle."""
-        if self.config.reference:
-            return step % len(self.bound) != len(self.bound) - 1
+        """Every ``probe_interval`` steps."""
         return step % self.config.probe_interval == 0
 
     def curvature_context(self) -> AbstractContextManager[None]:
@@ -134,7 +132,7 @@ class SGDPH(PrecondOptimizer):
     def probe(
         self, loss: Tensor | Callable[[], Tensor], scale: Tensor | float | None = None
     ) -> None:
-        """Stage the Hessian-vector products of a loss, before its ``backward()``.
+        """Collect the Hessian-vector products of a loss, before its ``backward()``.
 
         Call it once a micro-batch with the very loss that ``backward`` gets
         (divided by the number of micro-batches, before any loss scaler). It
@@ -159,102 +157,140 @@ class SGDPH(PrecondOptimizer):
     def update_statistics(self, statistics: Mapping[str, Statistic]) -> None:
         """Put the probes into the running averages."""
         ranks = collectives.world_size()
-        decay = self.config.momentum if self.config.reference else self.config.stat_decay
-        names = [c.norm.name for c in self.bound if c.norm.name in statistics]
-        views = [self._view(c) for c in self.bound if c.norm.name in statistics]
-        for view in views:
-            directions.allocate(view, self.config.base)
-        lost: dict[str, Tensor] = {}
-        found = zip(names, views, strict=True)
-        for alike in grouped(found, lambda one: (one[1].param.dtype, one[1].param.device)):
-            staged = [statistics[name] for name, _ in alike]
+        probed = [bound for bound in self.bound if bound.norm.name in statistics]
+        dropped: dict[str, Tensor] = {}
+        for alike in grouped(probed, lambda bound: (bound.weight.dtype, bound.weight.device)):
+            views = [self.view(bound) for bound in alike]
+            for view in views:
+                directions.allocate(view, self.config.base)
+            names = [bound.norm.name for bound in alike]
             # A rank that did not reach the parameter adds zero, as to its gradient.
-            dropped = directions.average_probes(
-                [view for _, view in alike],
-                torch._foreach_div([statistic.sum for statistic in staged], ranks),
-                torch.stack([statistic.count for statistic in staged]) > 0,
-                decay,
-                absolute=self.config.reference,
-            )
-            lost |= zip((name for name, _ in alike), dropped.unbind(), strict=True)
-        self.count_dropped("dropped_probes", lost)
+            estimates = torch._foreach_div([statistics[name].sum for name in names], ranks)
+            present = torch.stack([statistics[name].count for name in names]) > 0
+            flags = self.average(views, estimates, present)
+            dropped |= zip(names, flags.unbind(), strict=True)
+        self.count_dropped("dropped_probes", dropped)
         self.count("probes")
 
-    def precondition(self, ready: Sequence[BoundNorm]) -> Iterable[Preconditioned]:
-        """Directions of the channel-wise parameters by their curvature."""
-        stepped = {id(bound) for bound in self._stepped()}
-        views = {bound: self._view(bound) for bound in ready if id(bound) in stepped}
-        for view in views.values():
-            directions.allocate(view, self.config.base)
-        directions.advance_moments(list(views.values()), self.config.base)
-        bound_of = {id(view): bound for bound, view in views.items()}
-        for batch in by_group(list(views.values())):
-            for view, direction in zip(batch, self._directions(batch), strict=True):
-                yield Preconditioned(bound_of[id(view)], direction, "direction")
+    def average(
+        self, views: Sequence[ParamView], estimates: Sequence[Tensor], present: Tensor
+    ) -> Tensor:
+        """Average estimates into D; see :func:`~.directions.average_probes`."""
+        return directions.average_probes(views, estimates, present, self.config.stat_decay)
+
+    # Directions -------------------------------------------------------------------
+
+    def uses_fallback(self, bound: Bound) -> bool:
+        """No channel-wise parameter does."""
+        return False
 
     def allocate(self, bound: BoundNorm) -> None:
         """Make the state of a parameter that has a gradient, where it is missing."""
-        if bound.weight.grad is not None and not self.uses_fallback(bound):
-            directions.allocate(self._view(bound), self.config.base)
+        if bound.weight.grad is not None:
+            directions.allocate(self.view(bound), self.config.base)
 
-    def uses_fallback(self, bound: Bound) -> bool:
-        """The authors' last parameter only."""
-        return bound not in self._stepped()
+    def precondition(self, ready: Sequence[BoundNorm]) -> Iterable[Preconditioned]:
+        """Directions of the channel-wise parameters, by their curvature."""
 
-    def _stepped(self) -> list[BoundNorm]:
-        """The parameters that are stepped by their curvature."""
-        return self.bound[:-1] if self.config.reference else self.bound
+        def kind(bound: BoundNorm) -> tuple[Any, ...]:
+            return bound.group, bound.weight.dtype, bound.weight.device
 
-    def _directions(self, batch: Sequence[ParamView]) -> list[Tensor]:
-        if self.config.base == "adamw":
-            joined, _ = directions.adamw_directions(batch, self.config)
-            return directions.apart(joined, batch)
-        return directions.sgd_directions(batch, self.config, self._cycle())
+        for batch in grouped(ready, kind):
+            views = [self.view(bound) for bound in batch]
+            directions.update_moments(views, self.config.base)
+            if self.config.base == "adamw":
+                joined, _ = directions.adamw_directions(views, self.config)
+            else:
+                joined = directions.sgd_directions(views, self.multipliers(views))
+            for bound, direction in zip(batch, directions.split(joined, views), strict=True):
+                yield Preconditioned(bound, direction, "direction")
 
-    def _cycle(self) -> int | None:
-        """The authors' n at the step under way; ``None`` outside reference mode."""
-        return (self.steps + 1) // len(self.bound) + 1 if self.config.reference else None
+    def multipliers(self, views: Sequence[ParamView]) -> Tensor:
+        """What ``base="sgd"`` multiplies the momentum by; all views end to end."""
+        return directions.sgd_multipliers(views, self.config)
 
-    def _view(self, bound: BoundNorm) -> ParamView:
+    def view(self, bound: BoundNorm) -> ParamView:
+        """A channel-wise parameter with its state; an empty gradient where it has none."""
         parameter = bound.weight
         grad = torch.empty(0) if parameter.grad is None else parameter.grad
         group = self.param_groups[bound.group]
         return ParamView(parameter, grad, self.state[parameter], "", group)
 
     def diagnostics(self) -> dict[str, float]:
-        """Counters, and of the last step of the norm parameters:
+        """Counters, and what the last step of the norm parameters was.
 
-        ``norm_curvature_rms``: of D̂. ``base="adamw"``: ``norm_update_rms``,
+        ``norm_curvature_rms``, of D. For ``base="adamw"``: ``norm_update_rms``,
         of u; ``norm_update_over_adamw``, its ratio to AdamW's; and
-        ``norm_clipped``, the share of clipped entries. ``base="sgd"``:
-        ``norm_multiplier`` of the momentum, mean, and ``norm_capped``.
+        ``norm_clipped``, the share of clipped entries. For ``base="sgd"``:
+        ``norm_multiplier`` of the momentum, mean, and ``norm_capped``, the
+        share of entries at the cap.
         """
         values = super().diagnostics()
-        with torch.no_grad():
-            views = [self._view(channel) for channel in self.bound]
-            values.update(self._norm_diagnostics([x for x in views if "curvature" in x]))
-        return values
-
-    def _norm_diagnostics(self, views: Sequence[ParamView]) -> dict[str, float]:
-        if not views:
-            return {}
-        curvature = torch.cat([view["curvature"].double().reshape(-1) for view in views])
-        values = {"norm_curvature_rms": float(curvature.square().mean().sqrt())}
+        batches = by_group([v for bound in self.bound if "curvature" in (v := self.view(bound))])
+        if not batches:
+            return values
+        curvatures = [directions.joined(batch, "curvature") for batch in batches]
+        values["norm_curvature_rms"] = float(_rms(curvatures))
         if self.config.base == "sgd":
-            multipliers = torch.cat(
-                [
-                    directions.sgd_multipliers(batch, self.config, self._cycle()).double()
-                    for batch in by_group(views)
-                ]
-            )
+            multipliers = torch.cat([self.multipliers(batch).double() for batch in batches])
             values["norm_multiplier"] = float(multipliers.mean())
             values["norm_capped"] = float((multipliers >= directions.CAP).double().mean())
             return values
-        pairs = [directions.adamw_directions(batch, self.config) for batch in by_group(views)]
-        u = torch.cat([pair[0].double() for pair in pairs])
-        plain = torch.cat([pair[1].double() for pair in pairs])
-        values["norm_update_rms"] = float(u.square().mean().sqrt())
-        ratio = u.square().mean() / plain.square().mean()
-        values["norm_update_over_adamw"] = float(ratio.sqrt())
-        values["norm_clipped"] = float((u.abs() == 1).double().mean())
+        updates, plain = zip(
+            *(directions.adamw_directions(batch, self.config) for batch in batches), strict=True
+        )
+        values["norm_update_rms"] = float(_rms(updates))
+        values["norm_update_over_adamw"] = float(_rms(updates) / _rms(plain))
+        values["norm_clipped"] = float(torch.cat([(u.abs() == 1).double() for u in updates]).mean())
         return values
+
+
+def _rms(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([tensor.double() for tensor in tensors]).square().mean().sqrt()
+
+
+def norm_parameters(model: nn.Module, config: SGDPHConfig) -> ModelStructure:
+    """Find the scales and shifts of norms and weight-norm scales; biases if asked for.
+
+    Args:
+        model: the model.
+        config: ``include_bias``, ``reference`` and ``base``.
+
+    Raises:
+        ValueError: when there is none that trains.
+    """
+    survey = ParameterSurvey(model)
+    if config.reference:
+        from hf_precond.optimizers.sgdph.reference import vectors
+
+        return structure_of(survey, vectors(survey), config)
+    names = {survey.name_of(norm.parameter) for norm, _ in channel_parameters(model)}
+    if config.include_bias:
+        names |= {
+            name
+            for name, parameter in survey.parameters.items()
+            if parameter.dim() == 1 and "bias" in survey.owners[name][1]
+        }
+    return structure_of(survey, names, config)
+
+
+def structure_of(
+    survey: ParameterSurvey, names: Collection[str], config: SGDPHConfig
+) -> ModelStructure:
+    """The parameters of these names that train, in model order.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    norms = [
+        NormParameter(name, *survey.owners[name])
+        for name, parameter in survey.parameters.items()
+        if name in names and parameter.requires_grad
+    ]
+    if not norms:
+        raise ValueError(
+            "sgdph: this model has no norm layer with parameters that train; unfreeze them, or set "
+            "include_bias=True to treat biases as channel-wise parameters."
+        )
+    reasons = {norm.name: survey.describe(norm.name) for norm in norms}
+    return survey.structure(config, reasons, norms=norms)

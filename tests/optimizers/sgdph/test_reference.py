@@ -11,8 +11,7 @@ from safetensors import safe_open
 from torch import nn
 
 from hf_precond.optimizers.sgdph.config import SGDPHConfig
-from hf_precond.optimizers.sgdph.optimizer import SGDPH
-from hf_precond.optimizers.sgdph.selection import norm_parameters
+from hf_precond.optimizers.sgdph.optimizer import SGDPH, norm_parameters
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
