@@ -144,7 +144,7 @@ def create_optimizer(
         )
     config = make_config(name_or_config, **values)
     info = get_info(config.name)
-    structure = read_blocks(model, config)
+    structure = read_model(model, config)
     groups, labels = parameter_groups(
         model, config.lr, config.weight_decay, config.head_lr_scale
     )
@@ -154,7 +154,7 @@ def create_optimizer(
     return info.optimizer_cls(groups, structure, config)
 
 
-def read_blocks(model: nn.Module, config: OptimizerConfig) -> ModelStructure:
+def read_model(model: nn.Module, config: OptimizerConfig) -> ModelStructure:
     """What the optimizer of ``config`` would precondition in ``model``.
 
     Raises:
@@ -164,5 +164,5 @@ def read_blocks(model: nn.Module, config: OptimizerConfig) -> ModelStructure:
     if refused is not None:
         raise ValueError(refused)
     structure = get_info(config.name).select(model, config)
-    structure.find = functools.partial(read_blocks, config=config)
+    structure.reread = functools.partial(read_model, config=config)
     return structure

@@ -28,7 +28,7 @@ from sgdph_tasks import DATA, ResNet, images
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
-from hf_precond.architectures.modules import channel_parameters
+from hf_precond.architectures.modules import find_norms
 from hf_precond.statistics.double_backward import DoubleBackward
 from hf_precond.statistics.hessian_products import GraphProduct, diagonal_estimates, probe_vectors
 
@@ -111,7 +111,7 @@ def estimates(product: GraphProduct, parameters: Sequence[Tensor], probe: str, s
 
 def measure(model: nn.Module, loss: Loss) -> list[tuple[str, list[float]]]:
     """A row of the table for the scales and one for the shifts."""
-    norms = [norm for norm, _ in channel_parameters(model)]
+    norms = find_norms(model)
     parameters = [norm.parameter for norm in norms]
     switches = DoubleBackward(model)
     switches.acquire()

@@ -2,51 +2,56 @@
 
 from __future__ import annotations
 
-import re
+import inspect
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from hf_precond.architectures.callers import called_apart
+from hf_precond.architectures import tables
 from hf_precond.architectures.modules import is_linear, is_readable, layer_matrix, refusal
-from hf_precond.architectures.peft import find_adapter, trains, unwrap
+from hf_precond.architectures.peft import find_adapter, unwrap
 from hf_precond.architectures.structure import (
-    Adapter,
     AttentionBlock,
     Heads,
     LayerMatrix,
+    LowRankAdapter,
     RowSelection,
 )
-from hf_precond.architectures.tables import (
-    CONVENTIONS,
-    UNREADABLE,
-    Convention,
-    Declaration,
-    called_names,
-    declare_attention,
-    declared,
-    forget_attention,
-    gates_values,
-    logit_scale,
-    rotates,
-)
+from hf_precond.architectures.tables import Convention, Declaration, declared
 
-__all__ = ["declare_attention", "find_attention", "forget_attention"]
 
-HOW_TO_DECLARE = (
-    "name its projections with hf_precond.declare_attention('ClassName', query='…', key='…', "
-    "value='…', output='…', heads='attribute or number') before the optimizer is created"
-)
+def find_attention(model: nn.Module) -> list[AttentionBlock]:
+    """The attentions of a model, in model order.
 
-_HEAD_COUNTS = (
-    "num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "nhead", "num_attn_heads"
-)
-_KEY_VALUE_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "num_heads_kv")
-_HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "d_kv")
-_CROSS = re.compile(r"cross|enc_?dec|encoder_(decoder_)?att|multihead_attn", re.IGNORECASE)
-_GENERIC = ("self", "attention", "attn", "att")
-_QUERY_NORMS = ("q_norm", "q_layernorm", "query_norm", "q_ln", "qk_norm", "query_layernorm")
+    A module is one when it was declared (:func:`declare_attention`), when it
+    is an ``nn.MultiheadAttention``, or when its class is named an attention,
+    its projections bear the names of a known convention, the number of heads
+    is stated by the module or its config, and the shapes fit both. A module
+    used several times (ALBERT) is listed once.
+
+    Args:
+        model: any module, PEFT-wrapped or not.
+
+    Raises:
+        ValueError: when a declared module does not have what the declaration names.
+    """
+    modules = dict(model.named_modules())
+    blocks = (_Candidate(modules, path).read() for path in modules)
+    return [block for block in blocks if block is not None]
+
+
+def forward_names(module: nn.Module) -> tuple[str, ...]:
+    """The names that a module's forward looks up, read through its decorators.
+
+    What a forward calls (a rotation, ``transformers``' attention look-up) is
+    stated nowhere else before it runs: a table of classes would have several
+    hundred entries and lack those of the next release. The names are those
+    of the compiled function; no source is read.
+    """
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code.co_names if code is not None else ()
 
 
 @dataclass(frozen=True)
@@ -62,200 +67,283 @@ class _Projection:
     def rows(self) -> int:
         return layer_matrix(self.layer, self.name).shape[0]
 
+    def matrix(self, role: str, rows: RowSelection | None) -> LayerMatrix:
+        """The matrix of a role: the whole weight, or its rows of a fused one."""
+        whole = layer_matrix(self.layer, self.name)
+        return whole if rows is None else replace(whole, name=f"{whole.name}[{role}]", rows=rows)
 
-def find_attention(model: nn.Module) -> list[AttentionBlock]:
-    """The attentions of a model, in model order.
 
-    A module is one when it was declared (:func:`declare_attention`), when it
-    is an ``nn.MultiheadAttention``, or when its class is called an attention,
-    its projections bear the names of a known convention, the number of heads
-    is stated by the module or its config, and the shapes fit both. A module
-    used several times (ALBERT) is found once.
+class _Candidate:
+    """A module that may be an attention, among the modules of its model.
 
     Args:
-        model: any module, PEFT-wrapped or not.
-
-    Raises:
-        ValueError: when a declared module has not what the declaration names.
+        modules: path to module, for the whole model.
+        path: the module's path.
     """
-    modules = dict(model.named_modules())
-    found = []
-    for path, module in modules.items():
-        declaration = declared(path, module)
-        if declaration is not None:
-            block = _read(modules, path, module, declaration.convention, declaration)
+
+    def __init__(self, modules: dict[str, nn.Module], path: str) -> None:
+        self.modules, self.path, self.module = modules, path, modules[path]
+        self.declaration = declared(path, self.module)
+
+    def read(self) -> AttentionBlock | None:
+        """The attention, or ``None`` where the module is not one that can be read."""
+        if self.declaration is not None:
+            block = self._by_convention(self.declaration.convention)
             if block is None:
-                raise ValueError(_misdeclared(path, module, declaration))
-        elif isinstance(module, nn.MultiheadAttention):
-            block = _multihead(modules, path, module)
-        elif _is_called_attention(module):
-            readings = (_read(modules, path, module, names, None) for names in CONVENTIONS)
-            block = next((reading for reading in readings if reading is not None), None)
+                raise ValueError(self._misdeclared(self.declaration))
+            return block
+        if isinstance(self.module, nn.MultiheadAttention):
+            return self._multihead(self.module)
+        if not _is_named_attention(self.module):
+            return None
+        readings = map(self._by_convention, tables.CONVENTIONS)
+        return next((block for block in readings if block is not None), None)
+
+    def _misdeclared(self, declaration: Declaration) -> str:
+        children = ", ".join(name for name, _ in self.module.named_children()) or "none"
+        return (
+            f"declare_attention: {self.path or 'the model'} ({type(self.module).__name__}) does "
+            f"not have what was declared for {declaration.target!r}: it needs linear layers under "
+            f"the given names and head counts that divide their rows. Its children are {children}."
+        )
+
+    def _resolve(self, name: str | None) -> _Projection | None:
+        """The readable linear layer under a name that is relative to the module."""
+        if name is None:
+            return None
+        path = self.path
+        if name.startswith(".."):
+            path, name = path.rpartition(".")[0], name[2:]
+        full = f"{path}.{name}" if path else name
+        wrapper = self.modules.get(full)
+        if wrapper is None:
+            return None
+        layer, layer_name = unwrap(wrapper, full)
+        if not is_linear(layer) or not is_readable(layer):
+            return None
+        return _Projection(layer, layer_name, wrapper, full)
+
+    def _by_convention(self, names: Convention) -> AttentionBlock | None:
+        """The attention as a convention sees it, or ``None`` where names or shapes do not fit."""
+        wanted = {"q": names.query, "k": names.key, "v": names.value, "qkv": names.fused}
+        resolved = {role: self._resolve(name) for role, name in wanted.items() if name is not None}
+        parts = {role: part for role, part in resolved.items() if part is not None}
+        if len(parts) < len(resolved):
+            return None
+        rows = {role: projection.rows for role, projection in parts.items()}
+        gated = "q" in rows and self.declaration is None and _gates_values(self.module)
+        if gated:
+            rows["q"] //= 2
+        heads = self._heads(rows)
+        if heads is None:
+            return None
+        output = self._output(names, heads)
+        if output is None and self.declaration is not None and names.outputs:
+            return None
+        selections = _fused_rows(heads, names.layout, separate_query="q" in parts)
+        matrices: dict[str, LayerMatrix] = {}
+        adapters: dict[str, LowRankAdapter] = {}
+        for role in ("q", "k", "v", "o"):
+            projection = output if role == "o" else parts.get(role, parts.get("qkv"))
+            if projection is None:
+                continue
+            selected = None if role in parts else selections.get(role)
+            if gated and role == "q":
+                selected = RowSelection(heads.query, (0, heads.size), 2 * heads.query * heads.size)
+            matrices[role] = projection.matrix(role, selected)
+            _add_adapter(adapters, role, projection, selected)
+        block = self._block(matrices, heads, adapters)
+        if names.query and names.key and names.value:
+            block.separate_inputs = self._separate_inputs(matrices)
+        return block
+
+    def _heads(self, rows: Mapping[str, int]) -> Heads | None:
+        """The heads that fit the rows of the projections, or ``None``."""
+        declaration = self.declaration
+        if declaration is None:
+            query = self._stated(tables.HEAD_COUNTS)
+            key_value_stated = self._stated(tables.KEY_VALUE_HEAD_COUNTS)
+            size = self._stated(tables.HEAD_SIZES)
         else:
-            block = None
-        if block is not None:
-            found.append(block)
-    return found
+            query = self._declared_number(declaration.heads)
+            key_value_stated = self._declared_number(declaration.key_value_heads)
+            size = self._declared_number(declaration.head_size)
+        if query is None:
+            return None
+        if "q" in rows:
+            # A size that the config alone states may be that of another part of the model.
+            own = any(hasattr(self.module, name) for name in tables.HEAD_SIZES)
+            strict = declaration is not None or own
+            if size is None or (query * size != rows["q"] and not strict):
+                size = rows["q"] // query
+            if query * size != rows["q"]:
+                return None
+        if "k" in rows and size:
+            key_value, rest = divmod(rows["k"], size)
+        elif "qkv" in rows:
+            key_value = key_value_stated or query
+            parts = 2 * key_value + (0 if "q" in rows else query)
+            if size is None or parts * size != rows["qkv"]:
+                size = rows["qkv"] // parts
+            rest = rows["qkv"] - parts * size
+        else:
+            return None
+        if rest or key_value == 0 or query % key_value or rows.get("v", key_value) % key_value:
+            return None
+        if declaration is not None and key_value_stated not in (None, key_value):
+            return None
+        return Heads(query, key_value, size, rows["v"] // key_value if "v" in rows else size)
 
-
-def _is_called_attention(module: nn.Module) -> bool:
-    names = [cls.__name__ for cls in type(module).__mro__ if cls not in nn.Module.__mro__]
-    if UNREADABLE.intersection(names):
-        return False
-    name = " ".join(names).lower()
-    attention = "attention" in name or "attn" in name
-    return attention and not re.search(r"mlp|feed_?forward|ffn|glu", name)
-
-
-def _misdeclared(path: str, module: nn.Module, declaration: Declaration) -> str:
-    children = ", ".join(name for name, _ in module.named_children()) or "none"
-    return (
-        f"declare_attention: {path or 'the model'} ({type(module).__name__}) does not have what "
-        f"was declared for {declaration.target!r}: it needs linear layers under the given names "
-        f"and head counts that divide their rows. Its children are {children}."
-    )
-
-
-def _resolve(
-    modules: dict[str, nn.Module], path: str, name: str
-) -> _Projection | None:
-    """The readable linear layer under ``name``, seen from the module at ``path``."""
-    if name.startswith(".."):
-        path, name = path.rpartition(".")[0], name[2:]
-    full = f"{path}.{name}" if path else name
-    wrapper = modules.get(full)
-    if wrapper is None:
+    def _stated(self, names: Collection[str]) -> int | None:
+        """A count that the module or its config states under one of some names."""
+        for holder in (self.module, getattr(self.module, "config", None)):
+            for name in names:
+                try:
+                    value = getattr(holder, name, None)
+                except Exception:  # a config's own property, which may raise anything
+                    continue
+                if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                    return value
         return None
-    layer, layer_name = unwrap(wrapper, full)
-    if not is_linear(layer) or not is_readable(layer):
-        return None
-    return _Projection(layer, layer_name, wrapper, full)
 
-
-def _number(module: nn.Module, stated: int | str | None, names: tuple[str, ...]) -> int | None:
-    """A count that was declared, or that the module or its config states."""
-    if isinstance(stated, int):
-        return stated
-    if isinstance(stated, str):
-        value: Any = module
+    def _declared_number(self, stated: int | str | None) -> int | None:
+        """A count that was declared, as a number or as the attribute that holds it."""
+        if not isinstance(stated, str):
+            return stated
+        value: Any = self.module
         for part in stated.split("."):
             value = getattr(value, part, None)
         return value if isinstance(value, int) else None
-    for holder in (module, getattr(module, "config", None)):
-        for name in names:
-            try:
-                value = getattr(holder, name, None)
-            except Exception:  # a config's own property, which may raise anything
-                continue
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                return value
-    return None
 
-
-def _count_heads(
-    module: nn.Module,
-    declaration: Declaration | None,
-    query_rows: int | None,
-    key_rows: int | None,
-    fused_rows: int | None,
-) -> tuple[int, int, int] | None:
-    """``(query heads, key-value heads, head size)`` that fit the shapes, or ``None``."""
-    told = declaration
-    query = _number(module, told.heads if told else None, _HEAD_COUNTS)
-    if query is None:
+    def _output(self, names: Convention, heads: Heads) -> _Projection | None:
+        """The first named layer whose inputs are the heads' values side by side."""
+        for name in names.outputs:
+            projection = self._resolve(name)
+            if projection is not None:
+                columns = layer_matrix(projection.layer, projection.name).shape[1]
+                if columns == heads.query * heads.value_size:
+                    return projection
         return None
-    grouped = _number(module, told.key_value_heads, ()) if told else None
-    if told is None:
-        grouped = _number(module, None, _KEY_VALUE_COUNTS)
-        size = _number(module, None, _HEAD_SIZES)
-    else:
-        size = _number(module, told.head_size, ())
-    if query_rows is not None:
-        strict = told is not None or any(hasattr(module, name) for name in _HEAD_SIZES)
-        if size is None or (query * size != query_rows and not strict):
-            size = query_rows // query
-        if query * size != query_rows:
+
+    def _separate_inputs(self, matrices: Mapping[str, LayerMatrix]) -> frozenset[str]:
+        """Which of k and v read a tensor of their own: by declaration, class and widths."""
+        separate = set(self.declaration.separate_inputs if self.declaration else ())
+        separate |= {"k"} if _is_one_of(self.module, tables.SEPARATE_KEYS) else set()
+        separate |= {"v"} if _is_one_of(self.module, tables.SEPARATE_VALUES) else set()
+        for role, other in (("k", "q"), ("v", "k")):
+            if matrices[role].shape[1] != matrices[other].shape[1]:
+                separate.add(role)
+        return frozenset(separate)
+
+    def _block(
+        self,
+        matrices: Mapping[str, LayerMatrix],
+        heads: Heads,
+        adapters: dict[str, LowRankAdapter],
+    ) -> AttentionBlock:
+        module, declaration = self.module, self.declaration
+        cross = bool(tables.CROSS.search(self._names_around()))
+        rotary = rotates(module, cross)
+        normed = any(
+            not isinstance(getattr(module, name, None), nn.Identity | type(None))
+            for name in tables.QUERY_NORMS
+        )
+        observed = "get_interface" in forward_names(module)
+        return AttentionBlock(
+            name=self.path,
+            module=module,
+            q=matrices["q"],
+            k=matrices["k"],
+            v=matrices["v"],
+            o=matrices.get("o"),
+            heads=heads,
+            trainable=frozenset(role for role, matrix in matrices.items() if matrix.trains),
+            rotary=declaration.rotary if declaration else rotary,
+            normed=declaration.normed if declaration else normed,
+            cross=declaration.cross if declaration else cross,
+            scale=_logit_scale(module, heads.size),
+            note=_note(module, (rotary or normed) and not observed),
+            observed=observed,
+            adapters=adapters,
+        )
+
+    def _names_around(self) -> str:
+        """The names that say what the attention is: its own, its class's, and those around it."""
+        parts = self.path.split(".")
+        while len(parts) > 1 and parts[-1] in tables.GENERIC_NAMES:
+            parts.pop()
+        parent = type(self.modules.get(self.path.rpartition(".")[0])).__name__
+        kind = parent if "crossatt" in parent.lower() else ""
+        return " ".join([*self.path.split(".")[-2:], parts[-1], type(self.module).__name__, kind])
+
+    def _multihead(self, module: nn.MultiheadAttention) -> AttentionBlock | None:
+        """``nn.MultiheadAttention``: q, k and v in ``in_proj_weight`` or in three weights."""
+        if not isinstance(module.out_proj, nn.Linear) or not is_readable(module.out_proj):
             return None
-    if key_rows is not None and size:
-        key_value = key_rows // size
-        fits = key_value * size == key_rows
-    elif fused_rows is not None:
-        key_value = grouped or query
-        shared = 2 * key_value + (query if query_rows is None else 0)
-        size = size if size is not None and shared * size == fused_rows else fused_rows // shared
-        fits = shared * size == fused_rows
-    else:
-        return None
-    if not fits or key_value == 0 or query % key_value:
-        return None
-    if told is not None and grouped is not None and key_value != grouped:
-        return None
-    return query, key_value, size
+        width = module.embed_dim
+        size = width // module.num_heads
+        fused = module.in_proj_weight is not None
+        matrices: dict[str, LayerMatrix] = {}
+        for index, role in enumerate("qkv"):
+            attribute = "in_proj_weight" if fused else f"{role}_proj_weight"
+            weight, bias = getattr(module, attribute), module.in_proj_bias
+            if refusal(weight):
+                return None
+            matrix = matrices[role] = layer_matrix(module, self.path, weight=attribute)
+            if fused:
+                joined = bias is not None and (bias.requires_grad or not weight.requires_grad)
+                matrix.name += f"[{role}]"
+                matrix.bias = "in_proj_bias" if joined else None
+                matrix.rows = RowSelection(1, (index * width, (index + 1) * width), 3 * width)
+        matrices["o"] = layer_matrix(module.out_proj, f"{self.path}.out_proj".lstrip("."))
+        block = self._block(matrices, Heads(module.num_heads, module.num_heads, size, size), {})
+        # It is called with three tensors; of torch's own layers alone it is known which are one.
+        layer = self.modules.get(self.path.rpartition(".")[0])
+        own = isinstance(layer, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
+        block.cross = not (own and self.path.endswith("self_attn"))
+        block.separate_inputs = frozenset() if own else frozenset({"v"})
+        return block
 
 
-def _read(
-    modules: dict[str, nn.Module],
-    path: str,
-    module: nn.Module,
-    names: Convention,
-    declaration: Declaration | None,
-) -> AttentionBlock | None:
-    """The attention as a convention sees it, or ``None`` where names or shapes do not fit."""
-    named = {
-        role: _resolve(modules, path, name)
-        for role, name in (
-            ("q", names.query), ("k", names.key), ("v", names.value), ("qkv", names.fused)
-        )
-        if name is not None
+def _is_named_attention(module: nn.Module) -> bool:
+    names = [cls.__name__ for cls in type(module).__mro__ if cls not in nn.Module.__mro__]
+    if not tables.UNREADABLE.isdisjoint(names):
+        return False
+    name = " ".join(names).lower()
+    return ("attention" in name or "attn" in name) and not tables.NO_ATTENTION.search(name)
+
+
+def _is_one_of(module: nn.Module, classes: frozenset[str]) -> bool:
+    return not classes.isdisjoint(tables.class_names(module))
+
+
+def _gates_values(module: nn.Module) -> bool:
+    """Whether an attention's query projection holds, a head, its rows and then those of a gate.
+
+    The gate multiplies what the head gives to the output projection.
+    """
+    return _is_one_of(module, tables.GATED)
+
+
+def _fused_rows(heads: Heads, layout: str, *, separate_query: bool) -> dict[str, RowSelection]:
+    """The rows of q, k and v in a fused weight."""
+    groups = heads.key_value if layout == "interleaved" else 1
+    keys = heads.key_value * heads.size // groups
+    queries = 0 if separate_query else heads.query * heads.size // groups
+    total = groups * (queries + 2 * keys)
+    spans = {
+        "q": (0, queries),
+        "k": (queries, queries + keys),
+        "v": (queries + keys, queries + 2 * keys),
     }
-    if any(projection is None for projection in named.values()):
-        return None
-    parts = {role: projection for role, projection in named.items() if projection is not None}
-    rows = {role: projection.rows for role, projection in parts.items()}
-    gated = "q" in rows and declaration is None and gates_values(module)
-    if gated:
-        rows["q"] //= 2
-    counts = _count_heads(module, declaration, rows.get("q"), rows.get("k"), rows.get("qkv"))
-    if counts is None:
-        return None
-    query, key_value, size = counts
-    if rows.get("v", key_value) % key_value:
-        return None
-    value_size = rows["v"] // key_value if "v" in rows else size
-    heads = Heads(query, key_value, size, value_size)
-    output = _find_output(modules, path, names, heads)
-    if output is None and declaration is not None and names.outputs:
-        return None
-    selections = _select_rows(heads, names.layout, separate_query="q" in parts)
-    matrices: dict[str, LayerMatrix] = {}
-    adapters: dict[str, Adapter] = {}
-    for role in ("q", "k", "v"):
-        projection, selected = (
-            (parts[role], None) if role in parts else (parts["qkv"], selections[role])
-        )
-        if gated and role == "q":
-            selected = RowSelection(query, (0, size), 2 * query * size)
-        matrices[role] = _matrix(projection, role, selected)
-        _add_adapter(adapters, role, projection, selected)
-    if output is not None:
-        matrices["o"] = _matrix(output, "o", None)
-        _add_adapter(adapters, "o", output, None)
-    block = _finish(modules, path, module, matrices, adapters, heads, declaration)
-    if names.query and names.key and names.value:
-        block.apart = called_apart(module, names.query, names.key, names.value)
-        widths = {role: matrix.shape[1] for role, matrix in matrices.items()}
-        block.apart |= {"k"} if widths["k"] != widths["q"] else set()
-        block.apart |= {"v"} if widths["v"] != widths["k"] else set()
-    return block
-
-
-def _matrix(projection: _Projection, role: str, rows: RowSelection | None) -> LayerMatrix:
-    matrix = layer_matrix(projection.layer, projection.name)
-    return matrix if rows is None else replace(matrix, name=f"{matrix.name}[{role}]", rows=rows)
+    return {role: RowSelection(groups, span, total) for role, span in spans.items()}
 
 
 def _add_adapter(
-    adapters: dict[str, Adapter], role: str, projection: _Projection, rows: RowSelection | None
+    adapters: dict[str, LowRankAdapter],
+    role: str,
+    projection: _Projection,
+    rows: RowSelection | None,
 ) -> None:
     adapter = find_adapter(projection.wrapper, projection.wrapper_name, rows)
     if adapter is None:
@@ -268,119 +356,69 @@ def _add_adapter(
     adapters[role] = adapter
 
 
-def _select_rows(
-    heads: Heads, layout: str, *, separate_query: bool
-) -> dict[str, RowSelection]:
-    """The rows of q, k and v in a fused weight."""
-    groups = heads.key_value if layout == "interleaved" else 1
-    keys = heads.key_value * heads.size // groups
-    queries = 0 if separate_query else heads.query * heads.size // groups
-    total = groups * (queries + 2 * keys)
-    starts = {"q": (0, queries), "k": (queries, queries + keys)}
-    starts["v"] = (queries + keys, queries + 2 * keys)
-    return {role: RowSelection(groups, span, total) for role, span in starts.items()}
+def rotates(module: nn.Module, cross: bool = False) -> bool:
+    """Whether an attention rotates its queries and keys.
+
+    It does when its forward calls something named ``rotary`` or it has a
+    child named so, unless it is known, or states itself, that this layer does
+    not (models that leave out the rotation in some layers, or by
+    configuration).
+
+    Args:
+        module: the attention.
+        cross: its keys are of another sequence.
+    """
+    names = [*dict(module.named_children()), *forward_names(module)]
+    if not any(tables.ROTARY in name for name in names):
+        return False
+    window = getattr(module, "sliding_window", None)
+    family = type(module).__name__
+    if cross and family.startswith(tables.UNROTATED_ACROSS):
+        return False
+    if family.startswith(tables.ROTATED_IN_WINDOWS):
+        return window is not None or bool(getattr(module, "force_rope", False))
+    if family.startswith(tables.UNROTATED_BESIDE_WINDOWS):
+        return window is None or bool(getattr(module, "is_sliding", True))
+    return (
+        all(bool(getattr(module, flag, True)) for flag in tables.ROTATION_FLAGS)
+        and getattr(module, "rotary_emb", module) is not None
+        and getattr(module, "position_embedding_type", tables.ROTARY) == tables.ROTARY
+        and not getattr(getattr(module, "config", None), "alibi", False)
+    )
 
 
-def _find_output(
-    modules: dict[str, nn.Module], path: str, names: Convention, heads: Heads
-) -> _Projection | None:
-    """The first named layer whose inputs are the heads' values side by side."""
-    for name in names.outputs:
-        projection = _resolve(modules, path, name)
-        if projection is not None:
-            matrix = layer_matrix(projection.layer, projection.name)
-            if matrix.shape[1] == heads.query * heads.value_size:
-                return projection
+def _logit_scale(module: nn.Module, size: int) -> float | None:
+    """What an attention multiplies its logits with, where that is known not to be ``1/√d_h``.
+
+    Args:
+        module: the attention.
+        size: width of a head.
+    """
+    own = getattr(module, "scaling", None)
+    if isinstance(own, int | float):
+        return float(own)
+    if hasattr(module, "key_value_proj_dim"):  # T5 and its like, which older releases do not mark
+        return 1.0
+    if _is_one_of(module, tables.UNSCALED):
+        return 1.0
+    if hasattr(module, tables.DISENTANGLED):  # each term of DeBERTa's sum counts
+        positions: Any = module.pos_att_type
+        terms = 1 + sum(term in positions for term in ("c2p", "p2c"))
+        return (size * terms) ** -0.5
     return None
 
 
-def _names_around(modules: dict[str, nn.Module], path: str) -> str:
-    """The names by which an attention goes: its own, its class's, and those close around it."""
-    parts = path.split(".")
-    while len(parts) > 1 and parts[-1] in _GENERIC:
-        parts.pop()
-    parent = type(modules.get(path.rpartition(".")[0])).__name__
-    kind = parent if "crossatt" in parent.lower() else ""
-    return " ".join([*path.split(".")[-2:], parts[-1], type(modules[path]).__name__, kind])
+def _note(module: nn.Module, unseen: bool) -> str:
+    """What the routing table should say of an attention.
 
-
-def _finish(
-    modules: dict[str, nn.Module],
-    path: str,
-    module: nn.Module,
-    matrices: dict[str, LayerMatrix],
-    adapters: dict[str, Adapter],
-    heads: Heads,
-    declaration: Declaration | None,
-) -> AttentionBlock:
-    crosses = bool(_CROSS.search(_names_around(modules, path)))
-    rotary = rotates(module, crosses)
-    normed = any(
-        not isinstance(getattr(module, name, None), nn.Identity | type(None))
-        for name in _QUERY_NORMS
-    )
-    note = ""
-    if "disentangled_attention_bias" in dir(module):
-        note = "content term only: the position terms of its logits are not in the metric"
-    observed = "get_interface" in called_names(module)
-    if gates_values(module):
-        note = "the gate between values and output is not in the metric"
-    if (rotary or normed) and not observed:
-        note = "its queries and keys cannot be seen rotated or normed: factors of the plain ones"
-    return AttentionBlock(
-        name=path,
-        module=module,
-        q=matrices["q"],
-        k=matrices["k"],
-        v=matrices["v"],
-        o=matrices.get("o"),
-        heads=heads,
-        trainable=frozenset(role for role, matrix in matrices.items() if trains(matrix)),
-        rotary=declaration.rotary if declaration else rotary,
-        normed=declaration.normed if declaration else normed,
-        cross=declaration.cross if declaration else crosses,
-        scale=logit_scale(module, heads.size),
-        note=note,
-        observed=observed,
-        adapters=adapters,
-    )
-
-
-def _multihead(
-    modules: dict[str, nn.Module], path: str, module: nn.MultiheadAttention
-) -> AttentionBlock | None:
-    """``nn.MultiheadAttention``: q, k and v in ``in_proj_weight`` or in three weights."""
-    if not isinstance(module.out_proj, nn.Linear) or not is_readable(module.out_proj):
-        return None
-    width = module.embed_dim
-    size = width // module.num_heads
-    matrices: dict[str, LayerMatrix] = {}
-    for index, role in enumerate("qkv"):
-        fused = module.in_proj_weight is not None
-        attribute = "in_proj_weight" if fused else f"{role}_proj_weight"
-        if refusal(getattr(module, attribute)):
-            return None
-        matrix = layer_matrix(module, path, weight=attribute)
-        span = (index * width, (index + 1) * width)
-        rows = RowSelection(1, span, 3 * width) if fused else None
-        matrices[role] = replace(
-            matrix,
-            name=f"{matrix.name}[{role}]" if fused else matrix.name,
-            bias=_multihead_bias(module, getattr(module, attribute)) if fused else None,
-            rows=rows,
-        )
-    matrices["o"] = layer_matrix(module.out_proj, f"{path}.out_proj".lstrip("."))
-    heads = Heads(module.num_heads, module.num_heads, size, size)
-    block = _finish(modules, path, module, matrices, {}, heads, None)
-    # Called with three tensors; only torch's own layers say which are the same.
-    layer = modules.get(path.rpartition(".")[0])
-    own = isinstance(layer, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
-    block.cross = not (own and path.endswith("self_attn"))
-    block.apart = frozenset() if own else frozenset({"v"})
-    return block
-
-
-def _multihead_bias(module: nn.MultiheadAttention, weight: Tensor) -> str | None:
-    bias = module.in_proj_bias
-    read = bias is not None and (bias.requires_grad or not weight.requires_grad)
-    return "in_proj_bias" if read else None
+    Args:
+        module: the attention.
+        unseen: whether its queries and keys are rotated or normed where nothing can see them.
+    """
+    if unseen:
+        return "its queries and keys cannot be seen rotated or normed: factors of the plain ones"
+    if _gates_values(module):
+        return "the gate between values and output is not in the metric"
+    if hasattr(module, tables.DISENTANGLED):
+        return "content term only: the position terms of its logits are not in the metric"
+    return ""

@@ -1,8 +1,7 @@
-"""What each parameter of a model is: the routing table, the parameter groups, the head."""
+"""What each parameter of a model is: the routing table, the head, the parameter groups."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,10 +13,10 @@ from hf_precond.architectures.modules import (
     TRANSPOSED_CONVOLUTIONS,
     is_linear,
     is_norm,
-    tied_names,
+    owned_parameters,
     weight_norm_scales,
 )
-from hf_precond.architectures.peft import base_of
+from hf_precond.architectures.peft import base_of, is_lora, saved_names
 from hf_precond.architectures.structure import (
     AttentionBlock,
     LayerMatrix,
@@ -26,11 +25,10 @@ from hf_precond.architectures.structure import (
     Route,
     RoutingTable,
 )
+from hf_precond.architectures.tables import HEAD_CHILDREN, UNDECAYED
 
 PRECONDITIONED, FROZEN = "preconditioned", "frozen"
-_HEAD_CHILDREN = frozenset(
-    {"lm_head", "classifier", "score", "head", "fc", "qa_outputs", "embed_out", "output_projection"}
-)
+DECAY, NO_DECAY = "decay", "no decay"
 
 
 class ParameterSurvey:
@@ -51,11 +49,11 @@ class ParameterSurvey:
         self.parameters = dict(model.named_parameters())
         self.names = {id(parameter): name for name, parameter in self.parameters.items()}
         self.tied = tied_names(model)
-        self.heads = find_head(model) | _output_names(model)
-        self.owners: dict[str, tuple[nn.Module, str]] = {}
-        for module in model.modules():
-            for attribute, parameter in module.named_parameters(recurse=False):
-                self.owners.setdefault(self.names[id(parameter)], (module, attribute))
+        self.head = find_head(model) | _output_names(model)
+        self.owners = {
+            self.name_of(getattr(module, attribute)): (module, attribute)
+            for _, module, attribute in owned_parameters(model)
+        }
         self._refuse()
 
     def _refuse(self) -> None:
@@ -96,9 +94,9 @@ class ParameterSurvey:
             return f"{'scale' if attribute == 'weight' else 'shift'} of {type(module).__name__}"
         if attribute in weight_norm_scales(module):
             return "weight-norm scale"
-        if ".lora_" in name or ".adapter" in name:
+        if is_lora(name) or ".adapter" in name:
             return "adapter"
-        if name in self.heads:
+        if name in self.head:
             return "output head"
         if "bias" in attribute:
             return "bias"
@@ -109,28 +107,6 @@ class ParameterSurvey:
         if isinstance(module, TRANSPOSED_CONVOLUTIONS):
             return "transposed convolution"
         return f"{attribute} of {type(module).__name__}"
-
-    def table(
-        self, treated: Mapping[str, str], base: str, reasons: Mapping[str, str] | None = None
-    ) -> RoutingTable:
-        """The routing table.
-
-        Args:
-            treated: preconditioned parameter to reason.
-            base: name of the base rule of all others that train.
-            reasons: more to say of some of those than :meth:`describe` does.
-        """
-        routes = []
-        for name, parameter in self.parameters.items():
-            if not parameter.requires_grad:
-                treatment, reason = FROZEN, "does not train"
-            elif name in treated:
-                treatment, reason = PRECONDITIONED, treated[name]
-            else:
-                treatment, reason = base, (reasons or {}).get(name) or self.describe(name)
-            routes.append(Route(name, tuple(parameter.shape), treatment, reason))
-        return RoutingTable(routes)
-
 
     def structure(
         self,
@@ -143,40 +119,44 @@ class ParameterSurvey:
         attention: Sequence[AttentionBlock] = (),
         norms: Sequence[NormParameter] = (),
     ) -> ModelStructure:
-        """What an optimizer is given: its matrices or norms, and the routing table.
+        """The structure that an optimizer is given.
 
         Args:
             config: the optimizer's; ``base`` is read.
             treated: preconditioned parameter to reason.
-            reasons: more to say of the others, see :meth:`table`.
-            matrices: see :class:`~hf_precond.architectures.structure.ModelStructure`.
-            others: the same.
-            attention: the same.
-            norms: the same.
+            reasons: what to say of some of the others in place of :meth:`describe`.
+            matrices, others, attention, norms: see
+                :class:`~hf_precond.architectures.structure.ModelStructure`.
         """
+        routes = []
+        for name, parameter in self.parameters.items():
+            if not parameter.requires_grad:
+                treatment, reason = FROZEN, "does not train"
+            elif name in treated:
+                treatment, reason = PRECONDITIONED, treated[name]
+            else:
+                treatment = getattr(config, "base", "adamw")
+                reason = (reasons or {}).get(name) or self.describe(name)
+            routes.append(Route(name, tuple(parameter.shape), treatment, reason))
         return ModelStructure(
             matrices=list(matrices),
             others=list(others),
             attention=list(attention),
             norms=list(norms),
-            routing=self.table(treated, getattr(config, "base", "adamw"), reasons),
+            routing=RoutingTable(routes),
             owners=[(name, *owner) for name, owner in self.owners.items()],
             model=self.model,
         )
 
 
-def _output_names(model: nn.Module) -> set[str]:
-    """Parameters of the layers that make the model's outputs, newly initialised or not."""
-    inner = base_of(model)
-    ends = [output_embedding(model)]
-    if not hasattr(inner, "base_model_prefix"):
-        ends += [child for name, child in inner.named_children() if name in _HEAD_CHILDREN]
-    own = {id(p) for end in ends if isinstance(end, nn.Module) for p in end.parameters()}
-    return {name for name, parameter in model.named_parameters() if id(parameter) in own}
-
-
 def add_reason(treated: dict[str, str], names: Iterable[str], reason: str) -> None:
-    """Note a reason; a parameter of several matrices gathers theirs."""
+    """Note why parameters are treated as they are; one of several matrices gathers their reasons.
+
+    Args:
+        treated: parameter to reason, changed in place.
+        names: the parameters.
+        reason: the reason.
+    """
     for name in names:
         known = treated.get(name)
         if known is None:
@@ -185,30 +165,16 @@ def add_reason(treated: dict[str, str], names: Iterable[str], reason: str) -> No
             treated[name] = f"{known}; {reason}"
 
 
-DECAY, NO_DECAY = "decay", "no decay"
-_UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
-
-
-def undecayed_names(model: nn.Module) -> set[str]:
-    """Names of the parameters without weight decay, by the Trainer's rule.
-
-    Those are parameters inside an ``nn.LayerNorm``, and those whose name has
-    ``bias``, ``layernorm``, ``rmsnorm``, or a part ``norm`` or ``…_norm``.
-    """
-    inside = [
-        f"{path}."
-        for path, module in model.named_modules()
-        if path and isinstance(module, nn.LayerNorm)
-    ]
-    return {
-        name
-        for name, _ in model.named_parameters(remove_duplicate=False)
-        if _UNDECAYED.search(name.lower()) or name.startswith(tuple(inside))
-    }
+def tied_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """First name of each tied parameter to its other names."""
+    names: dict[int, tuple[str, ...]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)] = (*names.get(id(parameter), ()), name)
+    return {tied[0]: tied[1:] for tied in names.values() if len(tied) > 1}
 
 
 def output_embedding(model: nn.Module) -> nn.Module | None:
-    """The layer that maps hidden states to the vocabulary, or ``None``."""
+    """The layer that maps hidden states to the vocabulary; ``None`` where there is none."""
     get = getattr(base_of(model), "get_output_embeddings", None)
     try:
         return get() if get is not None else None
@@ -223,37 +189,51 @@ def find_head(model: nn.Module) -> set[str]:
     which the base model shares. A model with output embeddings (a language
     model) has no new head. In a PEFT model: the trainable modules that are
     saved along with the adapter, and the unwrapped model's head where that
-    trains. A plain module has no head that could be told.
+    trains. Of a plain module no head is known.
     """
-    inner = base_of(model)
-    names = _saved_names(model)
+    inner, vocabulary = base_of(model), output_embedding(model)
+    names = saved_names(model, vocabulary)
     body = getattr(inner, getattr(inner, "base_model_prefix", "") or "", None)
-    if output_embedding(model) is not None or not isinstance(body, nn.Module) or body is inner:
+    if vocabulary is not None or not isinstance(body, nn.Module) or body is inner:
         return names
     shared = {id(parameter) for parameter in body.parameters()}
     outside = {id(p) for p in inner.parameters() if id(p) not in shared}
     return names | {
         name
         for name, parameter in model.named_parameters()
-        if id(parameter) in outside and ".lora_" not in name
+        if id(parameter) in outside and not is_lora(name)
     }
 
 
-def _saved_names(model: nn.Module) -> set[str]:
-    """Parameters that PEFT trains whole, vocabularies (which are not new) left out."""
-    output = output_embedding(model)
-    names: set[str] = set()
-    for path, module in model.named_modules():
-        saved = getattr(module, "modules_to_save", None)
-        original = getattr(module, "original_module", None)
-        vocabulary = isinstance(original, nn.Embedding) or (
-            output is not None and output in (module, original)
-        )
-        if isinstance(saved, nn.ModuleDict) and not vocabulary:
-            for name, parameter in saved.named_parameters():
-                if parameter.requires_grad:
-                    names.add(f"{path}.modules_to_save.{name}")
-    return names
+def _output_names(model: nn.Module) -> set[str]:
+    """Parameters of the layers that make the model's outputs, newly initialised or not."""
+    inner = base_of(model)
+    ends = [output_embedding(model)]
+    if not hasattr(inner, "base_model_prefix"):
+        ends += [child for name, child in inner.named_children() if name in HEAD_CHILDREN]
+    own = {id(p) for end in ends if isinstance(end, nn.Module) for p in end.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in own}
+
+
+def undecayed_names(model: nn.Module) -> set[str]:
+    """Names of the parameters without weight decay, by the Trainer's rule.
+
+    Those are parameters inside an ``nn.LayerNorm``, and those whose name has
+    ``bias``, ``layernorm``, ``rmsnorm``, or a part ``norm`` or ``…_norm``.
+    The Trainer states the patterns inside one of its methods
+    (``get_decay_parameter_names``), so that nobody else can read them, and
+    importing it would take seconds that a loop without it does not spend.
+    """
+    inside = tuple(
+        f"{path}."
+        for path, module in model.named_modules()
+        if path and isinstance(module, nn.LayerNorm)
+    )
+    return {
+        name
+        for name, _ in model.named_parameters(remove_duplicate=False)
+        if UNDECAYED.search(name.lower()) or name.startswith(inside)
+    }
 
 
 def parameter_groups(
@@ -276,7 +256,7 @@ def parameter_groups(
 
     Raises:
         ValueError: when nothing trains, or ``head_lr_scale`` is not 1 and the
-            model has no head that could be told.
+            model has no head that is known.
     """
     undecayed = undecayed_names(model)
     head = find_head(model) if head_lr_scale != 1.0 else set()

@@ -1,4 +1,8 @@
-"""Reads PEFT's wrappers, told by their looks: LoRA layers and saved modules."""
+"""What is inside the wrappers around a model or a layer: PEFT's, DDP's, those of compilation.
+
+The wrappers are recognised by their attributes, which were read in PEFT 0.18
+to 0.21. PEFT is not imported.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_precond.architectures.modules import is_linear, is_readable, layer_matrix
-from hf_precond.architectures.structure import Adapter, LayerMatrix, RowSelection
-
-
-def unwrap(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The layer inside PEFT's wrappers (tuner layers, saved modules), and its path."""
-    while True:
-        inner = getattr(module, "base_layer", None)
-        saved = getattr(module, "modules_to_save", None)
-        if isinstance(inner, nn.Module):
-            module, name = inner, f"{name}.base_layer"
-        elif isinstance(saved, nn.ModuleDict):
-            chosen = next((key for key in _active(module, saved) if key in saved), None)
-            if chosen is None:
-                return module, name
-            module, name = saved[chosen], f"{name}.modules_to_save.{chosen}"
-        else:
-            return module, name
-
-
-def _active(wrapper: nn.Module, choices: nn.ModuleDict) -> list[str]:
-    """Keys of the adapters that a wrapper uses now."""
-    active: Any = getattr(wrapper, "active_adapters", None)
-    return list(active or choices)
+from hf_precond.architectures.structure import LowRankAdapter, RowSelection
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -46,36 +28,84 @@ def base_of(model: nn.Module) -> nn.Module:
             return inner() if hasattr(model, "peft_config") and inner is not None else model
 
 
+def unwrap(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The layer inside a tuner layer or a saved module, and its path.
+
+    Args:
+        module: the wrapper, or a layer without one.
+        name: its path.
+    """
+    while True:
+        inner = getattr(module, "base_layer", None)
+        saved = getattr(module, "modules_to_save", None)
+        if isinstance(inner, nn.Module):
+            module, name = inner, f"{name}.base_layer"
+        elif isinstance(saved, nn.ModuleDict):
+            active = next((key for key in _active(module, saved) if key in saved), None)
+            if active is None:
+                return module, name
+            module, name = saved[active], f"{name}.modules_to_save.{active}"
+        else:
+            return module, name
+
+
 def wrappers_of(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """Each wrapped base layer to the tuner layer around it."""
-    wrappers: dict[nn.Module, nn.Module] = {}
-    for module in model.modules():
-        layer = getattr(module, "base_layer", None)
-        if isinstance(layer, nn.Module):
-            wrappers[layer] = module
-    return wrappers
+    """Each wrapped layer to the tuner layer around it."""
+    layers = ((getattr(module, "base_layer", None), module) for module in model.modules())
+    return {layer: wrapper for layer, wrapper in layers if isinstance(layer, nn.Module)}
+
+
+def is_lora(name: str) -> bool:
+    """Whether a parameter of this name is one of LoRA's or DoRA's."""
+    return ".lora_" in name
+
+
+def saved_names(model: nn.Module, vocabulary: nn.Module | None) -> set[str]:
+    """Names of the parameters that PEFT trains whole (``modules_to_save``).
+
+    Args:
+        model: the model.
+        vocabulary: its output embeddings, which are left out, as input embeddings are: they are
+            not new.
+    """
+    names: set[str] = set()
+    for path, module in model.named_modules():
+        saved = getattr(module, "modules_to_save", None)
+        original = getattr(module, "original_module", None)
+        old = isinstance(original, nn.Embedding) or (
+            vocabulary is not None and vocabulary in (module, original)
+        )
+        if isinstance(saved, nn.ModuleDict) and not old:
+            names |= {
+                f"{path}.modules_to_save.{name}"
+                for name, parameter in saved.named_parameters()
+                if parameter.requires_grad
+            }
+    return names
 
 
 def find_adapter(
     wrapper: nn.Module, name: str, rows: RowSelection | None = None
-) -> Adapter | None:
-    """The LoRA pair of a tuner layer that trains, or ``None``.
+) -> LowRankAdapter | None:
+    """The LoRA pair of a tuner layer that trains.
 
-    The plain form ``W + scaling · B A`` counts, and DoRA's; a pair varied
-    otherwise is not one.
+    The plain form ``W + scaling · B A`` counts, and DoRA's; a pair of another
+    form is not one.
 
     Args:
-        wrapper: the tuner layer.
+        wrapper: the tuner layer, or a layer without one.
         name: its path.
         rows: the rows of B, where the wrapped weight is fused.
+
+    Returns:
+        The pair of the first active adapter that has one; ``None`` where there is none.
     """
     downs, ups = getattr(wrapper, "lora_A", None), getattr(wrapper, "lora_B", None)
     if not isinstance(downs, nn.ModuleDict) or not isinstance(ups, nn.ModuleDict):
         return None
     for key in _active(wrapper, downs):
         magnitude = _magnitude(wrapper, key)
-        varied = magnitude is None and _is_varied(wrapper, key)
-        if key not in downs or key not in ups or varied:
+        if key not in downs or key not in ups or (magnitude is None and _is_varied(wrapper, key)):
             continue
         down, up = downs[key], ups[key]
         if not (is_linear(down) and is_linear(up) and is_readable(down) and is_readable(up)):
@@ -85,7 +115,7 @@ def find_adapter(
         upper = layer_matrix(up, f"{name}.lora_B.{key}")
         if rows is not None:
             upper.rows = rows
-        return Adapter(
+        return LowRankAdapter(
             down=layer_matrix(down, f"{name}.lora_A.{key}", bias=False),
             up=upper,
             scaling=float(getattr(wrapper, "scaling", {}).get(key, 1.0)),
@@ -94,7 +124,14 @@ def find_adapter(
     return None
 
 
+def _active(wrapper: nn.Module, choices: nn.ModuleDict) -> list[str]:
+    """Keys of the adapters that a wrapper uses now."""
+    active: Any = getattr(wrapper, "active_adapters", None)
+    return list(active or choices)
+
+
 def _is_varied(wrapper: nn.Module, key: str) -> bool:
+    """Whether a pair enters the layer in another form than ``W + scaling · B A``."""
     dora = getattr(wrapper, "use_dora", {})
     variants = getattr(wrapper, "lora_variant", {})
     return bool(dora.get(key)) or key in variants
@@ -110,8 +147,3 @@ def _magnitude(wrapper: nn.Module, key: str) -> nn.Module | None:
         return None
     weight = getattr(vectors[key], "weight", None)
     return vectors[key] if isinstance(weight, Tensor) and weight.dim() == 1 else None
-
-
-def trains(matrix: LayerMatrix) -> bool:
-    """Whether a matrix's weight trains."""
-    return matrix.weight_parameter.requires_grad

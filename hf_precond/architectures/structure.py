@@ -1,12 +1,14 @@
-"""What is found in a model, as plain values and module handles: matrices, attentions, norms, routes.
+"""What is read off a model, as plain values: matrices, attentions, norms, the routing table.
 
-Nothing here keeps a parameter: FSDP2 swaps them, so the module is the handle.
+No value here holds a parameter, since FSDP2 replaces parameters. Each holds the
+module, and reads the parameter from it at the time of use.
 """
 
 from __future__ import annotations
 
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -18,16 +20,17 @@ from hf_precond.distributed.collectives import full
 
 Layout = Literal["linear", "transposed", "conv"]
 Owner = tuple[str, nn.Module, str]
+"""Name of a parameter, the module that holds it, and the attribute."""
 
 
 @dataclass(frozen=True)
 class RowSelection:
     """Which output rows of a fused weight belong to a matrix.
 
-    The ``out`` rows are seen as ``[groups, parts, width]``; part ``part`` is
+    The rows are viewed as ``[groups, rows of a group]``, and the same span is
     taken from every group. A sectioned weight (q above k above v) has one
-    group: ``RowSelection(1, (0, d), total)``. One interleaved per head has a
-    group a head: ``RowSelection(heads, (dh, 2 * dh), total)``.
+    group: ``RowSelection(1, (0, d), total)``. One interleaved by head has a
+    group a head: ``RowSelection(heads, (d_h, 2 * d_h), total)``.
 
     Args:
         groups: number of groups that the rows fall into.
@@ -49,12 +52,10 @@ class RowSelection:
         """The rows of one fused weight that none of ``selections`` holds."""
         first = selections[0]
         width, start, rest = first.total // first.groups, 0, []
-        for begin, end in sorted(selection.span for selection in selections):
+        for begin, end in [*sorted(selection.span for selection in selections), (width, width)]:
             if begin > start:
                 rest.append(RowSelection(first.groups, (start, begin), first.total))
             start = max(start, end)
-        if start < width:
-            rest.append(RowSelection(first.groups, (start, width), first.total))
         return rest
 
     def view(self, rows: Tensor) -> Tensor:
@@ -65,18 +66,15 @@ class RowSelection:
 
 @dataclass(eq=False)
 class LayerMatrix:
-    """A matrix of a model, read from its module at the time of use.
-
-    Nothing here keeps a parameter: FSDP2 swaps them, so the module is the
-    handle and ``module.weight`` is read anew each time.
+    """A matrix of a model: the weight of a layer or some of its rows, with the bias beside it.
 
     Args:
-        name: parameter path without ``.weight``, with ``[q]`` and the like
-            behind it where the weight is fused.
+        name: parameter path without ``.weight``, followed by ``[q]`` and the
+            like where the weight is fused.
         module: the module that holds the weight.
         weight: the attribute that holds the weight.
-        bias: the attribute that holds the bias, or ``None`` when there is
-            none, it is frozen, or it is not part of the matrix.
+        bias: the attribute that holds the bias; ``None`` when there is none,
+            it is frozen, or it is not part of the matrix.
         layout: ``linear`` (``[out, in]``), ``transposed`` (``[in, out]``, the
             ``Conv1D`` of GPT-2) or ``conv`` (``[out, in, k…]``, read as
             ``[out, in·k…]``; any weight of more than two dimensions).
@@ -111,6 +109,11 @@ class LayerMatrix:
         return None if self.bias is None else getattr(self.module, self.bias)
 
     @property
+    def trains(self) -> bool:
+        """Whether the weight trains."""
+        return self.weight_parameter.requires_grad
+
+    @property
     def shape(self) -> tuple[int, int]:
         """``(out, in)`` of the weight alone."""
         weight = self.weight_parameter
@@ -128,8 +131,8 @@ class LayerMatrix:
     def weight_view(self, tensor: Tensor) -> Tensor:
         """The part of a weight-shaped tensor that is this matrix: a view, ``[…, in]``.
 
-        Two-dimensional, except for rows interleaved per head (three) where no
-        two-dimensional view exists.
+        It has two dimensions, and three where the rows are interleaved by head
+        (``[groups, rows per group, in]``), which no view in two can show.
         """
         if self.layout == "transposed":
             tensor = tensor.mT
@@ -148,13 +151,16 @@ class LayerMatrix:
         return selected[0] if self.rows.groups == 1 else selected
 
     def join(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """``[W | b]``, shape ``[out, in + 1]``, from weight- and bias-shaped tensors.
+        """``[W | b]`` from weight- and bias-shaped tensors.
 
-        ``[out, in]`` when the matrix has no bias. A missing bias tensor
-        (no gradient, say) stands for zeros.
+        Args:
+            weight: the weight, its gradient, or anything of that shape.
+            bias: the same of the bias; ``None`` (no gradient, say) stands for zeros.
+
+        Returns:
+            ``[out, in + 1]``; ``[out, in]`` when the matrix has no bias.
         """
-        matrix = self.weight_view(weight)
-        matrix = matrix.reshape(self.shape)
+        matrix = self.weight_view(weight).reshape(self.shape)
         if self.bias is None:
             return matrix
         if bias is None:
@@ -176,7 +182,7 @@ class LayerMatrix:
             weight = weight.reshape(self.weight_parameter.shape)
         elif self.rows.groups > 1:
             out = (self.rows.groups, -1)
-            weight = weight.reshape(*out, matrix.shape[1] - (self.bias is not None))
+            weight = weight.reshape(*out, weight.shape[1])
         if self.bias is None:
             return weight.contiguous(), None
         return weight.contiguous(), matrix[:, -1].reshape(out).contiguous()
@@ -191,7 +197,7 @@ class LayerMatrix:
 
 @dataclass(eq=False)
 class NormParameter:
-    """A scale or shift of a norm, read from its module at the time of use.
+    """A scale or shift of a norm.
 
     Args:
         name: parameter path.
@@ -232,7 +238,7 @@ class Heads:
 
 
 @dataclass(eq=False)
-class Adapter:
+class LowRankAdapter:
     """A low-rank update ``scaling · up @ down`` of a matrix of an attention (LoRA).
 
     Args:
@@ -272,9 +278,9 @@ class AttentionBlock:
         rotary: queries and keys are rotated by position (RoPE).
         normed: queries and keys pass a norm of their own (QK-norm).
         cross: keys and values may read another sequence than the queries.
-        apart: ``"k"`` where k's layer is called with another tensor than q's,
-            ``"v"`` where v's is with another than k's; ``cross`` says the
-            former too.
+        separate_inputs: ``"k"`` where k's layer is called with another tensor
+            than q's, ``"v"`` where v's is with another than k's; ``cross``
+            implies the former.
         observed: ``query`` and ``key`` moments can be asked for: the module
             calls ``transformers``' attention look-up.
         adapters: role to its LoRA pair, where it has one that trains.
@@ -294,11 +300,11 @@ class AttentionBlock:
     rotary: bool = False
     normed: bool = False
     cross: bool = False
-    apart: frozenset[str] = frozenset()
+    separate_inputs: frozenset[str] = frozenset()
     scale: float | None = None
     note: str = ""
     observed: bool = False
-    adapters: dict[str, Adapter] = field(default_factory=dict)
+    adapters: dict[str, LowRankAdapter] = field(default_factory=dict)
 
     def roles(self) -> dict[str, LayerMatrix]:
         """Role to matrix, for the roles this attention has."""
@@ -314,13 +320,13 @@ class AttentionBlock:
         """The tensor that enters a role's layer: ``x``, ``context``, ``value`` or ``o``."""
         if role == "o":
             return "o"
-        if role == "v" and "v" in self.apart:
+        if role == "v" and "v" in self.separate_inputs:
             return "value"
-        return "context" if role != "q" and (self.cross or "k" in self.apart) else "x"
+        return "context" if role != "q" and (self.cross or "k" in self.separate_inputs) else "x"
 
-    def readers(self, which: str) -> list[str]:
-        """The roles whose layers a tensor enters."""
-        return [role for role in self.roles() if self.reads(role) == which]
+    def readers(self, tensor: str) -> list[str]:
+        """The roles whose layers a tensor (as :meth:`reads` names it) enters."""
+        return [role for role in self.roles() if self.reads(role) == tensor]
 
     def effective(self, role: str) -> Tensor:
         """``[W | b]`` of a role as the forward pass sees it: with its adapter, if any, merged."""
@@ -352,16 +358,16 @@ class AttentionBlock:
 
 @dataclass(frozen=True)
 class Route:
-    """One parameter's treatment.
+    """How one parameter is treated.
 
     Args:
         name: parameter path.
         shape: its shape.
-        treatment: ``preconditioned`` and the like, the base rule's name, or
-            ``frozen``.
+        treatment: ``preconditioned``, ``frozen``, or the name of the fallback
+            optimizer.
         reason: why, in a few words.
         group: label of its parameter group (``decay``, ``no decay``,
-            ``head``, …), empty before groups are made.
+            ``head decay``, …); empty before the groups are made.
     """
 
     name: str
@@ -373,7 +379,11 @@ class Route:
 
 @dataclass
 class RoutingTable:
-    """Every parameter of a model with its treatment; prints as a table of 80 columns."""
+    """Every parameter of a model with its treatment; prints as a table of 80 columns.
+
+    Args:
+        routes: one a parameter, in model order.
+    """
 
     routes: list[Route] = field(default_factory=list)
 
@@ -390,11 +400,8 @@ class RoutingTable:
         raise KeyError(name)
 
     def count(self) -> dict[str, int]:
-        """Treatment to number of parameters tensors."""
-        counts: dict[str, int] = {}
-        for route in self.routes:
-            counts[route.treatment] = counts.get(route.treatment, 0) + 1
-        return counts
+        """Treatment to number of parameter tensors."""
+        return dict(Counter(route.treatment for route in self.routes))
 
     def __str__(self) -> str:
         lines = [f"{'parameter':<42} {'shape':<12} {'treatment':<14} reason"]
@@ -413,21 +420,22 @@ class RoutingTable:
 
 @dataclass(eq=False)
 class ModelStructure:
-    """What was found in a model for one optimizer.
+    """What one optimizer needs to know of a model.
 
     Args:
         matrices: the matrices to precondition, in model order. Those of
             ``attention`` that are in scope are among them.
         attention: the attention blocks that have a matrix in scope.
         others: matrices of hidden linear layers outside ``matrices``, which a
-            base rule for matrices may step.
-        norms: the channel-wise parameters to precondition.
+            fallback optimizer for matrices may step.
+        norms: the norm parameters to precondition.
         routing: the routing table.
         owners: name, module and attribute of every parameter, frozen ones too.
-        model: the model that was read; ``None`` in a deep copy, and where the
-            structure was made by hand.
-        open: opens another source of statistics than the model's.
-        find: reads another model in the same way (a deep copy is attached to
+        model: the model; ``None`` in a deep copy, and where the structure was
+            made by hand.
+        open_statistics: opens another source of statistics than the model's,
+            for a structure made by hand; takes the requests.
+        reread: reads another model in the same way (a deep copy is attached to
             its own model with it).
     """
 
@@ -438,9 +446,9 @@ class ModelStructure:
     routing: RoutingTable = field(default_factory=RoutingTable)
     owners: list[Owner] = field(default_factory=list)
     model: nn.Module | None = None
-    open: Callable[[Any], Any] | None = None
-    find: Callable[[nn.Module], ModelStructure] | None = None
+    open_statistics: Callable[[Any], Any] | None = None
+    reread: Callable[[nn.Module], ModelStructure] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy reads no model until it is attached to one."""
-        return self.__dict__ | {"model": None, "open": None}
+        """The state of a copy, which reads no model until it is attached to one."""
+        return self.__dict__ | {"model": None, "open_statistics": None}

@@ -1,15 +1,36 @@
-"""How attention modules name their projections: the built-in table and the public hook."""
+"""What is known of other people's models: names of classes and attributes, and what was declared.
+
+Read in transformers 5.4 to 5.23. Code elsewhere only looks things up here, so that a
+family whose names are new needs a line in this file. Names of classes stand for their
+subclasses too; where two classes share a name, the file stands before it
+(``modeling_ctrl.MultiHeadAttention``).
+"""
 
 from __future__ import annotations
 
-import inspect
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
 Fusion = Literal["sectioned", "interleaved"]
+
+
+def class_names(module: nn.Module) -> set[str]:
+    """The names under which a module's class and its bases may stand in a table."""
+    bases = type(module).__mro__
+    files = (f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for cls in bases)
+    return {cls.__name__ for cls in bases} | set(files)
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Attentions: projections and heads ------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -34,95 +55,176 @@ class Convention:
     value: str | None = None
     fused: str | None = None
     layout: Fusion = "sectioned"
-    outputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = (
+        *("o_proj", "out_proj", "proj", "dense", "out_lin", "o", "Wo", "wo", "c_proj"),
+        *("to_out.0", "to_out", "linear_out", "projection_layer", "projection", "attention_out"),
+        "..output.dense",
+    )
 
 
-_OUTPUTS = (
-    "o_proj",
-    "out_proj",
-    "proj",
-    "dense",
-    "out_lin",
-    "o",
-    "Wo",
-    "wo",
-    "c_proj",
-    "to_out.0",
-    "to_out",
-    "linear_out",
-    "projection_layer",
-    "projection",
-    "attention_out",
-    "..output.dense",
+CONVENTIONS = (
+    Convention("q_proj", "k_proj", "v_proj"),
+    Convention("query", "key", "value"),
+    Convention("query_proj", "key_proj", "value_proj"),
+    Convention("q_lin", "k_lin", "v_lin"),
+    Convention("q", "k", "v"),
+    Convention("wq", "wk", "wv"),
+    Convention("Wq", "Wk", "Wv"),
+    Convention("project_q", "project_k", "project_v"),
+    Convention("to_q", "to_k", "to_v"),
+    Convention("linear_q", "linear_k", "linear_v"),
+    Convention("q_attn", fused="c_attn"),
+    Convention(fused="c_attn"),
+    Convention(fused="Wqkv"),
+    Convention(fused="qkv_proj"),
+    Convention(fused="qkv"),
+    Convention(fused="query_key_value", layout="interleaved"),
 )
+"""How attentions name their projections, in the order in which the names are tried."""
 
+NO_ATTENTION = re.compile(r"mlp|feed_?forward|ffn|glu")
+"""In the lower-case name of a class that is no attention, whatever else the name says."""
 
-def _separate(query: str, key: str, value: str) -> Convention:
-    return Convention(query, key, value, outputs=_OUTPUTS)
+UNREADABLE = _names("CodeGenAttention GPTBigCodeAttention MiniMaxLightningAttention")
+"""Classes with the names of a convention that order their rows in another way."""
 
-
-CONVENTIONS: tuple[Convention, ...] = (
-    _separate("q_proj", "k_proj", "v_proj"),
-    _separate("query", "key", "value"),
-    _separate("query_proj", "key_proj", "value_proj"),
-    _separate("q_lin", "k_lin", "v_lin"),
-    _separate("q", "k", "v"),
-    _separate("wq", "wk", "wv"),
-    _separate("Wq", "Wk", "Wv"),
-    _separate("project_q", "project_k", "project_v"),
-    _separate("to_q", "to_k", "to_v"),
-    _separate("linear_q", "linear_k", "linear_v"),
-    Convention("q_attn", fused="c_attn", outputs=_OUTPUTS),
-    Convention(fused="c_attn", outputs=_OUTPUTS),
-    Convention(fused="Wqkv", outputs=_OUTPUTS),
-    Convention(fused="qkv_proj", outputs=_OUTPUTS),
-    Convention(fused="qkv", outputs=_OUTPUTS),
-    Convention(fused="query_key_value", layout="interleaved", outputs=_OUTPUTS),
+HEAD_COUNTS = (
+    *("num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "nhead"),
+    "num_attn_heads",
 )
+"""Attributes of an attention or its config with the number of query heads."""
 
-# Attention classes that share a name above but order their rows in another way.
-UNREADABLE = frozenset(
-    {"CodeGenAttention", "GPTBigCodeAttention", "MiniMaxLightningAttention"}
+KEY_VALUE_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "num_heads_kv")
+"""The same of key-value heads."""
+
+HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "d_kv")
+"""The same with the width of a head."""
+
+QUERY_NORMS = ("q_norm", "q_layernorm", "query_norm", "q_ln", "qk_norm", "query_layernorm")
+"""Children of an attention that norm its queries."""
+
+GATED = _names(
+    "Qwen3NextAttention Qwen3_5Attention Qwen3_5MoeAttention Qwen4ExpTextAttention"
 )
+"""Attentions whose query projection holds, a head, its rows and then those of a gate."""
 
-_GATED = frozenset(
-    {"Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention", "Qwen4ExpTextAttention"}
-)
-_UNSCALED = frozenset({"GPTNeoSelfAttention"})
+UNSCALED = _names("GPTNeoSelfAttention")
+"""Attentions that do not scale their logits, and do not state so."""
 
+DISENTANGLED = "disentangled_attention_bias"
+"""Attribute of attentions that add terms of content and position (DeBERTa)."""
 
-def gates_values(module: nn.Module) -> bool:
-    """Whether an attention's query projection holds, a head, its rows and then those of a gate.
+# Attentions: what their layers read --------------------------------------------------
 
-    The gate multiplies what the head gives to the output projection.
+CROSS = re.compile(r"cross|enc_?dec|encoder_(decoder_)?att|multihead_attn", re.IGNORECASE)
+"""In the name, or a name close around it, of an attention to another sequence."""
+
+GENERIC_NAMES = ("self", "attention", "attn", "att")
+"""Names of an attention that say nothing of what it attends to; the name above them does."""
+
+SEPARATE_KEYS = _names(
     """
-    return not _GATED.isdisjoint(cls.__name__ for cls in type(module).__mro__)
-
-
-def logit_scale(module: nn.Module, size: int) -> float | None:
-    """What an attention multiplies its logits with, where that is known not to be ``1/√d_h``.
-
-    Args:
-        module: the attention.
-        size: width of a head.
+    CanineSelfAttention CpmAntAttention EdgeTamAttention EdgeTamVideoAttention
+    EdgeTamVideoPerceiverAttention EdgeTamVideoRoPESelfAttention GLPNEfficientSelfAttention
+    GroundingDinoMultiheadAttention GroupViTAssignAttention Idefics2PerceiverAttention
+    Inkling2FullAttention LocalSelfAttention LongT5TransientGlobalAttention LxmertAttention
+    MMGroundingDinoMultiheadAttention Mask2FormerAttention MobileBertSelfAttention
+    MuseGlimmerAssistantAttention OmDetTurboMultiheadAttention OneFormerAttention
+    OneFormerTextMapperAttention PerceiverSelfAttention PvtEfficientSelfAttention
+    PvtV2SelfAttention Sam2Attention Sam2VideoAttention Sam2VideoRoPEAttention Sam3Attention
+    Sam3LiteTextAttention Sam3TrackerAttention Sam3TrackerVideoAttention
+    Sam3TrackerVideoRoPEAttention SamAttention SamHQAttention SegformerAttention
+    SegformerEfficientSelfAttention TableTransformerAttention
+    VideoPrismMultiheadAttentionPoolingHead VisualBertRegionToPhraseAttention
+    ZoeDepthMultiheadAttention modeling_ctrl.MultiHeadAttention
     """
-    own = getattr(module, "scaling", None)
-    if isinstance(own, int | float):
-        return float(own)
-    if hasattr(module, "key_value_proj_dim"):  # T5 and its like, which older releases do not mark
-        return 1.0
-    if _UNSCALED.intersection(cls.__name__ for cls in type(module).__mro__):
-        return 1.0
-    if hasattr(module, "disentangled_attention_bias"):  # each term of DeBERTa's sum counts
-        positions: Any = module.pos_att_type
-        terms = 1 + sum(term in positions for term in ("c2p", "p2c"))
-        return (size * terms) ** -0.5
-    return None
+)
+"""Attentions whose k is called with another tensor than q, those named :data:`CROSS` aside."""
+
+SEPARATE_VALUES = _names(
+    """
+    ConditionalDetrSelfAttention DFineSelfAttention DeformableDetrSelfAttention
+    Deimv2SelfAttention DetrAttention DetrCrossAttention DetrSelfAttention EdgeTamAttention
+    EdgeTamVideoAttention EdgeTamVideoPerceiverAttention EdgeTamVideoRoPECrossAttention
+    EdgeTamVideoRoPESelfAttention GroundingDinoMultiheadAttention Inkling2FullAttention
+    LwDetrAttention MMGroundingDinoMultiheadAttention Mask2FormerAttention
+    MaskFormerDetrCrossAttention MaskFormerDetrSelfAttention MobileBertSelfAttention
+    OmDetTurboMultiheadAttention OneFormerAttention OneFormerTextMapperAttention
+    PPDocLayoutV2SelfAttention PPDocLayoutV3SelfAttention PPDocLayoutV4SelfAttention
+    RTDetrSelfAttention RTDetrV2SelfAttention RfDetrAttention Sam2Attention Sam2VideoAttention
+    Sam2VideoRoPEAttention Sam3Attention Sam3LiteTextAttention Sam3TrackerAttention
+    Sam3TrackerVideoAttention Sam3TrackerVideoRoPEAttention SamAttention SamHQAttention
+    SeamlessM4TConformerSelfAttention TableTransformerAttention VJEPA2PoolerCrossAttention
+    Wav2Vec2BertSelfAttention Wav2Vec2ConformerSelfAttention XCLIPCrossAttention
+    ZoeDepthMultiheadAttention modeling_ctrl.MultiHeadAttention
+    """
+)
+"""Attentions whose v is called with another tensor than k."""
+
+# Attentions: rotation by position ----------------------------------------------------
+
+ROTARY = "rotary"
+"""In the names of functions, children and classes that rotate queries and keys."""
+
+ROTATION_FLAGS = ("use_rope", "is_local_attention")
+"""Attributes that are false in an attention that does not rotate, though its class can."""
+
+UNROTATED_ACROSS = ("Moonshine", "Idefics")
+"""Families (first words of a class) that rotate where an attention is not across two sequences."""
+
+ROTATED_IN_WINDOWS = ("Cohere2", "Flint")
+"""Families that rotate in layers with a sliding window only."""
+
+UNROTATED_BESIDE_WINDOWS = ("Exaone", "Kolibri")
+"""Families that do not rotate in the layers without a sliding window, where others have one."""
+
+# Other modules and parameters --------------------------------------------------------
+
+NORM_CLASS = re.compile(r"(?:rms|layer|batch|group|instance)_?norm", re.IGNORECASE)
+"""In the name of a class that is a norm, torch's aside."""
+
+UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+"""In the lower-case name of a parameter that the Trainer does not decay."""
+
+HEAD_CHILDREN = _names(
+    "lm_head classifier score head fc qa_outputs embed_out output_projection"
+)
+"""Children that make the outputs of a model which is not one of transformers'."""
+
+# Masks -------------------------------------------------------------------------------
+
+MASKS = ("attention_mask", "encoder_attention_mask", "decoder_attention_mask", "labels")
+"""Arguments of a model's forward that say which tokens are real."""
+
+SOUND_INPUTS = ("input_values", "input_features")
+"""Main inputs of models of sound."""
+
+IMAGE_INPUT = "pixel_values"
+"""Main input of models of images."""
+
+LENGTHENING = ("_pad_to_window_size", "_pad_to_block_size", "_pad_to_mult_of_chunk_length")
+"""Methods of models that pad sequences behind their end, to a multiple of a length."""
+
+TIME_FIRST = _names(
+    """
+    LEDEncoderSelfAttention LongformerSelfAttention XLNetLayer
+    modeling_fsmt.DecoderLayer modeling_fsmt.EncoderLayer
+    """
+)
+"""Modules that work on ``[T, B, d]``."""
+
+# What users declare ------------------------------------------------------------------
+
+HOW_TO_DECLARE = (
+    "name its projections with hf_precond.declare_attention('ClassName', query='…', key='…', "
+    "value='…', output='…', heads='attribute or number') before the optimizer is created"
+)
+"""The remedy in messages on attentions that were not found."""
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """What :func:`declare_attention` was told."""
+    """One call of :func:`declare_attention`, which explains the fields."""
 
     target: str | type[nn.Module]
     convention: Convention
@@ -132,12 +234,13 @@ class Declaration:
     cross: bool
     rotary: bool
     normed: bool
+    separate_inputs: frozenset[str]
 
     def matches(self, path: str, module: nn.Module) -> bool:
-        """Whether a module at ``path`` is meant."""
+        """Whether the module at ``path`` is meant."""
         if isinstance(self.target, type):
             return isinstance(module, self.target)
-        if self.target in {cls.__name__ for cls in type(module).__mro__}:
+        if self.target in class_names(module):
             return True
         parts, patterns = path.split("."), self.target.split(".")
         return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
@@ -161,6 +264,7 @@ def declare_attention(
     cross: bool = False,
     rotary: bool = False,
     normed: bool = False,
+    separate_inputs: Iterable[str] = (),
 ) -> Declaration:
     """Say which modules of an unknown model are attentions, and what is what in them.
 
@@ -188,6 +292,9 @@ def declare_attention(
         cross: keys and values read another sequence than the queries.
         rotary: queries and keys are rotated by position.
         normed: queries and keys pass a norm of their own.
+        separate_inputs: ``"k"`` where the key projection is called with another
+            tensor than the query projection, ``"v"`` where the value projection
+            is with another than the key projection.
 
     Returns:
         The declaration, for :func:`forget_attention`. Later declarations win
@@ -195,7 +302,7 @@ def declare_attention(
 
     Raises:
         ValueError: when the names name neither three projections nor a fused
-            one.
+            one, or an option has a value that is none of the above.
     """
     separate = query is not None and key is not None and value is not None
     if not (separate and fused is None) and not (fused is not None and key is None is value):
@@ -208,60 +315,38 @@ def declare_attention(
         raise ValueError(
             f"layout={layout!r}: declare_attention takes 'sectioned' or 'interleaved'."
         )
-    outputs = () if output is None else (output,)
-    convention = Convention(query, key, value, fused, layout, outputs)
+    roles = frozenset(separate_inputs)
+    if not roles <= {"k", "v"}:
+        raise ValueError(
+            f"separate_inputs={separate_inputs!r}: declare_attention takes 'k', 'v' or both."
+        )
     declaration = Declaration(
-        target, convention, heads, key_value_heads, head_size, cross, rotary, normed
+        target,
+        Convention(query, key, value, fused, layout, () if output is None else (output,)),
+        heads,
+        key_value_heads,
+        head_size,
+        cross,
+        rotary,
+        normed,
+        roles,
     )
     _DECLARED.append(declaration)
     return declaration
 
 
 def forget_attention(declaration: Declaration) -> None:
-    """Undo one :func:`declare_attention`."""
+    """Undo one :func:`declare_attention`.
+
+    Args:
+        declaration: what it returned.
+    """
     _DECLARED.remove(declaration)
 
 
 def declared(path: str, module: nn.Module) -> Declaration | None:
-    """The latest declaration that means this module."""
+    """The latest declaration that means the module at ``path``."""
     for declaration in reversed(_DECLARED):
         if declaration.matches(path, module):
             return declaration
     return None
-
-
-def rotates(module: nn.Module, cross: bool = False) -> bool:
-    """Whether an attention rotates its queries and keys.
-
-    It does when its forward calls something named ``rotary`` or it has a
-    child called so, unless it says itself that this layer does not (models
-    that leave out the rotation in some layers, or by configuration).
-
-    Args:
-        module: the attention.
-        cross: its keys are of another sequence.
-    """
-    children = any("rotary" in name for name, _ in module.named_children())
-    if not children and not any("rotary" in name for name in called_names(module)):
-        return False
-    window = getattr(module, "sliding_window", None)
-    called = type(module).__name__
-    if cross and called.startswith(("Moonshine", "Idefics")):
-        return False
-    if called.startswith(("Cohere2", "Flint")):
-        return window is not None or bool(getattr(module, "force_rope", False))
-    if called.startswith(("Exaone", "Kolibri")):
-        return window is None or bool(getattr(module, "is_sliding", True))
-    return (
-        bool(getattr(module, "use_rope", True))
-        and bool(getattr(module, "is_local_attention", True))
-        and getattr(module, "rotary_emb", module) is not None
-        and getattr(module, "position_embedding_type", "rotary") == "rotary"
-        and not getattr(getattr(module, "config", None), "alibi", False)
-    )
-
-
-def called_names(module: nn.Module) -> tuple[str, ...]:
-    """Names that a module's forward looks up, read through its decorators."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code.co_names if code is not None else ()

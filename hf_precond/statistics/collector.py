@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_precond.architectures.attention import find_attention
 from hf_precond.architectures.modules import CONVOLUTIONS, is_linear
-from hf_precond.architectures.peft import trains, wrappers_of
+from hf_precond.architectures.peft import wrappers_of
 from hf_precond.architectures.structure import LayerMatrix
 from hf_precond.compat.torch_internals import (
     EagerCode,
@@ -371,7 +371,7 @@ class MomentCollector(StatisticsSource):
         gradient; a sibling that trains has the same input.
         """
         block, matrix = request.attention, request.matrix
-        if request.kind != "input" or block is None or trains(matrix):
+        if request.kind != "input" or block is None or matrix.trains:
             return matrix
         role = next((r for r, m in block.roles().items() if m is matrix), None)
         if role is None or role in block.adapters:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_precond.architectures.tables import called_names
+from hf_precond.architectures.attention import forward_names
+from hf_precond.architectures.tables import ROTARY
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,9 @@ def read_layout(module: nn.Module, size: int, cos: Tensor) -> Layout:
 
 def _rotation_of(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
     forward = inspect.unwrap(type(module).forward)
-    for name in called_names(module):
+    for name in forward_names(module):
         function = forward.__globals__.get(name)
-        if "rotary" in name and callable(function):
+        if ROTARY in name and callable(function):
             return function
     return None
 

@@ -13,21 +13,17 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_precond.architectures.parameters import output_embedding
 from hf_precond.architectures.peft import base_of
+from hf_precond.architectures.tables import (
+    IMAGE_INPUT,
+    LENGTHENING,
+    MASKS,
+    SOUND_INPUTS,
+    TIME_FIRST,
+    class_names,
+)
 from hf_precond.compat.torch_internals import Hook, in_backward
 
 _KEPT = 8  # masks of passes whose backward may still recompute them (checkpointing)
-_NAMES = ("attention_mask", "encoder_attention_mask", "decoder_attention_mask", "labels")
-_PADDING = ("_pad_to_window_size", "_pad_to_block_size", "_pad_to_mult_of_chunk_length")
-# Modules of transformers that work on [T, B, d], by file and class.
-_TIME_FIRST = frozenset(
-    {
-        "modeling_longformer.LongformerSelfAttention",
-        "modeling_led.LEDEncoderSelfAttention",
-        "modeling_fsmt.EncoderLayer",
-        "modeling_fsmt.DecoderLayer",
-        "modeling_xlnet.XLNetLayer",
-    }
-)
 
 
 @dataclass
@@ -76,8 +72,7 @@ class TokenWeights:
         for path, module in model.named_modules():
             if module is head:
                 self.head = path
-            cls = type(module)
-            if f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" in _TIME_FIRST:
+            if not TIME_FIRST.isdisjoint(class_names(module)):
                 self.time_first.add(path)
             if module is self.root:
                 root_path = path
@@ -88,7 +83,7 @@ class TokenWeights:
 
     def _stacks_frames(self, module: nn.Module) -> bool:
         """Whether a module is the stack of layers of a model of sound, called with a mask."""
-        sound = getattr(self.root, "main_input_name", "") in ("input_values", "input_features")
+        sound = getattr(self.root, "main_input_name", "") in SOUND_INPUTS
         stack = any(isinstance(child, nn.ModuleList) for child in module.children())
         return sound and stack and "attention_mask" in _positions(module).values()
 
@@ -97,8 +92,8 @@ class TokenWeights:
         owner = _Owner(
             path,
             pairs=bool(getattr(config, "is_encoder_decoder", False)) and _takes_pairs(module),
-            blind=getattr(module, "main_input_name", "input_ids") == "pixel_values",
-            lengthens=any(hasattr(module, name) for name in _PADDING),
+            blind=getattr(module, "main_input_name", "input_ids") == IMAGE_INPUT,
+            lengthens=any(hasattr(module, name) for name in LENGTHENING),
             padding=_padding(config) if "decoder" in path.split(".") else None,
         )
         self.owners.append(owner)
@@ -110,7 +105,7 @@ class TokenWeights:
             if not self.enabled or not torch.is_grad_enabled():
                 return
             given = {names[i]: value for i, value in enumerate(args) if i in names} | {
-                name: kwargs[name] for name in _NAMES if name in kwargs
+                name: kwargs[name] for name in MASKS if name in kwargs
             }
             if owner.padding is not None and given.get("attention_mask") is None:
                 given["input_ids"] = kwargs.get("input_ids", args[0] if args else None)
@@ -234,7 +229,7 @@ def _positions(module: nn.Module) -> dict[int, str]:
         names = list(inspect.signature(module.forward).parameters)
     except (TypeError, ValueError):
         return {}
-    return {index: name for index, name in enumerate(names) if name in _NAMES}
+    return {index: name for index, name in enumerate(names) if name in MASKS}
 
 
 def _takes_pairs(module: nn.Module) -> bool:

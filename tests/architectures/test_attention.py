@@ -10,8 +10,9 @@ import transformers as tf
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from hf_precond.architectures.attention import declare_attention, find_attention, forget_attention
+from hf_precond.architectures.attention import find_attention
 from hf_precond.architectures.structure import Heads
+from hf_precond.architectures.tables import declare_attention, forget_attention
 from hf_precond.registry import create_optimizer
 from hf_precond.statistics import attention_heads
 from hf_precond.statistics.collector import MomentCollector

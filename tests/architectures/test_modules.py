@@ -15,14 +15,15 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
 from hf_precond.architectures.modules import (
-    channel_parameters,
     find_matrices,
+    find_norms,
     is_linear,
     is_norm,
     is_readable,
+    layer_matrix,
     refusal,
-    tied_names,
 )
+from hf_precond.architectures.parameters import tied_names
 from hf_precond.optimizers.adamr.config import AdamRConfig
 from hf_precond.optimizers.adamr.optimizer import every_matrix
 from tests.architectures.families import FAMILIES, build
@@ -61,7 +62,7 @@ def test_frozen_parts_are_left_out() -> None:
     frozen_weight.weight.requires_grad_(False)
     (matrix,) = find_matrices(nn.Sequential(frozen_bias, frozen_weight))
     assert (matrix.name, matrix.bias, matrix.columns) == ("0", None, 3)
-    both = find_matrices(nn.Sequential(frozen_bias, frozen_weight), trainable=False)
+    both = [layer_matrix(frozen_bias, "0"), layer_matrix(frozen_weight, "1")]
     assert [m.bias for m in both] == [None, "bias"]
 
 
@@ -183,14 +184,14 @@ class FusedLayerNormLinear(nn.Module):
 )
 def test_a_norms_own_parameters_are_channel_wise(module: nn.Module, names: list[str]) -> None:
     assert is_norm(module)
-    assert [norm.name for norm, _ in channel_parameters(module)] == names
+    assert [norm.name for norm in find_norms(module)] == names
 
 
 def test_what_only_bears_the_name_is_no_norm() -> None:
     config = RobertaPreLayerNormConfig(hidden_size=4, vocab_size=9)
     head = RobertaPreLayerNormLMHead(config)
     assert not is_norm(head) and not is_norm(FusedLayerNormLinear())
-    assert [norm.name for norm, _ in channel_parameters(head)] == [
+    assert [norm.name for norm in find_norms(head)] == [
         "layer_norm.weight",
         "layer_norm.bias",
     ]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_precond.architectures.modules import channel_parameters
+from hf_precond.architectures.modules import find_norms
 from hf_precond.statistics.double_backward import FullPrecision
 from hf_precond.statistics.hessian_probe import open_probe
 from hf_precond.statistics.requests import CurvatureRequest
@@ -41,7 +41,7 @@ def as_accelerate_does(model):
 
 
 def open_source(model, autocast=False):
-    norms = [norm for norm, _ in channel_parameters(model)]
+    norms = find_norms(model)
     return open_probe(
         model, [CurvatureRequest(n.name, n, "rademacher", autocast=autocast) for n in norms]
     )

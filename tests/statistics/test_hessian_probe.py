@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_precond.architectures.modules import channel_parameters
+from hf_precond.architectures.modules import find_norms
 from hf_precond.architectures.structure import NormParameter
 from hf_precond.statistics.hessian_probe import open_probe
 from hf_precond.statistics.hessian_products import GraphProduct, diagonal_estimates, probe_vectors
@@ -128,7 +128,7 @@ def test_the_mean_over_all_signs_is_the_diagonal():
 
 def test_exact_probes_give_every_blocks_diagonal():
     model, loss = mixed_network()
-    norms = [norm for norm, _ in channel_parameters(model)]
+    norms = find_norms(model)
     for name, estimate in staged(model, norms, "exact", loss).items():
         diagonal = block_of(loss(), model.get_parameter(name)).diagonal()
         torch.testing.assert_close(estimate, diagonal, rtol=1e-12, atol=1e-15)
@@ -147,7 +147,7 @@ def test_products_restricted_to_one_tensor_are_those_of_the_full_list():
 
 def test_products_agree_with_differences_of_gradients():
     model, loss = mixed_network()
-    parameters = [norm.parameter for norm, _ in channel_parameters(model)]
+    parameters = [norm.parameter for norm in find_norms(model)]
     vectors = probe_vectors(parameters, "rademacher", 3)
     products = GraphProduct(loss(), parameters)(vectors)
     sides = []
@@ -164,7 +164,7 @@ def test_products_agree_with_differences_of_gradients():
 
 def test_the_training_gradient_is_what_it_is_without_a_probe():
     model, loss = mixed_network()
-    norms = [norm for norm, _ in channel_parameters(model)]
+    norms = find_norms(model)
     plain = torch.autograd.grad(loss(), list(model.parameters()))
     source = open_probe(model, [CurvatureRequest(n.name, n, "rademacher") for n in norms])
     source.enable(True, 0)
@@ -196,7 +196,7 @@ def test_micro_batches_add_up_to_the_whole_batch():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 3)).double()
     x, labels = randn(12, 5), torch.arange(12) % 3
-    norms = [norm for norm, _ in channel_parameters(model)]
+    norms = find_norms(model)
     whole = staged(
         model, norms, "rademacher", lambda: nn.functional.cross_entropy(model(x), labels), step=5
     )
@@ -213,7 +213,7 @@ def test_micro_batches_add_up_to_the_whole_batch():
 
 def test_a_linear_loss_and_an_unused_parameter():
     model = nn.ModuleDict({"used": nn.LayerNorm(4), "unused": nn.LayerNorm(4)}).double()
-    norms = [norm for norm, _ in channel_parameters(model)]
+    norms = find_norms(model)
     estimates = staged(model, norms, "rademacher", lambda: model["used"](randn(3, 4)).sum())
     assert set(estimates) == {"used.weight", "used.bias"}
     assert all((estimate == 0).all() for estimate in estimates.values())
@@ -221,7 +221,7 @@ def test_a_linear_loss_and_an_unused_parameter():
 
 def test_the_loss_scale_is_divided_out():
     model, loss = mixed_network()
-    norms = [norm for norm, _ in channel_parameters(model)]
+    norms = find_norms(model)
     plain = staged(model, norms, "rademacher", loss)
     source = open_probe(model, [CurvatureRequest(n.name, n, "rademacher") for n in norms])
     source.enable(True, 0)

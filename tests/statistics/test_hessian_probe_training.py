@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from hf_precond.architectures.modules import channel_parameters
+from hf_precond.architectures.modules import find_norms
 from hf_precond.statistics.hessian_probe import open_probe
 from hf_precond.statistics.requests import CurvatureRequest
 from tests.optimizers.models import batch, make
@@ -49,7 +49,7 @@ def loss_of(model, seed=0):
 
 
 def open_source(model, probe="rademacher"):
-    norms = [norm for norm, _ in channel_parameters(model)]
+    norms = find_norms(model)
     return open_probe(model, [CurvatureRequest(n.name, n, probe) for n in norms])
 
 

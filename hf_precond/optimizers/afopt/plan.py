@@ -9,16 +9,16 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from hf_precond.architectures.attention import HOW_TO_DECLARE, find_attention
+from hf_precond.architectures.attention import find_attention
 from hf_precond.architectures.modules import find_matrices, is_linear
 from hf_precond.architectures.parameters import ParameterSurvey, add_reason
-from hf_precond.architectures.peft import trains
 from hf_precond.architectures.structure import (
     AttentionBlock,
     LayerMatrix,
     ModelStructure,
     RowSelection,
 )
+from hf_precond.architectures.tables import HOW_TO_DECLARE
 from hf_precond.linalg.matrix_functions import unpack
 from hf_precond.optimizers.afopt.config import AFOptConfig
 from hf_precond.optimizers.base.parameters import BoundMatrix, grouped
@@ -102,7 +102,7 @@ def _in_scope(block: AttentionBlock, roles: Sequence[str]) -> list[tuple[LayerMa
             chosen.append((matrix, _ROLES[role] + note))
         adapter = block.adapters.get(role)
         if adapter is not None:
-            pair = [matrix for matrix in (adapter.down, adapter.up) if trains(matrix)]
+            pair = [matrix for matrix in (adapter.down, adapter.up) if matrix.trains]
             chosen += [(matrix, f"adapter of {_ROLES[role]}{note}") for matrix in pair]
     return chosen
 
@@ -116,7 +116,7 @@ def _add_linears(
     """Add the linear layers outside attention, in model order."""
     inside = {matrix.module for block in found for matrix in block.roles().values()}
     for gate in _gates(found):
-        if trains(gate) and survey.name_of(gate.weight_parameter) not in survey.tied:
+        if gate.trains and survey.name_of(gate.weight_parameter) not in survey.tied:
             matrices.append(gate)
             add_reason(treated, survey.matrix_names(gate), "gate")
     for matrix in find_matrices(survey.model):
@@ -126,7 +126,7 @@ def _add_linears(
             or matrix.module in inside
             or name in treated
             or name in survey.tied
-            or name in survey.heads
+            or name in survey.head
             or survey.describe(name) == "adapter"
             or min(matrix.shape) == 1
         )

@@ -311,8 +311,8 @@ class PrecondOptimizer(torch.optim.Optimizer):
 
     def _open(self) -> None:
         requests, structure = self.requests(), self.structure
-        if requests and structure.open is not None:
-            self.statistics = structure.open(requests)
+        if requests and structure.open_statistics is not None:
+            self.statistics = structure.open_statistics(requests)
         elif requests and structure.model is not None:
             self.statistics = open_statistics(structure.model, requests)
         if self.scaler is not None:
@@ -348,10 +348,10 @@ class PrecondOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: the optimizer was not built by ``create_optimizer``.
         """
-        if self.structure.find is None:
+        if self.structure.reread is None:
             raise RuntimeError(messages.HAND_MADE)
         self.close()
-        self.structure = self.structure.find(model)
+        self.structure = self.structure.reread(model)
         self.structure.routing = checkpoint.relabelled(self.routing, model, self.param_groups)
         self._bind()
         self._open()

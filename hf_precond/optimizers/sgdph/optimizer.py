@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hf_precond.architectures.modules import channel_parameters
+from hf_precond.architectures.modules import find_norms
 from hf_precond.architectures.parameters import ParameterSurvey
 from hf_precond.architectures.structure import ModelStructure, NormParameter
 from hf_precond.distributed import collectives
@@ -264,7 +264,7 @@ def norm_parameters(model: nn.Module, config: SGDPHConfig) -> ModelStructure:
         from hf_precond.optimizers.sgdph.reference import vectors
 
         return structure_of(survey, vectors(survey), config)
-    names = {survey.name_of(norm.parameter) for norm, _ in channel_parameters(model)}
+    names = {survey.name_of(norm.parameter) for norm in find_norms(model)}
     if config.include_bias:
         names |= {
             name

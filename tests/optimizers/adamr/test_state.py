@@ -349,7 +349,7 @@ def featured(layout="linear"):
         return sources[-1]
 
     matrix = LayerMatrix("layer", module, layout=layout)
-    optimizer = AdamR([{"params": [module.weight]}], ModelStructure([matrix], open=open_source),
+    optimizer = AdamR([{"params": [module.weight]}], ModelStructure([matrix], open_statistics=open_source),
                       AdamRConfig(basis_source="feature"))
     return optimizer, module, left, right, sources[0]
 
@@ -373,7 +373,7 @@ def test_a_layer_whose_features_never_come_uses_the_gradient():
     (module,), (plain,) = zeros((5, 7)), zeros((5, 7))
     source = Features([], {})
     optimizer = AdamR([{"params": [module.weight]}],
-                      ModelStructure([LayerMatrix("layer", module)], open=lambda requests: source),
+                      ModelStructure([LayerMatrix("layer", module)], open_statistics=lambda requests: source),
                       AdamRConfig(basis_source="feature"))
     gradients = noise((5, 7), steps=8)
     run(optimizer, [module], gradients)

@@ -100,7 +100,7 @@ def blocks_of(module, roles="qkvo", **fields):
     return ModelStructure(
         matrices=[parts[role] for role in roles],
         attention=[block],
-        open=lambda requests: MomentCollector(module, requests),
+        open_statistics=lambda requests: MomentCollector(module, requests),
     )
 
 

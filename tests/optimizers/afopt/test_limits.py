@@ -214,7 +214,7 @@ def test_key_without_bias_uses_the_leading_block():
     parts[1] = LayerMatrix("k", module.k)
     heads = Heads(2, 2, 8, 8)
     block = AttentionBlock("", module, *parts, heads=heads, trainable=frozenset("qkvo"))
-    structure = ModelStructure(parts, [block], open=lambda requests: MomentCollector(module, requests))
+    structure = ModelStructure(parts, [block], open_statistics=lambda requests: MomentCollector(module, requests))
     config = AFOptConfig.create(direction="inverse", damping=0.1, momentum=0.0)
     optimizer = AFOpt(list(module.parameters()), structure, config)
     assert len(optimizer.requests()) == 2
@@ -255,7 +255,7 @@ def test_cross_attention_takes_each_side_from_its_own_sequence():
     block = AttentionBlock(
         "", module, *parts, heads=Heads(2, 2, 8, 8), trainable=frozenset("qkvo"), cross=True
     )
-    structure = ModelStructure(parts, [block], open=lambda requests: MomentCollector(module, requests))
+    structure = ModelStructure(parts, [block], open_statistics=lambda requests: MomentCollector(module, requests))
     optimizer = AFOpt(
         list(module.parameters()), structure, AFOptConfig.create(direction="inverse", momentum=0.0)
     )

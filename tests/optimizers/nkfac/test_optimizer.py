@@ -63,7 +63,7 @@ def with_statistics(model, sums, groups=None, **values):
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     ]
-    structure = ModelStructure(matrices=matrices, open=lambda requests: Given(sums))
+    structure = ModelStructure(matrices=matrices, open_statistics=lambda requests: Given(sums))
     config = NKFACConfig(**{"base": "sgd", "lr": 0.1, "stat_interval": 1} | values)
     return NKFAC(groups or model.parameters(), structure, config)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_precond.architectures.modules import channel_parameters
+from hf_precond.architectures.modules import find_norms
 from hf_precond.architectures.structure import ModelStructure, NormParameter
 from hf_precond.optimizers.sgdph.config import SGDPHConfig
 from hf_precond.optimizers.sgdph.optimizer import SGDPH
@@ -42,7 +42,7 @@ def one_norm(config, estimates, width=4, seed=0):
         module.weight.copy_(randn(width, seed=seed))
     structure = ModelStructure(
         norms=[NormParameter("weight", module, "weight")],
-        open=lambda requests: Prescribed(requests, estimates),
+        open_statistics=lambda requests: Prescribed(requests, estimates),
     )
     return module.weight, SGDPH(module.parameters(), structure, config)
 
@@ -61,7 +61,7 @@ def network(seed=0):
 
 
 def channels(model, vectors=False):
-    found = [norm for norm, _ in channel_parameters(model)]
+    found = find_norms(model)
     if not vectors:
         return found
     pairs = [(name.rpartition("."), p) for name, p in model.named_parameters() if p.dim() == 1]
@@ -74,7 +74,7 @@ def channels(model, vectors=False):
 def build(model, **fields):
     config = SGDPHConfig(**fields)
     structure = ModelStructure(
-        norms=channels(model, config.reference), open=lambda requests: open_probe(model, requests)
+        norms=channels(model, config.reference), open_statistics=lambda requests: open_probe(model, requests)
     )
     return SGDPH([p for p in model.parameters() if p.requires_grad], structure, config)
 
@@ -178,7 +178,7 @@ def test_separable_quadratic_lands_in_one_step_and_flees_the_saddle():
     target, curvature = randn(6), torch.tensor([0.5, 2.0, 7.0, -0.5, -2.0, 9.0]).double()
     structure = ModelStructure(
         norms=[NormParameter("weight", module, "weight")],
-        open=lambda requests: open_probe(module, requests),
+        open_statistics=lambda requests: open_probe(module, requests),
     )
     config = SGDPHConfig(
         lr=10.0, tau=0.1, base="sgd", momentum=0.0, stat_decay=0.0, curvature_eps=1e-30,
@@ -267,7 +267,7 @@ def test_without_curvature_the_multiplier_reaches_its_cap():
         config = SGDPHConfig(lr=0.1, **fields)
         module = nn.LayerNorm(4).double()
         structure = ModelStructure(
-            norms=channels(module), open=lambda requests: Prescribed(requests[:1], zeros)
+            norms=channels(module), open_statistics=lambda requests: Prescribed(requests[:1], zeros)
         )
         optimizer = SGDPH(module.parameters(), structure, config)
         for step in range(200):
