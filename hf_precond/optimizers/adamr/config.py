@@ -19,22 +19,28 @@ class AdamRConfig(OptimizerConfig):
     """AdamR: Adam in the eigenbasis of the gradient's Kronecker second moments.
 
     Args:
-        basis: ``auto`` (two-sided while cheap, else one-sided), ``two_sided``,
-            ``one_sided`` (the smaller side) or ``identity`` (AdamW).
+        basis: ``auto`` (two-sided while that is cheap, else one-sided),
+            ``two_sided``, ``one_sided`` (the smaller side) or ``identity``
+            (AdamW). Default ``auto``.
         basis_source: second moments of the ``gradient``, or of the layer's
-            inputs and output gradients (``feature``).
-        transport: how the second moment follows a new basis: it stays with
-            its columns (``permute``) or spreads by ``overlap``.
-        floor: smallest denominator, relative to the rms of the square roots
-            of the second moment, >= 0.
+            inputs and output gradients (``feature``). Default ``gradient``.
+        transport: how Adam's second moment follows a new basis: it stays with
+            its columns (``permute``) or is spread by their ``overlap``.
+            Default ``permute``.
+        floor: smallest denominator, relative to the rms of the square roots of
+            the second moment, >= 0. Default 0.0001.
         stat_decay: decay of the factors' running average, in [0, 1).
+            Default 0.95.
         stat_interval: steps between two updates of the factors, >= 1.
-        basis_interval: steps between refreshes of a basis, give or take one, >= 1.
-        basis_tolerance: a basis is left as it is while the off-diagonal part
-            of its factor holds less than this share of the energy, in [0, 1].
-        max_dim: a wider side is not rotated, >= 1.
-        precision: precision of the rotations on GPUs: ``highest``, ``tf32``
-            or ``bf16``.
+            Default 1.
+        basis_interval: steps between two refreshes of a basis, give or take
+            one, >= 1. Default 3.
+        basis_tolerance: a basis is left as it is while the off-diagonal part of
+            its factor holds less than this share of the energy, in [0, 1].
+            Default 0.01.
+        max_dim: a wider side has no basis, >= 1. Default 2048.
+        precision: precision of large products on GPUs: ``highest``, ``tf32`` or
+            ``bf16``. Default ``highest``.
     """
 
     name: ClassVar[str] = "adamr"

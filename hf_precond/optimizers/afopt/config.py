@@ -24,43 +24,56 @@ class AFOptConfig(OptimizerConfig):
     1e-2 (measured on MiniLM only).
 
     Args:
-        momentum: M's decay in the spectral direction, momentum of ``base="sgd"``
-            and ``"muon"``, in [0, 1); 0.9 was worse in fine-tuning, else about
-            even.
-        base: the rule for every parameter outside ``scope``: ``adamw``,
-            ``sgd``, ``adamr`` or ``muon``.
-        scope: which matrices are preconditioned: ``query_key``,
-            ``attention`` (q, k, v, o) or ``all_linear`` (MLP linears too).
-            ``attention`` is cheaper, takes higher rates, and was better only
-            where a task hangs on attention alone.
+        momentum: M's decay in the spectral direction, and the momentum of
+            ``base="sgd"`` and ``"muon"``, in [0, 1). Default 0.8; 0.9 was worse
+            in fine-tuning, else about even.
+        base: the fallback optimizer of every parameter outside ``scope``:
+            ``adamw``, ``sgd``, ``adamr`` or ``muon``. Default ``adamw``.
+        scope: which matrices are preconditioned: ``query_key``, ``attention``
+            (q, k, v, o) or ``all_linear`` (linear layers of MLPs too).
+            Default ``all_linear``; ``attention`` is cheaper, takes higher
+            rates, and was better only where a task hangs on attention alone.
         direction: ``spectral`` (msign between the inverse square roots of the
-            factors), ``inverse`` or ``inverse_sqrt``.
-        scaling: ``rms``, ``logit_rms``, ``cap``, ``graft`` or
-            ``norm_recovery``.
+            factors), ``inverse`` or ``inverse_sqrt``. Default ``spectral``.
+        scaling: what sets the length of a step: ``rms``, ``logit_rms``,
+            ``cap``, ``graft`` or ``norm_recovery``. Default ``rms``.
         lr_scale: multiplier of ``lr`` for the preconditioned matrices under
             ``scaling="rms"`` and ``"cap"``, and for the matrices left to
-            ``base="muon"``, > 0.
-        rho: the rms logit change per unit of lr that a step of q, and one of
-            k, makes (``logit_rms``) or makes at most (``cap``), > 0.
+            ``base="muon"``, > 0. Default 4.
+        rho: the rms change of the logits per unit of lr that a step of q, and
+            one of k, makes (``logit_rms``) or makes at most (``cap``), > 0.
+            Default 10.
         damping: multiple of a factor's mean eigenvalue added to its diagonal,
-            > 0.
-        covariant_damping: damp the per-head factors through the input factor
-            (keeps the invariance to W_q -> W_q M, W_k -> W_k M^-T).
+            > 0. Default 1.
+        covariant_damping: damp the per-head factors through the input factor,
+            which keeps the invariance to W_q -> W_q M, W_k -> W_k M^-T.
+            Default ``False``.
         stat_decay: decay of the factors' running average, in [0, 1).
-        stat_interval: steps between two statistics, >= 1.
+            Default 0.95.
+        stat_interval: steps between two statistics, >= 1. Default 5.
         inverse_interval: steps between two refreshes of the roots, >= 1.
-        max_dim: a wider input side is treated in diagonal blocks of this
-            size, >= 1.
-        nesterov: Nesterov form of the momentum of the spectral direction.
-        space: ``logits`` (factors of features) or ``product`` (of weights).
+            Default 20.
+        max_dim: a wider input side is divided into diagonal blocks of at most
+            this size, >= 1. Default 1024.
+        nesterov: Nesterov's form of the momentum of the spectral direction.
+            Default ``True``.
+        space: factors of features (``logits``) or of weights (``product``).
+            Default ``logits``.
         joint: the joint least-squares correction of ``inverse``.
+            Default ``False``.
         center: leave row constants of the logits out of the metric.
+            Default ``False``.
         rope: the factor of rotated keys and queries: ``averaged`` over
-            positions, or ``ignored``.
-        attention_entropy: tell the entropy of each layer's attention weights
-            in :meth:`diagnostics`, of eight query positions a sequence.
-        precision: precision of large products on GPUs: ``highest``, ``tf32``
-            or ``bf16``.
+            positions, or ``ignored``. Default ``averaged``.
+        attention_entropy: report the entropy of each layer's attention weights
+            in ``diagnostics()``, of eight query positions a sequence.
+            Default ``False``.
+        precision: precision of large products on GPUs: ``highest``, ``tf32`` or
+            ``bf16``. Default ``highest``.
+
+    Raises:
+        ValueError: ``joint``, ``center``, ``space``, ``scaling`` or ``base`` that
+            exclude each other.
     """
 
     name: ClassVar[str] = "afopt"

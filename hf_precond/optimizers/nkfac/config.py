@@ -19,28 +19,32 @@ class NKFACConfig(OptimizerConfig):
     """NKFAC: K-FAC whose inverses follow by Newton's iteration from the previous ones.
 
     Args:
-        momentum: the SGD rule's momentum, in [0, 1).
-        base: the rule that takes the preconditioned gradient: ``adamw``,
-            ``sgd`` or ``adamr``.
+        momentum: SGD's momentum, in [0, 1). Default 0.9.
+        base: the fallback optimizer, which also takes the preconditioned
+            gradients: ``adamw``, ``sgd`` or ``adamr``. Default ``adamw``.
         damping: multiple of a factor's largest eigenvalue added to its
-            diagonal, > 0.
+            diagonal, > 0. Default 0.01.
         stat_decay: decay of the factors' running average, in [0, 1).
-        stat_interval: steps between two statistics, >= 1.
-        stat_rows: at most so many rows (tokens, output positions) of a
-            layer's call enter its statistics, evenly spaced; 0 for all.
+            Default 0.95.
+        stat_interval: steps between two statistics, >= 1. Default 10.
+        stat_rows: at most so many rows (tokens, output positions) of a layer's
+            call enter its statistics, evenly spaced, >= 0; 0 for all.
+            Default 0.
         inverse_interval: steps between two refreshes of the inverses, >= 1.
-        newton_steps: Newton iterations per refresh, >= 1.
+            Default 100.
+        newton_steps: Newton iterations per refresh, >= 1. Default 1.
         exact_interval: every this many refreshes the inverse is computed
-            exactly, >= 1.
-        solver: how inverses are refreshed: ``newton`` (from the previous
-            ones), ``exact`` (anew each time), or ``auto``, the cheaper
-            for a factor's size and device.
-        max_dim: a wider side of a weight is not preconditioned, >= 1; a bias
-            does not count.
-        reference: reproduce the authors' published code step by step:
-            NKFAC with ``base="sgd"``, AdaNKFAC with ``base="adamw"``.
-        precision: precision of large products on GPUs: ``highest``, ``tf32``
-            or ``bf16``.
+            exactly, >= 1. Default 500.
+        solver: how inverses are refreshed: ``newton`` (from the previous ones),
+            ``exact`` (anew each time), or ``auto``, the cheaper for a factor's
+            size and device. Default ``auto``.
+        max_dim: a wider side of a weight has no factor, >= 1; a bias does not
+            count. Default 4096.
+        reference: reproduce the authors' published code step by step: NKFAC
+            with ``base="sgd"``, AdaNKFAC with ``base="adamw"``.
+            Default ``False``.
+        precision: precision of large products on GPUs: ``highest``, ``tf32`` or
+            ``bf16``. Default ``highest``.
 
     Raises:
         ValueError: ``reference`` with another base or with a solver.

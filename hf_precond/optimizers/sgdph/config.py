@@ -15,30 +15,36 @@ from hf_precond.config.fields import (
 
 @dataclass(frozen=True)
 class SGDPHConfig(OptimizerConfig):
-    """SGD-PH: norm parameters by their Hessian diagonal, the rest by a base rule.
+    """SGD-PH: norm parameters by their Hessian diagonal, the rest by AdamW or SGD.
 
     Args:
-        momentum: the SGD rule's momentum, in [0, 1).
-        base: the rule for all other parameters: ``sgd`` (the thesis) or
-            ``adamw`` (our extension for transformers).
-        probe: ``rademacher`` (unbiased estimate of the diagonal), ``ones``
-            (the authors': row sums) or ``exact`` (one product a channel).
-        probe_interval: steps between two probes, >= 1.
+        momentum: SGD's momentum, in [0, 1). Default 0.9.
+        base: the fallback optimizer of all other parameters: ``sgd`` (the
+            thesis) or ``adamw`` (our extension for transformers).
+            Default ``adamw``.
+        probe: ``rademacher`` (unbiased estimate of the diagonal), ``ones`` (the
+            authors': row sums) or ``exact`` (one product a channel).
+            Default ``rademacher``.
+        probe_interval: steps between two probes, >= 1. Default 20.
         probe_autocast: leave the passes of the steps that are probed under
-            autocast, as all others are. By default they run in float32: the
-            curvature then has no rounding noise of bfloat16 or float16, at
-            the time and memory of a float32 step every ``probe_interval``.
+            autocast, as all others are. Otherwise they run in float32: the
+            curvature then has no rounding noise of bfloat16 or float16, at the
+            time and memory of a float32 step every ``probe_interval``.
+            Default ``False``.
         stat_decay: decay of the probe's running average, in [0, 1).
-        tau: second-order learning rate of ``base="sgd"``, > 0.
+            Default 0.9.
+        tau: second-order learning rate of ``base="sgd"``, > 0. Default 0.001.
         curvature_eps: added to the curvature under ``base="sgd"``, > 0.
-        gamma: curvature multiplier in the denominator of ``base="adamw"``,
-            > 0.
+            Default 0.0001.
+        gamma: multiplier of the curvature in the denominator of
+            ``base="adamw"``, > 0. Default 0.1.
         include_bias: treat biases as channel-wise parameters too.
+            Default ``False``.
         reference: reproduce the authors' published code step by step, with
             ``base="sgd"`` and ``probe="ones"``: every one-dimensional
             parameter, one probed a step, averaged with ``momentum``
-            (``probe_interval``, ``stat_decay`` and ``include_bias`` say
-            nothing then, and autocast is left as it is).
+            (``probe_interval``, ``stat_decay`` and ``include_bias`` have no
+            effect then, and autocast is left as it is). Default ``False``.
 
     Raises:
         ValueError: ``reference`` with another base or probe.
