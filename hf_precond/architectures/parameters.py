@@ -115,7 +115,7 @@ class ParameterSurvey:
         reasons: Mapping[str, str] | None = None,
         *,
         matrices: Sequence[LayerMatrix] = (),
-        others: Sequence[LayerMatrix] = (),
+        hidden: Sequence[LayerMatrix] = (),
         attention: Sequence[AttentionBlock] = (),
         norms: Sequence[NormParameter] = (),
     ) -> ModelStructure:
@@ -125,7 +125,7 @@ class ParameterSurvey:
             config: the optimizer's; ``base`` is read.
             treated: preconditioned parameter to reason.
             reasons: what to say of some of the others in place of :meth:`describe`.
-            matrices, others, attention, norms: see
+            matrices, hidden, attention, norms: see
                 :class:`~hf_precond.architectures.structure.ModelStructure`.
         """
         routes = []
@@ -140,7 +140,7 @@ class ParameterSurvey:
             routes.append(Route(name, tuple(parameter.shape), treatment, reason))
         return ModelStructure(
             matrices=list(matrices),
-            others=list(others),
+            hidden=list(hidden),
             attention=list(attention),
             norms=list(norms),
             routing=RoutingTable(routes),

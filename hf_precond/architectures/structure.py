@@ -426,8 +426,8 @@ class ModelStructure:
         matrices: the matrices to precondition, in model order. Those of
             ``attention`` that are in scope are among them.
         attention: the attention blocks that have a matrix in scope.
-        others: matrices of hidden linear layers outside ``matrices``, which a
-            fallback optimizer for matrices may step.
+        hidden: matrices of hidden linear layers outside ``matrices``, which
+            Muon steps where it is the fallback optimizer.
         norms: the norm parameters to precondition.
         routing: the routing table.
         owners: name, module and attribute of every parameter, frozen ones too.
@@ -441,7 +441,7 @@ class ModelStructure:
 
     matrices: list[LayerMatrix] = field(default_factory=list)
     attention: list[AttentionBlock] = field(default_factory=list)
-    others: list[LayerMatrix] = field(default_factory=list)
+    hidden: list[LayerMatrix] = field(default_factory=list)
     norms: list[NormParameter] = field(default_factory=list)
     routing: RoutingTable = field(default_factory=RoutingTable)
     owners: list[Owner] = field(default_factory=list)

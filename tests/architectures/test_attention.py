@@ -89,7 +89,7 @@ def test_queries_beside_a_gate() -> None:
                 half = by_head[:, int("gate" in matrix.name)]
                 assert torch.equal(matrix.weight_view(weight), half)
         reason = optimizer.routing["model.layers.1.self_attn.q_proj.weight"].reason
-        assert ("gate by the base rule" in reason) == (scope == "attention")
+        assert ("gate by the fallback optimizer" in reason) == (scope == "attention")
         optimizer.close()
 
 

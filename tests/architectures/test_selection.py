@@ -138,7 +138,7 @@ def test_afopt_leaves_rows_outside_its_scope_to_the_base_rule() -> None:
     structure = select("query_key", build("gpt2", torch.float32))
     assert [m.part for m in structure.matrices] == ["q", "k", "q", "k"]
     reason = structure.routing["transformer.h.0.attn.c_attn.weight"].reason
-    assert reason == "queries; keys; values by the base rule"
+    assert reason == "queries; keys; values by the fallback optimizer"
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "gpt-neox", "t5", "bart"])

@@ -34,7 +34,7 @@ def average(
     """
 
     def kind(one: Found) -> tuple:
-        held, total = one[0].tensor(state), one[1].sum
+        held, total = one[0].stored(state), one[1].sum
         return total.shape, total.dtype, total.device, held.dtype, held.device
 
     found = [(m, statistics[m.request.key]) for m in moments if m.request.key in statistics]
@@ -50,7 +50,7 @@ def average(
 
 def _average(found: Sequence[Found], state: State, decay: float) -> Tensor:
     """The same for moments of one kind; 1 where a mean was dropped, ``[len(found)]``."""
-    held = [moment.tensor(state) for moment, _ in found]
+    held = [moment.stored(state) for moment, _ in found]
     updates = [moment.updates(state) for moment, _ in found]
     sums = _stacked([statistic.sum for _, statistic in found])
     counts = _stacked([statistic.count for _, statistic in found])

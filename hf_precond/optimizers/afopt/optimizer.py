@@ -2,38 +2,54 @@
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from hf_precond.linalg.matrix_functions import largest_entry, pack, packed_size, unpack
-from hf_precond.optimizers.afopt import scaling
+from hf_precond.linalg.matrix_functions import (
+    frobenius_norm,
+    gram_newton_schulz,
+    largest_entry,
+    newton_schulz,
+    unpack,
+)
+from hf_precond.linalg.products import Precision
 from hf_precond.optimizers.afopt.averages import average
 from hf_precond.optimizers.afopt.config import AFOptConfig
-from hf_precond.optimizers.afopt.diagnostics import EntropyMonitor, report
-from hf_precond.optimizers.afopt.directions import TwoSidedPreconditioner, resting
-from hf_precond.optimizers.afopt.factors import AttentionFactors, Refresh, heads_of
-from hf_precond.optimizers.afopt.plan import AFOptPlan, MatrixPlan, RightFactor, observes
-from hf_precond.optimizers.base.fallback import FallbackOptimizer
-from hf_precond.optimizers.base.muon import MuonFallback
+from hf_precond.optimizers.afopt.factors import Factors, times_right
+from hf_precond.optimizers.afopt.plan import (
+    AFOptPlan,
+    Form,
+    MatrixPlan,
+    RightFactor,
+    check_attention,
+)
 from hf_precond.optimizers.base.optimizer import PrecondOptimizer
 from hf_precond.optimizers.base.parameters import (
     Bound,
     BoundMatrix,
     Kind,
-    ParamView,
     Preconditioned,
-    fit,
+    allocate,
     grouped,
+    in_batches,
     split_stack,
     stacked_gradients,
 )
-from hf_precond.statistics.requests import Request, Statistic, request_shape
+from hf_precond.statistics.requests import Request, Statistic
+
+if TYPE_CHECKING:
+    from hf_precond.optimizers.afopt.diagnostics import EntropyMonitor
 
 CHUNK = 1 << 25
 """Elements that are stepped in one batch, to bound the memory of temporaries."""
+
+RMS = 0.2
+"""Root mean square of a step's entries per unit of learning rate: what AdamW's usually is."""
 
 
 class AFOpt(PrecondOptimizer):
@@ -51,27 +67,25 @@ class AFOpt(PrecondOptimizer):
     U is the steepest descent under a bound on the spectral norm of ``A_L^(1/2) δW A_R^(1/2)``: on
     whitened features, of the change of the logits (q, k) or of the module's output. After k steps
     in a row without a gradient (an expert that got no token) it fades, as Adam's. The other
-    directions, and ``joint``: :mod:`~hf_precond.optimizers.afopt.directions`; other scalings:
-    :mod:`~hf_precond.optimizers.afopt.scaling`; ``space``, ``center``, ``rope``, the damping:
-    :mod:`~hf_precond.optimizers.afopt.factors`; when: :mod:`~hf_precond.optimizers.afopt.factors`.
+    directions and scalings: :mod:`~hf_precond.optimizers.afopt.variants`; what A_L and A_R are made
+    of, ``space``, ``center``, ``rope``, the damping, when factors are recomputed:
+    :mod:`~hf_precond.optimizers.afopt.factors`.
 
-    The thesis (Ying Sun, "Designing effective preconditioned optimizers for
-    deep neural network training", PolyU 2024) gives AFOpt in its abstract
-    only; this is a reconstruction.
+    The thesis (Ying Sun, "Designing effective preconditioned optimizers for deep neural network
+    training", PolyU 2024) gives AFOpt in its abstract only; this is a reconstruction.
 
-    Kept per matrix in float32: M, and of every input that several may share
-    the moment and its inverse, one triangle each: ``4·n²`` bytes, n the width
-    (``6·n²`` for square matrices, whose root is a full one), and ``4·d_h²`` a
-    head. ``state_dtype="bfloat16"`` halves these.
+    Kept per matrix in float32: M, and of every input that several may share the moment and its
+    inverse, one triangle each: ``4·n²`` bytes, n the width (``6·n²`` for square matrices, whose
+    root is a full one), and ``4·d_h²`` a head. ``state_dtype="bfloat16"`` halves these.
 
-    A step larger than the attention can bear shows as a loss that jumps and
-    stays: lower ``lr_scale``, or take ``scaling="cap"``. Where a factor has
-    no data yet (a module that was not used, a weight that is zero) it is the
-    identity, counted as ``identity_factors`` in :meth:`diagnostics`.
+    A step larger than the attention can bear shows as a loss that jumps and stays: lower
+    ``lr_scale``, or take ``scaling="cap"``. Where a factor has no data yet (a module that was not
+    used, a weight that is zero) it is the identity, counted as ``identity_factors`` in
+    :meth:`diagnostics`.
 
     Args:
         param_groups: as for any torch optimizer.
-        blocks: what was found in the model.
+        structure: what was found in the model.
         config: the validated config.
 
     Raises:
@@ -79,308 +93,255 @@ class AFOpt(PrecondOptimizer):
     """
 
     config: AFOptConfig
-    watch: EntropyMonitor | None = None
-    _plan: AFOptPlan | None
+    entropy: EntropyMonitor | None = None
+    _plan: AFOptPlan | None = None
 
     def _bind(self) -> None:
         super()._bind()
         self._plan = None
+        check_attention(self.structure.attention, self.config)
         if self.config.attention_entropy:
-            self.watch = EntropyMonitor(self.structure.attention)
-        self._check()
+            from hf_precond.optimizers.afopt.diagnostics import EntropyMonitor
 
-    def _check(self) -> None:
-        """Refuse what the model cannot have, and say what it gets instead of averaged factors."""
-        config = self.config
-        for block in self.structure.attention:
-            if config.joint and (block.heads.group > 1 or observes(block, config)):
-                raise ValueError(
-                    f"joint=True: {block.name} has grouped, rotated or normed queries and keys, "
-                    "for which the joint solution is not known; set joint=False (or "
-                    "rope='ignored' where they are only rotated)."
-                )
-        attentions = self.structure.attention
-        blind = [block.name for block in attentions if block.rotary and not block.observed]
-        if blind and config.rope == "averaged" and config.space == "logits":
-            warnings.warn(
-                f"afopt: the rotated queries and keys of {len(blind)} attentions ({blind[0]}, …) "
-                "cannot be read, so their factors follow from the inputs and weights alone, as "
-                "with rope='ignored'.",
-                stacklevel=2,
-            )
+            self.entropy = EntropyMonitor(self.structure.attention)
 
     @property
     def plan(self) -> AFOptPlan:
-        """Which factors each matrix has; made anew for a copy."""
-        if self.__dict__.get("_plan") is None:
+        """Which factors each matrix has; made anew for a copy of the optimizer."""
+        if self._plan is None:
             self._plan = AFOptPlan(self.bound, self.structure, self.config)
-        assert self._plan is not None
         return self._plan
 
     @property
-    def factors(self) -> AttentionFactors:
-        """The left factors, from the state as it stands."""
-        return AttentionFactors(self.plan, self.state, self.config)
-
-    def uses_fallback(self, bound: Bound) -> bool:
-        return self.config.scaling in ("norm_recovery", "graft")
-
-    # The matrices left, under base="muon" ------------------------------------
-
-    def make_fallback(self) -> FallbackOptimizer:
-        fallback = super().make_fallback()
-        if isinstance(fallback, MuonFallback):
-            fallback.is_hidden = self._is_hidden
-        return fallback
-
-    def _is_hidden(self, view: ParamView) -> bool:
-        """Whether a view is a matrix of a hidden linear layer outside the scope."""
-        others = {id(self.state[matrix.weight_parameter]) for matrix in self.structure.others}
-        return id(view.state) in others and len(view.shape) == 2
-
-    # Statistics ------------------------------------------------------------
+    def factors(self) -> Factors:
+        """Computes moments and factors from the state as it stands."""
+        return Factors(self.plan, self.state)
 
     def requests(self) -> Sequence[Request]:
-        watched = self.watch.requests() if self.watch is not None else []
-        return [moment.request for moment in self.plan.moments] + watched
+        """One of every moment, and those of the entropies."""
+        entropies = [] if self.entropy is None else self.entropy.requests()
+        return [moment.request for moment in self.plan.moments] + entropies
 
     def due(self, step: int) -> bool:
+        """Every ``stat_interval`` steps."""
         return step % self.config.stat_interval == 0
 
+    def uses_fallback(self, bound: Bound) -> bool:
+        """Under scalings by the fallback optimizer's gradient or step."""
+        return self.config.scaling in ("norm_recovery", "graft")
+
     def allocate(self, bound: BoundMatrix) -> None:
-        plan, config = self.plan, self.config
-        treatment = plan.of[bound]
-        held, weight = treatment.held(self.state), bound.weight
-        dtype = config.factor_dtype(weight.dtype)
-
-        def identities(name: str, *shape: int, packed: bool = False) -> None:
-            if name in held:
-                size = (*shape[:-2], packed_size(shape[-1])) if packed else shape
-                fit(held, name, size, dtype, weight.device)
-            else:
-                eye = torch.eye(shape[-1], dtype=dtype, device=weight.device).expand(*shape)
-                held[name] = pack(eye) if packed else eye.clone()
-
-        def zeros(name: str, dtype: torch.dtype, *shape: int) -> None:
-            if name not in held:
-                held[name] = torch.zeros(shape, dtype=dtype, device=weight.device)
-            fit(held, name, shape, dtype, weight.device)
-
-        if config.scaling != "norm_recovery":
+        """Makes momentum, moments (zeros) and factors (identities)."""
+        held, device = self.state[bound.weight], bound.weight.device
+        if self.config.scaling != "norm_recovery":
             shape = (bound.matrix.shape[0], bound.matrix.columns)
-            zeros(treatment.name("momentum"), bound.dtype, *shape)
-            zeros(treatment.name("fade"), bound.dtype)
-        per_head = (treatment.heads, treatment.rows, treatment.rows)
-        if treatment.left is not None:
-            identities(treatment.name("left"), *per_head)
-        if plan.predicts and treatment.in_logits:
-            zeros(treatment.name("left_moment"), dtype, *per_head)
-        if config.joint and treatment.in_logits:
-            identities(treatment.name("own"), *per_head)
-        for right in plan.rights_at.get(bound, ()):
-            identities(right.key, *right.shape, packed=right.packed)
-        for moment in plan.moments_at.get(bound, ()):
-            *lead, size, _ = request_shape(moment.request)
-            zeros(moment.key, dtype, *lead, packed_size(size))
-            zeros(f"{moment.key}_updates", torch.int64)
+            allocate(held, f"{bound.prefix}momentum", shape, bound.dtype, device)
+            allocate(held, f"{bound.prefix}fade", (), bound.dtype, device)
+        dtype = self.config.factor_dtype(bound.weight.dtype)
+        for stored in self.plan.stored[bound]:
+            stored.allocate(held, dtype)
+
+    # The step, from statistics and gradients to directions ---------------------------------
 
     def update_statistics(self, statistics: Mapping[str, Statistic]) -> None:
-        if self.watch is not None:
-            self.watch.keep(statistics)
+        """``A ← b A + (1 - b) E[·]``."""
+        if self.entropy is not None:
+            self.entropy.update(statistics)
         dropped = average(self.plan.moments, statistics, self.state, self.config.stat_decay)
         self.count_dropped("statistics_dropped", dropped)
 
-    # Refresh ---------------------------------------------------------------
-
-    def refreshing(self) -> Refresh:
-        """What recomputes the factors, and reads moments and weights."""
-        return Refresh(self.plan, self.state, self.config, self.count, self.failures)
-
     def refresh(self) -> None:
-        self.refreshing().run(self.steps)
+        """``W Wᵀ = (A + λ·tr(A)/n·I)⁻¹`` of the factors that are due."""
+        self.factors.refresh(self.steps, self.failures, self.count)
 
-    # The step ----------------------------------------------------------------
+    def precondition(self, ready: Sequence[BoundMatrix]) -> Iterable[Preconditioned]:
+        """From Ĝ to the scaled direction U, matrices of one shape together."""
+        kind: Kind = "gradient" if self.config.scaling == "norm_recovery" else "direction"
+        for batch in self.batches([self.plan.of[bound] for bound in ready]):
+            bound = [plan.bound for plan in batch]
+            gradients = stacked_gradients(bound)
+            if kind == "direction":
+                gradients = self._momentum(batch, gradients)
+            # The length is set below: with entries near 1 no square vanishes or overflows.
+            directions = self.directions(batch, gradients.div_(largest_entry(gradients)))
+            directions *= self.lengths(batch, directions)
+            parts = split_stack(bound, directions)
+            for item, direction, part in zip(bound, directions, parts, strict=True):
+                yield Preconditioned(item, direction, kind, part)
 
-    def precondition(self, bound: Sequence[BoundMatrix]) -> Iterable[Preconditioned]:
-        for batch in self._batches(bound):
-            items = [treatment.bound for treatment in batch]
-            raw = stacked_gradients(items)
-            if self.config.scaling == "norm_recovery":
-                size = largest_entry(raw)
-                target = scaling.norms(raw.div_(size))
-                directions = self._directions(batch, raw)
-                directions *= size * (target / scaling.norms(directions))
-            else:
-                base = self._base_norms(batch, raw)
-                # The length is set below: with entries near 1 no square vanishes or overflows.
-                momentum = self._momentum(batch, raw)
-                directions = self._directions(batch, momentum.div_(largest_entry(momentum)))
-                directions *= self._scale(batch, directions, base)
-            kind: Kind = "gradient" if self.config.scaling == "norm_recovery" else "direction"
-            parts = split_stack(items, directions)
-            for item, matrix, part in zip(items, directions, parts, strict=True):
-                yield Preconditioned(item, matrix, kind, part)
+    def batches(self, plans: Sequence[MatrixPlan]) -> Iterator[Sequence[MatrixPlan]]:
+        """Matrices that are stepped alike, with one parameter group, dtype and device."""
 
-    def _batches(self, bound: Sequence[BoundMatrix]) -> Iterator[list[MatrixPlan]]:
-        treatments = [self.plan.of[item] for item in bound]
-        for same in grouped(treatments, self._batch_key):
-            size = same[0].bound.matrix.shape[0] * same[0].bound.matrix.columns
-            length = max(1, CHUNK // size)
-            for start in range(0, len(same), length):
-                yield same[start : start + length]
+        def key(plan: MatrixPlan) -> tuple:
+            bound, matrix = plan.bound, plan.bound.matrix
+            block = plan.block if plan.left_moment or plan.own else None
+            logits = block and (block.heads, block.logit_scale)
+            alike = (matrix.shape, matrix.columns, plan.heads, plan.left is None, logits)
+            return *alike, bound.group, bound.bias_rests, bound.weight.dtype, bound.weight.device
 
-    def _batch_key(self, treatment: MatrixPlan) -> tuple:
-        bound = treatment.bound
-        special = treatment.in_logits and (self.plan.predicts or self.config.joint)
-        block = treatment.block if special else None
-        return (
-            bound.matrix.shape,
-            bound.matrix.columns,
-            treatment.heads,
-            treatment.form,
-            treatment.left,
-            treatment.right is None,
-            special,
-            block and (block.heads, block.logit_scale),
-            (bound.group, bound.bias_rests),
-            (bound.weight.dtype, bound.weight.device),
-        )
+        for alike in grouped(plans, key):
+            matrix = alike[0].bound.matrix
+            yield from in_batches(alike, matrix.shape[0] * matrix.columns, CHUNK)
 
-    def _momentum(self, batch: Sequence[MatrixPlan], raw: Tensor) -> Tensor:
-        """``M ← β M + (1-β) G``; N (or M) in the place of G."""
+    def held(self, batch: Sequence[MatrixPlan], name: str) -> list[Tensor]:
+        """A tensor of every matrix's state."""
+        return [self.state[plan.bound.weight][plan.bound.prefix + name] for plan in batch]
+
+    def _momentum(self, batch: Sequence[MatrixPlan], gradients: Tensor) -> Tensor:
+        """``M ← β M + (1-β) G``; N (or M) in the place of G. Fades where all of G is zero."""
         beta = self.param_groups[batch[0].bound.group]["momentum"]
-        held, fades = self._held(batch, "momentum"), self._held(batch, "fade")
-        torch._foreach_copy_(fades, scaling.fade(torch.stack(fades), raw, beta).unbind())
-        gradients = list(raw.unbind())
-        torch._foreach_lerp_(held, gradients, 1 - beta)
+        momenta, fades = self.held(batch, "momentum"), self.held(batch, "fade")
+        largest = torch.linalg.vector_norm(gradients, float("inf"), dim=(1, 2))
+        faded = torch.where(largest == 0, beta * torch.stack(fades), 1.0)
+        torch._foreach_copy_(fades, faded.unbind())
+        ahead = gradients.unbind()
+        torch._foreach_lerp_(momenta, ahead, 1 - beta)
         if self.config.nesterov:
-            torch._foreach_lerp_(gradients, held, beta)
+            torch._foreach_lerp_(ahead, momenta, beta)
         else:
-            torch._foreach_copy_(gradients, held)
-        return raw
+            torch._foreach_copy_(ahead, momenta)
+        return gradients
 
-    def _held(self, batch: Sequence[MatrixPlan], name: str) -> list[Tensor]:
-        return [t.held(self.state)[t.name(name)] for t in batch]
-
-    def preconditioner(self, batch: Sequence[MatrixPlan]) -> TwoSidedPreconditioner:
-        """The factors of a batch of equal treatments."""
-        first, dtype = batch[0], batch[0].bound.dtype
-        left = torch.cat(self._held(batch, "left")).to(dtype) if first.left is not None else None
-        rights = None
-        if first.right is not None:
-            kept = self._rights_of(dict.fromkeys(t.right for t in batch if t.right), dtype)
-            if first.bound.bias_rests:
-                kept = {r: resting(factor, r.kind, r.columns) for r, factor in kept.items()}
-            rights = [kept[t.right] for t in batch if t.right]
-        return TwoSidedPreconditioner(first.heads, first.form, left, rights, self.config.precision)
-
-    def _rights_of(
-        self, rights: Iterable[RightFactor], dtype: torch.dtype
-    ) -> dict[RightFactor, Tensor]:
-        """Right factors, those of one shape unpacked together."""
-        kept: dict[RightFactor, Tensor] = {}
-        for alike in grouped(rights, lambda right: (right.shape, right.packed)):
-            held = [right.tensor(self.state) for right in alike]
-            whole = list(unpack(torch.stack(held)).unbind()) if alike[0].packed else held
-            kept.update(zip(alike, (factor.to(dtype) for factor in whole), strict=True))
-        return kept
-
-    def _directions(self, batch: Sequence[MatrixPlan], gradients: Tensor) -> Tensor:
+    def directions(self, batch: Sequence[MatrixPlan], gradients: Tensor) -> Tensor:
         """The unscaled directions of ``[n, out, c]``."""
         preconditioner = self.preconditioner(batch)
         if self.config.direction == "spectral":
             return preconditioner.spectral(gradients)
         directions = preconditioner.linear(gradients)
-        if self.config.joint and batch[0].in_logits:
-            directions = directions - 0.5 * self._joint(batch, preconditioner, gradients)
+        if batch[0].own is not None:
+            from hf_precond.optimizers.afopt.variants import joint_part
+
+            directions -= 0.5 * joint_part(self, batch, gradients)
         return directions
 
-    def _joint(self, batch: Sequence[MatrixPlan], preconditioner: TwoSidedPreconditioner, gradients: Tensor) -> Tensor:
-        """``A_L⁻¹ G Ŵᵀ A⁻¹ Ŵ`` per head, Ŵ and A the matrix's own: the part counted twice."""
-        weights = torch.cat([heads_of(t.bound.matrix.read(), t.heads) for t in batch])
-        own = torch.cat(self._held(batch, "own"))
-        weights, own = weights.to(gradients.dtype), own.to(gradients.dtype)
-        parts = gradients.reshape(weights.shape)
-        assert preconditioner.left is not None
-        small = torch.bmm(preconditioner.left, torch.bmm(parts, weights.mT))
-        return torch.bmm(torch.bmm(small, own), weights).view_as(gradients)
+    def preconditioner(self, batch: Sequence[MatrixPlan]) -> TwoSidedPreconditioner:
+        """The factors of a batch; right factors of one shape are unpacked together."""
+        first, dtype = batch[0], batch[0].bound.dtype
+        rights = [plan.right for plan in batch if plan.right is not None]
+        tensors: dict[RightFactor, Tensor] = {}
+        for alike in grouped(dict.fromkeys(rights), lambda right: right.shape):
+            stored = [right.stored(self.state) for right in alike]
+            whole = unpack(torch.stack(stored)).unbind() if alike[0].packed else stored
+            tensors |= zip(alike, (factor.to(dtype) for factor in whole), strict=True)
+        if first.bound.bias_rests:
+            from hf_precond.optimizers.afopt.variants import without_bias
 
-    # Scaling -------------------------------------------------------------------
-
-    def _base_norms(self, batch: Sequence[MatrixPlan], raw: Tensor) -> Tensor | None:
-        if self.config.scaling != "graft":
-            return None
-        steps = [
-            scaling.base_step_norm(
-                self.fallback, t.bound.views(gradient, self.param_groups, self.state, {})
-            )
-            for t, gradient in zip(batch, raw, strict=True)
-        ]
-        return torch.stack(steps)[:, None, None].to(raw.dtype)
-
-    def _scale(self, batch: Sequence[MatrixPlan], directions: Tensor, base: Tensor | None) -> Tensor:
-        """What the directions are multiplied with, ``[n, 1, 1]``."""
-        config = self.config
-        if base is not None:
-            return base / scaling.norms(directions)
-        scale = scaling.to_rms(directions) * config.lr_scale
-        if self.plan.predicts and batch[0].in_logits:
-            per_unit = self.logit_rms(batch, directions)[:, None, None]
-            allowed = config.rho / per_unit.clamp(min=torch.finfo(per_unit.dtype).tiny)
-            bounded = torch.minimum(scale, allowed)
-            moves = per_unit > 0
-            scale = torch.where(moves, allowed, scale) if config.scaling == "logit_rms" else bounded
-        return scale * torch.stack(self._held(batch, "fade"))[:, None, None]
-
-    def logit_rms(self, batch: Sequence[MatrixPlan], steps: Tensor) -> Tensor:
-        """Predicted rms change of the logits that each step alone makes, ``[n]``.
-
-        Args:
-            batch: treatments of queries or keys, of one shape.
-            steps: ``[n, out, c]``.
-        """
-        return self._logit_squares(batch, steps).sum(1).sqrt()
-
-    def _logit_squares(self, batch: Sequence[MatrixPlan], steps: Tensor) -> Tensor:
-        left = torch.cat(self._held(batch, "left_moment"))
-        refresh = self.refreshing()
-        moments = [refresh.right_moment(t.right)[0] for t in batch if t.right]
-        block = batch[0].block
-        assert block is not None
-        squares = scaling.logit_change(
-            steps, left.to(steps.dtype), moments, batch[0].heads, block.logit_scale
+            tensors = {right: without_bias(right, factor) for right, factor in tensors.items()}
+        left = None
+        if first.left is not None:
+            left = torch.cat(self.held(batch, "left")).to(dtype)
+        factors = [tensors[right] for right in rights]
+        return TwoSidedPreconditioner(
+            first.heads, first.form, left, factors, self.config.precision
         )
-        return squares / block.heads.query
 
-    # What a person sees ----------------------------------------------------------
+    def lengths(self, batch: Sequence[MatrixPlan], directions: Tensor) -> Tensor:
+        """``m·βᵏ·0.2·√numel/‖U‖_F`` or another scaling of each direction, ``[n, 1, 1]``."""
+        if self.config.scaling != "rms":
+            from hf_precond.optimizers.afopt.variants import SCALINGS
 
-    @torch.no_grad()
-    def last_steps(self) -> dict[MatrixPlan, tuple[Tensor, Tensor]]:
-        """Momentum (its largest entry 1) and ``lr·U`` of every matrix, from the state.
+            return SCALINGS[self.config.scaling](self, batch, directions)
+        return self.rms_lengths(directions) * self.fades(batch)
 
-        Empty before the first step of this process, and under a scaling that needs the base
-        rule's step.
-        """
-        found: dict[MatrixPlan, tuple[Tensor, Tensor]] = {}
-        ready = [t.bound for t in self.plan.matrices if t.name("momentum") in t.held(self.state)]
-        if self.config.scaling == "graft" or not self.rates:
-            return found
-        for batch in self._batches(ready):
-            momentum = torch.stack(self._held(batch, "momentum"))
-            momentum /= largest_entry(momentum)
-            directions = self._directions(batch, momentum)
-            directions = directions * self._scale(batch, directions, None)
-            for treatment, before, after in zip(batch, momentum, directions, strict=True):
-                found[treatment] = (before, after * self.rates[treatment.bound.group])
-        return found
+    def rms_lengths(self, directions: Tensor) -> Tensor:
+        """``m·0.2·√numel/‖U‖_F``, ``[n, 1, 1]``."""
+        rms = RMS * math.sqrt(directions[0].numel()) / frobenius_norm(directions)
+        return rms * self.config.lr_scale
+
+    def fades(self, batch: Sequence[MatrixPlan]) -> Tensor:
+        """``βᵏ`` after k steps in a row without a gradient, ``[n, 1, 1]``."""
+        return torch.stack(self.held(batch, "fade"))[:, None, None]
+
+    # ------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, float]:
         """Counters, and what :func:`~hf_precond.optimizers.afopt.diagnostics.report` says.
 
-        With ``attention_entropy``, what
-        :meth:`~hf_precond.optimizers.afopt.diagnostics.EntropyMonitor.values` says
-        too. Costs about as much as a step: call it when logging.
+        Costs about as much as a step: call it when logging.
         """
-        watched = {} if self.watch is None else self.watch.values()
-        return super().diagnostics() | report(self) | watched
+        from hf_precond.optimizers.afopt.diagnostics import report
+
+        return super().diagnostics() | report(self)
+
+
+@dataclass
+class TwoSidedPreconditioner:
+    """The factors around a batch of gradients ``[n, out, c]``.
+
+    Args:
+        heads: row groups of each matrix.
+        form: how the matrix sign is computed.
+        left: ``[n · heads, rows, rows]``, or ``None`` for the identity.
+        rights: one a matrix, ``[c, c]`` or blocks ``[b, w, w]``, the same tensor object for
+            siblings; empty for the identity.
+        precision: of products on GPUs.
+    """
+
+    heads: int
+    form: Form
+    left: Tensor | None
+    rights: Sequence[Tensor]
+    precision: Precision = "highest"
+
+    def linear(self, gradient: Tensor) -> Tensor:
+        """``P_L G P_R``: directions ``inverse`` and ``inverse_sqrt``."""
+        right = self._times_right(gradient)
+        if self.left is None:
+            return right
+        return torch.bmm(self.left, self._split(right)).view_as(gradient)
+
+    def spectral(self, gradient: Tensor) -> Tensor:
+        """``W_L msign(W_Lᵀ G W_R) W_Rᵀ``, ``W Wᵀ = A⁻¹``, which depends on A only, not on W.
+
+        With ``msign(Z) = P Z``, P a polynomial of ``Z Zᵀ``, the form ``rows`` needs ``A⁻¹`` alone
+        on the right side; with ``msign(Z) = Z P``, P of ``Zᵀ Z``, ``columns`` on the left one.
+        """
+        if self.form == "rows":
+            return self._by_rows(gradient)
+        return self._by_columns(gradient) if self.form == "columns" else self._by_both(gradient)
+
+    def _by_rows(self, gradient: Tensor) -> Tensor:
+        scaled = self._split(self._times_right(gradient))
+        gram = torch.bmm(scaled, self._split(gradient).mT)
+        if self.left is not None:
+            gram = torch.bmm(torch.bmm(self.left.mT, gram), self.left)
+        sign = gram_newton_schulz(gram)
+        if self.left is not None:
+            sign = torch.bmm(torch.bmm(self.left, sign), self.left.mT)
+        return torch.bmm(sign, scaled).view_as(gradient)
+
+    def _by_columns(self, gradient: Tensor) -> Tensor:
+        parts = self._split(gradient)
+        scaled = parts if self.left is None else torch.bmm(self.left, parts)
+        gram = self._both_sides(torch.bmm(parts.mT, scaled), False)
+        sign = self._both_sides(gram_newton_schulz(gram), True)
+        return torch.bmm(scaled, sign).view_as(gradient)
+
+    def _by_both(self, gradient: Tensor) -> Tensor:
+        z = self._split(self._times_right(gradient))
+        if self.left is not None:
+            z = torch.bmm(self.left.mT, z)
+        low = z.is_cuda and z.dtype == torch.float32
+        sign = newton_schulz(z.bfloat16()).to(z.dtype) if low else newton_schulz(z)
+        if self.left is not None:
+            sign = torch.bmm(self.left, sign)
+        return self._times_right(sign.reshape(gradient.shape), transposed=True)
+
+    def _split(self, matrices: Tensor) -> Tensor:
+        """``[n, out, c] -> [n · heads, rows, c]``."""
+        return matrices.reshape(-1, matrices.shape[1] // self.heads, matrices.shape[2])
+
+    def _times_right(self, matrices: Tensor, transposed: bool = False) -> Tensor:
+        if not self.rights:
+            return matrices
+        return times_right(matrices, self.rights, transposed, self.precision)
+
+    def _both_sides(self, symmetric: Tensor, transposed: bool) -> Tensor:
+        """``W_Rᵀ S W_R`` (``W_R S W_Rᵀ`` if transposed) of symmetric ``[n · heads, c, c]``."""
+        if not self.rights:
+            return symmetric
+        columns = symmetric.shape[-1]
+        stack = (-1, self.heads * columns, columns)
+        once = self._times_right(symmetric.view(stack), transposed).view_as(symmetric)
+        return self._times_right(once.mT.reshape(stack), transposed).view_as(symmetric)

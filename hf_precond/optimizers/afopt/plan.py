@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from hf_precond.architectures.attention import find_attention
@@ -19,128 +20,134 @@ from hf_precond.architectures.structure import (
     RowSelection,
 )
 from hf_precond.architectures.tables import HOW_TO_DECLARE
-from hf_precond.linalg.matrix_functions import unpack
+from hf_precond.linalg.matrix_functions import pack, packed_size, unpack
 from hf_precond.optimizers.afopt.config import AFOptConfig
-from hf_precond.optimizers.base.parameters import BoundMatrix, grouped
-from hf_precond.statistics.requests import MomentRequest
+from hf_precond.optimizers.base.parameters import BoundMatrix, allocate
+from hf_precond.statistics.requests import MomentRequest, request_shape
 
-# Selection
+State = dict[Tensor, dict[str, Any]]
+FactorKind = Literal["inverse", "factor", "root", "moment"]
+Form = Literal["rows", "columns", "square"]
+Side = Literal["", "down", "up"]
 
-SCOPES = {"query_key": ("q", "k"), "attention": ("q", "k", "v", "o")}
-_ROLES = {"q": "queries", "k": "keys", "v": "values", "o": "attention output"}
+SCOPES = {"query_key": "qk", "attention": "qkvo", "all_linear": "qkvo"}
+ROLES = {"q": "queries", "k": "keys", "v": "values", "o": "attention output"}
+VECTORS = {"q": "query", "k": "key"}
+SPECTRAL_KINDS: dict[Form, tuple[FactorKind, FactorKind]] = {
+    "rows": ("factor", "inverse"),
+    "columns": ("inverse", "factor"),
+    "square": ("factor", "factor"),
+}
+"""Kinds of the left and right factors, by the form of the matrix sign."""
+
+# Which matrices ----------------------------------------------------------------------
 
 
-def attention_matrices(model: nn.Module, config: Any) -> ModelStructure:
-    """For AFOpt: the matrices of the attentions in ``config.scope``.
+def attention_matrices(model: nn.Module, config: AFOptConfig) -> ModelStructure:
+    """Finds the matrices in ``config.scope``.
 
-    ``query_key`` takes q and k, ``attention`` o and v too, ``all_linear`` the
-    other linear layers as well, except output heads, tied weights and
-    adapters outside the attentions.
+    ``query_key`` takes q and k of the attentions, ``attention`` v and o too, ``all_linear`` the
+    other linear layers as well, except output heads, tied weights and adapters outside the
+    attentions.
+
+    Args:
+        model: the model.
+        config: the config.
 
     Raises:
-        ValueError: when nothing would be preconditioned: no attention was
-            found, or its matrices are frozen.
+        ValueError: nothing would be preconditioned: no attention was found, or its matrices are
+            frozen.
     """
-    survey = ParameterSurvey(model)
-    roles = SCOPES.get(config.scope, SCOPES["attention"])
-    found = find_attention(model)
-    matrices: list[LayerMatrix] = []
+    survey, attentions, scope = ParameterSurvey(model), find_attention(model), config.scope
+
+    def is_tied(matrix: LayerMatrix) -> bool:
+        return survey.name_of(matrix.weight_parameter) in survey.tied
+
+    chosen: list[tuple[LayerMatrix, str]] = []
     blocks: list[AttentionBlock] = []
-    treated: dict[str, str] = {}
-    taken: set[int] = set()
-    for block in found:
-        chosen = _in_scope(block, roles)
-        if any(survey.name_of(m.weight_parameter) in survey.tied for m, _ in chosen):
-            continue
-        if chosen:
+    for block in attentions:
+        inside = _in_scope(block, SCOPES[scope])
+        if inside and not any(is_tied(matrix) for matrix, _ in inside):
             blocks.append(block)
-        for matrix, reason in chosen:
-            if id(matrix) not in taken:
-                taken.add(id(matrix))
-                matrices.append(matrix)
-            add_reason(treated, survey.matrix_names(matrix), reason)
-    if config.scope == "all_linear":
-        _add_linears(survey, found, matrices, treated)
-    reasons = _left_over(survey, found, config.scope, treated)
-    if not matrices or (not found and config.scope != "all_linear"):
-        raise ValueError(_nothing(model, found, config.scope))
-    if not found:
+            chosen += inside
+    linears = _linears(survey, attentions)
+    if scope == "all_linear":
+        order = {name: place for place, name in enumerate(survey.parameters)}
+        chosen += linears
+        chosen.sort(key=lambda item: order[survey.name_of(item[0].weight_parameter)])
+    matrices = list(dict.fromkeys(matrix for matrix, _ in chosen))
+    if not matrices or (not attentions and scope != "all_linear"):
+        raise ValueError(_nothing(model, attentions, scope))
+    if not attentions:
         warnings.warn(
             f"afopt: no attention was found in {type(model).__name__}, so only its other linear "
             f"layers are preconditioned; {HOW_TO_DECLARE}.",
             stacklevel=3,
         )
-    others = _others(survey, found, matrices)
+    hidden = [
+        matrix
+        for block in attentions
+        for role, matrix in block.roles().items()
+        if role in block.trainable and not is_tied(matrix)
+    ]
+    hidden += [matrix for matrix, _ in linears]
+    treated: dict[str, str] = {}
+    for matrix, reason in chosen:
+        add_reason(treated, survey.matrix_names(matrix), reason)
     return survey.structure(
-        config, treated, reasons, matrices=matrices, others=others, attention=blocks
+        config,
+        treated,
+        _reasons_outside(survey, attentions, scope, treated),
+        matrices=matrices,
+        hidden=[matrix for matrix in hidden if matrix not in set(matrices)],
+        attention=blocks,
     )
 
 
-def _others(
-    survey: ParameterSurvey, found: Sequence[AttentionBlock], matrices: Sequence[LayerMatrix]
-) -> list[LayerMatrix]:
-    """What ``all_linear`` would take beside ``matrices``."""
-    wider = [
-        matrix
-        for block in found
-        for role, matrix in block.roles().items()
-        if role in block.trainable and survey.name_of(matrix.weight_parameter) not in survey.tied
-    ]
-    _add_linears(survey, found, wider, {})
-    inside = {(matrix.module, matrix.weight, matrix.rows) for matrix in matrices}
-    return [m for m in wider if (m.module, m.weight, m.rows) not in inside]
-
-
-def _in_scope(block: AttentionBlock, roles: Sequence[str]) -> list[tuple[LayerMatrix, str]]:
-    """The matrices of an attention that are stepped, each with its reason."""
+def _in_scope(block: AttentionBlock, roles: str) -> list[tuple[LayerMatrix, str]]:
+    """The matrices and adapters of an attention that are stepped, each with its reason."""
     chosen: list[tuple[LayerMatrix, str]] = []
     note = f" ({block.note})" if block.note else ""
     for role, matrix in block.roles().items():
         if role not in roles:
             continue
         if role in block.trainable:
-            chosen.append((matrix, _ROLES[role] + note))
+            chosen.append((matrix, ROLES[role] + note))
         adapter = block.adapters.get(role)
         if adapter is not None:
             pair = [matrix for matrix in (adapter.down, adapter.up) if matrix.trains]
-            chosen += [(matrix, f"adapter of {_ROLES[role]}{note}") for matrix in pair]
+            chosen += [(matrix, f"adapter of {ROLES[role]}{note}") for matrix in pair]
     return chosen
 
 
-def _add_linears(
-    survey: ParameterSurvey,
-    found: Sequence[AttentionBlock],
-    matrices: list[LayerMatrix],
-    treated: dict[str, str],
-) -> None:
-    """Add the linear layers outside attention, in model order."""
-    inside = {matrix.module for block in found for matrix in block.roles().values()}
-    for gate in _gates(found):
-        if gate.trains and survey.name_of(gate.weight_parameter) not in survey.tied:
-            matrices.append(gate)
-            add_reason(treated, survey.matrix_names(gate), "gate")
+def _linears(
+    survey: ParameterSurvey, attentions: Sequence[AttentionBlock]
+) -> list[tuple[LayerMatrix, str]]:
+    """The linear layers outside attention that ``all_linear`` takes, each with its reason."""
+    inside = {matrix.module for block in attentions for matrix in block.roles().values()}
+    linears = [
+        (gate, "gate")
+        for gate in _gates(attentions)
+        if gate.trains and survey.name_of(gate.weight_parameter) not in survey.tied
+    ]
     for matrix in find_matrices(survey.model):
         name = survey.name_of(matrix.weight_parameter)
-        skipped = (
-            not is_linear(matrix.module)
-            or matrix.module in inside
-            or name in treated
-            or name in survey.tied
-            or name in survey.head
-            or survey.describe(name) == "adapter"
-            or min(matrix.shape) == 1
-        )
-        if not skipped:
-            matrices.append(matrix)
-            add_reason(treated, survey.matrix_names(matrix), "linear layer")
-    order = {name: place for place, name in enumerate(survey.parameters)}
-    matrices.sort(key=lambda matrix: order[survey.name_of(matrix.weight_parameter)])
+        if (
+            is_linear(matrix.module)
+            and matrix.module not in inside
+            and name not in survey.tied
+            and name not in survey.head
+            and survey.describe(name) != "adapter"
+            and min(matrix.shape) > 1
+        ):
+            linears.append((matrix, "linear layer"))
+    return linears
 
 
-def _gates(found: Sequence[AttentionBlock]) -> list[LayerMatrix]:
+def _gates(attentions: Sequence[AttentionBlock]) -> list[LayerMatrix]:
     """The gates that share a weight with an attention's queries."""
     gates: dict[nn.Module, LayerMatrix] = {}
-    for block in found:
+    for block in attentions:
         query = block.q
         shared = {matrix.module for role, matrix in block.roles().items() if role != "q"}
         if query.rows is not None and query.module not in shared:
@@ -149,175 +156,67 @@ def _gates(found: Sequence[AttentionBlock]) -> list[LayerMatrix]:
     return list(gates.values())
 
 
-def _left_over(
-    survey: ParameterSurvey, found: Sequence[AttentionBlock], scope: str, treated: dict[str, str]
+def _reasons_outside(
+    survey: ParameterSurvey,
+    attentions: Sequence[AttentionBlock],
+    scope: str,
+    treated: dict[str, str],
 ) -> dict[str, str]:
-    """Reasons for matrices that a wider scope would take, and for rows left of fused ones."""
+    """Reasons of matrices outside the scope; rows outside it are added to ``treated``."""
     reasons: dict[str, str] = {}
-    for block in found:
+    for block in attentions:
         for role, matrix in block.roles().items():
             for name in survey.matrix_names(matrix):
                 if name not in treated:
-                    add_reason(reasons, [name], f"{_ROLES[role]}: outside scope={scope}")
-                elif matrix.rows is not None and role not in SCOPES.get(scope, "qkvo"):
-                    add_reason(treated, [name], f"{_ROLES[role]} by the base rule")
+                    add_reason(reasons, [name], f"{ROLES[role]}: outside scope={scope}")
+                elif matrix.rows is not None and role not in SCOPES[scope]:
+                    add_reason(treated, [name], f"{ROLES[role]} by the fallback optimizer")
     if scope != "all_linear":
-        for gate in _gates(found):
-            for name in survey.matrix_names(gate):
-                if name in treated:
-                    add_reason(treated, [name], "gate by the base rule")
+        for gate in _gates(attentions):
+            names = [name for name in survey.matrix_names(gate) if name in treated]
+            add_reason(treated, names, "gate by the fallback optimizer")
         for name in survey.parameters:
             if name not in treated and survey.describe(name) == "linear layer":
                 reasons.setdefault(name, f"linear layer: outside scope={scope}")
     return reasons
 
 
-def _nothing(model: nn.Module, found: Sequence[AttentionBlock], scope: str) -> str:
+def _nothing(model: nn.Module, attentions: Sequence[AttentionBlock], scope: str) -> str:
     name = type(model).__name__
-    if not found:
+    if not attentions:
         return f"afopt: no attention that it knows was found in {name}; {HOW_TO_DECLARE}."
     return (
-        f"afopt: {name} has {len(found)} attentions, but no matrix in scope={scope} trains (they "
-        "are frozen or tied); unfreeze them, widen scope, or put LoRA adapters on q, k, v or o."
+        f"afopt: {name} has {len(attentions)} attentions, but no matrix in scope={scope} trains "
+        "(they are frozen or tied); unfreeze them, widen scope, or put LoRA adapters on q, k, v or "
+        "o."
     )
 
 
-# Plan
-
-State = dict[Tensor, dict[str, Any]]
-FactorKind = Literal["inverse", "factor", "root"]
-Form = Literal["rows", "columns", "square"]
-
-
-@dataclass(eq=False)
-class Moment:
-    """A running second moment, in the state of its anchor, kept as one triangle.
+def check_attention(attentions: Sequence[AttentionBlock], config: AFOptConfig) -> None:
+    """Checks that the config fits the attentions; warns where averaged factors cannot be had.
 
     Args:
-        request: what is asked of the model.
-        anchor: the matrix whose state holds it.
-        name: its name there.
+        attentions: those with a matrix in scope.
+        config: the config.
+
+    Raises:
+        ValueError: ``joint`` for an attention without a known joint solution.
     """
-
-    request: MomentRequest
-    anchor: BoundMatrix
-    name: str
-
-    @property
-    def blocks(self) -> int:
-        """Diagonal blocks that are kept of it."""
-        return self.request.blocks
-
-    @property
-    def key(self) -> str:
-        """Its name in the state."""
-        return self.anchor.prefix + self.name
-
-    def tensor(self, state: State) -> Tensor:
-        """The moment as it is kept, packed."""
-        return state[self.anchor.weight][self.key]
-
-    def updates(self, state: State) -> Tensor:
-        """How many means it holds."""
-        return state[self.anchor.weight][f"{self.key}_updates"]
-
-    def read(self, state: State) -> Tensor:
-        """The moment in the dtype of the mathematics."""
-        return unpack(self.tensor(state)).to(self.anchor.dtype)
-
-
-@dataclass(eq=False)
-class RightFactor:
-    """A function of the second moment of a layer's input; siblings share one.
-
-    The symmetric kinds are kept as one triangle.
-
-    Args:
-        moment: the moment.
-        columns: columns of the gradients it is applied to; the leading block
-            of a wider moment (a key without bias beside a query with one).
-        anchor: the matrix whose state holds it.
-        kind: ``inverse``; ``factor``, W with ``W Wᵀ`` the inverse; or
-            ``root``, the symmetric inverse square root.
-        down: LoRA's A, where the input is ``A x``: the moment is ``A A_X Aᵀ``.
-        phase: when in the refresh interval it is due.
-    """
-
-    moment: Moment
-    columns: int
-    anchor: BoundMatrix
-    kind: FactorKind
-    down: LayerMatrix | None = None
-    phase: int = 0
-
-    @property
-    def key(self) -> str:
-        return f"{self.anchor.prefix}{self.moment.name}_{self.kind}"
-
-    @property
-    def packed(self) -> bool:
-        return self.kind != "factor"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the factor, unpacked."""
-        if self.down is None and self.moment.blocks > 1:
-            request = self.moment.request
-            width = -(-request.matrix.columns // request.blocks)
-            return (request.blocks, width, width)
-        return (self.columns, self.columns)
-
-    def tensor(self, state: State) -> Tensor:
-        """The factor as it is kept."""
-        return state[self.anchor.weight][self.key]
-
-    def read(self, state: State) -> Tensor:
-        """The factor."""
-        return unpack(self.tensor(state)) if self.packed else self.tensor(state)
-
-
-@dataclass(eq=False)
-class MatrixPlan:
-    """How one matrix is stepped.
-
-    Args:
-        placed: the matrix.
-        role: ``q``, ``k``, ``v``, ``o``, or ``linear`` outside attention.
-        heads: row groups that have a left factor and a matrix sign each.
-        form: which product the matrix sign is computed from: of rows, of
-            columns, or neither.
-        block: the attention, if any.
-        side: ``down`` or ``up`` where the matrix is LoRA's A or B.
-        right: the factor of its input; ``None`` for the identity.
-        left: kind of its left factor; ``None`` for the identity.
-        phase: when in the refresh interval its left factor is due.
-    """
-
-    bound: BoundMatrix
-    role: str
-    heads: int
-    form: Form
-    block: AttentionBlock | None = None
-    side: Literal["", "down", "up"] = ""
-    right: RightFactor | None = None
-    left: FactorKind | None = None
-    phase: int = 0
-
-    @property
-    def rows(self) -> int:
-        """Rows of one head."""
-        return self.bound.matrix.shape[0] // self.heads
-
-    @property
-    def in_logits(self) -> bool:
-        """Whether a step of this matrix moves logits in a way that is predicted."""
-        return self.role in "qk" and not self.side
-
-    def name(self, name: str) -> str:
-        return self.bound.prefix + name
-
-    def held(self, state: State) -> dict[str, Any]:
-        return state[self.bound.weight]
+    for block in attentions:
+        if config.joint and (block.heads.group > 1 or observes(block, config)):
+            raise ValueError(
+                f"joint=True: {block.name} has grouped, rotated or normed queries and keys, "
+                "for which the joint solution is not known; set joint=False (or "
+                "rope='ignored' where they are only rotated)."
+            )
+    unread = [block.name for block in attentions if block.rotary and not block.observed]
+    if unread and config.rope == "averaged" and config.space == "logits":
+        warnings.warn(
+            f"afopt: the rotated queries and keys of {len(unread)} attentions ({unread[0]}, …) "
+            "cannot be read, so their factors follow from the inputs and weights alone, as "
+            "with rope='ignored'.",
+            stacklevel=2,
+        )
 
 
 def observes(block: AttentionBlock, config: AFOptConfig) -> bool:
@@ -331,12 +230,147 @@ def observes(block: AttentionBlock, config: AFOptConfig) -> bool:
     return block.observed and block.normed
 
 
-class AFOptPlan:
-    """Every item, and every moment they need.
+# Which factors -------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class StateMatrix:
+    """A symmetric or triangular matrix, or several, in the optimizer's state of one weight.
 
     Args:
-        placed: the matrices in scope, in model order.
-        blocks: what was found in the model.
+        bound: the matrix whose state holds it.
+        name: its name there, behind the prefix of a fused weight's rows.
+        shape: ``[…, n, n]``.
+        packed: kept as one triangle.
+    """
+
+    bound: BoundMatrix
+    name: str
+    shape: tuple[int, ...]
+    packed: bool
+
+    @property
+    def key(self) -> str:
+        """Its key in the state."""
+        return self.bound.prefix + self.name
+
+    def stored(self, state: State) -> Tensor:
+        """As it is kept: packed or not."""
+        return state[self.bound.weight][self.key]
+
+    def read(self, state: State) -> Tensor:
+        """``[…, n, n]`` in the dtype of the mathematics."""
+        stored = self.stored(state)
+        return (unpack(stored) if self.packed else stored).to(self.bound.dtype)
+
+    def allocate(self, held: dict[str, Any], dtype: torch.dtype) -> None:
+        """Makes it in a weight's state, of zeros, where it is missing."""
+        shape = (*self.shape[:-2], packed_size(self.shape[-1])) if self.packed else self.shape
+        allocate(held, self.key, shape, dtype, self.bound.weight.device)
+
+
+@dataclass(eq=False)
+class Moment(StateMatrix):
+    """A running second moment of a layer's input, or of queries or keys.
+
+    Args:
+        request: what is asked of the model.
+    """
+
+    request: MomentRequest
+
+    def updates(self, state: State) -> Tensor:
+        """How many means it holds."""
+        return state[self.bound.weight][f"{self.key}_updates"]
+
+    def allocate(self, held: dict[str, Any], dtype: torch.dtype) -> None:
+        """Makes it and the count of its means."""
+        super().allocate(held, dtype)
+        allocate(held, f"{self.key}_updates", (), torch.int64, self.bound.weight.device)
+
+
+@dataclass(eq=False)
+class Factor(StateMatrix):
+    """A function of a damped second moment A; as such the left factors, one a head of a matrix.
+
+    Args:
+        kind: ``inverse``; ``factor``, W with ``W Wᵀ`` the inverse; ``root``, the symmetric inverse
+            square root; or ``moment``, A itself, undamped.
+    """
+
+    kind: FactorKind
+
+    def allocate(self, held: dict[str, Any], dtype: torch.dtype) -> None:
+        """Makes it, as the identity."""
+        missing = self.key not in held
+        super().allocate(held, dtype)
+        if missing and self.kind != "moment":
+            eye = torch.eye(self.shape[-1], dtype=dtype, device=self.bound.weight.device)
+            held[self.key].copy_(pack(eye) if self.packed else eye)
+
+
+@dataclass(eq=False)
+class RightFactor(Factor):
+    """The factor of a layer's input; matrices that read the same input share one.
+
+    Args:
+        moment: the input's moment.
+        columns: columns of the gradients it is applied to; the leading block of a wider moment (a
+            key without bias beside a query with one).
+        down: LoRA's A, where the input is ``A x``: the moment is ``A A_X Aᵀ``.
+    """
+
+    moment: Moment
+    columns: int
+    down: LayerMatrix | None
+
+
+@dataclass(eq=False)
+class MatrixPlan:
+    """How one matrix is stepped.
+
+    Args:
+        bound: the matrix.
+        role: ``q``, ``k``, ``v``, ``o``, or ``linear`` outside attention.
+        block: the attention, if any.
+        side: ``down`` or ``up`` where the matrix is LoRA's A or B.
+        heads: row groups that have a left factor and a matrix sign each.
+        right: the factor of its input; ``None`` for the identity.
+        left: the factors of its rows; ``None`` for the identity.
+        left_moment: the moments under ``left``, where changes of the logits are predicted.
+        own: under ``joint``, the inverse moments of its own queries (q) or keys (k).
+    """
+
+    bound: BoundMatrix
+    role: str
+    block: AttentionBlock | None = None
+    side: Side = ""
+    heads: int = 1
+    right: RightFactor | None = None
+    left: Factor | None = None
+    left_moment: Factor | None = None
+    own: Factor | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of one head."""
+        return self.bound.matrix.shape[0] // self.heads
+
+    @property
+    def form(self) -> Form:
+        """Which product the matrix sign is computed from: of rows, of columns, or neither."""
+        rows, columns = self.rows, self.bound.matrix.shape[1]
+        if columns >= 2 * rows:
+            return "rows"
+        return "columns" if rows >= 2 * columns else "square"
+
+
+class AFOptPlan:
+    """The plan of every matrix, and every moment and factor they need.
+
+    Args:
+        bound: the matrices in scope, in model order.
+        structure: what was found in the model.
         config: the config.
     """
 
@@ -345,41 +379,87 @@ class AFOptPlan:
     ) -> None:
         self.config = config
         self.bound = {item.matrix: item for item in bound}
-        self.matrices: list[MatrixPlan] = []
+        self.of: dict[BoundMatrix, MatrixPlan] = {}
         self.moments: list[Moment] = []
+        self.moments_of: dict[AttentionBlock, dict[str, Moment]] = {}
+        self.lefts: list[Factor] = []
         self.rights: list[RightFactor] = []
-        self.known: dict[AttentionBlock, dict[str, Moment]] = {}
-        self.features = config.space == "logits"
-        for number, block in enumerate(structure.attention):
-            _Attention(self, block, f"a{number}").plan_members()
-        attended = {item.bound for item in self.matrices}
+        for block in structure.attention:
+            for role, side, item in self._members(block):
+                self._plan_attention(block, role, side, item)
         for item in bound:
-            if item not in attended:
-                self._add_linear(item)
-        order = {item: place for place, item in enumerate(bound)}
-        self.matrices.sort(key=lambda item: order[item.bound])
-        self._stagger()
-        self.of = {item.bound: item for item in self.matrices}
-        self.rights_at = {same[0].anchor: same for same in grouped(self.rights, _anchor)}
-        self.moments_at = {same[0].anchor: same for same in grouped(self.moments, _anchor)}
+            if item not in self.of:
+                self._plan_linear(item)
+        self.matrices = [self.of[item] for item in bound]
+        self.stored: dict[BoundMatrix, list[StateMatrix]] = {item: [] for item in bound}
+        for stored in (*self.lefts, *self.rights, *self.moments):
+            self.stored[stored.bound].append(stored)
+        # Spread the layers over the statistics steps of one refresh interval.
+        layers: dict[Any, int] = {}
+        phases = max(1, config.inverse_interval // config.stat_interval)
+        self.phases: dict[BoundMatrix, int] = {}
+        for plan in self.matrices:
+            number = layers.setdefault(plan.block or plan.bound, len(layers))
+            self.phases[plan.bound] = number % phases * config.stat_interval
 
-    @property
-    def predicts(self) -> bool:
-        """Whether every step's logit change is predicted."""
-        return self.config.scaling in ("logit_rms", "cap")
+    def _members(self, block: AttentionBlock) -> list[tuple[str, Side, BoundMatrix]]:
+        """Role and side of the matrices of an attention that are in scope."""
+        members: dict[LayerMatrix, tuple[str, Side]] = {}
+        for role, matrix in block.roles().items():
+            members[matrix] = role, ""
+            if role in block.adapters:
+                members[block.adapters[role].up] = role, "up"
+                members.setdefault(block.adapters[role].down, (role, "down"))
+        bound = self.bound
+        return [(*member, bound[matrix]) for matrix, member in members.items() if matrix in bound]
 
-    def moment(
-        self, kind: Any, matrix: LayerMatrix, anchor: BoundMatrix, name: str, key: str, **more: Any
-    ) -> Moment:
-        """Ask for a moment."""
-        blocks = 1
-        if kind == "input":
-            blocks = -(-matrix.shape[1] // self.config.max_dim)
-        request = MomentRequest(key, kind, matrix, blocks=blocks, **more)
-        self.moments.append(Moment(request, anchor, name))
-        return self.moments[-1]
+    def _plan_attention(
+        self, block: AttentionBlock, role: str, side: Side, bound: BoundMatrix
+    ) -> None:
+        config, heads = self.config, 1
+        if side != "down" and role != "o":
+            heads = block.heads.query if role == "q" else block.heads.key_value
+        plan = self.of[bound] = MatrixPlan(bound, role, block, side, heads)
+        left, right = self._kinds(plan)
+        if role in "qk" or (role == "v" and block.o is not None) or side == "down":
+            plan.left = self._left(plan, "left", left)
+        if role in "qk" and not side and config.scaling in ("logit_rms", "cap"):
+            plan.left_moment = self._left(plan, "left_moment", "moment")
+        if role in "qk" and not side and config.joint:
+            plan.own = self._left(plan, "own", "inverse")
+        if config.space == "logits":
+            moment = self._moment(block, self.input_of(block, role))
+            down = block.adapters[role].down if side == "up" else None
+            plan.right = self._right(moment, bound, right, down)
+            left_inputs = "qk" if config.joint and role in "qk" else {"q": "k", "k": "q"}.get(role)
+            for other in left_inputs or "":
+                # Covariant damping is in units of the input's moment.
+                if not observes(block, config) or config.covariant_damping:
+                    self._moment(block, self.input_of(block, other))
+                if observes(block, config):
+                    self._moment(block, VECTORS[other])
 
-    def right(
+    def _plan_linear(self, bound: BoundMatrix) -> None:
+        plan = self.of[bound] = MatrixPlan(bound, "linear")
+        if self.config.space == "logits":
+            request = self._input_request(f"{bound.matrix.name}:input", bound.matrix)
+            moment = self._add_moment(bound, "input_moment", request)
+            plan.right = self._right(moment, bound, self._kinds(plan)[1], None)
+
+    def _kinds(self, plan: MatrixPlan) -> tuple[FactorKind, FactorKind]:
+        """Kinds of the left and right factors."""
+        if self.config.direction == "inverse":
+            return "inverse", "inverse"
+        if self.config.direction == "inverse_sqrt":
+            return "root", "root"
+        return SPECTRAL_KINDS[plan.form]
+
+    def _left(self, plan: MatrixPlan, name: str, kind: FactorKind) -> Factor:
+        shape = (plan.heads, plan.rows, plan.rows)
+        self.lefts.append(Factor(plan.bound, name, shape, False, kind))
+        return self.lefts[-1]
+
+    def _right(
         self, moment: Moment, bound: BoundMatrix, kind: FactorKind, down: LayerMatrix | None
     ) -> RightFactor:
         """The factor for a matrix: a sibling's, or a new one in its own state."""
@@ -389,172 +469,45 @@ class AFOptPlan:
                 down is None and known.down is None
             ):
                 return known
-        self.rights.append(RightFactor(moment, columns, bound, kind, down))
+        blocked = down is None and moment.request.blocks > 1
+        shape = moment.shape if blocked else (columns, columns)
+        name, packed = f"{moment.name}_{kind}", kind != "factor"
+        self.rights.append(RightFactor(bound, name, shape, packed, kind, moment, columns, down))
         return self.rights[-1]
 
-    def kinds(self, form: Form) -> tuple[FactorKind, FactorKind]:
-        """Kinds of the left and right factors."""
-        if self.config.direction == "inverse":
-            return "inverse", "inverse"
-        if self.config.direction == "inverse_sqrt":
-            return "root", "root"
-        return {
-            "rows": ("factor", "inverse"),
-            "columns": ("inverse", "factor"),
-            "square": ("factor", "factor"),
-        }[form]  # type: ignore[return-value]
+    def input_of(self, block: AttentionBlock, role: str) -> str:
+        """The name in :attr:`moments_of` of what enters a role's matrix."""
+        return "centered" if role == "k" and self.config.center else block.reads(role)
 
-    def _add_linear(self, bound: BoundMatrix) -> None:
-        form = form_of(*bound.matrix.shape)
-        right = None
-        if self.features:
-            key = f"l{len(self.matrices)}"
-            moment = self.moment("input", bound.matrix, bound, "input_moment", key)
-            right = self.right(moment, bound, self.kinds(form)[1], None)
-        self.matrices.append(MatrixPlan(bound, "linear", 1, form, right=right))
+    def _moment(self, block: AttentionBlock, name: str) -> Moment:
+        """A moment of an attention, made once; its first matrix's state holds it.
 
-    def _stagger(self) -> None:
-        """Spread the layers over the statistics steps of one refresh interval."""
-        config = self.config
-        phases = max(1, config.inverse_interval // config.stat_interval)
-        owners: dict[Any, int] = {}
-        for item in self.matrices:
-            owner = item.block or item.bound
-            number = owners.setdefault(owner, len(owners))
-            item.phase = number % phases * config.stat_interval
-            if item.right is not None:
-                item.right.phase = item.phase
+        ``x``, ``context``, ``value``, ``o``: of a tensor that :meth:`AttentionBlock.reads` names;
+        ``centered``: of k's input about each sequence's mean; ``query``, ``key``: of these vectors.
+        """
+        moments = self.moments_of.setdefault(block, {})
+        if name in moments:
+            return moments[name]
+        key, center = f"{block.name}:{name}", self.config.center and name in ("centered", "key")
+        if name in ("query", "key"):
+            matrix, rotates = block.q if name == "query" else block.k, block.rotary
+            request = MomentRequest(key, name, matrix, block, rotates, center)  # type: ignore[arg-type]
+        else:
+            tensor = block.reads("k") if name == "centered" else name
+            # v first: DeBERTa calls q and k with its relative positions too.
+            readers = [block.roles()[role] for role in sorted(block.readers(tensor), reverse=True)]
+            widest = max(readers, key=lambda m: (m.columns, m.weight_parameter.requires_grad))
+            request = self._input_request(key, widest, attention=block, center=center)
+        members = {item for _, _, item in self._members(block)}
+        first = next(item for item in self.bound.values() if item in members)
+        stem = {"x": "input", "o": "output"}.get(name, name)
+        moments[name] = self._add_moment(first, f"{stem}_moment", request)
+        return moments[name]
 
+    def _input_request(self, key: str, matrix: LayerMatrix, **fields: Any) -> MomentRequest:
+        blocks = -(-matrix.shape[1] // self.config.max_dim)
+        return MomentRequest(key, "input", matrix, blocks=blocks, **fields)
 
-def form_of(rows: int, columns: int) -> Form:
-    """Which Gram matrix is small enough to work in."""
-    if columns >= 2 * rows:
-        return "rows"
-    return "columns" if rows >= 2 * columns else "square"
-
-
-def _anchor(kept: Moment | RightFactor) -> BoundMatrix:
-    return kept.anchor
-
-
-class _Attention:
-    """Plans the matrices of one attention."""
-
-    def __init__(self, plan: AFOptPlan, block: AttentionBlock, key: str) -> None:
-        self.plan, self.block, self.key = plan, block, key
-        self.members: list[tuple[str, Literal["", "down", "up"], LayerMatrix]] = []
-        downs: set[LayerMatrix] = set()
-        for role, matrix in block.roles().items():
-            if matrix in plan.bound:
-                self.members.append((role, "", matrix))
-            adapter = block.adapters.get(role)
-            if adapter is None:
-                continue
-            if adapter.up in plan.bound:
-                self.members.append((role, "up", adapter.up))
-            if adapter.down in plan.bound and adapter.down not in downs:
-                downs.add(adapter.down)
-                self.members.append((role, "down", adapter.down))
-        self.known: dict[str, Moment] = plan.known.setdefault(block, {})
-
-    def plan_members(self) -> None:
-        if not self.members:
-            return
-        order = list(self.plan.bound)
-        first = min((matrix for _, _, matrix in self.members), key=order.index)
-        self.anchor = self.plan.bound[first]
-        for role, side, matrix in self.members:
-            self._add(role, side, matrix)
-
-    def _add(self, role: str, side: Literal["", "down", "up"], matrix: LayerMatrix) -> None:
-        plan, block = self.plan, self.block
-        bound = plan.bound[matrix]
-        heads = 1
-        if side != "down" and role != "o":
-            heads = block.heads.query if role == "q" else block.heads.key_value
-        form = form_of(matrix.shape[0] // heads, matrix.shape[1])
-        left, right = plan.kinds(form)
-        has_left = role in "qk" or (role == "v" and block.o is not None) or side == "down"
-        item = MatrixPlan(
-            bound, role, heads, form, block, side, left=left if has_left else None
-        )
-        if plan.features:
-            down = block.adapters[role].down if side == "up" else None
-            item.right = plan.right(self._input(role), bound, right, down)
-            self._ask_for_left(role)
-        plan.matrices.append(item)
-
-    def _input(self, role: str) -> Moment:
-        """The moment of what enters the matrix of a role."""
-        if role == "k" and self.plan.config.center:
-            return self.centered()
-        return self.feature(self.block.reads(role))
-
-    def feature(self, which: str) -> Moment:
-        """The moment of one of the tensors that :meth:`AttentionBlock.reads` names."""
-        if which not in self.known:
-            name = {"x": "input", "o": "output"}.get(which, which) + "_moment"
-            self.known[which] = self.plan.moment(
-                "input",
-                self._widest(which),
-                self.anchor,
-                name,
-                f"{self.key}.{which}",
-                attention=self.block,
-            )
-        return self.known[which]
-
-    def centered(self) -> Moment:
-        """The moment of k's input about each sequence's mean."""
-        if "centered" not in self.known:
-            self.known["centered"] = self.plan.moment(
-                "input",
-                self._widest(self.block.reads("k")),
-                self.anchor,
-                "centered_moment",
-                f"{self.key}.centered",
-                attention=self.block,
-                center=True,
-            )
-        return self.known["centered"]
-
-    def _widest(self, which: str) -> LayerMatrix:
-        """The matrix that reads an input with the constant 1 behind it, if one does."""
-        block = self.block
-        # v first: DeBERTa calls q and k with its relative positions too.
-        roles = sorted(block.readers(which), reverse=True)
-        matrices = [block.roles()[role] for role in roles]
-        return max(matrices, key=lambda m: (m.columns, m.weight_parameter.requires_grad))
-
-    def _ask_for_left(self, role: str) -> None:
-        """Ask for what the left factor of a role is made from."""
-        config = self.plan.config
-        wanted = {"q": ["key"], "k": ["query"]}.get(role, [])
-        if config.joint and wanted:
-            wanted = ["query", "key"]
-        for which in wanted:
-            if observes(self.block, config):
-                self._vectors(which)
-                if not config.covariant_damping:  # which is in units of the input's moment
-                    continue
-            if which == "query":
-                self.feature("x")
-            elif config.center:
-                self.centered()
-            else:
-                self.feature(self.block.reads("k"))
-
-    def _vectors(self, which: str) -> None:
-        if which in self.known:
-            return
-        block, config = self.block, self.plan.config
-        self.known[which] = self.plan.moment(
-            which,
-            block.q if which == "query" else block.k,
-            self.anchor,
-            f"{which}_moment",
-            f"{self.key}.{which}",
-            attention=block,
-            average_rotation=block.rotary,
-            center=config.center and which == "key",
-        )
+    def _add_moment(self, bound: BoundMatrix, name: str, request: MomentRequest) -> Moment:
+        self.moments.append(Moment(bound, name, request_shape(request), True, request))
+        return self.moments[-1]

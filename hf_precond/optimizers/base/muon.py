@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -18,15 +18,12 @@ class MuonFallback(AdamWFallback):
     ``M ← β M + (1-β) G``, ``U = msign(β M + (1-β) G)`` (Nesterov),
     ``p ← (1 - lr·wd) p - lr·m·0.2·√max(rows, columns)·U``: the entries of a
     step have AdamW's usual root mean square (Liu et al., "Muon is scalable
-    for LLM training", 2025). The optimizer that owns it says which views are
-    matrices of hidden layers: :attr:`is_hidden`.
+    for LLM training", 2025). It steps the views that are marked ``hidden``.
 
     Args:
         lr_scale: m, learning rate of the matrices over the group's, > 0.
         nesterov: Nesterov form of the momentum.
     """
-
-    is_hidden: Callable[[ParamView], bool] = staticmethod(lambda view: False)
 
     def __init__(self, lr_scale: float = 1.0, nesterov: bool = True) -> None:
         super().__init__()
@@ -38,15 +35,17 @@ class MuonFallback(AdamWFallback):
         return cls(getattr(config, "lr_scale", 1.0), getattr(config, "nesterov", True))
 
     def allocate(self, views: Sequence[ParamView]) -> None:
-        matrices, others = self._split(views)
-        for view in matrices:
-            view.zeros("momentum_buffer")
-        super().allocate(others)
+        """Makes the momentum of hidden matrices, and AdamW's moments of all others."""
+        for view in views:
+            if view.hidden:
+                view.zeros("momentum_buffer")
+        super().allocate([view for view in views if not view.hidden])
 
     def update(self, views: Sequence[ParamView]) -> None:
-        self.allocate(views)
-        hidden, others = self._split(views)
-        super().update(others)
+        """Steps hidden matrices by Muon and all others by AdamW."""
+        super().update([view for view in views if not view.hidden])
+        hidden = [view for view in views if view.hidden]
+        self.allocate(hidden)
         for batch in by_group(hidden):
             group = batch[0].group
             with compute_copies(batch) as (params, grads):
@@ -68,13 +67,6 @@ class MuonFallback(AdamWFallback):
                 for param, matrix in zip(params, matrices, strict=True):
                     if param is not matrix:
                         param.copy_(matrix.view(param.shape))
-
-
-    def _split(self, views: Sequence[ParamView]) -> tuple[list[ParamView], list[ParamView]]:
-        """Matrices of hidden layers, and all other views."""
-        hidden = {id(view) for view in views if self.is_hidden(view)}
-        matrices = [view for view in views if id(view) in hidden]
-        return matrices, [view for view in views if id(view) not in hidden]
 
 
 def _as_matrices(tensors: Sequence[Tensor], views: Sequence[ParamView]) -> list[Tensor]:

@@ -268,6 +268,9 @@ class PrecondOptimizer(torch.optim.Optimizer):
             for parameter in group["params"]
             if parameter.grad is not None and id(parameter) not in taken
         )
+        hidden = {id(self.state.get(m.weight_parameter)) for m in self.structure.hidden}
+        for view in views:
+            view.hidden = id(view.state) in hidden and len(view.shape) == 2
         return views
 
     # Binding to parameter groups and to the model --------------------------------------

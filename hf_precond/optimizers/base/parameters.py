@@ -36,6 +36,7 @@ class ParamView:
         matrix_shape: ``[out, in]``, where ``param`` is not two-dimensional: rows interleaved per
             head lie in ``[groups, rows, in]``.
         matrix: what the model says of the weight, where an optimizer asks for it.
+        hidden: a matrix of a hidden layer that no preconditioner takes (Muon steps these).
     """
 
     param: Tensor
@@ -45,6 +46,7 @@ class ParamView:
     group: dict[str, Any]
     matrix_shape: tuple[int, ...] | None = None
     matrix: LayerMatrix | None = None
+    hidden: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:

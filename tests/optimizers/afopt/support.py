@@ -135,7 +135,7 @@ def directions(optimizer):
         found = {}
         for plan in optimizer.plan.matrices:
             gradient = plan.bound.gradient()[None]
-            found[plan.role] = optimizer._directions([plan], gradient)[0]
+            found[plan.role] = optimizer.directions([plan], gradient)[0]
         return found
 
 

@@ -107,7 +107,7 @@ def test_grouped_queries_share_the_keys_of_tied_heads():
     gradient = tied.k.weight.grad.unflatten(0, (2, 2, 4)).sum(1).flatten(0, 1)
     torch.testing.assert_close(grouped.k.weight.grad, gradient, rtol=0, atol=1e-12)
     block = found[tied][0].structure.attention[0]
-    queries = found[tied][0].factors.queries(block).unflatten(0, (2, 2)).sum(1)
+    queries = found[tied][0].factors.vector_moment(block, "q").unflatten(0, (2, 2)).sum(1)
     moment = found[tied][0].plan.moments[0].read(found[tied][0].state)
     full = torch.cat([grouped.k.weight.grad, grouped.k.bias.grad[:, None]], 1)
     mean = moment.diagonal().mean()
@@ -214,7 +214,9 @@ def test_key_without_bias_uses_the_leading_block():
     parts[1] = LayerMatrix("k", module.k)
     heads = Heads(2, 2, 8, 8)
     block = AttentionBlock("", module, *parts, heads=heads, trainable=frozenset("qkvo"))
-    structure = ModelStructure(parts, [block], open_statistics=lambda requests: MomentCollector(module, requests))
+    structure = ModelStructure(
+        parts, [block], open_statistics=lambda requests: MomentCollector(module, requests)
+    )
     config = AFOptConfig.create(direction="inverse", damping=0.1, momentum=0.0)
     optimizer = AFOpt(list(module.parameters()), structure, config)
     assert len(optimizer.requests()) == 2
@@ -223,7 +225,7 @@ def test_key_without_bias_uses_the_leading_block():
     features = torch.cat([x, x.new_ones(2, 20, 1)], -1).flatten(0, 1)
     moment = (features.mT @ features / 40)[:16, :16]
     keys = torch.einsum("bhtd,bhte->hde", module.keys, module.keys).detach() / 40
-    torch.testing.assert_close(optimizer.factors.keys(block), keys)
+    torch.testing.assert_close(optimizer.factors.vector_moment(block, "k"), keys)
     queries = torch.einsum("bhtd,bhte->hde", module.queries, module.queries).detach() / 40
 
     def damped(a):
@@ -255,7 +257,9 @@ def test_cross_attention_takes_each_side_from_its_own_sequence():
     block = AttentionBlock(
         "", module, *parts, heads=Heads(2, 2, 8, 8), trainable=frozenset("qkvo"), cross=True
     )
-    structure = ModelStructure(parts, [block], open_statistics=lambda requests: MomentCollector(module, requests))
+    structure = ModelStructure(
+        parts, [block], open_statistics=lambda requests: MomentCollector(module, requests)
+    )
     optimizer = AFOpt(
         list(module.parameters()), structure, AFOptConfig.create(direction="inverse", momentum=0.0)
     )
@@ -273,8 +277,8 @@ def test_cross_attention_takes_each_side_from_its_own_sequence():
     assert rights["k"] is rights["v"]
     keys = torch.einsum("bhtd,bhte->hde", module.keys, module.keys).detach() / 22
     queries = torch.einsum("bhtd,bhte->hde", module.queries, module.queries).detach() / 12
-    torch.testing.assert_close(optimizer.factors.keys(block), keys)
-    torch.testing.assert_close(optimizer.factors.queries(block), queries)
+    torch.testing.assert_close(optimizer.factors.vector_moment(block, "k"), keys)
+    torch.testing.assert_close(optimizer.factors.vector_moment(block, "q"), queries)
 
 
 def test_zero_weights_have_identity_factors_and_are_counted():
@@ -335,6 +339,7 @@ def test_factors_of_bfloat16_weights_are_not_rounded_to_bfloat16(space):
         optimizer = spectral(each, space=space)
         roles = "qkv" if space == "product" else "v"
         block = optimizer.structure.attention[0]
-        found.append([optimizer.factors.role(block, role, False).double() for role in roles])
+        factors = optimizer.factors
+        found.append([factors.output_moment(block, role).double() for role in roles])
     for ours, exact in zip(*found, strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)

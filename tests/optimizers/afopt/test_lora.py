@@ -105,6 +105,6 @@ def test_adapter_factors_against_dense_ones(dora):
     for plan in plans:
         if plan.role == "q":
             gradient = plan.bound.gradient()[None]
-            step = optimizer._directions([plan], gradient)[0].detach()
+            step = optimizer.directions([plan], gradient)[0].detach()
             expected = (above if plan.side == "up" else below).detach()
             torch.testing.assert_close(step, expected, rtol=1e-8, atol=1e-12)

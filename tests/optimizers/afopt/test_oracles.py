@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_precond.linalg.matrix_functions import newton_schulz
-from hf_precond.optimizers.afopt import directions as directions_module
+from hf_precond.optimizers.afopt import optimizer as optimizer_module
 from tests.optimizers.afopt.support import (
     Attention,
     backward,
@@ -119,13 +119,13 @@ def test_key_and_query_moments_follow_from_the_input_moment(kv_heads):
     keys = torch.einsum("bhtd,bhte->hde", module.keys, module.keys) / 30
     queries = torch.einsum("bhtd,bhte->hde", module.queries, module.queries) / 30
     factors = optimizer.factors
-    torch.testing.assert_close(factors.keys(block), keys[:: 4 // kv_heads].detach())
-    torch.testing.assert_close(factors.queries(block), queries.detach())
+    torch.testing.assert_close(factors.vector_moment(block, "k"), keys[:: 4 // kv_heads].detach())
+    torch.testing.assert_close(factors.vector_moment(block, "q"), queries.detach())
     outputs = torch.stack([w.mT @ w for w in module.o.weight.detach().split(4, 1)])
     grouped = outputs.unflatten(0, (kv_heads, -1)).sum(1)
-    torch.testing.assert_close(factors.role(block, "v", False), grouped)
+    torch.testing.assert_close(factors.output_moment(block, "v", False), grouped)
     shared = queries.unflatten(0, (kv_heads, -1)).sum(1)
-    torch.testing.assert_close(factors.role(block, "k", False), shared.detach())
+    torch.testing.assert_close(factors.output_moment(block, "k", False), shared.detach())
 
 
 def test_key_bias_has_no_gradient_and_rows_of_the_logit_gradient_sum_to_zero():
@@ -317,8 +317,8 @@ def dense_factors(optimizer, module, x, damping):
 @pytest.mark.parametrize("heads", [1, 4])
 def test_spectral_step_is_the_constrained_optimum(heads, monkeypatch):
     """max <G, U> under ‖A_L^½ U A_R^½‖₂ ≤ 1, its value the nuclear norm of A_L^-½ G A_R^-½."""
-    monkeypatch.setattr(directions_module, "newton_schulz", svd_sign)
-    monkeypatch.setattr(directions_module, "gram_newton_schulz", eigh_gram_sign)
+    monkeypatch.setattr(optimizer_module, "newton_schulz", svd_sign)
+    monkeypatch.setattr(optimizer_module, "gram_newton_schulz", eigh_gram_sign)
     torch.manual_seed(8)
     module, x = Attention(d=16, heads=heads), inputs(3, 20, 16, spread=100.0)
     optimizer = optimizer_of(module, direction="spectral", damping=1.0)

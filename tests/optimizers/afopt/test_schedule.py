@@ -39,10 +39,10 @@ def test_refreshes_at_the_first_statistics_then_staggered():
     )
     changed = {t: [] for t in optimizer.plan.matrices if t.role == "q"}
     for step in range(16):
-        before = {t: copy.deepcopy(t.held(optimizer.state).get("left")) for t in changed}
+        before = {t: copy.deepcopy(optimizer.state[t.bound.weight].get("left")) for t in changed}
         train_step(model, optimizer, batch("bert", step))
         for plan, found in changed.items():
-            now = plan.held(optimizer.state)["left"]
+            now = plan.left.stored(optimizer.state)
             if before[plan] is None or not torch.equal(before[plan], now):
                 found.append(step)
     assert list(changed.values()) == [[0, 2, 4, 6, 12], [0, 2, 4, 8, 14]]
@@ -138,7 +138,7 @@ def test_muon_steps_the_matrices_left():
         lr_scale=3.0,
         momentum=0.9,
     )
-    inside = {m.weight_parameter for m in optimizer.structure.others}
+    inside = {m.weight_parameter for m in optimizer.structure.hidden}
     assert len(inside) == 5
     names = {name for name, p in model.named_parameters() if p in inside}
     chosen = [p for name, p in peer.named_parameters() if name in names]

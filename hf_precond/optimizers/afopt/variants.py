@@ -1,0 +1,204 @@
+"""AFOpt's directions and scalings that are not the default.
+
+Directions, per head, with ``P = (A + λ·tr(A)/n·I)⁻¹`` and N the momentum::
+
+    spectral      U = P_L^(1/2) msign(P_L^(1/2) N P_R^(1/2)) P_R^(1/2)     the default
+    inverse       U = P_L N P_R               the least-squares step along -∂L/∂S, S = QKᵀ/√d
+    joint         U = P_L N (P_R - ½ Ŵᵀ P_own Ŵ)    q and k: what both steps move is counted once
+    inverse_sqrt  U = P_L^(1/2) N P_R^(1/2)
+
+with ``Ŵ = [W | b]`` of the head itself and P_own of its own A_Q (q) or A_K (k).
+
+Scalings of U, the direction of one matrix ``[W | b]``, all heads together; the step is ``lr``
+times::
+
+    rms            m·βᵏ·U·0.2·√numel/‖U‖_F                  m = lr_scale; the default
+    logit_rms      βᵏ·U·ρ/c, c the rms change of the logits that U makes: q and k; others as rms
+    cap            the shorter of these two: q and k; others as rms
+    graft          U·‖B‖_F/‖U‖_F, B the fallback optimizer's step per unit of lr, by its own moments
+    norm_recovery  the fallback optimizer steps with U·‖Ĝ‖_F/‖U‖_F, U of Ĝ without momentum
+
+k counts the steps in a row without a gradient, β is the momentum's decay; c follows
+:func:`logit_change`, with A_K (A_Q) undamped and as of the last refresh, as the square root of the
+mean over query heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hf_precond.linalg.inverses import root_without_last, without_last
+from hf_precond.linalg.matrix_functions import frobenius_norm, largest_entry
+from hf_precond.linalg.products import compute_dtype
+from hf_precond.optimizers.afopt.factors import heads_of, times_right
+from hf_precond.optimizers.afopt.plan import MatrixPlan, RightFactor
+from hf_precond.optimizers.base.fallback import AdamWFallback, FallbackOptimizer, SGDFallback
+from hf_precond.optimizers.base.parameters import ParamView, stacked_gradients
+
+if TYPE_CHECKING:
+    from hf_precond.optimizers.afopt.optimizer import AFOpt
+
+Batch = Sequence[MatrixPlan]
+
+# Directions --------------------------------------------------------------------------
+
+
+def joint_part(optimizer: AFOpt, batch: Batch, gradients: Tensor) -> Tensor:
+    """``P_L G Ŵᵀ P_own Ŵ`` per head: twice the part that the steps of q and k both make.
+
+    Args:
+        optimizer: the optimizer.
+        batch: queries or keys of one shape.
+        gradients: ``[n, out, c]``.
+
+    Returns:
+        ``[n, out, c]``.
+    """
+    weights = torch.cat([heads_of(plan.bound.matrix.read(), plan.heads) for plan in batch])
+    left, own = (torch.cat(optimizer.held(batch, name)) for name in ("left", "own"))
+    weights, left, own = (tensor.to(gradients.dtype) for tensor in (weights, left, own))
+    small = torch.bmm(left, torch.bmm(gradients.reshape(weights.shape), weights.mT))
+    return torch.bmm(torch.bmm(small, own), weights).view_as(gradients)
+
+
+def without_bias(right: RightFactor, factor: Tensor) -> Tensor:
+    """A right factor for steps that leave the bias as it is: frozen since it was joined.
+
+    The least change of the output is then sought without the constant 1 among the inputs: the
+    moment loses its last row and column. Symmetric roots are left as they are (they do not follow
+    from the factor).
+
+    Args:
+        right: what the factor is.
+        factor: ``[c, c]`` or diagonal blocks.
+
+    Returns:
+        The same shape.
+    """
+    if right.kind == "root":
+        return factor
+    narrow = without_last if right.kind == "inverse" else root_without_last
+    if factor.dim() == 2:
+        return narrow(factor)
+    block, last = divmod(right.columns - 1, factor.shape[-1])
+    result = factor.clone()
+    result[block, : last + 1, : last + 1] = narrow(factor[block, : last + 1, : last + 1])
+    return result
+
+
+# Scalings ------------------------------------------------------------------------------
+
+
+def logit_lengths(optimizer: AFOpt, batch: Batch, directions: Tensor) -> Tensor:
+    """``logit_rms`` and ``cap``."""
+    config, lengths = optimizer.config, optimizer.rms_lengths(directions)
+    if batch[0].left_moment is not None:
+        per_unit = logit_rms(optimizer, batch, directions)[:, None, None]
+        allowed = config.rho / per_unit.clamp(min=torch.finfo(per_unit.dtype).tiny)
+        if config.scaling == "cap":
+            lengths = torch.minimum(lengths, allowed)
+        else:
+            lengths = torch.where(per_unit > 0, allowed, lengths)
+    return lengths * optimizer.fades(batch)
+
+
+def graft(optimizer: AFOpt, batch: Batch, directions: Tensor) -> Tensor:
+    """``‖B‖_F/‖U‖_F``; the fallback optimizer's moments advance."""
+    gradients, groups, state = _gradients(batch), optimizer.param_groups, optimizer.state
+    norms = [
+        fallback_step_norm(optimizer.fallback, plan.bound.views(gradient, groups, state, {}))
+        for plan, gradient in zip(batch, gradients, strict=True)
+    ]
+    return torch.stack(norms)[:, None, None].to(directions.dtype) / frobenius_norm(directions)
+
+
+def recover_norms(optimizer: AFOpt, batch: Batch, directions: Tensor) -> Tensor:
+    """``norm_recovery``: ``‖Ĝ‖_F/‖U‖_F``."""
+    gradients = _gradients(batch)
+    size = largest_entry(gradients)
+    return size * (frobenius_norm(gradients / size) / frobenius_norm(directions))
+
+
+SCALINGS: dict[str, Callable[[AFOpt, Batch, Tensor], Tensor]] = {
+    "logit_rms": logit_lengths,
+    "cap": logit_lengths,
+    "graft": graft,
+    "norm_recovery": recover_norms,
+}
+"""What a direction ``[n, out, c]`` is multiplied with, ``[n, 1, 1]``."""
+
+
+def logit_rms(optimizer: AFOpt, batch: Batch, steps: Tensor) -> Tensor:
+    """Predicted rms change of the logits that each step alone makes, ``[n]``.
+
+    Args:
+        optimizer: the optimizer.
+        batch: queries or keys of one shape.
+        steps: ``[n, out, c]``.
+    """
+    block, heads = batch[0].block, batch[0].heads
+    assert block is not None
+    left = torch.cat(optimizer.held(batch, "left_moment")).to(steps.dtype)
+    factors = optimizer.factors
+    moments = [factors.moment(plan.right)[0] for plan in batch if plan.right is not None]
+    squares = logit_change(steps, left, moments, heads, block.logit_scale)
+    return (squares.sum(1) / block.heads.query).sqrt()
+
+
+def logit_change(
+    steps: Tensor, left: Tensor, moments: Sequence[Tensor], heads: int, scale: float
+) -> Tensor:
+    """Mean squares of the logits' change that steps of W_q or of W_k make, from moments.
+
+    ``mean over i, j of (s x̂_iᵀ δŴ_hᵀ k_j)² = s² tr(A_K,h δŴ_h A_X δŴ_hᵀ)`` for W_q, over all pairs
+    of a query and a key; with A_Q for W_k. Exact for one unmasked sequence, up to the independence
+    of queries and keys for several, and to first order in the step.
+
+    Args:
+        steps: ``[n, out, c]``.
+        left: A_K or A_Q per head, ``[n · heads, rows, rows]``, undamped.
+        moments: A_X of each matrix, ``[c, c]`` or blocks.
+        heads: heads of the matrix.
+        scale: s, what the logits are multiplied with.
+
+    Returns:
+        ``[n, heads]``; under grouped queries each key head's sum over its query heads.
+    """
+    count, _, columns = steps.shape
+    moved = times_right(steps, moments).view(len(left), -1, columns)
+    gram = torch.bmm(moved, steps.reshape(moved.shape).mT)
+    return (gram * left).sum((-2, -1)).view(count, heads).clamp(min=0) * scale**2
+
+
+def fallback_step_norm(fallback: FallbackOptimizer, views: Sequence[ParamView]) -> Tensor:
+    """Norm of the step per unit of learning rate that AdamW or SGD would take; a 0-d tensor.
+
+    Its moments advance, nothing is stepped.
+
+    Args:
+        fallback: AdamW's or SGD's.
+        views: weight and bias of one matrix, with their raw gradients.
+    """
+    if isinstance(fallback, AdamWFallback):
+        parts = [
+            first / (root + view.group["eps"])
+            for view, (first, root) in zip(views, fallback.directions(views), strict=True)
+        ]
+    else:
+        assert isinstance(fallback, SGDFallback)
+        fallback.allocate(views)
+        parts = []
+        for view in views:
+            gradient = view.grad.to(compute_dtype(view.param.dtype))
+            if view.group["momentum"] != 0:
+                gradient = view["momentum_buffer"].mul_(view.group["momentum"]).add_(gradient)
+            parts.append(gradient)
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p) for p in parts]))
+
+
+def _gradients(batch: Batch) -> Tensor:
+    return stacked_gradients([plan.bound for plan in batch])
