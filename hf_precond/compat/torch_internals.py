@@ -6,6 +6,7 @@ No other module imports ``torch._C``, ``torch._dynamo`` or ``torch.utils._pytree
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, TypeVar
@@ -40,21 +41,27 @@ def inert(*args: Any, **kwargs: Any) -> None:
 
 
 class Hook:
-    """A module hook that is inert in a deep copy or a pickle of the model.
+    """A module hook that holds its method weakly and is inert in copies and in compiled code.
 
-    ``copy.deepcopy(model)`` copies hooks too; without this the copy's passes
-    would be counted into the original's statistics.
+    The model holds its hooks: with a strong reference it would keep the
+    optimizer's statistics alive. ``copy.deepcopy(model)`` and pickles copy
+    hooks too; a copy's passes must not be counted.
 
     Args:
-        call: the hook.
+        method: a bound method, called as ``method(*first, *args, **kwargs)``.
+        *first: its first arguments.
     """
 
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self.call = call
+    def __init__(self, method: Callable[..., Any], *first: Any) -> None:
+        self.method = weakref.WeakMethod(method)
+        self.first = first
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the hook."""
-        return self.call(*args, **kwargs)
+        """Calls the method, while its object exists and nothing is being compiled."""
+        if torch.compiler.is_compiling():
+            return None
+        method = self.method()
+        return None if method is None else method(*self.first, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return inert

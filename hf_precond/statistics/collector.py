@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Container, Hashable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from hf_precond.architectures.attention import find_attention
 from hf_precond.architectures.modules import CONVOLUTIONS, is_linear
@@ -25,134 +25,119 @@ from hf_precond.compat.torch_internals import (
     untransformed,
     will_run,
 )
-from hf_precond.statistics.attention_heads import HEADS, HeadMoments
+from hf_precond.linalg.products import compute_dtype, without_autocast
 from hf_precond.statistics.moments import (
     Collection,
-    Part,
-    Spares,
-    input_of,
-    input_part,
-    multihead_inner,
+    multihead_input,
     multihead_role,
-    multihead_weights,
-    no_autocast,
-    output_part,
     output_rows,
-    patch_part,
+    patch_moment,
+    second_moment,
 )
-from hf_precond.statistics.requests import MomentRequest, Statistic, StatisticsSource
+from hf_precond.statistics.requests import HEAD_KINDS, MomentRequest, Statistic, StatisticsSource
 from hf_precond.statistics.token_weights import Reader, TokenWeights
+
+EVAL_ALL = (
+    "no second moment was collected since the last step: the model ran in evaluation mode "
+    "(from_pretrained returns it so), whose passes do not count, and its layers are stepped "
+    "without a preconditioner of theirs; call model.train() before the training loop."
+)
+EVAL_SOME = (
+    "{count} layers ({first}, …) had gradients since the last step from passes in evaluation mode "
+    "only, which do not count: they are stepped without a preconditioner of theirs, or with an old "
+    "one; call train() on them too, and switch dropout off by its p."
+)
 
 
 class StatisticsBuffer:
-    """Sums and counts by collection."""
+    """Sums and counts by key, until the optimizer's step takes them.
+
+    Attributes:
+        statistics: by key.
+        epoch: how often the buffer was emptied.
+    """
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, Tensor] = {}
-        self.spares = Spares()
-        self.owed: dict[str, Tensor] = {}
-        self.lent: list[Tensor] = []
-        self.epoch = 0  # counts how often it was emptied
+        self.statistics: dict[Hashable, Statistic] = {}
+        self.epoch = 0
 
-    def add(self, part: Part) -> None:
-        """Add what one call brought."""
-        if is_transformed(part.sum):
-            part = Part(part.collection, *untransformed(part.sum, part.count))
-        if part.collection in self.sums:
-            self.sums[part.collection].add_(part.sum)
-            self.counts[part.collection].add_(part.count)
-            if part.spare:
-                self.spares.give(part.sum)
-        else:
-            self.sums[part.collection] = part.sum
-            self.counts[part.collection] = part.count.clone()
-            if part.spare:
-                self.owed[part.collection] = part.sum
+    def add(self, key: Hashable, statistic: Statistic) -> None:
+        """Adds to a sum and its count; the first statistic of a key becomes the buffer's own.
 
-    def get(self, collection: str) -> Statistic | None:
-        """What was added to a collection, or ``None`` when nothing was."""
-        if collection not in self.sums:
-            return None
-        return Statistic(self.sums[collection], self.counts[collection])
+        Args:
+            key: of the sum.
+            statistic: what is added.
+        """
+        if is_transformed(statistic.sum):
+            statistic = Statistic(*untransformed(statistic.sum, statistic.count))
+        held = self.statistics.setdefault(key, statistic)
+        if held is not statistic:
+            held.sum.add_(statistic.sum)
+            held.count.add_(statistic.count)
 
-    def lend(self) -> None:
-        """Forget everything; whoever got it may keep it until :meth:`recycle`, if that comes."""
-        self.lent = list(self.owed.values())
-        self.owed.clear()
-        self.clear()
+    def get(self, key: Hashable) -> Statistic | None:
+        """Returns what was added, or ``None`` when nothing was.
 
-    def recycle(self) -> None:
-        """Use the memory of what was last lent for the next sums."""
-        for matrix in self.lent:
-            self.spares.give(matrix)
-        self.lent = []
+        Args:
+            key: of the sum.
+        """
+        return self.statistics.get(key)
 
     def clear(self) -> None:
-        """Forget everything."""
-        for matrix in self.owed.values():
-            self.spares.give(matrix)
+        """Forgets everything."""
         self.epoch += 1
-        self.owed.clear()
-        self.sums.clear()
-        self.counts.clear()
+        self.statistics.clear()
 
 
 class OutputGradAccumulator:
-    """What of a call's output gradient trains its layer.
+    """The part of a call's output gradient that trains its layer, over several backward passes.
 
-    A graph that is kept may be gone through several times: two losses whose
-    backward passes follow each other are one loss, and ``torch.autograd.grad``
-    of something else (a gradient penalty, the norm of a task's gradient) is
-    none that is trained.
+    A graph that is kept may be run backward several times. Two losses whose
+    backward passes follow each other are one loss; ``torch.autograd.grad`` of
+    something else (a gradient penalty, the norm of a task's gradient) trains
+    nothing.
 
     Args:
         layer: the layer.
-        epoch: of the stage; what was staged in another is gone.
+        epoch: of the buffer; what was added in an earlier epoch is gone.
     """
 
     def __init__(self, layer: nn.Module, epoch: int) -> None:
-        self.node = _accumulator(getattr(layer, "weight", None))
+        self.node = _accumulating_node(getattr(layer, "weight", None))
         self.epoch = epoch
         self.total: Tensor | None = None
-        self.staged = False
-        self.asked = False  # by autograd.grad only, so far
+        self.added = False
+        self.returned_only = False  # so far every pass was autograd.grad of the weight
 
     def add(self, gradient: Tensor, epoch: int) -> tuple[Tensor, Tensor | None] | None:
-        """Take the gradient of one backward pass.
+        """Adds the output gradient of one backward pass.
 
         Args:
             gradient: of the output.
-            epoch: of the stage, now.
+            epoch: of the buffer, now.
 
         Returns:
-            The gradient to be staged, and the one staged before, which it
-            replaces; ``None`` where this pass changes nothing.
+            The gradient that counts now and the one that it replaces;
+            ``None`` where this pass changes nothing.
         """
-        trains = self._trains()
-        before, kept = self.total, keeps_graph()
+        trains = True if self.node is None else will_run(self.node)
+        before = self.total
         if trains is False:
             return None
-        if self.staged:
-            if before is None or epoch != self.epoch or (trains is None and not self.asked):
+        if self.added:
+            if before is None or epoch != self.epoch or (trains is None and not self.returned_only):
                 return None
-            if not (self.asked and trains):
+            if not (self.returned_only and trains):
                 gradient = before + gradient
-        self.asked = trains is None
-        self.staged, self.epoch = True, epoch
+        self.returned_only = trains is None
+        self.added, self.epoch = True, epoch
         # Only where the graph is kept can another pass come.
-        self.total = gradient if kept else None
+        self.total = gradient if keeps_graph() else None
         return gradient, before
 
-    def _trains(self) -> bool | None:
-        """Whether this pass adds to the weight's gradient; ``None`` where it is handed out."""
-        if self.node is None:
-            return True
-        return will_run(self.node)
 
-
-def _accumulator(weight: Any) -> torch.autograd.graph.Node | None:
-    """The node that adds to a weight's gradient; ``None`` for one without."""
+def _accumulating_node(weight: Any) -> torch.autograd.graph.Node | None:
+    """The node that adds to a weight's gradient; ``None`` where there is none."""
     if not isinstance(weight, Tensor) or not weight.requires_grad or not weight.is_leaf:
         return None
     if transforming():  # inside torch.func no node adds to weights outside
@@ -160,116 +145,108 @@ def _accumulator(weight: Any) -> torch.autograd.graph.Node | None:
     return torch.autograd.graph.get_gradient_edge(weight).node
 
 
-@dataclass
-class _Known:
-    tensor: weakref.ref[Tensor]
-    version: int
-    part: Part
-
-
 class SharedInputs:
-    """The last input moments of a pass, by where and how they were taken.
+    """The last input moments of a pass, so that layers called with one tensor compute one moment.
 
     q, k and v of an attention, or gate and up of an MLP, get the same tensor
-    one after the other. :meth:`forget` before anything is staged: what was
-    handed out is then changed in place.
+    one after the other. Call :meth:`forget` before a moment is added to a
+    buffer, which changes it in place.
     """
 
     def __init__(self) -> None:
-        self._known: dict[Any, _Known] = {}
+        self._known: dict[Hashable, tuple[weakref.ref[Tensor], int, Statistic]] = {}
 
-    def part(self, name: str, kind: Any, inputs: Tensor, compute: Callable[[], Part]) -> Part:
-        """The moment of ``inputs``, under a name of its own.
+    def moment(
+        self, variant: Hashable, inputs: Tensor, compute: Callable[[], Statistic]
+    ) -> Statistic:
+        """Returns the moment of ``inputs``, its memory not shared.
 
         Args:
-            name: the collection's.
-            kind: hashable: what two layers must have in common besides the tensor.
+            variant: what two layers must have in common besides the tensor.
             inputs: what the layer was called with.
-            compute: computes the part.
+            compute: computes the moment.
         """
-        known = self._known.get(kind)
-        if known is not None and known.tensor() is inputs and known.version == inputs._version:
-            return Part(name, known.part.sum.clone(), known.part.count)
-        part = compute()
-        self._known[kind] = _Known(weakref.ref(inputs), inputs._version, part)
-        return part
+        if variant in self._known:
+            tensor, version, known = self._known[variant]
+            if tensor() is inputs and version == inputs._version:
+                return Statistic(known.sum.clone(), known.count.clone())
+        result = compute()
+        self._known[variant] = weakref.ref(inputs), inputs._version, result
+        return result
 
     def forget(self) -> None:
-        """Hand out nothing that was computed before."""
+        """Forgets every moment."""
         self._known.clear()
 
 
-ALL = (
-    "no second moment was collected since the last step: the model ran in evaluation mode "
-    "(from_pretrained returns it so), whose passes do not count, and its layers are stepped "
-    "without a preconditioner of theirs; call model.train() before the training loop."
-)
-SOME = (
-    "{count} layers ({first}, …) had gradients since the last step from passes in evaluation mode "
-    "only, which do not count: they are stepped without a preconditioner of theirs, or with an old "
-    "one; call train() on them too, and switch dropout off by its p."
-)
-
-
 class EvalModeMonitor:
-    """Notes the layers through whose passes in evaluation mode a gradient went."""
+    """Warns of layers whose passes in evaluation mode had gradients."""
 
     def __init__(self) -> None:
-        self.layers: dict[str, list[str]] = {}
+        self.layers: dict[str, list[Hashable]] = {}
 
-    def watch(self, layer: str, collections: Iterable[str], output: Tensor) -> None:
-        """Note a layer if the gradient of a call's output comes.
+    def watch(self, layer: str, keys: Iterable[Hashable], output: Tensor) -> None:
+        """Notes a layer as soon as the gradient of a call's output comes.
 
         Args:
             layer: its name.
-            collections: what is collected from its calls in training mode.
+            keys: of what is collected from its calls in training mode.
             output: of the call.
         """
-        names = list(collections)
-        output.register_hook(lambda _: self.layers.__setitem__(layer, names))
+        noted = list(keys)
+        output.register_hook(lambda _: self.layers.__setitem__(layer, noted))
 
-    def warn(self, staged: Container[str]) -> None:
-        """Say of which layers nothing was staged.
+    def warn(self, collected: Container[Hashable]) -> None:
+        """Warns of the layers of which nothing was collected, and forgets all.
 
         Args:
-            staged: names of the collections of which something was.
+            collected: keys of which something was.
         """
         missed = [
-            layer
-            for layer, names in self.layers.items()
-            if not any(name in staged for name in names)
+            layer for layer, keys in self.layers.items() if not any(k in collected for k in keys)
         ]
-        if missed:
-            some = SOME.format(count=len(missed), first=missed[0])
-            warnings.warn(some if staged else ALL, stacklevel=3)
-
-    def forget(self) -> None:
-        """Begin anew."""
         self.layers.clear()
+        if missed:
+            some = EVAL_SOME.format(count=len(missed), first=missed[0])
+            warnings.warn(some if collected else EVAL_ALL, stacklevel=3)
 
 
 @dataclass
-class _Point:
-    """A module that is hooked, and what is collected from its calls."""
+class _HookedLayer:
+    """A module that is hooked, and what is collected from its calls.
+
+    Args:
+        module: what is hooked: the layer, or what wraps or calls it.
+        layer: the layer.
+        path: of the module.
+        reader: of the token weights.
+        collections: by key.
+    """
 
     module: nn.Module
     layer: nn.Module
+    path: str
     reader: Reader
-    collections: dict[str, Collection] = field(default_factory=dict)
+    collections: dict[Hashable, Collection] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float64 where the layer's weight is, float32 elsewhere."""
+        return compute_dtype(next((p.dtype for p in self.layer.parameters()), torch.float32))
 
 
 class MomentCollector(StatisticsSource):
     """The source of second moments.
 
-    A forward hook takes the moment of a layer's input, and a hook on its
-    output tensor stages that moment when the output's gradient arrives,
-    together with the gradient's own. So a pass counts once and only if it is
-    trained: passes in ``eval()``, under ``no_grad`` or without a backward
-    bring nothing, checkpointed ones (either mode) are counted once, and a
-    module that is called several times brings the sum of its calls.
+    A forward hook computes the moment of a layer's input, and a hook on its
+    output tensor adds that moment to the buffer when the output's gradient
+    arrives, together with the gradient's own. So a pass counts once and only if
+    it is trained: passes in ``eval()``, under ``no_grad`` or without a backward
+    add nothing, checkpointed ones (either mode) are counted once, and a module
+    that is called several times adds the sum of its calls.
 
     Rows are weighted by the attention mask (see :class:`TokenWeights`).
-    Moments are float32, float64 in float64 models, whatever autocast says.
+    Moments are float32, float64 in float64 models, also under autocast.
     Nothing is read from the device.
 
     ``input`` of a grouped convolution is the sum over its groups too, and so
@@ -286,301 +263,278 @@ class MomentCollector(StatisticsSource):
     def __init__(self, model: nn.Module, requests: Sequence[MomentRequest]) -> None:
         keys = [request.key for request in requests]
         if len(set(keys)) != len(keys):
-            raise ValueError("Capture: two requests have the same key; give each its own.")
+            raise ValueError("MomentCollector: two requests have the same key; give each its own.")
         self.requests = list(requests)
-        self.stage = StatisticsBuffer()
-        self.siblings = SharedInputs()
+        self.enabled = False
         self.step = -1
+        self.buffer = StatisticsBuffer()
+        self.shared = SharedInputs()
         self.evaluated = EvalModeMonitor()
-        self.paths = {module: path for path, module in model.named_modules()}
-        self.wrappers = wrappers_of(model)
-        self.projections: dict[nn.Module, nn.Module] = {
-            m.out_proj: m for m in model.modules() if isinstance(m, nn.MultiheadAttention)
-        }
-        self.memory = _memory_layers(model)
         self.tokens = TokenWeights(model)
         # Compiled code runs uncompiled on due steps: hooks that act would break its graphs.
         self.switch = EagerCode()
-        self.points: dict[nn.Module, _Point] = {}
-        self.served: dict[str, str] = {}
-        heads = [request for request in self.requests if request.kind in HEADS]
-        for request in self.requests:
-            if request.kind not in HEADS:
-                self._add(request)
-        self.heads = HeadMoments(model, heads, self.tokens, self.paths, self.stage)
-        self.handles: list[RemovableHandle] = [
-            point.module.register_forward_hook(
-                Hook(self._make_hook(point)), with_kwargs=True
-            )
-            for point in self.points.values()
-        ]
-        # The model holds its hooks, they hold the capture weakly: it ends with its optimizer.
-        self._leave = weakref.finalize(
-            self, _leave, self.handles, self.tokens, self.heads, self.switch
-        )
+        self.layers: dict[nn.Module, _HookedLayer] = {}
+        self.served: dict[str, Hashable] = {}
+        self.heads = None
+        # The model holds its hooks, they hold the collector weakly: it ends with its optimizer.
+        leave = ExitStack()
+        leave.callback(self.tokens.close)
+        leave.callback(self.switch.release)
+        paths = {module: path for path, module in model.named_modules()}
+        heads = [request for request in self.requests if request.kind in HEAD_KINDS]
+        if heads:
+            from hf_precond.statistics.attention_heads import HeadMoments
+
+            self.heads = HeadMoments(heads, self.tokens, paths, self.buffer)
+            leave.callback(self.heads.close)
+        self._add(model, paths)
+        for hooked in self.layers.values():
+            hook = Hook(self._after_forward, hooked)
+            handle = hooked.module.register_forward_hook(hook, with_kwargs=True)
+            leave.callback(handle.remove)
+        self._leave = weakref.finalize(self, leave.close)
         self._leave.atexit = False
 
     # What is hooked -----------------------------------------------------------
 
-    def _add(self, request: MomentRequest) -> None:
-        """Find the collection that serves a request, or make it."""
-        matrix = self._source(request)
-        layer = matrix.module
-        if request.kind == "input" and not (
-            is_linear(layer) or isinstance(layer, (*CONVOLUTIONS, nn.MultiheadAttention))
-        ):
-            raise ValueError(
-                f"{request.key}: the input of {matrix.name} ({type(layer).__name__}) has no second "
-                "moment; ask for those of linear layers and convolutions."
+    def _add(self, model: nn.Module, paths: dict[nn.Module, str]) -> None:
+        """Finds or makes the collections that serve the requests for inputs and gradients."""
+        wrappers = wrappers_of(model)
+        projections: dict[nn.Module, nn.Module] = {
+            m.out_proj: m for m in model.modules() if isinstance(m, nn.MultiheadAttention)
+        }
+        memory = _memory_layers(model)
+        for request in self.requests:
+            if request.kind in HEAD_KINDS:
+                continue
+            matrix = _source(request)
+            layer = matrix.module
+            _refuse(request, matrix)
+            module = projections.get(layer) or wrappers.get(layer, layer)
+            if module not in paths:
+                raise ValueError(f"{request.key}: {matrix.name} is not a layer of this model.")
+            if module not in self.layers:
+                reader = self.tokens.reader(paths[module], memory=layer in memory)
+                self.layers[module] = _HookedLayer(module, layer, paths[module], reader)
+            key = paths[module], *_variant(request, matrix)
+            collection = self.layers[module].collections.setdefault(
+                key,
+                Collection(
+                    request.kind,
+                    matrix,
+                    center=request.center,
+                    blocks=request.blocks,
+                    rows=request.rows,
+                ),
             )
-        if request.center and isinstance(layer, CONVOLUTIONS):
-            raise ValueError(f"{request.key}: a convolution's patches are no sequence to centre.")
-        if request.kind == "output_grad" and isinstance(layer, nn.MultiheadAttention):
-            raise ValueError(
-                f"{request.key}: the projections of {matrix.name} are inside "
-                "nn.MultiheadAttention, which calls no layer whose output gradient could be read."
-            )
-        module = self.projections.get(layer) or self.wrappers.get(layer, layer)
-        if module not in self.paths:
-            raise ValueError(f"{request.key}: {matrix.name} is not a layer of this model.")
-        point = self.points.get(module)
-        if point is None:
-            reader = self.tokens.reader(self.paths[module], memory=layer in self.memory)
-            point = self.points[module] = _Point(module, layer, reader)
-        name = f"{self.paths[module]}:{request.kind}{_variant(request, matrix)}"
-        constant = request.kind == "input" and request.matrix.bias is not None
-        collection = point.collections.get(name)
-        if collection is None:
-            collection = Collection(
-                name,
-                request.kind,
-                matrix,
-                constant,
-                request.center,
-                request.blocks,
-                request.rows,
-            )
-            point.collections[name] = collection
-        collection.constant |= constant
-        self.served[request.key] = name
+            collection.constant |= request.kind == "input" and request.matrix.bias is not None
+            self.served[request.key] = key
 
-    def _source(self, request: MomentRequest) -> LayerMatrix:
-        """The matrix whose calls answer a request.
+    # What passes bring --------------------------------------------------------
 
-        Below the first layer that trains, a frozen layer's output has no
-        gradient; a sibling that trains has the same input.
-        """
-        block, matrix = request.attention, request.matrix
-        if request.kind != "input" or block is None or matrix.trains:
-            return matrix
-        role = next((r for r, m in block.roles().items() if m is matrix), None)
-        if role is None or role in block.adapters:
-            return matrix
-        for sibling in block.readers(block.reads(role)):
-            if sibling in block.trainable or sibling in block.adapters:
-                return block.roles()[sibling]
-        return matrix
-
-    # What is seen -------------------------------------------------------------
-
-    def _make_hook(self, point: _Point) -> Callable[..., None]:
-        tokens, reference = self.tokens, weakref.ref(self)
-
-        def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-        ) -> None:
-            if not tokens.enabled or not torch.is_grad_enabled():
-                return
-            result = output[0] if isinstance(output, (tuple, list)) else output
-            capture = reference()
-            if capture is None or not (isinstance(result, Tensor) and result.requires_grad):
-                return
-            if module.training:
-                capture._observe(point, args, kwargs, result)
-            else:
-                name = capture.paths[point.module]
-                capture.evaluated.watch(name, point.collections, result)
-
-        return hook
+    def _after_forward(
+        self,
+        hooked: _HookedLayer,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> None:
+        if not self.enabled or not torch.is_grad_enabled():
+            return
+        result = output[0] if isinstance(output, (tuple, list)) else output
+        if not isinstance(result, Tensor) or not result.requires_grad:
+            return
+        if module.training:
+            self._observe(hooked, args, kwargs, result)
+        else:
+            self.evaluated.watch(hooked.path, hooked.collections, result)
 
     def _observe(
-        self, point: _Point, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor
+        self, hooked: _HookedLayer, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor
     ) -> None:
-        """Take the input moments of a call, to be staged when its gradient comes."""
-        dtype = moment_dtype(point)
-        with torch.no_grad(), no_autocast(result.device):
-            parts = [
-                self._input_part(point, collection, args, kwargs, dtype)
-                for collection in point.collections.values()
-                if collection.kind == "input"
-            ]
-            gradients = [c for c in point.collections.values() if c.kind == "output_grad"]
-            weights = _output_weights(point, result, dtype) if gradients else None
-        arrivals = OutputGradAccumulator(point.layer, self.stage.epoch)
+        """Computes the input moments of a call, and adds them when its gradient comes."""
+        gradients: dict[Hashable, Collection] = {}
+        moments: dict[Hashable, Statistic] = {}
+        weights: Tensor | None = None
+        with torch.no_grad(), without_autocast(result.device):
+            for key, collection in hooked.collections.items():
+                if collection.kind == "output_grad":
+                    gradients[key] = collection
+                    continue
+                moment = self._input_moment(hooked, collection, args, kwargs)
+                if moment is not None:
+                    moments[key] = moment
+            if gradients and not isinstance(hooked.layer, CONVOLUTIONS):
+                weights = hooked.reader.read(tuple(result.shape), hooked.dtype)
+        accumulator = OutputGradAccumulator(hooked.layer, self.buffer.epoch)
 
-        def stage(gradient: Tensor) -> None:
-            found = arrivals.add(gradient.detach(), self.stage.epoch)
-            if found is None:
+        def add(gradient: Tensor) -> None:
+            changed = accumulator.add(gradient.detach(), self.buffer.epoch)
+            if changed is None:
                 return
-            total, before = found
-            self.siblings.forget()
-            for part in parts if before is None else ():
-                if part is not None:
-                    self.stage.add(part)
-            for collection in gradients:
-                self._stage_gradient(point, collection, total, weights)
+            total, before = changed
+            self.shared.forget()
+            if before is None:
+                for key, moment in moments.items():
+                    self.buffer.add(key, moment)
+            for key, collection in gradients.items():
+                self.buffer.add(key, self._output_moment(hooked, collection, total, weights))
                 if before is not None:
-                    self._stage_gradient(point, collection, before, weights, sign=-1)
+                    replaced = self._output_moment(hooked, collection, before, weights)
+                    self.buffer.add(key, Statistic(-replaced.sum, -replaced.count))
 
-        result.register_hook(stage)
+        result.register_hook(add)
 
-    def _stage_gradient(
+    def _output_moment(
         self,
-        point: _Point,
+        hooked: _HookedLayer,
         collection: Collection,
         gradient: Tensor,
         weights: Tensor | None,
-        sign: int = 1,
-    ) -> None:
-        """Stage the moment of an output gradient; with ``sign`` -1 take it away again."""
-        with torch.no_grad(), no_autocast(gradient.device):
-            rows = output_rows(point.layer, gradient).to(moment_dtype(point))
+    ) -> Statistic:
+        with torch.no_grad(), without_autocast(gradient.device):
+            rows = output_rows(hooked.layer, gradient).to(hooked.dtype)
             scale = self.loss_scale() if callable(self.loss_scale) else self.loss_scale
-            if scale is not None:
-                rows = rows / scale
-            part = output_part(collection, rows, weights, self.step, self.stage.spares)
-            if sign < 0:
-                part.sum.neg_()
-                part = replace(part, count=-part.count)
-            self.stage.add(part)
+            rows = rows if scale is None else rows / scale
+            return second_moment(collection, rows, weights, self.step)
 
-    def _input_part(
+    def _input_moment(
         self,
-        point: _Point,
+        hooked: _HookedLayer,
         collection: Collection,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        dtype: torch.dtype,
-    ) -> Part | None:
-        layer, module = point.layer, point.module
-        weights: Tensor | None = None
-        if isinstance(module, nn.MultiheadAttention):
-            inner = collection.matrix.module is not module
-            role = "o" if inner else multihead_role(collection.matrix)
-            weights = multihead_weights(module, role, args, kwargs)
-            inputs = (
-                multihead_inner(module, args, kwargs)
-                if role == "o"
-                else input_of(module, collection.matrix, args, kwargs)
-            )
+    ) -> Statistic | None:
+        """The moment of what a call brings to a matrix: the layer's own input in most layers."""
+        dtype, reader = hooked.dtype, hooked.reader
+        if isinstance(hooked.module, nn.MultiheadAttention):
+            role = multihead_role(collection.matrix)
+            inputs, weights = multihead_input(hooked.module, role, args, kwargs)
+            if weights is not None:
+                rows = inputs.detach().to(dtype)
+                return second_moment(collection, rows, weights.to(dtype), self.step)
         else:
-            inputs = input_of(module, collection.matrix, args, kwargs)
-        if inputs is None:
+            inputs = args[0] if args else next(iter(kwargs.values()), None)
+        if not isinstance(inputs, Tensor):
             return None
-        spares, step = self.stage.spares, self.step
-        if isinstance(layer, CONVOLUTIONS):
-            return patch_part(collection, layer, inputs.detach().to(dtype), step, spares)
-        if weights is not None:
-            rows = inputs.detach().to(dtype)
-            return input_part(collection, rows, weights.to(dtype), step, spares)
+        inputs = inputs.unsqueeze(0) if inputs.dim() == 1 else inputs
+        if isinstance(hooked.layer, CONVOLUTIONS):
+            return patch_moment(collection, hooked.layer, inputs.detach().to(dtype), self.step)
 
-        def compute() -> Part:
-            masked = point.reader.read(tuple(inputs.shape), dtype)
-            return input_part(collection, inputs.detach().to(dtype), masked, step, spares)
+        def compute() -> Statistic:
+            weights = reader.read(tuple(inputs.shape), dtype)
+            return second_moment(collection, inputs.detach().to(dtype), weights, self.step)
 
         # Layers of one parent read the same mask.
-        parent = self.paths[module].rpartition(".")[0]
-        kind = (parent, point.reader.memory, dtype, *collection.variant)
-        return self.siblings.part(collection.name, kind, inputs, compute)
+        parent = hooked.path.rpartition(".")[0]
+        variant = (parent, reader.memory, dtype, *collection.variant)
+        return self.shared.moment(variant, inputs, compute)
 
     # The StatisticsSource -----------------------------------------------------
 
-    @property
-    def enabled(self) -> bool:
-        """Whether the passes under way are collected."""
-        return self.tokens.enabled
-
     def enable(self, due: bool, step: int) -> None:
-        """Collect (or not) in the passes before the optimizer's step number ``step``.
+        """Collects (or not) in the passes before the optimizer's step number ``step``.
 
-        What was staged for another step is forgotten.
+        What was collected for another step is forgotten.
+
+        Args:
+            due: whether to collect.
+            step: the number of the step.
         """
         if step != self.step:
-            self.stage.clear()
+            self.buffer.clear()
         self.step = step
-        self.evaluated.forget()
-        self.tokens.enabled = due
-        self.heads.enable(due)
+        self.evaluated.layers.clear()
+        self.enabled = self.tokens.enabled = due
+        if self.heads is not None:
+            self.heads.enable(due)
         self.switch.expect(due)
         if not due:
             self.tokens.forget()
-            self.siblings.forget()
+            self.shared.forget()
 
     def take(self) -> dict[str, Statistic]:
-        """What was staged since the last call, by request key; the stage is empty afterwards.
+        """Returns what was collected since the last call and empties the buffer.
 
         Warns of layers that were trained in evaluation mode only.
+
+        Returns:
+            Statistics by request key.
         """
         taken: dict[str, Statistic] = {}
         for request in self.requests:
-            if request.kind in HEADS:
-                found = self.heads.get(request)
+            if request.kind in HEAD_KINDS:
+                assert self.heads is not None
+                statistic = self.heads.get(request)
             else:
-                found = self.stage.get(self.served[request.key])
-                if found is not None and request.kind == "input" and request.blocks == 1:
+                statistic = self.buffer.get(self.served[request.key])
+                if statistic is not None and request.kind == "input" and request.blocks == 1:
                     size = request.matrix.columns
-                    found = Statistic(found.sum[:size, :size], found.count)
-            if found is not None:
-                taken[request.key] = found
-        self.evaluated.warn(self.stage.sums)
-        self.evaluated.forget()
-        self.stage.lend()
+                    statistic = Statistic(statistic.sum[:size, :size], statistic.count)
+            if statistic is not None:
+                taken[request.key] = statistic
+        self.evaluated.warn(self.buffer.statistics)
+        self.buffer.clear()
         self.tokens.forget()
         return taken
 
-    def recycle(self) -> None:
-        """Nobody reads any more what was last taken: its memory serves the next sums."""
-        self.stage.recycle()
-
     def drop(self) -> None:
-        """Forget what was staged (a skipped step)."""
-        self.evaluated.forget()
-        self.stage.clear()
+        """Forgets what was collected (a skipped step)."""
+        self.evaluated.layers.clear()
+        self.buffer.clear()
 
     def close(self) -> None:
-        """Remove every hook."""
+        """Removes every hook."""
+        self.enabled = False
         self._leave()
-        self.stage.clear()
-        self.stage.spares.clear()
+        self.buffer.clear()
 
 
-def _leave(
-    handles: list[RemovableHandle],
-    tokens: TokenWeights,
-    heads: HeadMoments,
-    switch: EagerCode,
-) -> None:
-    """What :meth:`MomentCollector.close` undoes, also when it is collected as garbage."""
-    for handle in handles:
-        handle.remove()
-    handles.clear()
-    tokens.close()
-    heads.close()
-    switch.release()
+def _source(request: MomentRequest) -> LayerMatrix:
+    """The matrix whose calls answer a request.
+
+    Below the first layer that trains, a frozen layer's output has no
+    gradient; a sibling that trains has the same input.
+    """
+    block, matrix = request.attention, request.matrix
+    if request.kind != "input" or block is None or matrix.trains:
+        return matrix
+    role = next((r for r, m in block.roles().items() if m is matrix), None)
+    if role is None or role in block.adapters:
+        return matrix
+    for sibling in block.readers(block.reads(role)):
+        if sibling in block.trainable or sibling in block.adapters:
+            return block.roles()[sibling]
+    return matrix
 
 
-def moment_dtype(point: _Point) -> torch.dtype:
-    """float64 where the layer's weight is, float32 elsewhere."""
-    for parameter in point.layer.parameters():
-        return torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    return torch.float32
+def _refuse(request: MomentRequest, matrix: LayerMatrix) -> None:
+    """Raises ValueError for what has no such second moment."""
+    layer = matrix.module
+    if request.kind == "input" and not (
+        is_linear(layer) or isinstance(layer, (*CONVOLUTIONS, nn.MultiheadAttention))
+    ):
+        raise ValueError(
+            f"{request.key}: the input of {matrix.name} ({type(layer).__name__}) has no second "
+            "moment; ask for those of linear layers and convolutions."
+        )
+    if request.center and isinstance(layer, CONVOLUTIONS):
+        raise ValueError(f"{request.key}: a convolution's patches are no sequence to centre.")
+    if request.kind == "output_grad" and isinstance(layer, nn.MultiheadAttention):
+        raise ValueError(
+            f"{request.key}: the projections of {matrix.name} are inside "
+            "nn.MultiheadAttention, which calls no layer whose output gradient could be read."
+        )
 
 
-def _output_weights(point: _Point, result: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """What the rows of an output count for; ``None`` for 1 each."""
-    if isinstance(point.layer, CONVOLUTIONS):
-        return None
-    return point.reader.read(tuple(result.shape), dtype)
+def _variant(request: MomentRequest, matrix: LayerMatrix) -> tuple[Hashable, ...]:
+    """What distinguishes the collections of one module."""
+    if request.kind == "output_grad":
+        return request.kind, request.rows, matrix.rows
+    width = request.matrix.columns if request.blocks > 1 else 0
+    role = multihead_role(matrix)
+    return request.kind, request.rows, role, request.center, request.blocks, width
 
 
 def _memory_layers(model: nn.Module) -> set[nn.Module]:
@@ -589,15 +543,3 @@ def _memory_layers(model: nn.Module) -> set[nn.Module]:
     return {m.module for block in crossed for m in (block.k, block.v)} - {
         block.q.module for block in crossed
     }
-
-
-def _variant(request: MomentRequest, matrix: LayerMatrix) -> str:
-    """What tells collections of one module and kind apart."""
-    thin = f":{request.rows} rows" if request.rows else ""
-    if request.kind == "output_grad":
-        return thin + (f":{matrix.rows}" if matrix.rows is not None else "")
-    role = (
-        f":{multihead_role(matrix)}" if isinstance(matrix.module, nn.MultiheadAttention) else ""
-    )
-    blocks = f":{request.blocks} of {request.matrix.columns}" if request.blocks > 1 else ""
-    return role + (":centred" if request.center else "") + blocks + thin

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -44,43 +44,8 @@ SHARDED = (
 )
 
 
-def open_probe(model: nn.Module, requests: Sequence[CurvatureRequest]) -> CurvatureProbe:
-    """The source of the curvature of norm parameters, its hooks installed.
-
-    Args:
-        model: the root of what is trained, inside any wrapper.
-        requests: what to probe.
-    """
-    return CurvatureProbe(model, requests)
-
-
-def _weakly(method: Callable[..., Any]) -> Hook:
-    """A hook that holds its source weakly, and does nothing while compiled code is made."""
-    reference = weakref.WeakMethod(method)
-
-    def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return None
-        held = reference()
-        return None if held is None else held(*args)
-
-    return Hook(call)
-
-
-def _nothing() -> None:
-    return None
-
-
-def _leave(handles: Sequence[Any], switches: DoubleBackward) -> None:
-    """What :meth:`CurvatureProbe.close` undoes, also when it is collected as garbage."""
-    for handle in handles:
-        handle.remove()
-    switches.release()
-    accelerate_internals.stop()
-
-
 class CurvatureProbe(CurvatureSource):
-    """Stages estimates of the Hessian diagonal on the steps that are due.
+    """Estimates the Hessian diagonal of norm parameters on the steps that are due.
 
     It sees the loss through ``Accelerator.backward`` or :meth:`observe`. On
     the steps that are due, the model's forward pass switches attention to a
@@ -88,7 +53,7 @@ class CurvatureProbe(CurvatureSource):
     and runs outside autocast unless the requests allow it.
 
     Args:
-        model: the root of what is trained.
+        model: the root of what is trained, inside any wrapper.
         requests: what to probe; one estimator for all.
     """
 
@@ -97,27 +62,31 @@ class CurvatureProbe(CurvatureSource):
         self.requests = list(requests)
         self.due = False
         self.step = 0
-        self.staged: dict[str, Statistic] = {}
         self.vectors: dict[str, Tensor] = {}
-        self.seen: list[Callable[[], Any]] = []
-        self.by_differences = False
-        self.versions: list[int] = []
+        self.drop()
         self.switches = DoubleBackward(model)
         self.precision = FullPrecision(model)
+        leave = ExitStack()
+        leave.callback(accelerate_internals.stop)
+        leave.callback(self.switches.release)
         # Children too: some trainers call a part of the model and never its root.
-        handles: list[Any] = []
         for module in (model, *model.children()):
-            before, after = _weakly(self.before_forward), _weakly(self.after_forward)
-            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(module.register_forward_hook(after, always_call=True))
+            before, after = Hook(self._before_forward), Hook(self._after_forward)
+            leave.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            leave.callback(module.register_forward_hook(after, always_call=True).remove)
         accelerate_internals.listen(self)
-        self._leave = weakref.finalize(self, _leave, handles, self.switches)
+        self._leave = weakref.finalize(self, leave.close)
         self._leave.atexit = False
 
     # What the optimizer calls -------------------------------------------------
 
     def enable(self, due: bool, step: int) -> None:
-        """Collect (or not) in the passes before step number ``step``."""
+        """Probes (or not) in the passes before the optimizer's step number ``step``.
+
+        Args:
+            due: whether to probe what is requested for this step.
+            step: the number of the step.
+        """
         self.due = due and any(step % r.period == r.phase for r in self.requests)
         self.step = step
         self.vectors = {}
@@ -125,27 +94,28 @@ class CurvatureProbe(CurvatureSource):
         self.switches.expect(self.due)
 
     def take(self) -> dict[str, Statistic]:
-        """What was staged; the stage is empty afterwards.
+        """Returns the estimates since the last call, by request key, and forgets them.
 
         Raises:
-            RuntimeError: products were due and no loss was seen.
+            RuntimeError: products were due and no loss of this model was observed.
         """
         self.switches.release()
-        if self.due and not self.seen and self._requests():
+        observed = self.losses or self.by_differences
+        if self.due and not observed and self._requests():
             raise RuntimeError(NO_LOSS.format(step=self.step))
-        staged = self.staged
+        estimates = self.estimates
         self.drop()
-        return staged
+        return estimates
 
     def drop(self) -> None:
-        """Forget what was staged."""
-        self.staged = {}
-        self.seen = []
+        """Forgets the estimates (a skipped step)."""
+        self.estimates: dict[str, Statistic] = {}
+        self.losses: list[weakref.ref[Tensor]] = []
         self.by_differences = False
-        self.versions = []
+        self.versions: list[int] = []
 
     def close(self) -> None:
-        """Remove every hook."""
+        """Removes every hook."""
         self.due = False
         self.drop()
         accelerate_internals.stop(self)
@@ -153,7 +123,7 @@ class CurvatureProbe(CurvatureSource):
 
     @contextmanager
     def context(self) -> Iterator[None]:
-        """Around forward and backward: what runs inside can be differentiated twice."""
+        """Returns a context inside which forward and backward can be differentiated twice."""
         if not self.due:
             yield
             return
@@ -163,24 +133,22 @@ class CurvatureProbe(CurvatureSource):
         finally:
             self.switches.release()
 
-    # What sees the training ---------------------------------------------------
+    # What watches the training ---------------------------------------------------
 
-    def before_forward(
+    def _before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """The model, or a part of it, is about to run; its inputs if they are to be others."""
         if not (self.due and torch.is_grad_enabled()):
             return None
         self.switches.acquire()
         # Children too: accelerate enters autocast inside the forward pass of the root.
         return None if self.requests[0].autocast else self.precision.enter(module, args, kwargs)
 
-    def after_forward(self, module: nn.Module, *_: Any) -> None:
-        """It has run, or failed."""
+    def _after_forward(self, module: nn.Module, *_: Any) -> None:
         self.precision.leave(module)
 
     def release(self) -> None:
-        """The backward pass is done."""
+        """Undoes the switches: the backward pass is done."""
         self.switches.expect(self.due)
 
     def observe(
@@ -189,16 +157,15 @@ class CurvatureProbe(CurvatureSource):
         weight: float = 1.0,
         scale: Tensor | float | None = None,
     ) -> bool:
-        """Stage the estimates for ``weight * loss`` if they are due.
+        """Adds the estimates for ``weight * loss`` if they are due.
 
-        A loss that depends on no parameter of this model is not ours and is
-        left alone; the same loss tensor is taken once, and none after a
-        function was given.
+        A loss that depends on no parameter of this model is ignored; the same
+        loss tensor counts once, and none counts after a function was given.
 
         Args:
             loss: a scalar with its graph, or a function that returns the
                 loss, for products by differences of gradients.
-            weight: factor of the loss that is trained.
+            weight: what the training multiplies the loss by.
             scale: loss scale to compute under.
 
         Returns:
@@ -213,36 +180,38 @@ class CurvatureProbe(CurvatureSource):
             self.drop()
             return False
         if not isinstance(loss, Tensor):
-            self._stage_differences(loss, requests, weight)
+            parameters = [request.norm.parameter for request in requests]
+            self._add(DifferenceProduct(loss, self.model, parameters), requests, weight)
+            self.by_differences = True
             return True
-        if self.by_differences or any(known() is loss for known in self.seen):
+        if self.by_differences or any(known() is loss for known in self.losses):
             return True
         if not loss.requires_grad:
             return False
         with torch.autocast(loss.device.type, enabled=False):
-            ours = self._stage_products(loss, requests, weight, scale)
+            ours = self._add_products(loss, requests, weight, scale)
         if not ours:
             ours = depends_on(loss, self.model.parameters())
         if ours:
-            self.seen.append(weakref.ref(loss))
+            self.losses.append(weakref.ref(loss))
         return ours
 
     def _requests(self) -> list[CurvatureRequest]:
-        """Whose turn it is, frozen parameters left out."""
+        """The requests that are due, without those for frozen parameters."""
         return [
             request
             for request in self.requests
             if self.step % request.period == request.phase and request.norm.parameter.requires_grad
         ]
 
-    def _stage_products(
+    def _add_products(
         self,
         loss: Tensor,
         requests: Sequence[CurvatureRequest],
         weight: float,
         scale: Tensor | float | None,
     ) -> bool:
-        """By the graph of the loss; whether it reaches any of the parameters."""
+        """Adds products by the loss's graph; returns whether it reaches any of the parameters."""
         parameters = [request.norm.parameter for request in requests]
         try:
             product = GraphProduct(loss, parameters, scale)
@@ -251,47 +220,29 @@ class CurvatureProbe(CurvatureSource):
                 raise RuntimeError("reentrant checkpointing hides norms from it")
             if not any(product.reached):
                 return False
-            self._stage(product, requests, parameters, weight)
+            self._add(product, requests, weight)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             raise RuntimeError(NOT_TWICE.format(error=str(error).splitlines()[0])) from error
         return True
 
-    def _stage_differences(
-        self,
-        loss_function: Callable[[], Tensor],
-        requests: Sequence[CurvatureRequest],
-        weight: float,
-    ) -> None:
-        parameters = [request.norm.parameter for request in requests]
-        product = DifferenceProduct(loss_function, self.model, parameters)
-        self._stage(product, requests, parameters, weight)
-        self.by_differences = True
-        self.seen.append(_nothing)
-
-    def _stage(
+    def _add(
         self,
         product: GraphProduct | DifferenceProduct,
         requests: Sequence[CurvatureRequest],
-        parameters: Sequence[Tensor],
         weight: float,
     ) -> None:
-        vectors = self._vectors(requests)
+        parameters, vectors = product.parameters, self._vectors(requests)
         estimates = diagonal_estimates(product, parameters, requests[0].probe, vectors)
         for request, estimate, reached in zip(requests, estimates, product.reached, strict=True):
-            if reached:
-                self._add(request.key, estimate * weight)
-
-    def _add(self, key: str, estimate: Tensor) -> None:
-        held = self.staged.get(key)
-        if held is None:
-            self.staged[key] = Statistic(estimate, estimate.new_ones(()))
-        else:
-            held.sum += estimate
+            if reached and request.key in self.estimates:
+                self.estimates[request.key].sum += estimate * weight
+            elif reached:
+                self.estimates[request.key] = Statistic(estimate * weight, estimate.new_ones(()))
 
     def _vectors(self, requests: Sequence[CurvatureRequest]) -> list[Tensor]:
-        """z of the step, drawn once for all its micro-batches."""
+        """The vectors of the step, drawn once for all its micro-batches."""
         if not self.vectors:
             parameters = [request.norm.parameter for request in self.requests]
             drawn = probe_vectors(parameters, self.requests[0].probe, self.step)

@@ -89,6 +89,8 @@ class CurvatureRequest:
 
 
 Request = MomentRequest | CurvatureRequest
+HEAD_KINDS = ("query", "key", "entropy")
+"""Kinds of moments that come from the calls of an attention's kernel, per head."""
 
 
 def request_shape(request: MomentRequest | CurvatureRequest) -> tuple[int, ...]:
@@ -127,7 +129,7 @@ class Statistic:
 class StatisticsSource(Protocol):
     """Where an optimizer's statistics come from. Made by ``ModelStructure.open``.
 
-    A source inherits from this; ``loss_scale`` and :meth:`recycle` it may leave as they are.
+    A source inherits from this and may leave ``loss_scale`` as it is.
 
     Attributes:
         loss_scale: what the loss is multiplied by before backward (float16
@@ -142,10 +144,6 @@ class StatisticsSource(Protocol):
 
     def take(self) -> dict[str, Statistic]:
         """What was staged since the last call, by request key; the stage is empty afterwards."""
-
-    def recycle(self) -> None:
-        """Nobody reads any more what was last taken: its memory may serve the next sums."""
-        return
 
     def drop(self) -> None:
         """Forget what was staged (a skipped step)."""
@@ -223,9 +221,9 @@ def open_statistics(model: nn.Module, requests: Sequence[Request]) -> Statistics
     """
     curvature = [request for request in requests if isinstance(request, CurvatureRequest)]
     if curvature and len(curvature) == len(requests):
-        from hf_precond.statistics.hessian_probe import open_probe
+        from hf_precond.statistics.hessian_probe import CurvatureProbe
 
-        return open_probe(model, curvature)
+        return CurvatureProbe(model, curvature)
     if curvature:
         raise ValueError("curvature and second moments come from two sources: open each by itself.")
     from hf_precond.statistics.collector import MomentCollector

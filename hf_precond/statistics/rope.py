@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_precond.architectures.attention import forward_names
 from hf_precond.architectures.tables import ROTARY
+from hf_precond.compat.torch_internals import Hook
+from hf_precond.linalg.products import compute_dtype
+from hf_precond.statistics.moments import count_of
+from hf_precond.statistics.requests import Statistic
+from hf_precond.statistics.token_weights import Reader
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,8 @@ class Layout:
     Args:
         partner: the permutation p, ``[d_h]``.
         sign: ``[d_h]``, 1, -1 or 0.
-        cosine, sine: which entry of cos and sin a component takes, ``[d_h]``.
+        cosine: which entry of cos a component takes, ``[d_h]``.
+        sine: which entry of sin a component takes, ``[d_h]``.
         rotated: whether a component is rotated, ``[d_h]``.
     """
 
@@ -35,23 +43,154 @@ class Layout:
     rotated: Tensor
 
     def vectors(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Full-length cosines and signed sines, ``[…, d_h]`` each."""
+        """Returns full-length cosines and signed sines, ``[…, d_h]`` each.
+
+        Args:
+            cos: ``[…, width]``.
+            sin: ``[…, width]``.
+        """
         cosines = torch.where(self.rotated, cos[..., self.cosine], 1.0)
         return cosines, sin[..., self.sine] * self.sign.to(sin.dtype)
 
     def to(self, device: torch.device) -> Layout:
-        """The same layout on a device."""
-        return Layout(
-            *(getattr(self, item.name).to(device) for item in dataclasses.fields(self))
-        )
+        """Returns the same layout on a device.
+
+        Args:
+            device: the device.
+        """
+        return Layout(*(value.to(device) for value in vars(self).values()))
 
 
+@dataclass(frozen=True)
+class Rotation:
+    """The cosines and sines of one call, ``[B or 1, positions, width]`` each.
+
+    Args:
+        cos: the cosines.
+        sin: the sines.
+        paired: whether they came as complex numbers, one a pair of neighbours.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    paired: bool = False
+
+    @classmethod
+    def read(cls, value: Any) -> Rotation | None:
+        """Returns the rotation in a pair of cosines and sines or in complex numbers.
+
+        Args:
+            value: what an attention is called with; ``None`` is returned for anything else.
+        """
+        if isinstance(value, Tensor) and value.is_complex() and value.dim() in (2, 3):
+            numbers = value.detach()
+            cos, sin = (part.repeat_interleave(2, -1) for part in (numbers.real, numbers.imag))
+            return cls(_by_position(cos), _by_position(sin), paired=True)
+        if not isinstance(value, (tuple, list)) or len(value) != 2:
+            return None
+        cos, sin = value
+        if not all(isinstance(part, Tensor) and part.dim() in (2, 3, 4) for part in value):
+            return None
+        if cos.shape != sin.shape or not cos.is_floating_point():
+            return None
+        return cls(_by_position(cos.detach()), _by_position(sin.detach()))
 
 
+def _by_position(part: Tensor) -> Tensor:
+    """Cosines or sines as ``[B or 1, positions, width]``, where there is one per position."""
+    if part.dim() == 4:  # [B, 1, N, width] or [B, N, 1, width]
+        part = part.squeeze(1) if part.shape[1] == 1 else part.squeeze(2)
+    return part.unsqueeze(0) if part.dim() == 2 else part
+
+
+class RopeReader:
+    """Reads the cosines and sines that an attention is called with, or that its child makes.
+
+    Args:
+        module: the attention.
+        path: its path.
+        hooks: takes what removes the hooks.
+    """
+
+    def __init__(self, module: nn.Module, path: str, hooks: ExitStack) -> None:
+        self.enabled = False
+        self.module = module
+        self.path = path
+        self.layout: Layout | None = None
+        self.rotation: Rotation | None = None
+        self.unrotated = False
+        before = module.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True)
+        hooks.callback(before.remove)
+        for child in module.modules():
+            if child is not module and ROTARY in type(child).__name__.lower():
+                hooks.callback(child.register_forward_hook(Hook(self._after_child)).remove)
+
+    def _before_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if self.enabled:
+            self.unrotated = kwargs.get("position_embeddings", self) is None
+            rotations = map(Rotation.read, (kwargs.get("position_embeddings"), *args))
+            self.rotation = next((found for found in rotations if found is not None), None)
+
+    def _after_child(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.enabled:
+            self.rotation = Rotation.read(output) or self.rotation
+
+    def tables(self, query: Tensor, reader: Reader) -> Statistic:
+        """Returns the sums of :func:`tables` over the query positions of one call.
+
+        Args:
+            query: ``[B, H, N, d_h]``.
+            reader: of the queries' token weights.
+
+        Raises:
+            RuntimeError: there is not one cosine and sine per position.
+        """
+        batch, _, length, size = query.shape
+        rotation = self.rotation
+        if rotation is None and self.unrotated:
+            rotation = Rotation(query.new_ones(1, 1, size), query.new_zeros(1, 1, size))
+        if rotation is None or rotation.cos.dim() != 3 or rotation.cos.shape[0] not in (1, batch):
+            raise RuntimeError(
+                f"{self.path}: the rotation of its queries and keys cannot be read (it is called "
+                "without position_embeddings of one cosine and sine a position, and has no rotary "
+                "module of its own); use rope='ignored'."
+            )
+        if self.layout is None:
+            paired = rotation.paired
+            layout = interleaved(size) if paired else read_layout(self.module, size, rotation.cos)
+            self.layout = layout.to(query.device)
+        dtype = compute_dtype(query.dtype)
+        cos = rotation.cos.to(dtype).expand(batch, -1, -1)
+        sin = rotation.sin.to(dtype).expand(batch, -1, -1)
+        front = length - cos.shape[1]
+        if front > 0:  # tokens in front that are not rotated (class tokens)
+            cos, sin = F.pad(cos, (0, 0, front, 0), value=1.0), F.pad(sin, (0, 0, front, 0))
+        # Vision towers call their kernel once an image, with the positions of all images.
+        positions = cos.shape[1]
+        weights = reader.read((batch, positions, size), dtype)
+        total = tables(self.layout, cos, sin, weights)
+        return Statistic(total, count_of(batch * positions, weights, total))
+
+    def average(self, moment: Tensor, rotation: Statistic) -> Tensor:
+        """Returns :func:`average` of a moment.
+
+        Args:
+            moment: of rotated vectors, ``[…, d_h, d_h]``.
+            rotation: the sum of :meth:`tables`.
+        """
+        assert self.layout is not None
+        return average(self.layout, moment, rotation.sum / rotation.count.clamp(min=1))
 
 
 def half_split(size: int, rotary: int) -> Layout:
-    """The common layout: the first ``rotary`` components, halves paired."""
+    """Returns the common layout: the first ``rotary`` components are rotated, halves paired.
+
+    Args:
+        size: width of a head.
+        rotary: how many components are rotated.
+    """
     half = rotary // 2
     partner, sign = torch.arange(size), torch.zeros(size)
     partner[:half], partner[half:rotary] = torch.arange(half, rotary), torch.arange(half)
@@ -61,24 +200,23 @@ def half_split(size: int, rotary: int) -> Layout:
 
 
 def interleaved(size: int) -> Layout:
-    """Neighbours paired, as complex numbers are multiplied."""
+    """Returns the layout that pairs neighbours, as complex numbers are multiplied.
+
+    Args:
+        size: width of a head.
+    """
     index = torch.arange(size)
     sign = torch.ones(size)
     sign[::2] = -1.0
     return Layout(index ^ 1, sign, index, index, torch.ones(size, dtype=torch.bool))
 
 
-def from_complex(numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, one a component, of rotations given as complex numbers a pair."""
-    return numbers.real.repeat_interleave(2, -1), numbers.imag.repeat_interleave(2, -1)
-
-
 def read_layout(module: nn.Module, size: int, cos: Tensor) -> Layout:
-    """The layout of an attention, read off the function that its forward rotates with.
+    """Returns the layout of an attention, by probing the function that its forward rotates with.
 
-    The function is applied to chosen cosines, sines and vectors that give
-    each index away. Where it cannot be called so, the half-split layout of
-    the width of ``cos`` is taken.
+    The function is applied to cosines, sines and vectors that hold indices,
+    so that its result shows which entry went where. Where it cannot be called
+    so, the half-split layout of the width of ``cos`` is returned.
 
     Args:
         module: the attention.
@@ -133,11 +271,12 @@ def _probe(
 
 
 def tables(layout: Layout, cos: Tensor, sin: Tensor, weights: Tensor | None) -> Tensor:
-    """Sums over positions of ``c cᵀ``, ``s cᵀ`` and ``s sᵀ``, ``[3, d_h, d_h]``.
+    """Returns the sums over positions of ``c cᵀ``, ``s cᵀ`` and ``s sᵀ``, ``[3, d_h, d_h]``.
 
     Args:
         layout: the layout.
-        cos, sin: ``[…, n, width]``.
+        cos: ``[…, n, width]``.
+        sin: ``[…, n, width]``.
         weights: ``[…, n]``, or ``None`` for ones.
     """
     cosines, sines = layout.vectors(cos, sin)
@@ -149,7 +288,7 @@ def tables(layout: Layout, cos: Tensor, sin: Tensor, weights: Tensor | None) -> 
 
 
 def average(layout: Layout, moment: Tensor, mean: Tensor) -> Tensor:
-    """``(1/n) Σ_i R_iᵀ C R_i`` for moments ``[…, d_h, d_h]``, exactly, in O(d_h²).
+    """Returns ``(1/n) Σ_i R_iᵀ C R_i`` for moments ``[…, d_h, d_h]``, exactly, in O(d_h²).
 
     With ``R = diag(c) + diag(s) P``::
 

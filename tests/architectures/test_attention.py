@@ -104,16 +104,14 @@ def compare_with_the_kernel(model: nn.Module, run: Callable[[], object]) -> int:
             matrix.module.register_forward_pre_hook(
                 lambda module, args, key=(block.module, role): inputs.__setitem__(key, args[0])
             )
-    class Watcher:
-        def see(self, module: nn.Module, call: attention_heads.Call) -> None:
-            seen[module] = (call.query, call.key)
 
-    watcher = Watcher()
-    observation = attention_heads.Observation(list(blocks), watcher.see)
-    observation.enable(True)
+    def see(module: nn.Module, call: attention_heads.Call) -> None:
+        seen[module] = (call.query, call.key)
+
+    attention_heads.observe(blocks, see)
     with torch.no_grad():
         run()
-    observation.close()
+    attention_heads.stop_observing(blocks, see)
     assert set(seen) == set(blocks)
     for module, block in blocks.items():
         for role, vectors, heads in (

@@ -5,7 +5,6 @@ import torch
 
 from hf_precond.linalg import matrix_functions as functions
 from hf_precond.linalg.eigenbasis import refresh
-from hf_precond.linalg.gram import gram
 from hf_precond.linalg.inverses import largest_eigenvalue, newton_step, spd_block_inverse
 from hf_precond.linalg.products import matmul
 from hf_precond.optimizers.nkfac.reference import newton_step_reference
@@ -23,7 +22,6 @@ SQUARE = {
     "gram_newton_schulz": functions.gram_newton_schulz,
     "pack": lambda a: functions.unpack(functions.pack(a)),
     "refresh": refresh,
-    "gram": lambda a: gram(a[0]),
     "tf32": lambda a: matmul(a, a, "tf32"),
     "bf16": lambda a: matmul(a, a, "bf16"),
 }

@@ -27,9 +27,8 @@ class Seen:
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.calls: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-        observation = attention_heads.Observation(modules, self.see)
-        observation.enable(True)
-        self.end = observation.close
+        attention_heads.observe(modules, self.see)
+        self.end = lambda: attention_heads.stop_observing(modules, self.see)
 
     def see(self, module: nn.Module, call: attention_heads.Call) -> None:
         self.calls[module] = (call.query.detach(), call.key.detach())
@@ -269,18 +268,18 @@ def test_look_up_is_wrapped_only_while_needed_and_models_do_not_mix() -> None:
     assert AttentionInterface.get_interface is original, "inputs need no look-up"
     one = opened(first, head_requests(blocks))
     two = opened(second, head_requests(find_attention(second)))
-    assert AttentionInterface.get_interface is not original and attention_heads.observing() == 2
+    assert AttentionInterface.get_interface is not original and len(attention_heads.OBSERVERS) == 4
     batch = FAMILIES["llama"].batch()
     loss_of(first, batch).backward()
     assert two.take() == {} and len(one.take()) == 4
     one.close()
     one.close()
-    assert AttentionInterface.get_interface is not original and attention_heads.observing() == 1
+    assert AttentionInterface.get_interface is not original and len(attention_heads.OBSERVERS) == 2
     loss_of(second, batch).backward()
     assert len(two.take()) == 4 and one.take() == {}
     two.close()
     plain.close()
-    assert AttentionInterface.get_interface is original and attention_heads.observing() == 0
+    assert AttentionInterface.get_interface is original and not attention_heads.OBSERVERS
 
 
 def test_a_capture_that_is_forgotten_lets_go_of_the_look_up() -> None:
@@ -295,7 +294,7 @@ def test_a_capture_that_is_forgotten_lets_go_of_the_look_up() -> None:
     del model, capture, blocks, inputs
     gc.collect()
     assert [reference() for reference in gone] == [None, None] and not switch.held
-    assert AttentionInterface.get_interface is original and attention_heads.observing() == 0
+    assert AttentionInterface.get_interface is original and not attention_heads.OBSERVERS
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

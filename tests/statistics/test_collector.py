@@ -121,7 +121,7 @@ def test_one_collection_serves_requests_with_and_without_a_bias() -> None:
     rows = torch.cat([x, torch.ones(5, 1, dtype=torch.float64)], dim=1)
     torch.testing.assert_close(taken["b"].sum, rows.T @ rows)
     torch.testing.assert_close(taken["a"].sum, x.T @ x)
-    assert len(capture.points) == 1 and len(capture.handles) == 1
+    assert len(capture.layers) == 1 and _hooks(layer) == 2  # the layer's and that of the root
 
 
 def _statistics(name: str, prepare: Callable[[nn.Module], None]) -> dict[str, Statistic]:

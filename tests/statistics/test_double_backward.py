@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_precond.architectures.modules import find_norms
 from hf_precond.statistics.double_backward import FullPrecision
-from hf_precond.statistics.hessian_probe import open_probe
+from hf_precond.statistics.hessian_probe import CurvatureProbe
 from hf_precond.statistics.requests import CurvatureRequest
 
 LOW = torch.bfloat16
@@ -42,7 +42,7 @@ def as_accelerate_does(model):
 
 def open_source(model, autocast=False):
     norms = find_norms(model)
-    return open_probe(
+    return CurvatureProbe(
         model, [CurvatureRequest(n.name, n, "rademacher", autocast=autocast) for n in norms]
     )
 

@@ -12,10 +12,9 @@ from hf_precond.statistics.collector import SharedInputs, StatisticsBuffer
 from hf_precond.statistics.hessian_products import diagonal_estimates, probe_vectors
 from hf_precond.statistics.moments import (
     Collection,
-    input_part,
     moment,
-    output_part,
-    patch_part,
+    patch_moment,
+    second_moment,
 )
 from hf_precond.statistics.rope import average, half_split, tables
 from hf_precond.statistics.token_weights import TokenWeights
@@ -42,49 +41,47 @@ def watched(work):
 
 @pytest.mark.parametrize("weights", [False, True])
 @pytest.mark.parametrize("constant", [False, True])
-@pytest.mark.parametrize("shape", [(30, 8), (2, 3, 5, 8), (700, 600)])
+@pytest.mark.parametrize("shape", [(30, 8), (700, 600)])
 def test_moments(shape, constant, weights):
-    weights = there(*shape[:-1]) if weights else None
+    weights = there(shape[0]) if weights else None
     found = watched(lambda: moment(there(*shape), weights, constant=constant))
-    size = shape[-1] + constant
-    assert found.device == GPU and found.shape == (*shape[:-2], size, size)
+    size = shape[1] + constant
+    assert found.device == GPU and found.shape == (size, size)
 
 
 @pytest.mark.parametrize(("blocks", "rows", "center"), [(1, 0, False), (3, 4, False), (1, 0, True)])
 @pytest.mark.parametrize("kind", ["input", "output_grad"])
-def test_parts_are_staged(kind, blocks, rows, center):
+def test_statistics_add_up(kind, blocks, rows, center):
     matrix = LayerMatrix("layer", on_gpu(nn.Linear(8, 6)), bias="bias")
-    collection = Collection("c", kind, matrix, kind == "input", center, blocks, rows)
-    stage, weights = StatisticsBuffer(), there(2, 5)
+    if kind == "input":
+        collection, shape = Collection(kind, matrix, True, center, blocks, rows), (2, 5, 8)
+    else:
+        collection, shape = Collection(kind, matrix, rows=rows), (10, 6)
+    buffer, weights = StatisticsBuffer(), there(2, 5)
     for _ in range(2):
-        if kind == "input":
-            part = watched(lambda: input_part(collection, there(2, 5, 8), weights, 1, stage.spares))
-        else:
-            part = watched(lambda: output_part(collection, there(10, 6), weights, 1, stage.spares))
-        watched(lambda part=part: stage.add(part))
-    found = stage.get("c")
+        statistic = watched(lambda: second_moment(collection, there(*shape), weights, 1))
+        watched(lambda statistic=statistic: buffer.add("c", statistic))
+    found = buffer.get("c")
     assert found.sum.device == found.count.device == GPU
 
 
 def test_patches_of_a_convolution():
     layer = on_gpu(nn.Conv2d(2, 4, 3, padding=1))
     matrix = LayerMatrix("layer", layer, bias="bias", layout="conv")
-    collection = Collection("c", "input", matrix, True, False)
-    part = watched(lambda: patch_part(collection, layer, there(3, 2, 6, 6)))
-    assert part.sum.shape == (19, 19) and part.sum.device == GPU
+    collection = Collection("input", matrix, True)
+    found = watched(lambda: patch_moment(collection, layer, there(3, 2, 6, 6)))
+    assert found.sum.shape == (19, 19) and found.sum.device == GPU
 
 
 def test_siblings_share():
     shared, inputs = SharedInputs(), there(4, 8)
     matrix = LayerMatrix("layer", on_gpu(nn.Linear(8, 6, bias=False)))
-    collection = Collection("c", "input", matrix, False, False)
-    for name in "qk":
-        part = watched(
-            lambda name=name: shared.part(
-                name, 0, inputs, lambda: input_part(collection, inputs, None)
-            )
+    collection = Collection("input", matrix)
+    for _ in range(2):
+        found = watched(
+            lambda: shared.moment(0, inputs, lambda: second_moment(collection, inputs, None))
         )
-        assert part.sum.device == GPU
+        assert found.sum.device == GPU
 
 
 @pytest.mark.parametrize("weights", [False, True])

@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_precond.architectures.modules import find_norms
 from hf_precond.architectures.structure import NormParameter
-from hf_precond.statistics.hessian_probe import open_probe
+from hf_precond.statistics.hessian_probe import CurvatureProbe
 from hf_precond.statistics.hessian_products import GraphProduct, diagonal_estimates, probe_vectors
 from hf_precond.statistics.requests import CurvatureRequest
 
@@ -31,7 +31,7 @@ def randn(*shape, seed=0):
 
 def staged(model, norms, probe, loss, step=0):
     """What a source stages for one loss: key to estimate."""
-    source = open_probe(model, [CurvatureRequest(n.name, n, probe) for n in norms])
+    source = CurvatureProbe(model, [CurvatureRequest(n.name, n, probe) for n in norms])
     source.enable(True, step)
     with source.context():
         source.observe(loss())
@@ -166,7 +166,7 @@ def test_the_training_gradient_is_what_it_is_without_a_probe():
     model, loss = mixed_network()
     norms = find_norms(model)
     plain = torch.autograd.grad(loss(), list(model.parameters()))
-    source = open_probe(model, [CurvatureRequest(n.name, n, "rademacher") for n in norms])
+    source = CurvatureProbe(model, [CurvatureRequest(n.name, n, "rademacher") for n in norms])
     source.enable(True, 0)
     with source.context():
         value = loss()
@@ -200,7 +200,7 @@ def test_micro_batches_add_up_to_the_whole_batch():
     whole = staged(
         model, norms, "rademacher", lambda: nn.functional.cross_entropy(model(x), labels), step=5
     )
-    source = open_probe(model, [CurvatureRequest(n.name, n, "rademacher") for n in norms])
+    source = CurvatureProbe(model, [CurvatureRequest(n.name, n, "rademacher") for n in norms])
     source.enable(True, 5)
     for rows in torch.arange(12).split(4):
         source.observe(nn.functional.cross_entropy(model(x[rows]), labels[rows]) / 3)
@@ -223,7 +223,7 @@ def test_the_loss_scale_is_divided_out():
     model, loss = mixed_network()
     norms = find_norms(model)
     plain = staged(model, norms, "rademacher", loss)
-    source = open_probe(model, [CurvatureRequest(n.name, n, "rademacher") for n in norms])
+    source = CurvatureProbe(model, [CurvatureRequest(n.name, n, "rademacher") for n in norms])
     source.enable(True, 0)
     source.observe(loss(), weight=0.5, scale=torch.tensor(2.0**12))
     for name, statistic in source.take().items():

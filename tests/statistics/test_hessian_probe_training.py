@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from hf_precond.architectures.modules import find_norms
-from hf_precond.statistics.hessian_probe import open_probe
+from hf_precond.statistics.hessian_probe import CurvatureProbe
 from hf_precond.statistics.requests import CurvatureRequest
 from tests.optimizers.models import batch, make
 
@@ -50,7 +50,7 @@ def loss_of(model, seed=0):
 
 def open_source(model, probe="rademacher"):
     norms = find_norms(model)
-    return open_probe(model, [CurvatureRequest(n.name, n, probe) for n in norms])
+    return CurvatureProbe(model, [CurvatureRequest(n.name, n, probe) for n in norms])
 
 
 def expected(model, loss_of, step=0):
@@ -246,7 +246,7 @@ def test_two_models_do_not_mix():
     loss_one, loss_two = loss_of(first), loss_of(second, 1)
     accelerator.backward(loss_one)
     assert not torch.backends.cuda.flash_sdp_enabled()
-    assert one.staged and not two.staged
+    assert one.estimates and not two.estimates
     accelerator.backward(loss_two)
     assert torch.backends.cuda.flash_sdp_enabled()
     wanted = expected(second, lambda: loss_of(second, 1))
@@ -293,7 +293,7 @@ def test_a_source_whose_optimizer_stopped_rests():
         accelerator.backward(loss_of(model))
         other.step()
         other.zero_grad()
-    assert not source.staged and not source.due
+    assert not source.estimates and not source.due
     assert model.fused == [False, False, True]
     source.enable(True, 40)
     accelerator.backward(loss_of(model))

@@ -227,7 +227,6 @@ class PrecondOptimizer(torch.optim.Optimizer):
                 self._first.device,
             )
         self.update_statistics(collected)
-        self.statistics.recycle()
 
     def _apply(self) -> None:
         ready = [bound for bound in self.bound if bound.weight.grad is not None]

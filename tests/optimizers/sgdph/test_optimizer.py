@@ -13,7 +13,7 @@ from hf_precond.architectures.structure import ModelStructure, NormParameter
 from hf_precond.optimizers.sgdph.config import SGDPHConfig
 from hf_precond.optimizers.sgdph.optimizer import SGDPH
 from hf_precond.registry import create_optimizer
-from hf_precond.statistics.hessian_probe import open_probe
+from hf_precond.statistics.hessian_probe import CurvatureProbe
 from hf_precond.statistics.requests import Statistic, StatisticsSource
 
 
@@ -74,7 +74,8 @@ def channels(model, vectors=False):
 def build(model, **fields):
     config = SGDPHConfig(**fields)
     structure = ModelStructure(
-        norms=channels(model, config.reference), open_statistics=lambda requests: open_probe(model, requests)
+        norms=channels(model, config.reference),
+        open_statistics=lambda requests: CurvatureProbe(model, requests),
     )
     return SGDPH([p for p in model.parameters() if p.requires_grad], structure, config)
 
@@ -178,7 +179,7 @@ def test_separable_quadratic_lands_in_one_step_and_flees_the_saddle():
     target, curvature = randn(6), torch.tensor([0.5, 2.0, 7.0, -0.5, -2.0, 9.0]).double()
     structure = ModelStructure(
         norms=[NormParameter("weight", module, "weight")],
-        open_statistics=lambda requests: open_probe(module, requests),
+        open_statistics=lambda requests: CurvatureProbe(module, requests),
     )
     config = SGDPHConfig(
         lr=10.0, tau=0.1, base="sgd", momentum=0.0, stat_decay=0.0, curvature_eps=1e-30,

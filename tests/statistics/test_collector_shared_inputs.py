@@ -22,15 +22,15 @@ def _closed() -> Iterator[None]:
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the collections whose moment was computed."""
+    """Names of the matrices whose moment was computed."""
     names: list[str] = []
-    original = capture_module.input_part
+    original = capture_module.second_moment
 
     def counted(collection, *args):
-        names.append(collection.name)
+        names.append(collection.matrix.name)
         return original(collection, *args)
 
-    monkeypatch.setattr(capture_module, "input_part", counted)
+    monkeypatch.setattr(capture_module, "second_moment", counted)
     return names
 
 
