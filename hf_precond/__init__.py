@@ -1,7 +1,7 @@
 """Preconditioned optimizers for Hugging Face Transformers, selected by ``--optim``.
 
-Importing this package registers the names ``adamr``, ``afopt``, ``nkfac`` and
-``sgdph``; everything else is imported when it is first used.
+Importing this package makes ``--optim`` take the names of :func:`list_optimizers`;
+everything else is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from hf_precond.optimizers.nkfac.optimizer import NKFAC
     from hf_precond.optimizers.sgdph.config import SGDPHConfig
     from hf_precond.optimizers.sgdph.optimizer import SGDPH
-    from hf_precond.registry import create_optimizer, list_optimizers
+    from hf_precond.registry import create_optimizer, list_optimizers, register_optimizer
 
 __version__ = "0.1.0"
 
@@ -45,6 +45,7 @@ _WHERE = {
     "list_optimizers": "registry",
     "load_config": "config.base",
     "register": "integrations.registration",
+    "register_optimizer": "registry",
 }
 
 __all__ = [
@@ -64,6 +65,7 @@ __all__ = [
     "list_optimizers",
     "load_config",
     "register",
+    "register_optimizer",
 ]
 
 

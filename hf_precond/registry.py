@@ -1,113 +1,188 @@
-"""Name -> config, optimizer and how it reads a model; ``create_optimizer``."""
+"""The optimizers by name, and how one is made for a model.
+
+An optimizer registers itself: :func:`register_optimizer` stands at its class.
+The names are known without importing a class, and without torch: those of this
+package are the folders of ``hf_precond/optimizers`` that hold an
+``optimizer.py``; other packages list theirs in the entry-point group
+``hf_precond.optimizers``. Both are imported when the optimizer is first used.
+"""
 
 from __future__ import annotations
 
 import difflib
 import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
-from hf_precond.architectures.parameters import parameter_groups
-from hf_precond.architectures.structure import ModelStructure, RoutingTable
-from hf_precond.config.base import OptimizerConfig
-from hf_precond.distributed.strategies import unsupported_strategy
-from hf_precond.optimizers.adamr.config import AdamRConfig
-from hf_precond.optimizers.adamr.optimizer import AdamR, every_matrix
-from hf_precond.optimizers.afopt.config import AFOptConfig
-from hf_precond.optimizers.afopt.optimizer import AFOpt
-from hf_precond.optimizers.afopt.plan import attention_matrices
-from hf_precond.optimizers.base.optimizer import PrecondOptimizer
-from hf_precond.optimizers.nkfac.config import NKFACConfig
-from hf_precond.optimizers.nkfac.optimizer import NKFAC, layer_matrices
-from hf_precond.optimizers.sgdph.config import SGDPHConfig
-from hf_precond.optimizers.sgdph.optimizer import SGDPH, norm_parameters
+    from hf_precond.architectures.structure import ModelStructure
+    from hf_precond.config.base import OptimizerConfig
+    from hf_precond.optimizers.base.optimizer import PrecondOptimizer
+
+GROUP = "hf_precond.optimizers"
+
+ClassT = TypeVar("ClassT", bound="type[PrecondOptimizer]")
 
 
 @dataclass(frozen=True)
 class OptimizerInfo:
-    """One optimizer of the package.
+    """What is registered of one optimizer.
 
     Args:
-        name: what stands behind ``--optim``.
+        name: what ``--optim`` and :func:`create_optimizer` take.
+        title: the name in prose.
         config_cls: its fields.
-        optimizer_cls: built as ``optimizer_cls(param_groups, blocks, config)``.
-        select: reads a model: which of its parameters are preconditioned.
+        optimizer_cls: built as ``optimizer_cls(param_groups, structure, config)``.
+        select: ``select(model, config)`` returns which parameters of a model
+            are preconditioned.
         description: one line.
         memory: the numbers kept for a matrix ``[m, n]``, one line.
     """
 
     name: str
+    title: str
     config_cls: type[OptimizerConfig]
     optimizer_cls: type[PrecondOptimizer]
     select: Callable[[nn.Module, Any], ModelStructure]
     description: str
     memory: str
 
+    @property
+    def package(self) -> str:
+        """The package that the class is of."""
+        return self.optimizer_cls.__module__.partition(".")[0]
 
-_OPTIMIZERS = {
-    info.name: info
-    for info in (
-        OptimizerInfo(
-            "adamr",
-            AdamRConfig,
-            AdamR,
-            every_matrix,
-            "Adam in the eigenbasis of the gradient's Kronecker second moments",
-            "2mn, and 2m² (2n²) where its left (right) side is rotated",
-        ),
-        OptimizerInfo(
-            "afopt",
-            AFOptConfig,
-            AFOpt,
-            attention_matrices,
-            "attention's gradient step taken in logit space, from its features",
-            "mn; a layer's input n(n+1)/2 and a root, n(n+1)/2 or n²; its heads",
-        ),
-        OptimizerInfo(
-            "nkfac",
-            NKFACConfig,
-            NKFAC,
-            layer_matrices,
-            "K-FAC, each inverse by Newton's iteration from the one before",
-            "2m² + 2n², factor and inverse of each side, and the base rule's",
-        ),
-        OptimizerInfo(
-            "sgdph",
-            SGDPHConfig,
-            SGDPH,
-            norm_parameters,
-            "norm parameters by their Hessian diagonal, the rest by a base rule",
-            "the base rule's, and one number more a norm parameter",
-        ),
-    )
-}
+
+_registered: dict[str, OptimizerInfo] = {}
+
+
+def register_optimizer(
+    name: str,
+    *,
+    config: type[OptimizerConfig],
+    select: Callable[[nn.Module, Any], ModelStructure],
+    description: str,
+    memory: str = "",
+    title: str | None = None,
+) -> Callable[[ClassT], ClassT]:
+    """Makes an optimizer known by a name; stands at its class, as a decorator.
+
+    A package of its own lists the module under the same name, and ``--optim``
+    then takes it wherever the package is installed::
+
+        [project.entry-points."hf_precond.optimizers"]
+        toy = "toy_optimizer"
+
+    A class in a script needs no entry point for :func:`create_optimizer`;
+    ``hf_precond.register()`` then tells transformers its name.
+
+    Args:
+        name: what ``--optim`` and :func:`create_optimizer` take; the config's
+            ``name``.
+        config: its fields, a frozen dataclass below ``OptimizerConfig``.
+        select: ``select(model, config)`` returns the ``ModelStructure``: which
+            parameters are preconditioned.
+        description: one line for ``hf-precond list``.
+        memory: the numbers kept for a matrix ``[m, n]``, one line for
+            ``hf-precond explain``.
+        title: the name in prose, by default the class's.
+
+    Raises:
+        ValueError: ``config`` has another name, or another class has this one.
+    """
+    if config.name != name:
+        raise ValueError(
+            f"register_optimizer({name!r}): {config.__name__}.name is {config.name!r}; set it to "
+            f"{name!r}."
+        )
+
+    def register(cls: ClassT) -> ClassT:
+        known = _registered.get(name)
+        if known is not None and _path_of(known.optimizer_cls) != _path_of(cls):
+            raise ValueError(
+                f"register_optimizer({name!r}): {_path_of(cls)} and "
+                f"{_path_of(known.optimizer_cls)} both take this name; rename one of them."
+            )
+        _registered[name] = OptimizerInfo(
+            name, title or cls.__name__, config, cls, select, description, memory
+        )
+        return cls
+
+    return register
+
+
+def _path_of(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+@functools.cache
+def _entry_points() -> dict[str, list[EntryPoint]]:
+    """Name to where its optimizer can be imported from, this package's own first."""
+    modules = sorted(Path(__file__).parent.glob("optimizers/*/optimizer.py"))
+    names = [module.parent.name for module in modules if module.parent.name != "base"]
+    points = {
+        name: [EntryPoint(name, f"hf_precond.optimizers.{name}.optimizer", GROUP)]
+        for name in names
+    }
+    for point in entry_points(group=GROUP):
+        points.setdefault(point.name, []).append(point)
+    return points
 
 
 def list_optimizers() -> list[str]:
-    """The names that ``--optim`` and :func:`create_optimizer` take."""
-    return sorted(_OPTIMIZERS)
+    """The names that ``--optim`` and :func:`create_optimizer` take; imports none of them."""
+    return sorted({*_entry_points(), *_registered})
 
 
 def get_info(name: str) -> OptimizerInfo:
-    """The entry of an optimizer.
+    """What is registered of an optimizer, which is imported if need be.
 
     Raises:
-        ValueError: for an unknown name, with the nearest known one.
+        ValueError: an unknown name (with the nearest known one), one that two
+            packages claim, or one that its package does not register.
     """
-    if not isinstance(name, str) or name not in _OPTIMIZERS:
-        near = difflib.get_close_matches(str(name).lower(), _OPTIMIZERS, n=1)
+    if not isinstance(name, str) or name not in list_optimizers():
+        near = difflib.get_close_matches(str(name).lower(), list_optimizers(), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(
             f"optimizer {name!r} is unknown{hint} The names are {', '.join(list_optimizers())}."
         )
-    return _OPTIMIZERS[name]
+    if name not in _registered:
+        _load(name)
+    return _registered[name]
+
+
+def _load(name: str) -> None:
+    """Import the module that registers ``name``."""
+    point, *others = _entry_points()[name]
+    packages = [other.dist.name if other.dist else "hf_precond" for other in (point, *others)]
+    clash = f"optimizer {name!r}: the packages {' and '.join(packages)} both have one of this name"
+    if others and point.dist is not None:
+        raise ValueError(f"{clash}; uninstall one of them.")
+    if others:
+        warnings.warn(f"{clash}; hf_precond's own is used.", RuntimeWarning, stacklevel=3)
+    point.load()
+    if name not in _registered:
+        raise ValueError(
+            f"optimizer {name!r}: the entry point of package {packages[0]} ({point.value}) "
+            f"registers none of this name; @register_optimizer({name!r}, …) is missing there."
+        )
 
 
 def make_config(name_or_config: str | OptimizerConfig, **values: Any) -> OptimizerConfig:
-    """A validated config from a name and fields, or a config with some fields changed."""
+    """A validated config from a name and fields, or a config with some fields changed.
+
+    Raises:
+        ValueError: an unknown name or field, or a value out of range.
+    """
+    from hf_precond.config.base import OptimizerConfig
+
     if isinstance(name_or_config, OptimizerConfig):
         return name_or_config.replace(**values)
     return get_info(name_or_config).config_cls.create(**values)
@@ -116,50 +191,61 @@ def make_config(name_or_config: str | OptimizerConfig, **values: Any) -> Optimiz
 def create_optimizer(
     model: nn.Module, name_or_config: str | OptimizerConfig, **values: Any
 ) -> PrecondOptimizer:
-    """Build an optimizer for a model.
+    """Builds an optimizer for a model.
 
     Weight decay applies by the Trainer's rule: not to biases and norms. With
     ``head_lr_scale`` other than 1 the newly initialised head has groups of its
-    own. The routing table (``print(optimizer.routing)``) says what becomes of
-    every parameter.
+    own. The routing table (``print(optimizer.routing)``) shows how every
+    parameter is stepped.
 
     Args:
-        model: any ``nn.Module``; attention is found in the families of
-            transformers, or declared.
-        name_or_config: ``"afopt"``, ``"adamr"``, ``"nkfac"``, ``"sgdph"``, or
-            a config.
+        model: any ``nn.Module``; attention is found in the model families of
+            transformers, or declared with :func:`hf_precond.declare_attention`.
+        name_or_config: one of :func:`list_optimizers`, such as ``"afopt"``, or
+            a config, such as ``AFOptConfig(lr=1e-3)``.
         **values: fields of the config.
 
+    Returns:
+        The optimizer, a ``torch.optim.Optimizer``. Its hooks collect statistics
+        from ``model`` until ``optimizer.close()``.
+
     Raises:
-        TypeError: ``model`` is no module (its parameters alone do not tell
-            where its layers are).
+        TypeError: ``model`` is no module (parameters alone do not show in which
+            layers they are).
         ValueError: an unknown name or field, a value out of range, complex
             parameters, a model in which nothing would be preconditioned, or a
             training under DeepSpeed, FSDP1, Megatron-LM or tensor parallelism.
     """
+    from torch import nn
+
+    from hf_precond.architectures.parameters import parameter_groups
+    from hf_precond.architectures.structure import RoutingTable
+
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"create_optimizer: the first argument is a {type(model).__name__} and must be the "
             "model (an nn.Module), not its name or parameters: create_optimizer(model, 'afopt')."
         )
     config = make_config(name_or_config, **values)
-    info = get_info(config.name)
     structure = read_model(model, config)
     groups, labels = parameter_groups(
-        model, config.lr, config.weight_decay, config.head_lr_scale
+        model, config.lr, config.weight_decay, config.head_lr_scale, config.decays_everything
     )
     structure.routing = RoutingTable(
         [replace(route, group=labels.get(route.name, "")) for route in structure.routing]
     )
-    return info.optimizer_cls(groups, structure, config)
+    return get_info(config.name).optimizer_cls(groups, structure, config)
 
 
 def read_model(model: nn.Module, config: OptimizerConfig) -> ModelStructure:
     """What the optimizer of ``config`` would precondition in ``model``.
 
     Raises:
-        ValueError: nothing would be, or what runs the training cannot be served.
+        ValueError: nothing would be, or the optimizer cannot serve what runs
+            the training.
     """
+    from hf_precond.distributed.strategies import unsupported_strategy
+
     refused = unsupported_strategy(model, config.name)
     if refused is not None:
         raise ValueError(refused)

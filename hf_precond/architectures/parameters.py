@@ -237,7 +237,11 @@ def undecayed_names(model: nn.Module) -> set[str]:
 
 
 def parameter_groups(
-    model: nn.Module, lr: float, weight_decay: float, head_lr_scale: float = 1.0
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    head_lr_scale: float = 1.0,
+    decay_all: bool = False,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Parameter groups of the trainable parameters.
 
@@ -247,6 +251,7 @@ def parameter_groups(
         weight_decay: weight decay of the groups that decay.
         head_lr_scale: learning rate of the head over the body's; at 1 the
             head has no groups of its own.
+        decay_all: weight decay applies to every parameter.
 
     Returns:
         The groups (``decay``, ``no decay``, and with a head of its own
@@ -258,7 +263,7 @@ def parameter_groups(
         ValueError: when nothing trains, or ``head_lr_scale`` is not 1 and the
             model has no head that is known.
     """
-    undecayed = undecayed_names(model)
+    undecayed = set() if decay_all else undecayed_names(model)
     head = find_head(model) if head_lr_scale != 1.0 else set()
     if head_lr_scale != 1.0 and not head:
         raise ValueError(

@@ -1,14 +1,19 @@
-"""``hf-precond explain MODEL --optim NAME``: routing table and memory, without weights."""
+"""What there is to know before training: ``hf-precond list`` and ``hf-precond explain``."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import inspect
 import sys
 from typing import Any
 
 
-def add_command(commands: Any) -> None:
-    """Add the command to ``hf-precond``'s parser."""
+def add_commands(commands: Any) -> None:
+    """Adds both commands to ``hf-precond``'s parser."""
+    parser = commands.add_parser("list", help="the optimizers, or the fields of one")
+    parser.add_argument("name", nargs="?", help="an optimizer's name")
+    parser.set_defaults(act=list_command)
     parser = commands.add_parser(
         "explain", help="how an optimizer would treat a model's parameters, and the memory it takes"
     )
@@ -22,11 +27,44 @@ def add_command(commands: Any) -> None:
         help="AutoModelForSequenceClassification and the like; by default the architecture that "
         "the model was saved with",
     )
-    parser.set_defaults(act=act)
+    parser.set_defaults(act=explain_command)
 
 
-def act(arguments: argparse.Namespace) -> int:
-    """Print the routing table.
+def list_command(arguments: argparse.Namespace) -> int:
+    """Prints every optimizer with its line of description, or one with its fields.
+
+    Returns:
+        0; 2 for an unknown name.
+    """
+    from hf_precond.registry import get_info, list_optimizers
+
+    if arguments.name is None:
+        for name in list_optimizers():
+            try:
+                line = get_info(name).description
+            except Exception as error:  # whatever another package raises: the others are listed
+                line = f"cannot be used: {error}"
+            print(f"{name:<8} {line}")
+        print("\n`hf-precond list NAME` shows the fields of one: the keys of --optim_args.")
+        return 0
+    try:
+        info = get_info(arguments.name)
+    except ValueError as error:
+        print(f"hf_precond: {error}", file=sys.stderr)
+        return 2
+    print(f"{info.name}: {info.description}\n")
+    print(f"{'field':<20} default")
+    for field in dataclasses.fields(info.config_cls):
+        default = field.default
+        shown = ":".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        print(f"{field.name:<20} {shown}")
+    for cls in (info.config_cls.__mro__[1], info.config_cls):
+        print(f"\n{inspect.getdoc(cls)}")
+    return 0
+
+
+def explain_command(arguments: argparse.Namespace) -> int:
+    """Prints how an optimizer steps every parameter of a model, and the memory it takes.
 
     Returns:
         0; 2 when the model, the name or a field cannot be used.
@@ -64,10 +102,10 @@ def explanation(
     """
     import torch
 
-    from hf_precond.integrations.arguments import config_from_pairs
+    from hf_precond.integrations.arguments import config_from_pairs, parse_pairs
     from hf_precond.registry import create_optimizer, get_info
 
-    config = config_from_pairs(get_info(name).config_cls, optim_args)
+    config = config_from_pairs(get_info(name).config_cls, parse_pairs(optim_args))
     with torch.device("meta"):
         built = _build(model, auto_class)
     optimizer = create_optimizer(built, config)
@@ -116,7 +154,7 @@ def _build(model: str, auto_class: str | None) -> Any:
             )
         return chosen.from_config(config)
     for architecture in getattr(config, "architectures", None) or []:
-        found = getattr(transformers, architecture, None)
-        if found is not None:
-            return found(config)
+        model_cls = getattr(transformers, architecture, None)
+        if model_cls is not None:
+            return model_cls(config)
     return transformers.AutoModel.from_config(config)

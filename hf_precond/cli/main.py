@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from hf_precond.cli import explain, listing, run
+from hf_precond.cli import explain, run
 from hf_precond.config.hub import version
 
 COMMANDS = ("run", "list", "explain")
@@ -68,6 +68,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"hf_precond {version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (run, listing, explain):
-        module.add_command(commands)
+    run.add_command(commands)
+    explain.add_commands(commands)
     return parser

@@ -11,19 +11,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from hf_precond.registry import list_optimizers
+
 
 def add_command(commands: Any) -> None:
-    """Add the command to ``hf-precond``'s parser."""
-    parser = commands.add_parser(
-        "run", help="run a training script with --optim afopt, adamr, nkfac, sgdph"
-    )
+    """Adds the command to ``hf-precond``'s parser."""
+    names = ", ".join(list_optimizers())
+    parser = commands.add_parser("run", help=f"run a training script with --optim {names}")
     parser.add_argument("script", help="the script's path")
     parser.add_argument("args", nargs=argparse.REMAINDER, help="the script's own arguments")
     parser.set_defaults(act=lambda arguments: run([arguments.script, *arguments.args]))
 
 
 def run(words: Sequence[str]) -> int:
-    """Run a script in this process, as ``python SCRIPT.py …`` would.
+    """Runs a script in this process, as ``python SCRIPT.py …`` would.
 
     The script's folder comes first on ``sys.path`` and ``sys.argv`` is the
     script's. What it raises is shown without the frames of this package, and
@@ -64,7 +65,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def _leave_process_group() -> None:
-    """End what a distributed script leaves open: gloo's threads may abort a process that exits."""
+    """Ends what a distributed script leaves open: gloo's threads may abort a process that exits."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
@@ -76,7 +77,7 @@ def _refuse(sentence: str) -> int:
 
 
 def _take_first_place(folder: str) -> None:
-    """Put the script's folder where ``python SCRIPT.py`` has it: in place of the launcher's.
+    """Puts the script's folder where ``python SCRIPT.py`` has it: in place of the launcher's.
 
     The entry replaced is the working directory (``-m``) or the console
     script's folder. It goes to the end if this package was found through it.

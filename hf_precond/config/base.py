@@ -1,39 +1,182 @@
 """One frozen dataclass per optimizer: fields, legal ranges, parsing and JSON.
 
-A config is plain data. It is validated when it is made, so a value that is
-out of range never reaches an optimizer, and it holds only what JSON can hold.
+A config is plain data. It is validated when it is made, so that a value out of
+range never reaches an optimizer, and it holds only what JSON can hold. Nothing
+here imports torch before a dtype is asked for.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, TypeVar
+import difflib
+import functools
+import math
+import numbers
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
-import torch
-
-from hf_precond.config.fields import (
-    bounded,
-    conform,
-    decay,
-    from_text,
-    hints_of,
-    one_of,
-    positive,
-    refuse_unknown,
-)
 from hf_precond.config.hub import HubMixin
-from hf_precond.linalg.products import compute_dtype
+
+if TYPE_CHECKING:
+    import torch
 
 ConfigT = TypeVar("ConfigT", bound="OptimizerConfig")
 
-STATE_DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
+_WORDS = {
+    **dict.fromkeys(("true", "yes", "on", "1"), True),
+    **dict.fromkeys(("false", "no", "off", "0"), False),
 }
+# What the Trainer and torch call some fields.
+_ALIASES = {
+    "learning_rate": "lr",
+    "adam_beta1": "betas",
+    "adam_beta2": "betas",
+    "beta1": "betas",
+    "beta2": "betas",
+    "adam_epsilon": "eps",
+    "epsilon": "eps",
+}
+
+
+def bounded(
+    default: Any,
+    low: float,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> Any:
+    """Declares a number, or a pair of numbers, between ``low`` and ``high``.
+
+    Args:
+        default: the field's default.
+        low: least value.
+        high: largest value.
+        open_low: ``low`` itself is not legal.
+        open_high: ``high`` itself is not legal.
+    """
+    return field(default=default, metadata={"bounds": (low, high, open_low, open_high)})
+
+
+def positive(default: float) -> Any:
+    """Declares a number greater than zero."""
+    return bounded(default, 0.0, open_low=True)
+
+
+def interval(default: int) -> Any:
+    """Declares a number of steps: an integer of at least 1."""
+    return bounded(default, 1)
+
+
+def decay(default: Any) -> Any:
+    """Declares the decay of a running average, in [0, 1)."""
+    return bounded(default, 0.0, 1.0, open_high=True)
+
+
+def one_of(*names: str) -> Any:
+    """Declares one of ``names``, or ``None``, the default."""
+    return field(default=None, metadata={"choices": names})
+
+
+class _Field:
+    """What may stand in one field of a config, and how text becomes its value."""
+
+    def __init__(self, owner: str, item: dataclasses.Field[Any], hint: Any) -> None:
+        self.owner, self.name, self.default = owner, item.name, item.default
+        union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        kinds = typing.get_args(hint) if union else (hint,)
+        self.kind = kinds[0]
+        self.optional = type(None) in kinds
+        literal = typing.get_origin(hint) is Literal
+        self.choices = typing.get_args(hint) if literal else item.metadata.get("choices", ())
+        self.bounds = item.metadata.get("bounds", (-math.inf, math.inf, True, True))
+        pair = typing.get_origin(hint) is tuple
+        self.size = len(typing.get_args(hint)) if pair else 0
+
+    def legal(self) -> str:
+        """The legal range in words."""
+        optional = " or None" if self.optional else ""
+        if self.choices:
+            return "one of " + ", ".join(map(repr, self.choices)) + optional
+        if self.kind is bool:
+            return "True or False"
+        low, high, open_low, open_high = self.bounds
+        kind = "an integer" if self.kind is int else "a number"
+        if self.size:
+            kind = "two numbers, each"
+        left = f"{'(' if open_low else '['}{low:g}"
+        right = "infinity)" if high == math.inf else f"{high:g}{')' if open_high else ']'}"
+        return f"{kind} in {left}, {right}{optional}"
+
+    def refusal(self, value: Any) -> ValueError:
+        """The error for a value that is not legal."""
+        near = difflib.get_close_matches(value, self.choices, n=1) if isinstance(value, str) else []
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        return ValueError(
+            f"{self.name}={value!r}: {self.owner} takes {self.legal()}{hint}; "
+            f"the default is {self.default!r}."
+        )
+
+    def conform(self, value: Any) -> Any:
+        """``value`` in the field's own type.
+
+        Raises:
+            ValueError: naming the legal range.
+        """
+        if self.choices and type(value).__name__ == "dtype":
+            value = str(value).removeprefix("torch.")
+        if value is None and self.optional:
+            return None
+        if self.choices:
+            legal = value in self.choices
+        elif self.kind is bool:
+            legal = isinstance(value, bool)
+        elif self.size:
+            legal = isinstance(value, (tuple, list)) and len(value) == self.size
+            legal = legal and all(map(self._in_bounds, value))
+        else:
+            legal = self._in_bounds(value)
+        if not legal:
+            raise self.refusal(value)
+        if self.size:
+            return tuple(map(float, value))
+        return self.kind(value) if self.kind in (int, float) else value
+
+    def _in_bounds(self, value: Any) -> bool:
+        # Numbers of numpy too: grids and searches hand them over.
+        number = numbers.Integral if self.kind is int else numbers.Real
+        if isinstance(value, bool) or not isinstance(value, number):
+            return False
+        low, high, open_low, open_high = self.bounds
+        above = value > low if open_low else value >= low
+        below = value < high if open_high or high == math.inf else value <= high
+        return bool(above and below)
+
+    def parse(self, text: str) -> Any:
+        """The value that ``text`` stands for; its range is not looked at yet.
+
+        Raises:
+            ValueError: it stands for none of the field's type.
+        """
+        if self.optional and text.lower() in ("none", "null"):
+            return None
+        try:
+            if self.kind is bool:
+                return _WORDS[text.lower()]
+            if self.size:
+                return tuple(map(float, text.strip("()[]").replace(";", ":").split(":")))
+            return text if self.choices else self.kind(text)
+        except (KeyError, ValueError):
+            raise self.refusal(text) from None
+
+
+@functools.cache
+def _fields_of(cls: type[OptimizerConfig]) -> dict[str, _Field]:
+    hints = typing.get_type_hints(cls)
+    return {i.name: _Field(cls.name, i, hints[i.name]) for i in dataclasses.fields(cls)}
 
 
 @dataclass(frozen=True)
@@ -71,20 +214,34 @@ class OptimizerConfig(HubMixin):
     head_lr_scale: float = positive(1.0)
     betas: tuple[float, float] = decay((0.9, 0.999))
     eps: float = bounded(1e-8, 0.0)
-    state_dtype: str | None = one_of(*STATE_DTYPES)
+    state_dtype: str | None = one_of("float32", "float64", "bfloat16", "float16")
     skip_nonfinite: bool = False
 
     def __post_init__(self) -> None:
-        hints = hints_of(type(self))
-        for item in fields(self):
-            value = conform(type(self), item, hints[item.name], getattr(self, item.name))
-            object.__setattr__(self, item.name, value)
+        for name, item in _fields_of(type(self)).items():
+            object.__setattr__(self, name, item.conform(getattr(self, name)))
+
+    @classmethod
+    def _refuse_unknown(cls, names: Iterable[str]) -> None:
+        """Refuse names that are no fields, each with the one that was probably meant."""
+        known = list(_fields_of(cls))
+        for name in [name for name in names if name not in known]:
+            near = [_ALIASES[name]] if name in _ALIASES else []
+            near = near or difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ValueError(
+                f"{name}: {cls.name} has no such field{hint} Its fields are {', '.join(known)}."
+            )
 
     @classmethod
     def create(cls: type[ConfigT], **values: Any) -> ConfigT:
-        """A config from keyword values, unknown names refused with the nearest legal one."""
-        for key in values:
-            refuse_unknown(cls, key)
+        """A config from keyword values.
+
+        Raises:
+            ValueError: a value is not legal, or a name is no field (with the
+                nearest one).
+        """
+        cls._refuse_unknown(values)
         return cls(**values)
 
     @classmethod
@@ -94,17 +251,23 @@ class OptimizerConfig(HubMixin):
 
     @classmethod
     def parse(cls, values: Mapping[str, str]) -> dict[str, Any]:
-        """Turn strings into the fields' types; a pair is written ``0.9:0.99``."""
-        hints = hints_of(cls)
-        parsed: dict[str, Any] = {}
-        for key, text in values.items():
-            refuse_unknown(cls, key)
-            parsed[key] = from_text(cls, key, hints[key], str(text).strip())
-        return parsed
+        """Turns strings into values of the fields' types; a pair is written ``0.9:0.99``.
+
+        Raises:
+            ValueError: a string is no value of its field's type, or a name is
+                no field.
+        """
+        cls._refuse_unknown(values)
+        known = _fields_of(cls)
+        return {name: known[name].parse(str(text).strip()) for name, text in values.items()}
 
     @classmethod
     def from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
-        """A config from :meth:`to_dict`'s output, lists standing for pairs."""
+        """A config from :meth:`to_dict`'s output, lists standing for pairs.
+
+        Raises:
+            ValueError: the values are another optimizer's, or not legal.
+        """
         values = dict(values)
         name = values.pop("optimizer", cls.name)
         values.pop("hf_precond_version", None)
@@ -113,7 +276,7 @@ class OptimizerConfig(HubMixin):
                 f"optimizer: this config is for {name!r}, and {cls.__name__} reads {cls.name!r}; "
                 "use the config class of that optimizer."
             )
-        return cls.create(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return cls.create(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, with the optimizer's name under ``optimizer``."""
@@ -124,14 +287,22 @@ class OptimizerConfig(HubMixin):
 
     def replace(self: ConfigT, **values: Any) -> ConfigT:
         """The same config with some fields changed, validated again."""
-        for key in values:
-            refuse_unknown(type(self), key)
+        self._refuse_unknown(values)
         return dataclasses.replace(self, **values)
+
+    @property
+    def decays_everything(self) -> bool:
+        """Whether weight decay applies to every parameter, as in authors' published code."""
+        return getattr(self, "reference", False)
 
     def factor_dtype(self, parameter_dtype: torch.dtype) -> torch.dtype:
         """The dtype of kept factors for a parameter of ``parameter_dtype``."""
+        import torch
+
+        from hf_precond.linalg.products import compute_dtype
+
         if self.state_dtype is not None:
-            return STATE_DTYPES[self.state_dtype]
+            return getattr(torch, self.state_dtype)
         return compute_dtype(parameter_dtype)
 
 

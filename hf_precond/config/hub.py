@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +25,7 @@ class HubMixin(ABC):
     """``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` of a config."""
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> str:
-        """Write ``optimizer_config.json`` into a folder, which is made if need be.
+        """Writes ``optimizer_config.json`` into a folder, which is made if need be.
 
         The file appears whole or not at all.
 
@@ -54,7 +53,7 @@ class HubMixin(ABC):
         local_files_only: bool = False,
         **fields: Any,
     ) -> ConfigT:
-        """Read a config from a folder or from a repository on the Hub.
+        """Reads a config from a folder or from a repository on the Hub.
 
         The file is data: nothing in it is executed, and a field that the
         config class does not have is refused. On ``OptimizerConfig`` itself
@@ -87,7 +86,7 @@ class HubMixin(ABC):
         values = read_config(path)
         chosen: Any = cls
         if not getattr(cls, "name", ""):
-            chosen = _class_for(cls, values.get("optimizer"), path)
+            chosen = _class_for(values.get("optimizer"), path)
         try:
             config = chosen.from_dict(values)
             return config.replace(**fields) if fields else config
@@ -104,7 +103,7 @@ class HubMixin(ABC):
         branch: str | None = None,
         create_pr: bool = False,
     ) -> str:
-        """Upload ``optimizer_config.json`` to a repository, which is made if need be.
+        """Uploads ``optimizer_config.json`` to a repository, which is made if need be.
 
         Args:
             repo_id: ``user/name`` or ``name``.
@@ -141,24 +140,23 @@ class HubMixin(ABC):
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file that appears whole or not at all; what it replaces stays until then.
+    """Writes a text file that appears whole or not at all; what it replaces stays until then.
 
     Args:
         path: the file; its folder exists.
         text: written in UTF-8.
     """
     target = Path(path)
-    handle, draft = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with open(draft, "x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             # Else the new name may reach the disk before what it names.
             os.fsync(file.fileno())
-        os.chmod(draft, 0o666 & ~_umask())
         os.replace(draft, target)
     except BaseException:
-        Path(draft).unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
         raise
 
 
@@ -198,39 +196,24 @@ def _locate(source: str | os.PathLike[str], **download: Any) -> Path:
         raise FileNotFoundError(
             f"{path}: the folder holds no {CONFIG_FILE}; config.save_pretrained(folder) writes it."
         )
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import errors, hf_hub_download
 
+    absent = "there is no such folder, and"
+    reasons: dict[type[Exception], str] = {
+        errors.HFValidationError: f"{absent} it is no repository id of the Hub (user/name) either.",
+        errors.LocalEntryNotFoundError: f"{absent} {CONFIG_FILE} of a Hub repository of that name "
+        "is not in the local cache and could not be downloaded (offline?).",
+        errors.RepositoryNotFoundError: f"{absent} no such repository on the Hub (a private one "
+        "needs a token).",
+        errors.EntryNotFoundError: f"this repository holds no {CONFIG_FILE}; "
+        "config.push_to_hub(repo_id) uploads one.",
+        errors.HfHubHTTPError: f"the Hub refused {CONFIG_FILE}: {{error}}",
+    }
     try:
         return Path(hf_hub_download(str(source), CONFIG_FILE, **download))
-    except HFValidationError as error:
-        raise FileNotFoundError(
-            f"{source}: there is no such folder, and it is no repository id of the Hub "
-            "(user/name) either."
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{source}: there is no such folder, and {CONFIG_FILE} of a Hub repository of that "
-            "name is not in the local cache and could not be downloaded (offline?)."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{source}: there is no such folder and no such repository on the Hub (a private one "
-            "needs a token)."
-        ) from error
-    except EntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{source}: this repository holds no {CONFIG_FILE}; config.push_to_hub(repo_id) "
-            "uploads one."
-        ) from error
-    except HfHubHTTPError as error:
-        raise FileNotFoundError(f"{source}: the Hub refused {CONFIG_FILE}: {error}") from error
+    except tuple(reasons) as error:
+        reason = next(text for kind, text in reasons.items() if isinstance(error, kind))
+        raise FileNotFoundError(f"{source}: {reason.format(error=error)}") from error
 
 
 def _newer(values: dict[str, Any]) -> str:
@@ -244,25 +227,13 @@ def _newer(values: dict[str, Any]) -> str:
     )
 
 
-def _class_for(base: type, name: Any, path: Path) -> type:
-    classes: dict[str, Any] = {cls.name: cls for cls in _subclasses(base) if cls.name}
-    if not isinstance(name, str) or name not in classes:
+def _class_for(name: Any, path: Path) -> Any:
+    """The config class of the optimizer that a file names."""
+    from hf_precond.registry import get_info, list_optimizers
+
+    if name not in list_optimizers():
         raise ValueError(
-            f"{path}: optimizer={name!r}: hf_precond knows {', '.join(sorted(classes))}; a config "
-            'file names one of them under "optimizer".'
+            f"{path}: optimizer={name!r}: hf_precond knows {', '.join(list_optimizers())}; a "
+            'config file names one of them under "optimizer".'
         )
-    return classes[name]
-
-
-def _subclasses(base: type) -> Iterator[Any]:
-    below: list[Any] = base.__subclasses__()
-    for cls in below:
-        yield cls
-        yield from _subclasses(cls)
-
-
-def _umask() -> int:
-    """The process's file mode mask, which can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+    return get_info(name).config_cls

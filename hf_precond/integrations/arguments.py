@@ -1,4 +1,4 @@
-"""From ``TrainingArguments`` to a config.
+"""From ``TrainingArguments`` to a config, and which config a Trainer uses.
 
 Precedence: ``--optim_args``, then the Trainer's own arguments, then the
 config's defaults.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 from collections.abc import Mapping
 from typing import Any
 
+from hf_precond.compat.transformers_internals import is_added
 from hf_precond.config.base import OptimizerConfig
-from hf_precond.integrations import compat
-from hf_precond.integrations.names import NAMES
+from hf_precond.registry import get_info
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +29,12 @@ FOLLOWS = {
 }
 
 
-def config_from_arguments(args: Any, *, tell: bool = False) -> OptimizerConfig:
+def config_from_arguments(args: Any, *, warn: bool = False) -> OptimizerConfig:
     """The config that ``--optim``, ``--optim_args`` and the Trainer's own arguments mean.
 
     Args:
-        args: ``TrainingArguments`` whose ``optim`` is one of this package's.
-        tell: warn, on the first rank, of an argument of the Trainer that was
+        args: ``TrainingArguments`` whose ``optim`` is a name of this package.
+        warn: warn, on the first rank, of an argument of the Trainer that was
             given and that ``--optim_args`` overrules.
 
     Raises:
@@ -41,36 +42,42 @@ def config_from_arguments(args: Any, *, tell: bool = False) -> OptimizerConfig:
             in the Trainer's arguments is not legal.
         FileNotFoundError: ``config=`` names no config.
     """
-    config_cls = _config_class(str(args.optim.value))
-    own = {
-        field: getattr(args, names[0]) if len(names) == 1
-        else tuple(getattr(args, name) for name in names)
-        for field, names in FOLLOWS.items()
-    }
+    config_cls = get_info(args.optim.value).config_cls
     pairs = parse_pairs(args.optim_args)
-    if CONFIG_KEY not in pairs:
-        _check_own(config_cls, {f: value for f, value in own.items() if f not in pairs})
-    config = config_from_pairs(config_cls, args.optim_args, own)
-    if tell and args.process_index == 0:
-        _tell_unused(args, config, [f for f in FOLLOWS if f in pairs or CONFIG_KEY in pairs])
+    own: dict[str, Any] = {}
+    for field, names in FOLLOWS.items():
+        if field in pairs or CONFIG_KEY in pairs:
+            continue
+        values = tuple(getattr(args, name) for name in names)
+        own[field] = values if len(values) > 1 else values[0]
+        try:
+            config_cls.create(**{field: own[field]})
+        except ValueError as error:
+            options = " and ".join(f"--{name}" for name in names)
+            raise ValueError(f"{options}: {error}") from error
+    config = config_from_pairs(config_cls, pairs, own)
+    if warn and args.process_index == 0:
+        _warn_of_unused(args, config, set(FOLLOWS) - set(own))
     return config
 
 
 def config_from_pairs(
-    config_cls: type[OptimizerConfig], text: str | None, defaults: Mapping[str, Any] | None = None
+    config_cls: type[OptimizerConfig],
+    pairs: Mapping[str, str],
+    defaults: Mapping[str, Any] | None = None,
 ) -> OptimizerConfig:
-    """A config from ``key=value,…``, where ``config=`` names a saved one to start from.
+    """A config from :func:`parse_pairs`, where ``config=`` names a saved one to start from.
 
     Args:
         config_cls: the optimizer's config class.
-        text: the pairs.
+        pairs: field to text.
         defaults: fields for which neither the pairs nor a saved config have a
             value.
 
     Raises:
         ValueError, FileNotFoundError: as :func:`config_from_arguments`.
     """
-    texts = parse_pairs(text)
+    texts = dict(pairs)
     source = texts.pop(CONFIG_KEY, None)
     try:
         given = config_cls.parse(texts)
@@ -83,18 +90,8 @@ def config_from_pairs(
         raise FileNotFoundError(f"--optim_args config={source}: {error}") from error
 
 
-def config_in_use(trainer: Any) -> OptimizerConfig | None:
-    """The config of a Trainer's optimizer, or of the one it will make; ``None`` for another's."""
-    own = compat.own_optimizer(trainer.optimizer)
-    if own is not None:
-        return own.config
-    if trainer.optimizer is None and trainer.args.optim in NAMES:
-        return config_from_arguments(trainer.args)
-    return None
-
-
 def parse_pairs(text: str | None) -> dict[str, str]:
-    """Split ``key=value,key=value``; white space around a key or a value is dropped.
+    """Splits ``key=value,key=value``; white space around a key or a value is dropped.
 
     Raises:
         ValueError: naming the piece that is no ``key=value``, or a key that
@@ -122,31 +119,37 @@ def parse_pairs(text: str | None) -> dict[str, str]:
     return pairs
 
 
-def _config_class(name: str) -> type[OptimizerConfig]:
-    from hf_precond.registry import get_info
-
-    return get_info(name).config_cls
-
-
-def _check_own(config_cls: type[OptimizerConfig], own: Mapping[str, Any]) -> None:
-    """Refuse values of the Trainer's own arguments by the names that these have there."""
-    for field, value in own.items():
-        try:
-            config_cls.create(**{field: value})
-        except ValueError as error:
-            names = " and ".join(f"--{name}" for name in FOLLOWS[field])
-            raise ValueError(f"{names}: {error}") from error
-
-
-def _tell_unused(args: Any, config: OptimizerConfig, fields: list[str]) -> None:
-    """Warn of an argument of the Trainer that was given and that ``--optim_args`` overrules."""
+def _warn_of_unused(args: Any, config: OptimizerConfig, fields: set[str]) -> None:
+    """Warns of arguments of the Trainer that were given and that ``--optim_args`` overrules."""
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
-    for field in fields:
-        for number, name in enumerate(FOLLOWS[field]):
-            value, used = getattr(args, name), getattr(config, field)
-            used = used if len(FOLLOWS[field]) == 1 else used[number]
-            if value not in (used, defaults.get(name)):
+    for field in sorted(fields, key=list(FOLLOWS).index):
+        used = getattr(config, field)
+        values = used if isinstance(used, tuple) else (used,)
+        for name, value in zip(FOLLOWS[field], values, strict=True):
+            if getattr(args, name) not in (value, defaults.get(name)):
                 logger.warning(
                     "--%s %s is not used: --optim_args sets %s=%s.",
-                    name, value, field, getattr(config, field),
-                )
+                    name, getattr(args, name), field, used,
+                )  # fmt: skip
+
+
+def own_optimizer(optimizer: Any) -> Any:
+    """This package's optimizer under accelerate's wrapper, or ``None`` if it is another's."""
+    base = sys.modules.get("hf_precond.optimizers.base.optimizer")
+    if base is None:  # then no such optimizer was made
+        return None
+    while not isinstance(optimizer, base.PrecondOptimizer):
+        optimizer = getattr(optimizer, "optimizer", None)
+        if optimizer is None:
+            return None
+    return optimizer
+
+
+def config_in_use(trainer: Any) -> OptimizerConfig | None:
+    """The config of a Trainer's optimizer, or of the one it will make; ``None`` for another's."""
+    own = own_optimizer(trainer.optimizer)
+    if own is not None:
+        return own.config
+    if trainer.optimizer is None and is_added(trainer.args.optim):
+        return config_from_arguments(trainer.args)
+    return None

@@ -8,10 +8,10 @@ from typing import Any
 
 from hf_precond.config.hub import write_whole
 from hf_precond.integrations.arguments import config_in_use
+from hf_precond.registry import get_info
 
 TAG = "hf_precond"
 
-_TITLES = {"adamr": "AdamR", "afopt": "AFOpt", "nkfac": "NKFAC", "sgdph": "SGD-PH"}
 _BEGIN, _END = "<!-- hf_precond: optimizer -->", "<!-- hf_precond: end -->"
 _BEFORE = "### Framework versions"
 _THESIS = (
@@ -21,7 +21,7 @@ _THESIS = (
 
 
 def correct_hyperparameters(trainer: Any, hyperparameters: dict[str, Any]) -> None:
-    """Put the optimizer and its learning rate right in what the stock card lists.
+    """Puts the optimizer and its learning rate right in what the stock card lists.
 
     Args:
         trainer: any Trainer; another package's optimizer is left alone.
@@ -34,33 +34,31 @@ def correct_hyperparameters(trainer: Any, hyperparameters: dict[str, Any]) -> No
 
 
 def summary(config: Any) -> str:
-    """One line: the optimizer, what else than its defaults was set, and where it comes from."""
-    title = _TITLES.get(config.name, config.name)
-    changed = ", ".join(f"{key}={_shown(value)}" for key, value in changed_fields(config).items())
-    return f"{title} (hf_precond, --optim {config.name}) with {changed or 'its default settings'}"
-
-
-def changed_fields(config: Any) -> dict[str, Any]:
-    """The fields that differ from the config's defaults."""
-    return {
-        field.name: getattr(config, field.name)
+    """One line: the optimizer, its package, and the fields that differ from the defaults."""
+    info = get_info(config.name)
+    changed = ", ".join(
+        f"{field.name}={_shown(getattr(config, field.name))}"
         for field in dataclasses.fields(config)
         if getattr(config, field.name) != field.default
-    }
+    )
+    settings = changed or "its default settings"
+    return f"{info.title} ({info.package}, --optim {config.name}) with {settings}"
 
 
 def section(config: Any, optimizer: Any = None) -> str:
-    """The card's section: settings, and how many parameters were treated how.
+    """The card's section: the settings, and how many parameters are stepped in which way.
 
     Args:
         config: the optimizer's config.
         optimizer: the optimizer, if there is one yet.
     """
+    info = get_info(config.name)
+    source = f" ({_THESIS})" if info.package == TAG else ""
     lines = [
         _BEGIN,
         "### Optimizer",
         "",
-        f"{_TITLES.get(config.name, config.name)} of `hf_precond` ({_THESIS}). The file "
+        f"{info.title} of `{info.package}`{source}. The file "
         "`optimizer_config.json` beside the weights holds the settings; "
         f"`--optim {config.name} --optim_args config=<this repository>` uses them again.",
         "",
@@ -73,13 +71,13 @@ def section(config: Any, optimizer: Any = None) -> str:
     ]
     if optimizer is not None:
         counts = sorted(optimizer.routing.count().items())
-        treated = ", ".join(f"{number} {treatment}" for treatment, number in counts)
-        lines += ["", f"Parameter tensors: {treated}."]
+        shown = ", ".join(f"{number} {treatment}" for treatment, number in counts)
+        lines += ["", f"Parameter tensors: {shown}."]
     return "\n".join([*lines, _END, ""])
 
 
 def add_section(path: str | Path, config: Any, optimizer: Any = None) -> None:
-    """Put the section into a model card, in place of an earlier one.
+    """Puts the section into a model card, in place of an earlier one.
 
     Args:
         path: the card.
@@ -90,11 +88,11 @@ def add_section(path: str | Path, config: Any, optimizer: Any = None) -> None:
     if _BEGIN in text and _END in text:
         head, rest = text.split(_BEGIN, 1)
         text = head + rest.split(_END, 1)[1].lstrip("\n")
-    made = section(config, optimizer)
+    added = section(config, optimizer)
     if _BEFORE in text:
-        text = text.replace(_BEFORE, f"{made}\n{_BEFORE}", 1)
+        text = text.replace(_BEFORE, f"{added}\n{_BEFORE}", 1)
     else:
-        text = f"{text.rstrip()}\n\n{made}"
+        text = f"{text.rstrip()}\n\n{added}"
     write_whole(path, text)
 
 

@@ -1,4 +1,8 @@
-"""``Trainer`` and ``Seq2SeqTrainer`` that log and save what their optimizer does."""
+"""``Trainer`` and ``Seq2SeqTrainer`` with what a callback cannot add.
+
+The stock Trainers log the diagnostics and write ``optimizer_config.json`` too:
+:class:`~hf_precond.integrations.callback.PrecondCallback` is among their callbacks.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,7 @@ from typing import Any
 from transformers import Seq2SeqTrainer, Trainer
 
 from hf_precond.config.base import OptimizerConfig
-from hf_precond.integrations import compat
-from hf_precond.integrations.arguments import config_in_use
-from hf_precond.integrations.callback import logged_diagnostics
+from hf_precond.integrations.arguments import config_in_use, own_optimizer
 from hf_precond.integrations.checkpoints import damage, last_checkpoint
 from hf_precond.integrations.model_card import TAG, add_section
 
@@ -18,15 +20,14 @@ from hf_precond.integrations.model_card import TAG, add_section
 class PrecondTrainerMixin:
     """Adds to a Trainer class, before which it stands among the bases:
 
-    - the optimizer's ``diagnostics()`` in the logs, under ``optim_…``;
-    - ``optimizer_config.json`` wherever the model is saved: beside each
-      checkpoint (those of a hyperparameter search too), in ``output_dir``, and
-      so on the Hub;
-    - a section of the model card with the optimizer's settings;
     - ``train(resume_from_checkpoint=True)`` resumes from the newest checkpoint
-      that is whole, not from one that a killed run left half-written.
+      that is whole, not from one that a killed run left half-written;
+    - a section of the model card with the optimizer's settings;
+    - :attr:`optimizer_config`, and ``optimizer_config.json`` wherever
+      ``save_model`` saves (the stock Trainer: in ``output_dir`` and its
+      checkpoints).
 
-    With an optimizer of another package only the last of these holds.
+    With an optimizer of another package only the first of these holds.
     """
 
     args: Any
@@ -52,12 +53,6 @@ class PrecondTrainerMixin:
                 raise ValueError(f"{problem} Resume from an earlier checkpoint.")
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As ``Trainer.log``, with the optimizer's diagnostics beside a training loss."""
-        if "loss" in logs:
-            logs.update(logged_diagnostics(self.optimizer))
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
-
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """As ``Trainer.save_model``, with ``optimizer_config.json`` beside the weights."""
         config = self.optimizer_config
@@ -76,7 +71,7 @@ class PrecondTrainerMixin:
         super().create_model_card(*args, **kwargs)  # type: ignore[misc]
         card = os.path.join(self.args.output_dir, "README.md")
         if config is not None and self.is_world_process_zero() and os.path.exists(card):  # type: ignore[attr-defined]
-            add_section(card, config, compat.own_optimizer(self.optimizer))
+            add_section(card, config, own_optimizer(self.optimizer))
 
 
 class PrecondTrainer(PrecondTrainerMixin, Trainer):

@@ -122,7 +122,8 @@ def test_the_console_script_passes_the_scripts_options_through(tmp_path, capsys,
 
 
 def test_unsupported_transformers_is_refused_before_the_script_runs(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("hf_precond.integrations.compat.transformers_version", lambda: "4.57.1")
+    internals = "hf_precond.compat.transformers_internals"
+    monkeypatch.setattr(f"{internals}.transformers_version", lambda: "4.57.1")
     script = write(tmp_path, "print('ran')")
     assert main(["run", str(script)]) == 2
     shown = capsys.readouterr()

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from hf_precond.config.hub import CONFIG_FILE
-from hf_precond.integrations.names import NAMES
+from hf_precond.registry import list_optimizers
 
+NAMES = list_optimizers()
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parent / "scripts" / "train.py"
 OFTEN = {

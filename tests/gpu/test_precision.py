@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_precond import PrecondTrainer
-from hf_precond.integrations.compat import own_optimizer
+from hf_precond.integrations.arguments import own_optimizer
 from hf_precond.registry import create_optimizer, list_optimizers
 from tests.gpu.support import inputs, passes
 from tests.integrations.test_trainer import losses

@@ -34,7 +34,7 @@ def test_optim_args_come_first_and_have_the_fields_types(caplog):
         "state_dtype=none,weight_decay=0"
     )
     with caplog.at_level(logging.WARNING):
-        config = config_from_arguments(arguments("afopt", text, learning_rate=3e-4), tell=True)
+        config = config_from_arguments(arguments("afopt", text, learning_rate=3e-4), warn=True)
     assert config == AFOptConfig(
         lr=1e-2, betas=(0.7, 0.95), scope="all_linear", inverse_interval=7, nesterov=False
     )
@@ -61,7 +61,7 @@ def test_a_saved_config_stands_before_the_trainers_and_behind_the_other_pairs(tm
     with caplog.at_level(logging.WARNING):
         config = config_from_arguments(
             arguments("nkfac", f"damping=0.25,config={folder}", weight_decay=0.3, adam_beta2=0.9),
-            tell=True,
+            warn=True,
         )
     assert config == NKFACConfig(lr=0.1, damping=0.25, base="sgd", betas=(0.5, 0.6))
     assert [r.getMessage() for r in caplog.records] == [

@@ -9,14 +9,15 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from hf_precond import PrecondTrainer
+from hf_precond.integrations.arguments import own_optimizer
 from hf_precond.integrations.checkpoints import damage, last_checkpoint
-from hf_precond.integrations.compat import own_optimizer
-from hf_precond.integrations.registration import NAMES
+from hf_precond.registry import list_optimizers
 from tests.integrations.test_trainer import OFTEN, losses, make, scaled
 from tests.integrations.tiny import bert
 from tests.optimizers.models import weights
 from tests.optimizers.test_faults import ERRORS, NEEDED, Failing
 
+NAMES = list_optimizers()
 each_name = pytest.mark.parametrize("name", NAMES)
 CALM = {"lr_scheduler_type": "constant", "train_sampling_strategy": "sequential"}
 

@@ -1,13 +1,16 @@
-"""Acting on a module once it is imported."""
+"""Acting on a module once it is imported (wrapt's post-import hooks)."""
 
 import importlib
 import importlib.util
 import inspect
 import sys
+import threading
+import types
+from importlib.machinery import SourceFileLoader
 
 import pytest
 
-from hf_precond.integrations.import_hooks import _FINDER, when_imported
+from hf_precond.integrations.registration import when_imported
 
 
 @pytest.fixture
@@ -18,7 +21,6 @@ def module(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     yield name
     sys.modules.pop(name, None)
-    _FINDER.waiting.pop(name, None)
 
 
 def test_acts_once_after_the_module_was_executed(module):
@@ -28,7 +30,6 @@ def test_acts_once_after_the_module_was_executed(module):
         seen.append(found.value)
         found.value = 2
 
-    when_imported(module, act)
     when_imported(module, act)
     assert seen == [] and module not in sys.modules
     found = importlib.import_module(module)
@@ -45,12 +46,11 @@ def test_acts_at_once_on_an_imported_module(module):
 
 
 def test_leaves_no_trace(module):
-    before = list(sys.meta_path)
     when_imported(module, lambda found: None)
-    assert sys.meta_path[0] is _FINDER
+    before = list(sys.meta_path)
     found = importlib.import_module(module)
     assert sys.meta_path == before
-    assert "exec_module" not in vars(found.__loader__)
+    assert type(found.__loader__) is type(found.__spec__.loader) is SourceFileLoader
     assert "return value" in inspect.getsource(found.f)
 
 
@@ -91,3 +91,19 @@ def test_a_failed_import_can_be_tried_again(module, tmp_path):
     importlib.invalidate_caches()
     importlib.import_module(module)
     assert len(seen) == 1
+
+
+def test_waits_for_a_thread_that_is_importing_the_module(module, tmp_path):
+    gate = types.SimpleNamespace(entered=threading.Event(), open=threading.Event())
+    sys.modules[f"{module}_gate"] = gate
+    code = f"import {module}_gate as gate\ngate.entered.set()\ngate.open.wait()\nvalue = 1\n"
+    (tmp_path / f"{module}.py").write_text(code)
+    importer = threading.Thread(target=importlib.import_module, args=(module,))
+    importer.start()
+    gate.entered.wait()
+    threading.Timer(0.1, gate.open.set).start()
+    seen = []
+    when_imported(module, lambda found: seen.append(found.value))
+    importer.join()
+    del sys.modules[f"{module}_gate"]
+    assert seen == [1]

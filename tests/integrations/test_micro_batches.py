@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from hf_precond.integrations.compat import own_optimizer
-from hf_precond.integrations.registration import NAMES
+from hf_precond.integrations.arguments import own_optimizer
+from hf_precond.registry import list_optimizers
 from tests import ranks
 from tests.integrations.test_trainer import losses, make
 from tests.integrations.tiny import bert, llama, text_data
 from tests.optimizers.models import weights
 
+NAMES = list_optimizers()
 each_name = pytest.mark.parametrize("name", NAMES)
 # Statistics on every step, so that every step's are compared.
 OFTEN = {

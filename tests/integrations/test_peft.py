@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from hf_precond import PrecondTrainer
-from hf_precond.integrations.compat import own_optimizer
-from hf_precond.integrations.registration import NAMES
+from hf_precond.integrations.arguments import own_optimizer
+from hf_precond.registry import list_optimizers
 from tests.integrations.test_trainer import OFTEN, losses, make
 from tests.integrations.tiny import bert, llama, text_data
 from tests.optimizers.models import weights
 from tests.optimizers.test_shared import hooks
 
+NAMES = list_optimizers()
 TARGETS = {
     "bert": ["query", "value", "intermediate.dense"],
     "llama": ["q_proj", "v_proj", "o_proj", "up_proj"],

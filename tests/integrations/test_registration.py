@@ -14,11 +14,11 @@ import torch
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-import hf_precond
-from hf_precond.integrations import compat
-from hf_precond.integrations.names import NAMES
+from hf_precond.compat import transformers_internals as internals
 from hf_precond.integrations.registration import OptimizerFactory, register
+from hf_precond.registry import list_optimizers
 
+NAMES = list_optimizers()
 ROOT = Path(__file__).parents[2]
 each_name = pytest.mark.parametrize("name", NAMES)
 
@@ -35,10 +35,6 @@ def python(code, *words, folder=None):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def test_the_names_are_those_of_the_registry():
-    assert list(NAMES) == hf_precond.list_optimizers()
 
 
 @each_name
@@ -116,14 +112,11 @@ def test_a_process_that_did_not_import_the_package_opens_pickled_arguments(tmp_p
 
 
 @each_name
-def test_the_trainer_gets_a_factory_by_either_way(name):
+def test_the_trainer_gets_a_factory(name):
     args = TrainingArguments("out", optim=name, optim_args="lr=0.5", use_cpu=True)
-    by_wrap = Trainer.get_optimizer_cls_and_kwargs(args)
-    handlers = sys.modules["transformers.trainer_optimizer"]._OPTIMIZER_HANDLERS
-    by_table = handlers[OptimizerNames(name)](types.SimpleNamespace(args=args, optim_args={}))
-    for factory, values in (by_wrap, by_table):
-        assert factory is OptimizerFactory
-        assert values["config"].name == name and values["config"].lr == 0.5
+    factory, values = Trainer.get_optimizer_cls_and_kwargs(args)
+    assert factory is OptimizerFactory
+    assert values["config"].name == name and values["config"].lr == 0.5
 
 
 def test_other_optimizers_are_looked_up_as_before():
@@ -131,30 +124,54 @@ def test_other_optimizers_are_looked_up_as_before():
     assert Trainer.get_optimizer_cls_and_kwargs(args)[0] is torch.optim.SGD
 
 
-def test_the_wrap_alone_is_enough_where_there_is_no_handler_table():
+def test_the_lookup_is_wrapped_once_and_for_the_added_names_alone():
     class OldTrainer:
         @staticmethod
         def get_optimizer_cls_and_kwargs(args, model=None):
             return "the stock way", {}
 
     module = types.SimpleNamespace(Trainer=OldTrainer)
-    compat.add_handlers(module, NAMES, None)
-    compat.wrap_lookup(module, NAMES, lambda args: ("ours", {}))
-    compat.wrap_lookup(module, NAMES, lambda args: ("ours twice", {}))
+    internals.wrap_lookup(module, lambda args: ("ours", {}))
+    internals.wrap_lookup(module, lambda args: ("ours twice", {}))
     ask = OldTrainer.get_optimizer_cls_and_kwargs
-    assert ask(types.SimpleNamespace(optim="afopt"), None) == ("ours", {})
-    assert ask(types.SimpleNamespace(optim="sgd")) == ("the stock way", {})
+    assert ask(types.SimpleNamespace(optim=OptimizerNames("afopt")), None) == ("ours", {})
+    assert ask(types.SimpleNamespace(optim=OptimizerNames("sgd"))) == ("the stock way", {})
+
+
+def test_a_name_that_transformers_has_itself_stays_its_own():
+    code = """
+import transformers.training_args as training_args
+names = {name.name: name.value for name in training_args.OptimizerNames} | {"AFOPT": "afopt"}
+training_args.OptimizerNames = training_args.ExplicitEnum("OptimizerNames", names)
+import hf_precond
+from transformers import Trainer, TrainingArguments
+args = TrainingArguments("out", use_cpu=True, optim="nkfac")
+print(Trainer.get_optimizer_cls_and_kwargs(args)[0].__name__)
+args = TrainingArguments("out", use_cpu=True, optim="afopt", optim_args="made_by=transformers")
+assert list(training_args.OptimizerNames).count("afopt") == 1
+try:
+    Trainer.get_optimizer_cls_and_kwargs(args)
+except ValueError as error:
+    print(error)
+from tests.integrations.tiny import bert
+Trainer(bert(), args)
+print(type(hf_precond.create_optimizer(bert(), "afopt")).__name__)
+"""
+    assert python(code) == (
+        "OptimizerFactory\n"
+        "Trainer cannot instantiate unsupported optimizer: OptimizerNames.AFOPT\n"
+        "AFOpt\n"
+    )
 
 
 @pytest.mark.parametrize("version", ["5.4.0", "5.23.0", "5.24.0.dev0", "5.99"])
-def test_supported_versions(version, monkeypatch):
-    monkeypatch.setattr(compat, "transformers_version", lambda: version)
-    assert compat.unsupported() is None
+def test_supported_versions(version):
+    assert internals.is_supported(version)
 
 
 @pytest.mark.parametrize("version", ["4.57.1", "5.3.9", "6.0.0", "6.0.0.dev0", None])
 def test_other_versions_are_refused_with_the_range(version, monkeypatch):
-    monkeypatch.setattr(compat, "transformers_version", lambda: version)
+    monkeypatch.setattr(internals, "transformers_version", lambda: version)
     with pytest.raises(RuntimeError, match=r"transformers>=5\.4,<6") as refusal:
         register()
     assert (version or "not installed") in str(refusal.value)

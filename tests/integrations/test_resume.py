@@ -7,13 +7,14 @@ import torch
 from transformers import Trainer
 
 from hf_precond import load_config
-from hf_precond.integrations.compat import own_optimizer
-from hf_precond.integrations.registration import NAMES
+from hf_precond.integrations.arguments import own_optimizer
+from hf_precond.registry import list_optimizers
 from tests import ranks
 from tests.integrations.test_trainer import losses, make
 from tests.integrations.tiny import bert, llama, text_data
 from tests.optimizers.models import weights
 
+NAMES = list_optimizers()
 SAVED, LAST = 3, 6
 # Statistics every other step and refreshes every fourth: the checkpoint lies between both.
 MIDWAY = {

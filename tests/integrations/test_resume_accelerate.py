@@ -6,13 +6,13 @@ from accelerate import Accelerator
 
 from hf_precond import create_optimizer
 from hf_precond.integrations.arguments import parse_pairs
-from hf_precond.integrations.registration import NAMES
-from hf_precond.registry import make_config
+from hf_precond.registry import list_optimizers, make_config
 from tests.distributed.test_ranks_agree import flat_state
 from tests.integrations.test_resume import KINDS, LAST, MIDWAY, SAVED, in_new_processes
 from tests.integrations.tiny import bert, text_data
 from tests.optimizers.models import weights
 
+NAMES = list_optimizers()
 CASES = [(name, kind) for name in NAMES for kind in KINDS]
 
 

@@ -11,11 +11,12 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 
 from hf_precond import PrecondSeq2SeqTrainer, PrecondTrainer, load_config
 from hf_precond.config.hub import CONFIG_FILE
+from hf_precond.integrations.arguments import own_optimizer
 from hf_precond.integrations.callback import logged_diagnostics
-from hf_precond.integrations.compat import own_optimizer
-from hf_precond.integrations.names import NAMES
+from hf_precond.registry import list_optimizers
 from tests.integrations.tiny import bart, bert, llama, sequence_data, t5, text_data
 
+NAMES = list_optimizers()
 each_name = pytest.mark.parametrize("name", NAMES)
 OFTEN = {
     "adamr": "basis_interval=2",

@@ -5,13 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from hf_precond.config.base import OptimizerConfig
-from hf_precond.config.fields import (
-    bounded,
-    decay,
-    interval,
-    one_of,
-)
+from hf_precond.config.base import OptimizerConfig, bounded, decay, interval, one_of
 
 
 @dataclass(frozen=True)

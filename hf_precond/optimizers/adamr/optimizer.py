@@ -18,6 +18,7 @@ from hf_precond.optimizers.adamr.config import AdamRConfig
 from hf_precond.optimizers.adamr.rotated_adam import RotatedAdam
 from hf_precond.optimizers.base.optimizer import PrecondOptimizer
 from hf_precond.optimizers.base.parameters import BoundMatrix, ParamView
+from hf_precond.registry import register_optimizer
 from hf_precond.statistics.moments import mean_of
 from hf_precond.statistics.requests import MomentRequest, Statistic
 
@@ -25,6 +26,39 @@ Moment = Literal["input", "output_grad"]
 FEATURED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
+def every_matrix(model: nn.Module, config: Any) -> ModelStructure:
+    """For AdamR: every trainable parameter of two or more dimensions, whole, without bias.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    survey = ParameterSurvey(model)
+    matrices, treated, reasons = [], {}, {}
+    for matrix in find_matrices(model):
+        matrix.bias = None
+        (name,) = survey.matrix_names(matrix)
+        if min(matrix.shape) == 1:
+            reasons[name] = "a single row or column"
+        elif matrix.weight.endswith("bias"):  # of experts, a row each
+            reasons[name] = "bias"
+        else:
+            matrices.append(matrix)
+            treated[name] = survey.describe(name)
+    if not matrices:
+        raise ValueError(
+            "adamr: no trainable parameter of this model has two dimensions, so nothing would be "
+            "rotated; unfreeze a matrix, or use --optim adamw_torch."
+        )
+    return survey.structure(config, treated, reasons, matrices=matrices)
+
+
+@register_optimizer(
+    "adamr",
+    config=AdamRConfig,
+    select=every_matrix,
+    description="Adam in the eigenbasis of the gradient's Kronecker second moments",
+    memory="2mn, and 2m² (2n²) where its left (right) side is rotated",
+)
 class AdamR(PrecondOptimizer):
     """Adam's step in the eigenbasis of the gradient's Kronecker second moments.
 
@@ -132,29 +166,3 @@ def is_featured(matrix: LayerMatrix) -> bool:
     hidden = type(matrix.module).__name__ == "NonDynamicallyQuantizableLinear"
     layered = isinstance(matrix.module, FEATURED) or matrix.layout == "transposed"
     return whole and layered and not hidden
-
-
-def every_matrix(model: nn.Module, config: Any) -> ModelStructure:
-    """For AdamR: every trainable parameter of two or more dimensions, whole, without bias.
-
-    Raises:
-        ValueError: when there is none.
-    """
-    survey = ParameterSurvey(model)
-    matrices, treated, reasons = [], {}, {}
-    for matrix in find_matrices(model):
-        matrix.bias = None
-        (name,) = survey.matrix_names(matrix)
-        if min(matrix.shape) == 1:
-            reasons[name] = "a single row or column"
-        elif matrix.weight.endswith("bias"):  # of experts, a row each
-            reasons[name] = "bias"
-        else:
-            matrices.append(matrix)
-            treated[name] = survey.describe(name)
-    if not matrices:
-        raise ValueError(
-            "adamr: no trainable parameter of this model has two dimensions, so nothing would be "
-            "rotated; unfreeze a matrix, or use --optim adamw_torch."
-        )
-    return survey.structure(config, treated, reasons, matrices=matrices)

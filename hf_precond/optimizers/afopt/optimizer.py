@@ -26,6 +26,7 @@ from hf_precond.optimizers.afopt.plan import (
     Form,
     MatrixPlan,
     RightFactor,
+    attention_matrices,
     check_attention,
 )
 from hf_precond.optimizers.base.optimizer import PrecondOptimizer
@@ -40,6 +41,7 @@ from hf_precond.optimizers.base.parameters import (
     split_stack,
     stacked_gradients,
 )
+from hf_precond.registry import register_optimizer
 from hf_precond.statistics.requests import Request, Statistic
 
 if TYPE_CHECKING:
@@ -52,6 +54,13 @@ RMS = 0.2
 """Root mean square of a step's entries per unit of learning rate: what AdamW's usually is."""
 
 
+@register_optimizer(
+    "afopt",
+    config=AFOptConfig,
+    select=attention_matrices,
+    description="attention's gradient step taken in logit space, from its features",
+    memory="mn; a layer's input n(n+1)/2 and a root, n(n+1)/2 or n²; its heads",
+)
 class AFOpt(PrecondOptimizer):
     """Descent along the gradient of attention in the space of its features.
 

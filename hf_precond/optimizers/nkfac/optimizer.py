@@ -34,6 +34,7 @@ from hf_precond.optimizers.nkfac.factors import (
     Side,
     average_unit_moments,
 )
+from hf_precond.registry import register_optimizer
 from hf_precond.statistics.requests import MomentRequest, Statistic
 
 COUNTERS = (
@@ -45,6 +46,56 @@ INVERSE_BATCH = {"cpu": 2**20, "cuda": 2**26}
 """Entries of the factors inverted in one batch: more gain nothing, and cost memory."""
 
 
+def layer_matrices(model: nn.Module, config: NKFACConfig) -> ModelStructure:
+    """Find the linear layers and convolutions of a model, the bias joined, fused weights whole.
+
+    Left to the fallback optimizer: embeddings, tied weights (their gradient is
+    a sum of several uses), the projections of ``nn.MultiheadAttention`` (which
+    calls no layer that could be read), layers with both sides wider than
+    ``max_dim``.
+
+    Args:
+        model: the model.
+        config: ``max_dim`` and ``base``.
+
+    Raises:
+        ValueError: when no layer is left.
+    """
+    survey = ParameterSurvey(model)
+    hidden = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    matrices: list[LayerMatrix] = []
+    preconditioned: dict[str, str] = {}
+    reasons: dict[str, str] = {}
+    for matrix in find_matrices(model):
+        name, module = survey.name_of(matrix.weight_parameter), matrix.module
+        layer = is_linear(module) or isinstance(module, CONVOLUTIONS)
+        if not layer or matrix.weight != "weight" or name in survey.tied:
+            continue
+        wide = [side for side in matrix.shape if side > config.max_dim]
+        if module in hidden:
+            reasons[name] = "nn.MultiheadAttention calls no layer whose gradient could be read"
+        elif len(wide) == 2:
+            reasons[name] = f"both sides wider than max_dim={config.max_dim}"
+        else:
+            matrices.append(matrix)
+            one_sided = f", one side only (max_dim={config.max_dim})" if wide else ""
+            names = survey.matrix_names(matrix)
+            add_reason(preconditioned, names, survey.describe(name) + one_sided)
+    if not matrices:
+        raise ValueError(
+            "nkfac: this model has no linear layer or convolution that trains and is at most "
+            f"max_dim={config.max_dim} wide on a side; unfreeze one, or raise max_dim."
+        )
+    return survey.structure(config, preconditioned, reasons, matrices=matrices)
+
+
+@register_optimizer(
+    "nkfac",
+    config=NKFACConfig,
+    select=layer_matrices,
+    description="K-FAC, each inverse by Newton's iteration from the one before",
+    memory="2m² + 2n², factor and inverse of each side, and the fallback's",
+)
 class NKFAC(PrecondOptimizer):
     """K-FAC with unit-norm factors, lazily refreshed inverses and the gradient's own norm.
 
@@ -281,46 +332,3 @@ def _gradients(batch: Sequence[BoundMatrix]) -> Tensor:
     gradient = batch[0].gradient()
     assert gradient is not None
     return gradient.unsqueeze(0)
-
-
-def layer_matrices(model: nn.Module, config: NKFACConfig) -> ModelStructure:
-    """Find the linear layers and convolutions of a model, the bias joined, fused weights whole.
-
-    Left to the fallback optimizer: embeddings, tied weights (their gradient is
-    a sum of several uses), the projections of ``nn.MultiheadAttention`` (which
-    calls no layer that could be read), layers with both sides wider than
-    ``max_dim``.
-
-    Args:
-        model: the model.
-        config: ``max_dim`` and ``base``.
-
-    Raises:
-        ValueError: when no layer is left.
-    """
-    survey = ParameterSurvey(model)
-    hidden = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
-    matrices: list[LayerMatrix] = []
-    preconditioned: dict[str, str] = {}
-    reasons: dict[str, str] = {}
-    for matrix in find_matrices(model):
-        name, module = survey.name_of(matrix.weight_parameter), matrix.module
-        layer = is_linear(module) or isinstance(module, CONVOLUTIONS)
-        if not layer or matrix.weight != "weight" or name in survey.tied:
-            continue
-        wide = [side for side in matrix.shape if side > config.max_dim]
-        if module in hidden:
-            reasons[name] = "nn.MultiheadAttention calls no layer whose gradient could be read"
-        elif len(wide) == 2:
-            reasons[name] = f"both sides wider than max_dim={config.max_dim}"
-        else:
-            matrices.append(matrix)
-            one_sided = f", one side only (max_dim={config.max_dim})" if wide else ""
-            names = survey.matrix_names(matrix)
-            add_reason(preconditioned, names, survey.describe(name) + one_sided)
-    if not matrices:
-        raise ValueError(
-            "nkfac: this model has no linear layer or convolution that trains and is at most "
-            f"max_dim={config.max_dim} wide on a side; unfreeze one, or raise max_dim."
-        )
-    return survey.structure(config, preconditioned, reasons, matrices=matrices)

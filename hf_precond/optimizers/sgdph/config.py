@@ -5,12 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from hf_precond.config.base import OptimizerConfig
-from hf_precond.config.fields import (
-    decay,
-    interval,
-    positive,
-)
+from hf_precond.config.base import OptimizerConfig, decay, interval, positive
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,43 @@ from hf_precond.optimizers.base.parameters import (
 )
 from hf_precond.optimizers.sgdph import directions
 from hf_precond.optimizers.sgdph.config import SGDPHConfig
+from hf_precond.registry import register_optimizer
 from hf_precond.statistics.requests import CurvatureRequest, CurvatureSource, Statistic
 
 
+def norm_parameters(model: nn.Module, config: SGDPHConfig) -> ModelStructure:
+    """Find the scales and shifts of norms and weight-norm scales; biases if asked for.
+
+    Args:
+        model: the model.
+        config: ``include_bias``, ``reference`` and ``base``.
+
+    Raises:
+        ValueError: when there is none that trains.
+    """
+    survey = ParameterSurvey(model)
+    if config.reference:
+        from hf_precond.optimizers.sgdph.reference import vectors
+
+        return structure_of(survey, vectors(survey), config)
+    names = {survey.name_of(norm.parameter) for norm in find_norms(model)}
+    if config.include_bias:
+        names |= {
+            name
+            for name, parameter in survey.parameters.items()
+            if parameter.dim() == 1 and "bias" in survey.owners[name][1]
+        }
+    return structure_of(survey, names, config)
+
+
+@register_optimizer(
+    "sgdph",
+    config=SGDPHConfig,
+    select=norm_parameters,
+    title="SGD-PH",
+    description="norm parameters by their Hessian diagonal, the rest by AdamW or SGD",
+    memory="the fallback optimizer's, and one number more a norm parameter",
+)
 class SGDPH(PrecondOptimizer):
     """Partial-Hessian steps for norm scales and shifts, a fallback optimizer for everything else.
 
@@ -247,31 +281,6 @@ class SGDPH(PrecondOptimizer):
 
 def _rms(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([tensor.double() for tensor in tensors]).square().mean().sqrt()
-
-
-def norm_parameters(model: nn.Module, config: SGDPHConfig) -> ModelStructure:
-    """Find the scales and shifts of norms and weight-norm scales; biases if asked for.
-
-    Args:
-        model: the model.
-        config: ``include_bias``, ``reference`` and ``base``.
-
-    Raises:
-        ValueError: when there is none that trains.
-    """
-    survey = ParameterSurvey(model)
-    if config.reference:
-        from hf_precond.optimizers.sgdph.reference import vectors
-
-        return structure_of(survey, vectors(survey), config)
-    names = {survey.name_of(norm.parameter) for norm in find_norms(model)}
-    if config.include_bias:
-        names |= {
-            name
-            for name, parameter in survey.parameters.items()
-            if parameter.dim() == 1 and "bias" in survey.owners[name][1]
-        }
-    return structure_of(survey, names, config)
 
 
 def structure_of(

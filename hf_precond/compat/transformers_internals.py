@@ -1,0 +1,146 @@
+"""Private names of transformers, read in 5.4.0 to 5.23.0.
+
+transformers has no public way to add an optimizer's name, so four things are
+changed from outside, each only where it is found:
+
+- ``training_args.OptimizerNames`` gets a member per name, which makes
+  ``TrainingArguments``, ``HfArgumentParser`` and ``--help`` accept it;
+- ``Trainer.get_optimizer_cls_and_kwargs`` is wrapped, which works with and
+  without the table of handlers behind it (since 5.2), and comes before its
+  splitting of ``--optim_args``, whose errors are obscure;
+- ``trainer.DEFAULT_CALLBACKS`` gets a callback;
+- ``modelcard.extract_hyperparameters_from_trainer`` is wrapped, because it
+  gives every name with "adam" in it Adam's description.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from types import ModuleType
+from typing import Any
+
+LOWEST, BEYOND = (5, 4), (6, 0)
+SUPPORTED = "transformers>=5.4,<6"
+
+_MARK = "_hf_precond"
+
+
+def transformers_version() -> str | None:
+    """The version of transformers, without importing it; ``None`` when it is not installed."""
+    module = sys.modules.get("transformers")
+    if module is not None and isinstance(getattr(module, "__version__", None), str):
+        return module.__version__
+    try:
+        return metadata.version("transformers")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def is_supported(version: str | None) -> bool:
+    """Whether a version of transformers is one in which these names were read."""
+    number = re.match(r"(\d+)\.(\d+)", version or "")
+    return number is not None and LOWEST <= (int(number[1]), int(number[2])) < BEYOND
+
+
+def extend_enum(module: ModuleType, names: Iterable[str], restore: Callable[[str], Any]) -> None:
+    """Adds members to ``module.OptimizerNames``: ``AFOPT = "afopt"`` and so on.
+
+    A value that transformers has itself stays its own.
+
+    Args:
+        module: ``transformers.training_args``.
+        names: the values.
+        restore: a module-level function that returns the member for a value.
+            Members are pickled as a call of it, so that a process which has
+            not imported this package does when it opens them (a spawned
+            worker, ``training_args.bin``).
+    """
+    enum = module.OptimizerNames
+    for value in names:
+        if value in enum._value2member_map_:
+            continue
+        member = str.__new__(enum, value)
+        member._name_ = value.upper()
+        member._value_ = value
+        member._sort_order_ = len(enum._member_names_)
+        member.__objclass__ = enum
+        member.__reduce_ex__ = functools.partial(_reduce, restore, value)
+        setattr(member, _MARK, True)
+        enum._member_names_.append(member._name_)
+        enum._member_map_[member._name_] = member
+        enum._value2member_map_[value] = member
+        type.__setattr__(enum, member._name_, member)
+
+
+def _reduce(restore: Callable[[str], Any], value: str, protocol: int) -> tuple[Any, tuple[str]]:
+    return restore, (value,)
+
+
+def is_added(member: Any) -> bool:
+    """Whether a member of ``OptimizerNames`` is one of :func:`extend_enum`'s."""
+    return hasattr(member, _MARK)
+
+
+def wrap_lookup(
+    module: ModuleType, look_up: Callable[[Any], tuple[Any, dict[str, Any]]]
+) -> None:
+    """Sends ``Trainer.get_optimizer_cls_and_kwargs`` to ``look_up(args)`` for added names.
+
+    Args:
+        module: ``transformers.trainer``.
+        look_up: takes the training arguments, returns a factory and its
+            keyword arguments.
+    """
+    trainer = module.Trainer
+    original = trainer.get_optimizer_cls_and_kwargs
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        return look_up(args) if is_added(args.optim) else original(args, model)
+
+    setattr(get_optimizer_cls_and_kwargs, _MARK, True)
+    trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
+
+
+def add_default_callback(module: ModuleType, callback: type) -> None:
+    """Gives every ``Trainer`` made from now on a callback, ahead of the reporting ones.
+
+    Args:
+        module: ``transformers.trainer``.
+        callback: a ``TrainerCallback`` class.
+    """
+    if callback not in module.DEFAULT_CALLBACKS:
+        module.DEFAULT_CALLBACKS.append(callback)
+
+
+def wrap_model_card(module: ModuleType, correct: Callable[[Any, dict[str, Any]], None]) -> None:
+    """Lets ``correct(trainer, hyperparameters)`` change what the model card says.
+
+    Args:
+        module: ``transformers.modelcard``.
+        correct: changes the dict in place.
+    """
+    name = "extract_hyperparameters_from_trainer"
+    original = getattr(module, name, None)
+    if original is None or hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def extract_hyperparameters_from_trainer(trainer: Any) -> dict[str, Any]:
+        hyperparameters = original(trainer)
+        correct(trainer, hyperparameters)
+        return hyperparameters
+
+    setattr(extract_hyperparameters_from_trainer, _MARK, True)
+    setattr(module, name, extract_hyperparameters_from_trainer)
+
+
+def uses_deepspeed(args: Any) -> bool:
+    """Whether training arguments ask for DeepSpeed."""
+    return bool(getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None))
