@@ -128,7 +128,7 @@ def memory(optimizer: Any) -> str:
         parameter.grad = torch.empty_like(parameter)
     for bound in optimizer.bound:
         optimizer.allocate(bound)
-    optimizer.allocate_fallbacks()
+    optimizer.allocate_fallback()
     kept = sum(
         value.numel() * value.element_size()
         for state in optimizer.state.values()

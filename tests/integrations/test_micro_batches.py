@@ -22,20 +22,20 @@ OFTEN = {
 
 
 def run(name, folder, model, data, steps, **fields):
-    """A Trainer after training, and the statistics that each of its steps committed."""
+    """A Trainer after training, and the statistics that each of its steps took."""
     fields = {"optim_args": OFTEN[name], "max_steps": steps, "weight_decay": 0.01} | fields
     trainer = make(name, folder, model, data, **fields)
     # The Trainer divides the loss; that of transformers 5.4 let accelerate divide it again.
     trainer.accelerator.gradient_accumulation_steps = 1
     optimizer = own_optimizer(trainer.create_optimizer())
-    commit, committed = optimizer.commit, []
+    update, committed = optimizer.update_statistics, []
 
     def noted(statistics):
         assert statistics
         committed.append({k: (s.sum.clone(), s.count.clone()) for k, s in statistics.items()})
-        return commit(statistics)
+        return update(statistics)
 
-    optimizer.commit = noted
+    optimizer.update_statistics = noted
     trainer.train()
     assert len(committed) == steps
     return trainer, committed
