@@ -123,7 +123,7 @@ class AFOpt(PrecondOptimizer):
 
     @property
     def factors(self) -> Factors:
-        """Computes moments and factors from the state as it stands."""
+        """What computes moments and factors, from the state as it stands."""
         return Factors(self.plan, self.state)
 
     def requests(self) -> Sequence[Request]:
@@ -179,7 +179,14 @@ class AFOpt(PrecondOptimizer):
                 yield Preconditioned(item, direction, kind, part)
 
     def batches(self, plans: Sequence[MatrixPlan]) -> Iterator[Sequence[MatrixPlan]]:
-        """Matrices that are stepped alike, with one parameter group, dtype and device."""
+        """Yields matrices that are stepped alike, with one parameter group, dtype and device.
+
+        Args:
+            plans: of the matrices to be stepped.
+
+        Yields:
+            Plans whose gradients are stacked; at most :data:`CHUNK` entries, or one matrix.
+        """
 
         def key(plan: MatrixPlan) -> tuple:
             bound, matrix = plan.bound, plan.bound.matrix
@@ -193,7 +200,12 @@ class AFOpt(PrecondOptimizer):
             yield from in_batches(alike, matrix.shape[0] * matrix.columns, CHUNK)
 
     def held(self, batch: Sequence[MatrixPlan], name: str) -> list[Tensor]:
-        """A tensor of every matrix's state."""
+        """The tensors of one name in the state of each matrix.
+
+        Args:
+            batch: the matrices.
+            name: the state's, without the prefix of fused weights.
+        """
         return [self.state[plan.bound.weight][plan.bound.prefix + name] for plan in batch]
 
     def _momentum(self, batch: Sequence[MatrixPlan], gradients: Tensor) -> Tensor:
@@ -212,7 +224,15 @@ class AFOpt(PrecondOptimizer):
         return gradients
 
     def directions(self, batch: Sequence[MatrixPlan], gradients: Tensor) -> Tensor:
-        """The unscaled directions of ``[n, out, c]``."""
+        """The directions of gradients, of any length: the scaling comes later.
+
+        Args:
+            batch: matrices that are stepped alike.
+            gradients: of each, or the momentum, ``[n, out, in(+1)]``.
+
+        Returns:
+            ``[n, out, in(+1)]``.
+        """
         preconditioner = self.preconditioner(batch)
         if self.config.direction == "spectral":
             return preconditioner.spectral(gradients)
@@ -224,7 +244,11 @@ class AFOpt(PrecondOptimizer):
         return directions
 
     def preconditioner(self, batch: Sequence[MatrixPlan]) -> TwoSidedPreconditioner:
-        """The factors of a batch; right factors of one shape are unpacked together."""
+        """The factors of a batch.
+
+        Args:
+            batch: matrices that are stepped alike.
+        """
         first, dtype = batch[0], batch[0].bound.dtype
         rights = [plan.right for plan in batch if plan.right is not None]
         tensors: dict[RightFactor, Tensor] = {}
@@ -245,7 +269,15 @@ class AFOpt(PrecondOptimizer):
         )
 
     def lengths(self, batch: Sequence[MatrixPlan], directions: Tensor) -> Tensor:
-        """``m·βᵏ·0.2·√numel/‖U‖_F`` or another scaling of each direction, ``[n, 1, 1]``."""
+        """``m·βᵏ·0.2·√numel/‖U‖_F``, or another ``scaling``.
+
+        Args:
+            batch: matrices that are stepped alike.
+            directions: U of each, ``[n, out, in(+1)]``.
+
+        Returns:
+            What each direction is multiplied by, ``[n, 1, 1]``.
+        """
         if self.config.scaling != "rms":
             from hf_precond.optimizers.afopt.variants import SCALINGS
 
@@ -253,19 +285,27 @@ class AFOpt(PrecondOptimizer):
         return self.rms_lengths(directions) * self.fades(batch)
 
     def rms_lengths(self, directions: Tensor) -> Tensor:
-        """``m·0.2·√numel/‖U‖_F``, ``[n, 1, 1]``."""
+        """``m·0.2·√numel/‖U‖_F``, ``[n, 1, 1]``.
+
+        Args:
+            directions: U of each matrix, ``[n, out, in(+1)]``.
+        """
         rms = RMS * math.sqrt(directions[0].numel()) / frobenius_norm(directions)
         return rms * self.config.lr_scale
 
     def fades(self, batch: Sequence[MatrixPlan]) -> Tensor:
-        """``βᵏ`` after k steps in a row without a gradient, ``[n, 1, 1]``."""
+        """``βᵏ`` after k steps in a row without a gradient, ``[n, 1, 1]``.
+
+        Args:
+            batch: matrices that are stepped alike.
+        """
         return torch.stack(self.held(batch, "fade"))[:, None, None]
 
     # ------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, float]:
-        """Counters, and what :func:`~hf_precond.optimizers.afopt.diagnostics.report` says.
+        """The counters, and what :func:`~hf_precond.optimizers.afopt.diagnostics.report` adds.
 
         Costs about as much as a step: call it when logging.
         """

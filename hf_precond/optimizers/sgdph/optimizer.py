@@ -154,7 +154,7 @@ class SGDPH(PrecondOptimizer):
         return step % self.config.probe_interval == 0
 
     def curvature_context(self) -> AbstractContextManager[None]:
-        """Around forward and backward of a plain loop.
+        """A context for forward and backward of a plain loop.
 
         On the steps that are due, what runs inside can be differentiated
         twice (attention runs by torch's MATH kernel); it costs nothing on
@@ -209,7 +209,16 @@ class SGDPH(PrecondOptimizer):
     def average(
         self, views: Sequence[ParamView], estimates: Sequence[Tensor], present: Tensor
     ) -> Tensor:
-        """Average estimates into D; see :func:`~.directions.average_probes`."""
+        """Average estimates into D; see :func:`~.directions.average_probes`.
+
+        Args:
+            views: the parameters.
+            estimates: ĥ of each, shaped like the parameter.
+            present: whether any rank collected it, ``[len(views)]``.
+
+        Returns:
+            1 where a present estimate was not finite and dropped, else 0, ``[len(views)]``.
+        """
         return directions.average_probes(views, estimates, present, self.config.stat_decay)
 
     # Directions -------------------------------------------------------------------
@@ -240,18 +249,29 @@ class SGDPH(PrecondOptimizer):
                 yield Preconditioned(bound, direction, "direction")
 
     def multipliers(self, views: Sequence[ParamView]) -> Tensor:
-        """What ``base="sgd"`` multiplies the momentum by; all views end to end."""
+        """What ``base="sgd"`` multiplies the momentum by.
+
+        Args:
+            views: parameters of one group and dtype.
+
+        Returns:
+            One number an entry, all views end to end, ``[entries]``.
+        """
         return directions.sgd_multipliers(views, self.config)
 
     def view(self, bound: BoundNorm) -> ParamView:
-        """A channel-wise parameter with its state; an empty gradient where it has none."""
+        """A channel-wise parameter with its state; an empty gradient where it has none.
+
+        Args:
+            bound: the parameter.
+        """
         parameter = bound.weight
         grad = torch.empty(0) if parameter.grad is None else parameter.grad
         group = self.param_groups[bound.group]
         return ParamView(parameter, grad, self.state[parameter], "", group)
 
     def diagnostics(self) -> dict[str, float]:
-        """Counters, and what the last step of the norm parameters was.
+        """The counters, and what the last step of the norm parameters was.
 
         ``norm_curvature_rms``, of D. For ``base="adamw"``: ``norm_update_rms``,
         of u; ``norm_update_over_adamw``, its ratio to AdamW's; and
