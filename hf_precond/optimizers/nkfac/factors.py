@@ -24,6 +24,9 @@ Count = Callable[[str, int], None]
 FLOOR = 1e-4
 """Smallest damping of a factor of unit Frobenius norm (the authors' value)."""
 
+TINY = 1e-12
+"""Norms below this, or above its inverse, may have lost squares to float32's range."""
+
 WELL_CONDITIONED = 5e-3
 """Damping, relative to the largest eigenvalue, from which inversion by blocks is exact enough."""
 
@@ -97,29 +100,56 @@ class KroneckerFactor:
 
 
 def average_unit_moments(
-    factors: Sequence[Tensor], updates: Sequence[Tensor], sums: Tensor, decay: float
+    factors: Sequence[Tensor], updates: Sequence[Tensor], sums: Sequence[Tensor], decay: float
 ) -> Tensor:
     """``A ← b A + (1 - b) S / ‖S‖_F`` in place, ``b = min(decay, 1 - 1/k)`` at the k-th update.
 
     The average has no start-up bias. The unit norm takes out the loss's scale
     and the number of rows. A sum that is not finite, or zero (no rows, no
-    gradient), says nothing of A's shape: it changes and counts nothing. No
-    host synchronisation.
+    gradient), says nothing of A's shape: it changes and counts nothing. On a
+    GPU a few kernels for all, and nothing is read from it.
 
     Args:
         factors: A of each, ``[n, n]``, changed in place.
         updates: k of each, 0-d tensors, changed in place.
-        sums: S of each, sums of outer products, ``[b, n, n]``.
+        sums: S of each, sums of outer products, ``[n, n]``.
         decay: in [0, 1).
 
     Returns:
-        Per factor 1 where S was not finite, else 0: ``[b]``.
+        Per factor 1 where S was not finite, else 0: ``[len(factors)]``.
     """
+    average = _average_on_device if sums[0].is_cuda else _average_on_host
+    return average(factors, updates, sums, decay)
+
+
+def _average_on_device(
+    factors: Sequence[Tensor], updates: Sequence[Tensor], sums: Sequence[Tensor], decay: float
+) -> Tensor:
+    total = torch.stack(list(sums))
     # No entry exceeds the diagonal's; divided by it, the squares stay within float32.
-    largest = sums.diagonal(dim1=-2, dim2=-1).amax(-1)
-    units = sums / largest[:, None, None]
-    units /= torch.linalg.vector_norm(units, dim=(-2, -1), keepdim=True)
-    return update_moments(factors, updates, units, decay) * (largest != 0)
+    largest = total.diagonal(dim1=-2, dim2=-1).amax(-1)
+    total /= largest[:, None, None]
+    total /= torch.linalg.vector_norm(total, dim=(-2, -1), keepdim=True)
+    return update_moments(factors, updates, total, decay) * (largest != 0)
+
+
+def _average_on_host(
+    factors: Sequence[Tensor], updates: Sequence[Tensor], sums: Sequence[Tensor], decay: float
+) -> Tensor:
+    """Here reading a number is free, and each pass over a matrix that it saves is not."""
+    dropped = torch.zeros(len(factors), dtype=torch.int64)
+    for index, (factor, count, total) in enumerate(zip(factors, updates, sums, strict=True)):
+        norm, largest = float(torch.linalg.vector_norm(total)), total.diagonal().amax()
+        if not TINY < norm < 1 / TINY:
+            total = total / largest
+            norm = float(torch.linalg.vector_norm(total))
+        if not math.isfinite(norm):
+            dropped[index] = largest != 0
+            continue
+        count += 1
+        keep = min(decay, 1 - 1 / int(count))
+        factor.copy_(factor.to(total.dtype).mul_(keep).add_(total, alpha=(1 - keep) / norm))
+    return dropped
 
 
 def damp(factors: Tensor, damping: float) -> Tensor:

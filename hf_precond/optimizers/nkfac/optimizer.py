@@ -209,7 +209,7 @@ class NKFAC(PrecondOptimizer):
         return average_unit_moments(
             [factor["factor"] for factor in factors],
             [factor["updates"] for factor in factors],
-            _stacked([statistic.sum for statistic in statistics]),
+            [statistic.sum for statistic in statistics],
             self.config.stat_decay,
         )
 
