@@ -10,7 +10,7 @@ other: retries need less of it, or none of the device's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -120,57 +120,54 @@ def _factorised(
     count: Count | None,
 ) -> tuple[tuple[Tensor, ...], list[int]]:
     """Factorise a batch ``[b, n, n]``, and one by one the matrices for which that failed."""
-    if matrices.numel() == 0:
-        return factorise(matrices, 1.0, 0.0), []
     try:
         results = factorise(matrices, 1.0, 0.0)
-        finite = torch.stack([torch.isfinite(part).flatten(1).all(1) for part in results])
-        good = finite.all(0).tolist()
-        if all(good):
+        if _finite(results):
             return results, []
-        parts = [tuple(part[index] for part in results) for index in range(len(matrices))]
     except RuntimeError as error:
         if cause(error) is None:
             raise
-        good, parts = [False] * len(matrices), [()] * len(matrices)
-    failed = []
-    for index in (index for index, fine in enumerate(good) if not fine):
-        found, name = _retry(matrices[index], factorise)
-        if found is None:
+    parts, failed = [], []
+    for index, matrix in enumerate(matrices):
+        result, name = _retry(matrix, factorise)
+        if result is None:
             failed.append(index)
-            found = kept(index)
         if name and count is not None:
             count(name)
-        parts[index] = tuple(part.to(matrices) for part in found)
+        parts.append([part.to(matrix) for part in result or kept(index)])
     return tuple(torch.stack(columns) for columns in zip(*parts, strict=True)), failed
 
 
 def _retry(matrix: Tensor, factorise: Factorise) -> tuple[tuple[Tensor, ...] | None, str]:
-    """The first retry that serves ``matrix``, ``[n, n]``: its result, if there is one, and name."""
-    if not bool(torch.isfinite(matrix).all()):
+    """The first attempt that serves ``matrix``, ``[n, n]``: its result, if there is one, and name."""
+    if not _finite([matrix]):
         return None, "kept"
     scale = float(matrix.abs().max()) or 1.0
     shift = matrix.shape[-1] * torch.finfo(matrix.dtype).eps
-    double, device = torch.float64, matrix.device
+    device, host, double = matrix.device, torch.device("cpu"), torch.float64
     attempts = [
-        ("", matrix.dtype, device, 1.0, 0.0),
-        ("scaled", matrix.dtype, device, scale, 0.0),
-        ("damped", matrix.dtype, device, scale, shift),
-        ("float64", double, device, scale, shift),
+        ("", device, matrix.dtype, 1.0, 0.0),
+        ("scaled", device, matrix.dtype, scale, 0.0),
+        ("damped", device, matrix.dtype, scale, shift),
+        ("float64", device, double, scale, shift),
+        ("cpu", host, double, scale, shift),
     ]
-    if device.type != "cpu":
-        attempts.append(("cpu", double, torch.device("cpu"), scale, shift))
-    for name, dtype, place, divisor, damping in attempts:
+    for name, place, dtype, divisor, damping in attempts[: 4 if device == host else 5]:
         try:
-            operand = matrix.to(place, dtype)[None]
-            parts = tuple(part[0].to(matrix) for part in factorise(operand, divisor, damping))
+            results = factorise(matrix.to(place, dtype)[None], divisor, damping)
+            results = tuple(part[0].to(matrix) for part in results)
         except RuntimeError as error:
             if cause(error) is None:
                 raise
             continue
-        if all(bool(torch.isfinite(part).all()) for part in parts):
-            return parts, name
+        if _finite(results):
+            return results, name
     return None, "kept"
+
+
+def _finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether all numbers are finite: one reading from the device."""
+    return bool(torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all())
 
 
 def _descending_eigh(batch: Tensor, scale: float, damping: float) -> tuple[Tensor, ...]:

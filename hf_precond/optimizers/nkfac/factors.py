@@ -247,21 +247,4 @@ class KroneckerBlock:
         """``L X R``, ``[out, in(+1)]``; X itself where both are the identity."""
         if self.output is not None:
             matrix = matmul(self.output, matrix, precision)
-        if self.input is not None:
-            matrix = matmul(matrix, self.input, precision)
-        return matrix
-
-    def to_matrix(self, out: int, columns: int) -> Tensor:
-        """The block as a dense matrix, ``[out · columns, out · columns]``.
-
-        Args:
-            out: rows of the layer's matrix.
-            columns: its columns, the bias included.
-        """
-        known = self.output if self.output is not None else self.input
-        like = torch.empty(0) if known is None else known
-        left, right = (
-            torch.eye(size, dtype=like.dtype, device=like.device) if given is None else given
-            for size, given in ((out, self.output), (columns, self.input))
-        )
-        return torch.kron(left, right)
+        return matrix if self.input is None else matmul(matrix, self.input, precision)

@@ -188,14 +188,9 @@ class NKFAC(PrecondOptimizer):
 
     def update_statistics(self, statistics: Mapping[str, Statistic]) -> None:
         """Average the new second moments into the factors that have one."""
-
-        def kind(factor: KroneckerFactor) -> tuple[Any, ...]:
-            total = statistics[factor.name].sum
-            return factor.size, total.dtype, total.device
-
         seen = [factor for factor in self.all_factors() if factor.name in statistics]
         dropped: dict[str, Tensor] = {}
-        for alike in grouped(seen, kind):
+        for alike in grouped(seen, lambda f: (f.size, f.bound.dtype, f.bound.weight.device)):
             limit = GPU_BATCH if alike[0].bound.weight.is_cuda else 0
             for batch in in_batches(alike, alike[0].size ** 2, limit):
                 flags = self.average(batch, [statistics[factor.name] for factor in batch])
@@ -222,13 +217,17 @@ class NKFAC(PrecondOptimizer):
         due = self.factors_to_invert()
         if not due:
             return
+
+        def kind(factor: KroneckerFactor) -> tuple[Any, ...]:
+            bound = factor.bound
+            return factor.size, bound.dtype, bound.weight.device, self.newton_steps(factor)
+
         costs = [float(factor.size) ** 3 for factor in due]
         sharded = ShardedRefresh(due, costs, due[0].bound.weight.device, COUNTERS)
         with float32_products(tf32=False):
-            for alike in grouped(sharded.mine(), self._inverse_kind):
-                size, _, device, _ = self._inverse_kind(alike[0])
-                limit = INVERSE_BATCH.get(device.type, INVERSE_BATCH["cuda"])
-                for batch in in_batches(alike, size**2, limit):
+            for alike in grouped(sharded.mine(), kind):
+                limit = INVERSE_BATCH.get(alike[0].bound.weight.device.type, INVERSE_BATCH["cuda"])
+                for batch in in_batches(alike, alike[0].size ** 2, limit):
                     sharded.attempt(partial(self._invert, sharded), batch)
         sharded.share(lambda factor: [factor["inverse"]])
         sharded.report(self.failures, lambda factor: factor.name, self.count)
@@ -264,21 +263,17 @@ class NKFAC(PrecondOptimizer):
         matrices = kronecker.damp(factors, damping)
         return kronecker.invert(matrices, previous, newton_steps, damping, count)
 
-    def _inverse_kind(self, factor: KroneckerFactor) -> tuple[Any, ...]:
-        """What the factors of one batch have in common."""
-        inverse = factor["inverse"]
-        return factor.size, inverse.dtype, inverse.device, self.newton_steps(factor)
-
     def _invert(
         self, sharded: ShardedRefresh[KroneckerFactor], batch: Sequence[KroneckerFactor]
     ) -> None:
         """New inverses of factors of one kind."""
         newton_steps = self.newton_steps(batch[0])
-        previous = [factor["inverse"] for factor in batch]
-        averages = _stacked([factor["factor"] for factor in batch]).to(previous[0].dtype)
-        inverses, failed = self.invert(averages, _stacked(previous), newton_steps, sharded.count)
+        held = [factor["inverse"] for factor in batch]
+        previous = torch.stack(held)
+        factors = torch.stack([factor["factor"] for factor in batch]).to(previous.dtype)
+        inverses, failed = self.invert(factors, previous, newton_steps, sharded.count)
         sharded.fail([batch[index] for index in failed], [True] * len(failed))
-        torch._foreach_copy_(previous, list(inverses.unbind()))
+        torch._foreach_copy_(held, list(inverses.unbind()))
         sharded.count("newton_inverses" if newton_steps else "exact_inverses", len(batch))
 
     # Preconditioned gradients -----------------------------------------------------
@@ -295,11 +290,12 @@ class NKFAC(PrecondOptimizer):
             limit = GPU_BATCH if weight.is_cuda else 0  # on a CPU each one stays in the cache
             for batch in in_batches(alike, weight.numel(), limit):
                 gradients = _gradients(batch)
-                directions = _stacked([
+                products = [
                     self.preconditioner(bound).apply(gradient, self.config.precision)
                     for bound, gradient in zip(batch, gradients, strict=True)
-                ])
-                directions = self.norm_recovered(gradients, directions)
+                ]
+                directions = products[0][None] if len(batch) == 1 else torch.stack(products)
+                self.norm_recovered(gradients, directions)
                 parts = split_stack(batch, directions)
                 for bound, direction, part in zip(batch, directions, parts, strict=True):
                     yield Preconditioned(bound, direction, parts=part)
@@ -318,11 +314,6 @@ class NKFAC(PrecondOptimizer):
         """``L ⊗ R`` of a layer, undamped, each of about unit Frobenius norm."""
         averages = {factor.side: factor["factor"] for factor in self.factors(bound)}
         return KroneckerBlock(averages.get("output"), averages.get("input"))
-
-
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors of one shape as a batch, without a copy where there is only one."""
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def _gradients(batch: Sequence[BoundMatrix]) -> Tensor:
