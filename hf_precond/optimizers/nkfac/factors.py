@@ -14,7 +14,7 @@ from hf_precond.linalg.factorization import spd_inverse
 from hf_precond.linalg.inverses import largest_eigenvalue, newton_step, spd_block_inverse
 from hf_precond.linalg.products import Precision, matmul
 from hf_precond.optimizers.base.parameters import BoundMatrix, allocate
-from hf_precond.statistics.moments import update_moments
+from hf_precond.statistics.moments import averaging_weight, update_moments
 from hf_precond.statistics.requests import MomentRequest
 
 Side = Literal["output", "input"]
@@ -147,7 +147,7 @@ def _average_on_host(
             dropped[index] = largest != 0
             continue
         count += 1
-        keep = min(decay, 1 - 1 / int(count))
+        keep = averaging_weight(int(count), decay)
         factor.copy_(factor.to(total.dtype).mul_(keep).add_(total, alpha=(1 - keep) / norm))
     return dropped
 
