@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 from hf_precond.architectures.modules import find_norms
-from hf_precond.statistics.double_backward import DoubleBackward
+from hf_precond.statistics.hessian_probe import DoubleBackward
 from hf_precond.statistics.hessian_products import GraphProduct, diagonal_estimates, probe_vectors
 
 Loss = Callable[[Tensor], Tensor]
@@ -105,7 +105,7 @@ def full_hessian(product: GraphProduct, parameters: Sequence[Tensor]) -> Tensor:
 
 def estimates(product: GraphProduct, parameters: Sequence[Tensor], probe: str, step: int) -> Tensor:
     vectors = probe_vectors(parameters, probe, step)
-    found = diagonal_estimates(product, parameters, probe, vectors)
+    found = diagonal_estimates(product, probe, vectors)
     return torch.cat([estimate.reshape(-1) for estimate in found])
 
 

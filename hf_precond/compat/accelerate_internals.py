@@ -2,7 +2,7 @@
 
 ``Trainer``, its subclasses and plain Accelerate loops all hand the loss they
 really train to ``Accelerator.backward``, before the loss scaler. It is wrapped
-while a listener wants to see the losses.
+while there are listeners.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -30,35 +30,51 @@ def accelerator_state() -> Mapping[str, Any]:
 
 
 class Listener(Protocol):
-    """What wants to see the losses."""
+    """What observes the losses that are trained."""
 
     def observe(self, loss: Tensor, weight: float, scale: Tensor | float | None) -> bool:
-        """See a loss before its backward; whether it was this listener's."""
+        """Observes a loss before its backward pass.
+
+        Args:
+            loss: the loss.
+            weight: what the training multiplies it by.
+            scale: the loss scale, ``None`` for 1.
+
+        Returns:
+            Whether it is a loss of this listener's model.
+        """
 
     def release(self) -> None:
-        """The backward pass of a loss that was this listener's is done."""
+        """Ends the backward pass of a loss of this listener's model."""
 
 
-_listeners: weakref.WeakSet[Any] = weakref.WeakSet()
-_MARK = "_hf_precond_original"
+_LISTENERS: list[weakref.ref[Listener]] = []
+_WRAPPERS: list[Any] = []
 
 
-def listen(listener: Listener) -> None:
-    """Show ``listener`` every loss from now on. Without accelerate, nothing happens."""
-    _listeners.add(listener)
-    _install()
-
-
-def stop(listener: Listener | None = None) -> None:
-    """No longer show it any; the last one's stop takes the wrapper away.
+def listen(listener: Listener) -> Callable[[], None]:
+    """Shows a listener, held weakly, every loss from now on; without accelerate, nothing happens.
 
     Args:
-        listener: ``None`` for one that was collected as garbage.
+        listener: the listener.
+
+    Returns:
+        A function that ends it; the last one restores ``Accelerator.backward``.
     """
-    if listener is not None:
-        _listeners.discard(listener)
-    if not tuple(_listeners):
-        _uninstall()
+    reference = weakref.ref(listener)
+    _LISTENERS.append(reference)
+    accelerator = _accelerator()
+    if accelerator is not None and not _WRAPPERS:
+        _WRAPPERS.append(_wrapped(accelerator.backward))
+        accelerator.backward = _WRAPPERS[0]
+
+    def stop() -> None:
+        _LISTENERS.remove(reference)
+        # If something else has wrapped ours since, ours stays inside it, without listeners.
+        if accelerator is not None and not _LISTENERS and accelerator.backward in _WRAPPERS:
+            accelerator.backward = _WRAPPERS.pop().__wrapped__
+
+    return stop
 
 
 def _accelerator() -> Any:
@@ -69,37 +85,18 @@ def _accelerator() -> Any:
     return Accelerator if callable(getattr(Accelerator, "backward", None)) else None
 
 
-def _install() -> None:
-    accelerator = _accelerator()
-    if accelerator is None or hasattr(accelerator.backward, _MARK):
-        return
-    original = accelerator.backward
-
+def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def backward(self: Any, loss: Any, **kwargs: Any) -> Any:
         scale = loss_scale(getattr(self, "scaler", None))
-        seen = [
-            listener
-            for listener in tuple(_listeners)
-            if isinstance(loss, Tensor) and listener.observe(loss, _weight(self), scale)
-        ]
+        # Accelerator.backward divides the loss by the steps of gradient accumulation.
+        weight = 1.0 / (getattr(self, "gradient_accumulation_steps", 1) or 1)
+        listeners = [reference() for reference in _LISTENERS] if isinstance(loss, Tensor) else []
+        involved = [x for x in listeners if x is not None and x.observe(loss, weight, scale)]
         try:
             return original(self, loss, **kwargs)
         finally:
-            for listener in seen:
+            for listener in involved:
                 listener.release()
 
-    setattr(backward, _MARK, original)
-    accelerator.backward = backward
-
-
-def _uninstall() -> None:
-    accelerator = _accelerator()
-    # Whoever wrapped it after us keeps our wrapper inside theirs; it listens to nobody.
-    if accelerator is not None and _MARK in accelerator.backward.__dict__:
-        accelerator.backward = getattr(accelerator.backward, _MARK)
-
-
-def _weight(accelerator: Any) -> float:
-    """What ``Accelerator.backward`` multiplies the loss by: gradient accumulation."""
-    return 1.0 / (getattr(accelerator, "gradient_accumulation_steps", 1) or 1)
+    return backward

@@ -53,7 +53,7 @@ class Call:
 Observer = Callable[[nn.Module, Call], None]
 
 OBSERVERS: dict[nn.Module, list[Observer]] = {}
-_ORIGINAL: list[Callable[..., Any]] = []
+_WRAPPERS: list[Any] = []
 
 
 def observe(modules: Iterable[nn.Module], observer: Observer) -> None:
@@ -66,7 +66,7 @@ def observe(modules: Iterable[nn.Module], observer: Observer) -> None:
     for module in modules:
         OBSERVERS.setdefault(module, []).append(observer)
     interface = _interface()
-    if interface is None or _ORIGINAL or not OBSERVERS:
+    if interface is None or _WRAPPERS or not OBSERVERS:
         return
     original = interface.get_interface
 
@@ -75,7 +75,7 @@ def observe(modules: Iterable[nn.Module], observer: Observer) -> None:
         kernel = original(self, *args, **kwargs)
         return _observed(kernel) if OBSERVERS else kernel
 
-    _ORIGINAL.append(original)
+    _WRAPPERS.append(get_interface)
     interface.get_interface = get_interface
 
 
@@ -90,10 +90,10 @@ def stop_observing(modules: Iterable[nn.Module], observer: Observer) -> None:
         OBSERVERS[module].remove(observer)
         if not OBSERVERS[module]:
             del OBSERVERS[module]
-    if _ORIGINAL and not OBSERVERS:
-        interface = _interface()
-        assert interface is not None
-        interface.get_interface = _ORIGINAL.pop()
+    interface = _interface()
+    # If something else has wrapped ours since, ours stays inside it, without observers.
+    if interface is not None and not OBSERVERS and interface.get_interface in _WRAPPERS:
+        interface.get_interface = _WRAPPERS.pop().__wrapped__
 
 
 def _interface() -> type[Any] | None:

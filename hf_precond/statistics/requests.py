@@ -1,7 +1,8 @@
-"""What an optimizer may ask a model for, and how the answer comes."""
+"""Statistics that an optimizer may request from a model, and the sources that collect them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -27,15 +28,13 @@ class MomentRequest:
     ``entropy``: per head, the sum over query positions of the entropy of their
     attention weights in nats, ``[H]``; ``attention`` is set.
 
-    Requests whose ``source`` module is the same share one collection.
-
     Args:
-        key: the name under which the statistic is handed over; unique.
+        key: the name of the statistic in what the source returns; unique.
         kind: what is collected.
         matrix: the matrix whose input or output gradient it is.
         attention: the attention whose queries or keys they are.
         average_rotation: for ``query`` / ``key`` under RoPE: return the
-            average of ``R_iᵀ C R_i`` over the positions seen, C the moment of
+            average of ``R_iᵀ C R_i`` over the positions, C the moment of
             the rotated vectors, instead of C.
         center: for ``key`` and ``input``: subtract each sequence's mean first
             (the constant 1 of ``input`` becomes 0).
@@ -70,7 +69,7 @@ class CurvatureRequest:
     Requests that fall on the same step are probed together, in one product.
 
     Args:
-        key: the name under which the statistic is handed over; unique.
+        key: the name of the statistic in what the source returns; unique.
         norm: the parameter.
         probe: the estimator.
         period: of the steps that are collected, probe those whose number is
@@ -94,7 +93,11 @@ HEAD_KINDS = ("query", "key", "entropy")
 
 
 def request_shape(request: MomentRequest | CurvatureRequest) -> tuple[int, ...]:
-    """The shape of the statistic that answers a request."""
+    """Returns the shape of the statistic that answers a request.
+
+    Args:
+        request: the request.
+    """
     if isinstance(request, CurvatureRequest):
         return tuple(request.norm.parameter.shape)
     if request.kind == "output_grad":
@@ -114,11 +117,11 @@ def request_shape(request: MomentRequest | CurvatureRequest) -> tuple[int, ...]:
 
 @dataclass
 class Statistic:
-    """A staged sum.
+    """A sum and its count.
 
     Args:
         sum: the sum, in float32 (float64 for float64 models), detached.
-        count: what it is to be divided by for a mean: tokens (weighted by the
+        count: what the sum is divided by for a mean: tokens (weighted by the
             attention mask) or passes; a 0-d tensor on the sum's device.
     """
 
@@ -127,37 +130,40 @@ class Statistic:
 
 
 class StatisticsSource(Protocol):
-    """Where an optimizer's statistics come from. Made by ``ModelStructure.open``.
-
-    A source inherits from this and may leave ``loss_scale`` as it is.
+    """Where an optimizer's statistics come from; see :func:`open_statistics`.
 
     Attributes:
         loss_scale: what the loss is multiplied by before backward (float16
-            training), or a function that tells; ``None`` for 1. Output
+            training), or a function that returns it; ``None`` for 1. Output
             gradients are divided by it; a source without them ignores it.
     """
 
     loss_scale: Tensor | float | Callable[[], Tensor | float | None] | None = None
 
     def enable(self, due: bool, step: int) -> None:
-        """Collect (or not) in the passes before the optimizer's step number ``step``."""
+        """Collects (or not) in the passes before the optimizer's step number ``step``.
+
+        Args:
+            due: whether to collect.
+            step: the number of the step.
+        """
 
     def take(self) -> dict[str, Statistic]:
-        """What was staged since the last call, by request key; the stage is empty afterwards."""
+        """Returns what was collected since the last call, by request key, and forgets it."""
 
     def drop(self) -> None:
-        """Forget what was staged (a skipped step)."""
+        """Forgets what was collected (a skipped step)."""
 
     def close(self) -> None:
-        """Remove every hook."""
+        """Removes every hook."""
 
 
 @runtime_checkable
 class CurvatureSource(StatisticsSource, Protocol):
-    """A source that needs to see the loss itself, for Hessian-vector products."""
+    """A source that needs the loss itself, for Hessian-vector products."""
 
     def context(self) -> AbstractContextManager[None]:
-        """Around forward and backward: what runs inside can be differentiated twice."""
+        """Returns a context inside which forward and backward can be differentiated twice."""
 
     def observe(
         self,
@@ -165,25 +171,33 @@ class CurvatureSource(StatisticsSource, Protocol):
         weight: float = 1.0,
         scale: Tensor | float | None = None,
     ) -> bool:
-        """Stage the products of ``weight * loss`` if they are due; whether they were."""
+        """Adds the products of ``weight * loss`` if they are due.
+
+        Args:
+            loss: a scalar with its graph, or a function that returns the loss.
+            weight: what the training multiplies the loss by.
+            scale: loss scale to compute under.
+
+        Returns:
+            Whether the loss is this model's and was due.
+        """
 
 
 def all_reduce_statistics(
-    staged: Mapping[str, Statistic],
+    collected: Mapping[str, Statistic],
     shapes: Mapping[str, Sequence[int]],
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Statistic]:
-    """Sum every statistic over the ranks, in one collective.
+    """Sums every statistic over the ranks, in one collective.
 
-    A rank whose module saw no tokens stages nothing and adds zeros, so every
+    A rank whose module had no tokens collected nothing and adds zeros, so every
     rank takes part in the same collective. Sums and counts are added; a
-    statistic that no rank staged has count 0.
+    statistic that no rank collected has count 0.
 
     Args:
-        staged: what this rank collected, by key.
-        shapes: every key that is asked for, with its shape; the same on all
-            ranks.
+        collected: what this rank collected, by key.
+        shapes: every requested key, with its shape; the same on all ranks.
         dtype: dtype of the sums.
         device: where the collective runs.
 
@@ -192,32 +206,31 @@ def all_reduce_statistics(
     """
     parts: list[Tensor] = []
     for key, shape in shapes.items():
-        found = staged.get(key)
-        size = int(torch.Size(shape).numel())
-        if found is None:
-            parts.append(torch.zeros(size + 1, dtype=dtype, device=device))
+        own = collected.get(key)
+        if own is None:
+            parts.append(torch.zeros(math.prod(shape) + 1, dtype=dtype, device=device))
             continue
-        if tuple(found.sum.shape) != tuple(shape):
-            raise ValueError(f"{key}: its sum is {tuple(found.sum.shape)}, not {tuple(shape)}.")
-        count = found.count.to(found.sum.device, dtype).reshape(1)
-        parts.append(torch.cat([found.sum.to(dtype).reshape(-1), count]))
+        if tuple(own.sum.shape) != tuple(shape):
+            raise ValueError(f"{key}: its sum is {tuple(own.sum.shape)}, not {tuple(shape)}.")
+        parts += [own.sum.to(dtype).flatten(), own.count.to(own.sum.device, dtype).view(1)]
     bucket = torch.cat(parts)
     dist.all_reduce(bucket)
-    reduced: dict[str, Statistic] = {}
-    start = 0
-    for key, shape in shapes.items():
-        size = int(torch.Size(shape).numel())
-        block = bucket[start : start + size + 1]
-        reduced[key] = Statistic(block[:size].view(*shape), block[size])
-        start += size + 1
-    return reduced
+    blocks = bucket.split([math.prod(shape) + 1 for shape in shapes.values()])
+    return {
+        key: Statistic(block[:-1].view(*shape), block[-1])
+        for (key, shape), block in zip(shapes.items(), blocks, strict=True)
+    }
 
 
 def open_statistics(model: nn.Module, requests: Sequence[Request]) -> StatisticsSource:
-    """The source of what an optimizer asks for, its hooks installed.
+    """Returns the source of what an optimizer requests, its hooks installed.
+
+    Args:
+        model: the root of what is trained, inside any wrapper.
+        requests: all for second moments, or all for curvature.
 
     Raises:
-        ValueError: for curvature and second moments asked for at once.
+        ValueError: curvature and second moments are requested at once.
     """
     curvature = [request for request in requests if isinstance(request, CurvatureRequest)]
     if curvature and len(curvature) == len(requests):

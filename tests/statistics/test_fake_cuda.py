@@ -132,7 +132,7 @@ def test_probes(probe):
     vectors = watched(lambda: probe_vectors(parameters, probe, 3))
     estimates = watched(
         lambda: diagonal_estimates(
-            lambda v: [2 * each for each in v], parameters, probe, vectors
+            lambda v: [2 * each for each in v], probe, vectors
         )
     )
     assert [e.shape for e in estimates] == [p.shape for p in parameters]

@@ -6,8 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_precond.architectures.modules import find_norms
-from hf_precond.statistics.double_backward import FullPrecision
-from hf_precond.statistics.hessian_probe import CurvatureProbe
+from hf_precond.statistics.hessian_probe import CurvatureProbe, FullPrecision
 from hf_precond.statistics.requests import CurvatureRequest
 
 LOW = torch.bfloat16
