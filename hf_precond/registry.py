@@ -93,6 +93,9 @@ def register_optimizer(
             ``hf-precond explain``.
         title: the name in prose, by default the class's.
 
+    Returns:
+        The decorator, which returns the class unchanged.
+
     Raises:
         ValueError: ``config`` has another name, or another class has this one.
     """

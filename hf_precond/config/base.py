@@ -184,21 +184,23 @@ class OptimizerConfig(HubMixin):
     """The fields every optimizer has.
 
     Args:
-        lr: learning rate of all groups, > 0 or 0.
-        weight_decay: decoupled weight decay of the decay group, >= 0.
+        lr: learning rate of all groups, >= 0. Default 0.001.
+        weight_decay: decoupled weight decay of the groups that decay, >= 0.
+            Default 0.
         head_lr_scale: learning rate of a newly initialised head over the
-            body's, > 0.
-        betas: decay rates of the AdamW rule's two moments, each in [0, 1).
-        eps: the AdamW rule's epsilon, >= 0.
+            body's, > 0. Default 1.
+        betas: decay rates of AdamW's two moments, each in [0, 1). Default
+            (0.9, 0.999).
+        eps: AdamW's epsilon, >= 0. Default 1e-8.
         state_dtype: dtype of the Kronecker factors kept between steps (``sgdph``
             has none): ``float32``, ``float64``, ``bfloat16``, under ``nkfac``
             ``float16`` (others leave its range); ``None`` is float32, and
-            float64 for float64 parameters.
+            float64 for float64 parameters. Default ``None``.
         skip_nonfinite: leave a step out whose gradients are not all finite,
             as a loss scaler does: weights, moments and factors stay as they
             are (counted as ``skipped_steps``; ten in a row stop training).
             It costs one pass over the gradients and one reading from the
-            device a step.
+            device a step. Default ``False``.
 
     Raises:
         ValueError: naming the field, its legal range and, for an unknown
@@ -237,6 +239,9 @@ class OptimizerConfig(HubMixin):
     def create(cls: type[ConfigT], **values: Any) -> ConfigT:
         """A config from keyword values.
 
+        Args:
+            **values: fields; the others have their defaults.
+
         Raises:
             ValueError: a value is not legal, or a name is no field (with the
                 nearest one).
@@ -246,12 +251,25 @@ class OptimizerConfig(HubMixin):
 
     @classmethod
     def from_strings(cls: type[ConfigT], values: Mapping[str, str]) -> ConfigT:
-        """A config from ``key=value`` strings, as ``--optim_args`` hands them over."""
+        """A config from strings, as ``--optim_args`` hands them over.
+
+        Args:
+            values: by field; see :meth:`parse`.
+
+        Raises:
+            ValueError: a value is not legal, or a name is no field.
+        """
         return cls.create(**cls.parse(values))
 
     @classmethod
     def parse(cls, values: Mapping[str, str]) -> dict[str, Any]:
         """Turns strings into values of the fields' types; a pair is written ``0.9:0.99``.
+
+        Args:
+            values: strings by field.
+
+        Returns:
+            Values by field, their ranges not checked yet.
 
         Raises:
             ValueError: a string is no value of its field's type, or a name is
@@ -264,6 +282,10 @@ class OptimizerConfig(HubMixin):
     @classmethod
     def from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
         """A config from :meth:`to_dict`'s output, lists standing for pairs.
+
+        Args:
+            values: fields, ``optimizer`` and ``hf_precond_version``; the last
+                two may be missing.
 
         Raises:
             ValueError: the values are another optimizer's, or not legal.
@@ -286,7 +308,14 @@ class OptimizerConfig(HubMixin):
         }
 
     def replace(self: ConfigT, **values: Any) -> ConfigT:
-        """The same config with some fields changed, validated again."""
+        """The same config with some fields changed, validated again.
+
+        Args:
+            **values: the fields to change.
+
+        Raises:
+            ValueError: as :meth:`create`.
+        """
         self._refuse_unknown(values)
         return dataclasses.replace(self, **values)
 
@@ -296,7 +325,11 @@ class OptimizerConfig(HubMixin):
         return getattr(self, "reference", False)
 
     def factor_dtype(self, parameter_dtype: torch.dtype) -> torch.dtype:
-        """The dtype of kept factors for a parameter of ``parameter_dtype``."""
+        """The dtype of the factors kept for a parameter.
+
+        Args:
+            parameter_dtype: the parameter's.
+        """
         import torch
 
         from hf_precond.linalg.products import compute_dtype

@@ -70,6 +70,9 @@ class HubMixin(ABC):
             local_files_only: never ask the Hub.
             **fields: fields that replace the saved ones.
 
+        Returns:
+            The config, validated.
+
         Raises:
             FileNotFoundError: there is no such folder, repository or file.
             ValueError: the file is no config, is another optimizer's, or has
@@ -135,7 +138,7 @@ class HubMixin(ABC):
         """The fields as plain values (the config class says how)."""
 
     def to_json(self) -> str:
-        """:meth:`to_dict` and the package's version, as JSON."""
+        """The output of :meth:`to_dict` with the package's version, as JSON."""
         return json.dumps(self.to_dict() | {"hf_precond_version": version()}, indent=2) + "\n"
 
 

@@ -18,7 +18,7 @@ from hf_precond.integrations.model_card import TAG, add_section
 
 
 class PrecondTrainerMixin:
-    """Adds to a Trainer class, before which it stands among the bases:
+    """What is added to a Trainer class, before which this stands among the bases.
 
     - ``train(resume_from_checkpoint=True)`` resumes from the newest checkpoint
       that is whole, not from one that a killed run left half-written;
@@ -40,7 +40,16 @@ class PrecondTrainerMixin:
         return config_in_use(self)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As ``Trainer.train``; ``True`` is the newest checkpoint that is whole.
+        """As ``Trainer.train``, but a checkpoint that is not whole is not resumed from.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or ``True`` for the
+                newest one that is whole. Default ``None``: start anew.
+            *args: as for ``Trainer.train``.
+            **kwargs: the same.
+
+        Returns:
+            What ``Trainer.train`` returns.
 
         Raises:
             ValueError: the checkpoint is not whole; nothing has been loaded.
@@ -54,14 +63,25 @@ class PrecondTrainerMixin:
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """As ``Trainer.save_model``, with ``optimizer_config.json`` beside the weights."""
+        """As ``Trainer.save_model``, with ``optimizer_config.json`` beside the weights.
+
+        Args:
+            output_dir: the folder. Default ``None``: that of the arguments.
+            *args: as for ``Trainer.save_model``.
+            **kwargs: the same.
+        """
         config = self.optimizer_config
         if config is not None and self.args.should_save:
             config.save_pretrained(output_dir or self.args.output_dir)
         super().save_model(output_dir, *args, **kwargs)  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As ``Trainer.create_model_card``, with a section and a tag for the optimizer."""
+        """As ``Trainer.create_model_card``, with a section and a tag for the optimizer.
+
+        Args:
+            *args: as for ``Trainer.create_model_card``.
+            **kwargs: the same.
+        """
         config = self.optimizer_config
         if config is not None and len(args) < 3:
             tags = kwargs.get("tags") or []

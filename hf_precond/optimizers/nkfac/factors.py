@@ -225,7 +225,15 @@ def _exact_inverses(
 
 
 def norm_recovered(gradients: Tensor, directions: Tensor) -> Tensor:
-    """Directions scaled in place to the Frobenius norms of the gradients, ``[b, out, in]``."""
+    """Scale directions in place to the Frobenius norms of the gradients.
+
+    Args:
+        gradients: ``[b, out, in]``.
+        directions: ``[b, out, in]``; changed.
+
+    Returns:
+        ``directions``; zero where they are zero.
+    """
     norms = torch.linalg.vector_norm(gradients, dim=(-2, -1), keepdim=True)
     found = torch.linalg.vector_norm(directions, dim=(-2, -1), keepdim=True)
     return directions.mul_(torch.where(found > 0, norms / found, 1.0))

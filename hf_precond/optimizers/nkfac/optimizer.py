@@ -161,7 +161,11 @@ class NKFAC(PrecondOptimizer):
     # Statistics -------------------------------------------------------------------
 
     def factors(self, bound: BoundMatrix) -> list[KroneckerFactor]:
-        """The factors of a layer: one for each side of its weight that ``max_dim`` allows."""
+        """The factors of a layer: one for each side of its weight that ``max_dim`` allows.
+
+        Args:
+            bound: the layer's matrix.
+        """
         sides: tuple[Side, Side] = ("output", "input")
         return [
             KroneckerFactor(bound, side, self.state)
@@ -200,7 +204,15 @@ class NKFAC(PrecondOptimizer):
     def average(
         self, factors: Sequence[KroneckerFactor], statistics: Sequence[Statistic]
     ) -> Tensor:
-        """Average a statistic into each factor of one size; see :func:`average_unit_moments`."""
+        """Average a statistic into each factor; see :func:`average_unit_moments`.
+
+        Args:
+            factors: of one size, dtype and device.
+            statistics: one a factor.
+
+        Returns:
+            1 where a statistic was not finite and dropped, else 0, ``[len(factors)]``.
+        """
         return average_unit_moments(
             [factor["factor"] for factor in factors],
             [factor["updates"] for factor in factors],
@@ -245,7 +257,14 @@ class NKFAC(PrecondOptimizer):
         return [factor for factor in factors if factor.name not in empty]
 
     def newton_steps(self, factor: KroneckerFactor) -> int:
-        """Newton steps of a factor's inverse at this refresh; 0 for an exact inverse."""
+        """How many Newton steps a factor's inverse takes at this refresh.
+
+        Args:
+            factor: the factor.
+
+        Returns:
+            At least 1, or 0 for an exact inverse.
+        """
         config = self.config
         number = self.steps // config.inverse_interval
         if factor["refreshes"] < 3 or number % config.exact_interval == 0:
@@ -258,7 +277,18 @@ class NKFAC(PrecondOptimizer):
     def invert(
         self, factors: Tensor, previous: Tensor, newton_steps: int, count: Count
     ) -> tuple[Tensor, list[int]]:
-        """Damped inverses, as :func:`~hf_precond.optimizers.nkfac.factors.invert`."""
+        """Damped inverses, as :func:`~hf_precond.optimizers.nkfac.factors.invert`.
+
+        Args:
+            factors: ``[b, n, n]``.
+            previous: the inverses of the refresh before, ``[b, n, n]``.
+            newton_steps: from the previous inverses; 0 for exact ones.
+            count: ``count(name, by)`` adds to a counter.
+
+        Returns:
+            The inverses, ``[b, n, n]``, and the indices of those that failed and are the
+            previous ones.
+        """
         damping = self.config.damping
         matrices = kronecker.damp(factors, damping)
         return kronecker.invert(matrices, previous, newton_steps, damping, count)
@@ -303,7 +333,11 @@ class NKFAC(PrecondOptimizer):
     norm_recovered = staticmethod(kronecker.norm_recovered)
 
     def preconditioner(self, bound: BoundMatrix) -> KroneckerBlock:
-        """``L̂ ⊗ R̂`` of a layer; the identity for a side without an inverse yet."""
+        """``L̂ ⊗ R̂`` of a layer; the identity for a side without an inverse yet.
+
+        Args:
+            bound: the layer's matrix.
+        """
         inverses = {f.side: f["inverse"] for f in self.factors(bound) if f["refreshes"]}
         inputs = inverses.get("input")
         if inputs is not None and bound.bias_rests:
@@ -311,7 +345,11 @@ class NKFAC(PrecondOptimizer):
         return KroneckerBlock(inverses.get("output"), inputs)
 
     def curvature(self, bound: BoundMatrix) -> KroneckerBlock:
-        """``L ⊗ R`` of a layer, undamped, each of about unit Frobenius norm."""
+        """``L ⊗ R`` of a layer, undamped, each of about unit Frobenius norm.
+
+        Args:
+            bound: the layer's matrix.
+        """
         averages = {factor.side: factor["factor"] for factor in self.factors(bound)}
         return KroneckerBlock(averages.get("output"), averages.get("input"))
 
