@@ -9,13 +9,16 @@ from safetensors import safe_open
 from torch import nn
 
 from hf_precond.architectures.structure import ModelStructure
+from hf_precond.integrations.arguments import config_from_pairs, parse_pairs
 from hf_precond.linalg.inverses import newton_step
 from hf_precond.optimizers.nkfac.config import NKFACConfig
 from hf_precond.optimizers.nkfac.optimizer import NKFAC, layer_matrices
 from hf_precond.optimizers.nkfac.reference import (
+    NKFACReference,
     largest_eigenvalue_from_ones,
     newton_step_reference,
 )
+from hf_precond.registry import create_optimizer
 
 F64 = torch.float64
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -35,33 +38,52 @@ def network(name):
     return nn.Sequential(*layers).double()
 
 
-def config_of(name, meta):
+def fields_of(name, meta):
     base = "adamw" if name.startswith("ada") else "sgd"
     assert meta["damping1"] == meta["damping2"]
-    return NKFACConfig(
-        lr=float(meta["lr"]),
-        weight_decay=float(meta["weight_decay"]),
-        base=base,
-        damping=float(meta["damping1"]),
-        stat_decay=float(meta["stat_decay"]),
-        stat_interval=int(meta["TCov"]),
-        inverse_interval=int(meta["TInv"]),
-        newton_steps=int(meta["K"]),
-        reference=True,
+    return {
+        "lr": float(meta["lr"]),
+        "weight_decay": float(meta["weight_decay"]),
+        "base": base,
+        "damping": float(meta["damping1"]),
+        "stat_decay": float(meta["stat_decay"]),
+        "stat_interval": int(meta["TCov"]),
+        "inverse_interval": int(meta["TInv"]),
+        "newton_steps": int(meta["K"]),
+        "reference": True,
         **{key: float(meta[key]) for key in ("eps", "momentum") if key in meta},
-    )
+    }
 
 
+def config_of(name, meta):
+    return NKFACConfig(**fields_of(name, meta))
+
+
+def by_hand(model, fields):
+    config = NKFACConfig(**fields)
+    structure: ModelStructure = layer_matrices(model, config)
+    return NKFAC(model.parameters(), structure, config)
+
+
+def by_name(model, fields):
+    return create_optimizer(model, "nkfac", **fields)
+
+
+def by_optim_args(model, fields):
+    pairs = parse_pairs(",".join(f"{key}={value}" for key, value in fields.items()))
+    return create_optimizer(model, config_from_pairs(NKFACConfig, pairs))
+
+
+@pytest.mark.parametrize("build", [by_hand, by_name, by_optim_args])
 @pytest.mark.parametrize("name", ["nkfac_mlp", "nkfac_conv", "adankfac_mlp"])
-def test_reproduces_the_published_code(name):
+def test_reproduces_the_published_code(name, build):
     with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
         meta = file.metadata()
         golden = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     model = network(name)
     model.load_state_dict({k: golden[f"init/{k}"] for k in model.state_dict()})
-    config = config_of(name, meta)
-    structure: ModelStructure = layer_matrices(model, config)
-    optimizer = NKFAC(model.parameters(), structure, config)
+    optimizer = build(model, fields_of(name, meta))
+    assert type(optimizer) is NKFACReference
     for step, (x, y) in enumerate(zip(golden["x"], golden["y"], strict=True)):
         optimizer.zero_grad()
         loss = nn.functional.mse_loss(model(x), y)

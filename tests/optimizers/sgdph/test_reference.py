@@ -10,8 +10,11 @@ import pytest
 from safetensors import safe_open
 from torch import nn
 
+from hf_precond.integrations.arguments import config_from_pairs, parse_pairs
 from hf_precond.optimizers.sgdph.config import SGDPHConfig
 from hf_precond.optimizers.sgdph.optimizer import SGDPH, norm_parameters
+from hf_precond.optimizers.sgdph.reference import SGDPHReference
+from hf_precond.registry import create_optimizer
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -47,18 +50,25 @@ def read(name):
         return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def golden_optimizer(model, values):
-    config = SGDPHConfig(
-        lr=float(values["lr"]),
-        weight_decay=float(values["weight_decay"]),
-        momentum=float(values["momentum"]),
-        tau=float(values["tau"]),
-        curvature_eps=float(values["eps"]),
-        base="sgd",
-        probe="ones",
-        reference=True,
-    )
+def fields_of(values):
+    theirs = {"curvature_eps": "eps"}
+    names = ("lr", "weight_decay", "momentum", "tau", "curvature_eps")
+    numbers = {name: float(values[theirs.get(name, name)]) for name in names}
+    return {"base": "sgd", "probe": "ones", "reference": True, **numbers}
+
+
+def by_hand(model, fields):
+    config = SGDPHConfig(**fields)
     return SGDPH(model.parameters(), norm_parameters(model, config), config)
+
+
+def by_name(model, fields):
+    return create_optimizer(model, "sgdph", **fields)
+
+
+def by_optim_args(model, fields):
+    pairs = parse_pairs(",".join(f"{key}={value}" for key, value in fields.items()))
+    return create_optimizer(model, config_from_pairs(SGDPHConfig, pairs))
 
 
 def train_step(model, optimizer, x, y):
@@ -71,16 +81,18 @@ def train_step(model, optimizer, x, y):
     return loss.item()
 
 
+@pytest.mark.parametrize("build", [by_hand, by_name, by_optim_args])
 @pytest.mark.parametrize(
     ("name", "network"), [("sgdph_bn", batch_norm), ("sgdph_ln", layer_norm)]
 )
-def test_the_golden_steps(name, network):
+def test_the_golden_steps(name, network, build):
     values, tensors = read(name)
     model = network()
     model.load_state_dict(
         {name: tensors[f"init/{name}"] for name, _ in model.named_parameters()}, strict=False
     )
-    optimizer = golden_optimizer(model, values)
+    optimizer = build(model, fields_of(values))
+    assert type(optimizer) is SGDPHReference
     for step in range(int(values["steps"])):
         loss = train_step(model, optimizer, tensors["x"][step], tensors["y"][step])
         assert loss == pytest.approx(tensors["loss"][step].item(), rel=1e-9)
