@@ -125,8 +125,10 @@ class ParameterSurvey:
             config: the optimizer's; ``base`` is read.
             treated: preconditioned parameter to reason.
             reasons: what to say of some of the others in place of :meth:`describe`.
-            matrices, hidden, attention, norms: see
-                :class:`~hf_precond.architectures.structure.ModelStructure`.
+            matrices: see :class:`~hf_precond.architectures.structure.ModelStructure`.
+            hidden: the same.
+            attention: the same.
+            norms: the same.
         """
         routes = []
         for name, parameter in self.parameters.items():

@@ -278,17 +278,20 @@ def declare_attention(
             paths (``*`` stands for anything within one part of the path).
         heads: number of query heads, or the attribute (dotted, from the
             module) that holds it.
-        query, key, value: names of the projections, relative to the module
-            (dotted; ``..`` in front starts at the parent).
-        output: name of the output projection; ``None`` when there is none.
+        query: name of the query projection, relative to the module (dotted;
+            ``..`` in front starts at the parent).
+        key: the same of the key projection.
+        value: the same of the value projection.
+        output: the same of the output projection. Default ``None``: there is
+            none.
         fused: name of a projection that holds query, key and value rows (or,
             beside ``query``, key and value rows) in one weight.
-        layout: row order of ``fused``: ``sectioned`` or ``interleaved``
-            (per key-value head).
-        key_value_heads: number of key-value heads where it is not ``heads``,
-            or the attribute that holds it.
-        head_size: width of a head where it is not query rows / ``heads``, or
-            the attribute that holds it.
+        layout: row order of ``fused``: ``sectioned`` (the default) or
+            ``interleaved`` (per key-value head).
+        key_value_heads: number of key-value heads, or the attribute that holds
+            it. Default ``None``: as many as ``heads``.
+        head_size: width of a head, or the attribute that holds it. Default
+            ``None``: query rows / ``heads``.
         cross: keys and values read another sequence than the queries.
         rotary: queries and keys are rotated by position.
         normed: queries and keys pass a norm of their own.

@@ -135,8 +135,13 @@ def grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> list[list[Item
 
 
 def in_batches(items: Sequence[Item], size: int, limit: int) -> Iterator[Sequence[Item]]:
-    """Runs of items, each of ``size`` elements, that have at most ``limit`` together (one item
-    at least)."""
+    """Runs of items that have at most ``limit`` elements together, and one item at least.
+
+    Args:
+        items: of one size.
+        size: elements of each.
+        limit: elements of a run.
+    """
     length = max(1, limit // size)
     for start in range(0, len(items), length):
         yield items[start : start + length]
