@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_precond.linalg.transfer import sent
+from hf_precond.linalg.products import from_cpu
 
 CHOLESKY_SIZE = 128
 """Blocks up to this size are inverted by Cholesky's factorisation."""
@@ -171,4 +171,4 @@ def start_vectors(size: int, count: int, like: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(size)
     columns = torch.randn(size, count, generator=generator, dtype=torch.float64)
     columns /= columns.norm(dim=0, keepdim=True)
-    return sent(columns, like.device, like.dtype)
+    return from_cpu(columns, like.device, like.dtype)

@@ -1,4 +1,4 @@
-"""Precision of large matrix products."""
+"""Precision of large matrix products, and how numbers get to a device."""
 
 from __future__ import annotations
 
@@ -66,3 +66,21 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 def compute_dtype(parameter_dtype: torch.dtype) -> torch.dtype:
     """float64 for float64 parameters, float32 for all others."""
     return torch.float64 if parameter_dtype == torch.float64 else torch.float32
+
+
+def from_cpu(numbers: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Returns a CPU tensor in a dtype and on a device; a GPU is not waited for.
+
+    A copy from pageable memory would make the host wait for all that is queued
+    on the GPU, so it goes through pinned memory, which the allocator keeps
+    until the copy is done.
+
+    Args:
+        numbers: on the CPU.
+        device: of the result.
+        dtype: of the result.
+    """
+    if device.type != "cuda":
+        return numbers.to(device=device, dtype=dtype)
+    pinned = torch.empty(numbers.shape, dtype=dtype, pin_memory=True)
+    return pinned.copy_(numbers).to(device, non_blocking=True)

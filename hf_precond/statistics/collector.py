@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Container, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_precond.architectures.attention import find_attention
 from hf_precond.architectures.modules import CONVOLUTIONS, is_linear
 from hf_precond.architectures.peft import wrappers_of
 from hf_precond.architectures.structure import LayerMatrix
@@ -179,38 +178,6 @@ class SharedInputs:
         self._known.clear()
 
 
-class EvalModeMonitor:
-    """Warns of layers whose passes in evaluation mode had gradients."""
-
-    def __init__(self) -> None:
-        self.layers: dict[str, list[Hashable]] = {}
-
-    def watch(self, layer: str, keys: Iterable[Hashable], output: Tensor) -> None:
-        """Notes a layer as soon as the gradient of a call's output comes.
-
-        Args:
-            layer: its name.
-            keys: of what is collected from its calls in training mode.
-            output: of the call.
-        """
-        noted = list(keys)
-        output.register_hook(lambda _: self.layers.__setitem__(layer, noted))
-
-    def warn(self, collected: Container[Hashable]) -> None:
-        """Warns of the layers of which nothing was collected, and forgets all.
-
-        Args:
-            collected: keys of which something was.
-        """
-        missed = [
-            layer for layer, keys in self.layers.items() if not any(k in collected for k in keys)
-        ]
-        self.layers.clear()
-        if missed:
-            some = EVAL_SOME.format(count=len(missed), first=missed[0])
-            warnings.warn(some if collected else EVAL_ALL, stacklevel=3)
-
-
 @dataclass
 class _HookedLayer:
     """A module that is hooked, and what is collected from its calls.
@@ -269,7 +236,7 @@ class MomentCollector(StatisticsSource):
         self.step = -1
         self.buffer = StatisticsBuffer()
         self.shared = SharedInputs()
-        self.evaluated = EvalModeMonitor()
+        self.evaluated: dict[str, _HookedLayer] = {}  # had gradients in evaluation mode
         self.tokens = TokenWeights(model)
         # Compiled code runs uncompiled on due steps: hooks that act would break its graphs.
         self.switch = EagerCode()
@@ -303,7 +270,6 @@ class MomentCollector(StatisticsSource):
         projections: dict[nn.Module, nn.Module] = {
             m.out_proj: m for m in model.modules() if isinstance(m, nn.MultiheadAttention)
         }
-        memory = _memory_layers(model)
         for request in self.requests:
             if request.kind in HEAD_KINDS:
                 continue
@@ -314,7 +280,7 @@ class MomentCollector(StatisticsSource):
             if module not in paths:
                 raise ValueError(f"{request.key}: {matrix.name} is not a layer of this model.")
             if module not in self.layers:
-                reader = self.tokens.reader(paths[module], memory=layer in memory)
+                reader = self.tokens.reader(paths[module], memory=layer in self.tokens.memory)
                 self.layers[module] = _HookedLayer(module, layer, paths[module], reader)
             key = paths[module], *_variant(request, matrix)
             collection = self.layers[module].collections.setdefault(
@@ -348,7 +314,7 @@ class MomentCollector(StatisticsSource):
         if module.training:
             self._observe(hooked, args, kwargs, result)
         else:
-            self.evaluated.watch(hooked.path, hooked.collections, result)
+            result.register_hook(lambda _: self.evaluated.__setitem__(hooked.path, hooked))
 
     def _observe(
         self, hooked: _HookedLayer, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor
@@ -445,7 +411,7 @@ class MomentCollector(StatisticsSource):
         if step != self.step:
             self.buffer.clear()
         self.step = step
-        self.evaluated.layers.clear()
+        self.evaluated.clear()
         self.enabled = self.tokens.enabled = due
         if self.heads is not None:
             self.heads.enable(due)
@@ -474,14 +440,25 @@ class MomentCollector(StatisticsSource):
                     statistic = Statistic(statistic.sum[:size, :size], statistic.count)
             if statistic is not None:
                 taken[request.key] = statistic
-        self.evaluated.warn(self.buffer.statistics)
-        self.buffer.clear()
+        self._warn_of_evaluation()
+        self.drop()
         self.tokens.forget()
         return taken
 
+    def _warn_of_evaluation(self) -> None:
+        collected = self.buffer.statistics.keys()
+        missed = [
+            path
+            for path, hooked in self.evaluated.items()
+            if collected.isdisjoint(hooked.collections)
+        ]
+        if missed:
+            some = EVAL_SOME.format(count=len(missed), first=missed[0])
+            warnings.warn(some if collected else EVAL_ALL, stacklevel=3)
+
     def drop(self) -> None:
         """Forgets what was collected (a skipped step)."""
-        self.evaluated.layers.clear()
+        self.evaluated.clear()
         self.buffer.clear()
 
     def close(self) -> None:
@@ -535,11 +512,3 @@ def _variant(request: MomentRequest, matrix: LayerMatrix) -> tuple[Hashable, ...
     width = request.matrix.columns if request.blocks > 1 else 0
     role = multihead_role(matrix)
     return request.kind, request.rows, role, request.center, request.blocks, width
-
-
-def _memory_layers(model: nn.Module) -> set[nn.Module]:
-    """Layers that read the other sequence of a cross-attention: its keys and values."""
-    crossed = [block for block in find_attention(model) if block.cross]
-    return {m.module for block in crossed for m in (block.k, block.v)} - {
-        block.q.module for block in crossed
-    }

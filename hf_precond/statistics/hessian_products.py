@@ -10,8 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hf_precond.linalg.products import compute_dtype
-from hf_precond.linalg.transfer import sent
+from hf_precond.linalg.products import compute_dtype, from_cpu
 
 Probe = Literal["rademacher", "ones", "exact"]
 Product = Callable[[Sequence[Tensor]], list[Tensor]]
@@ -39,7 +38,7 @@ def probe_vectors(parameters: Sequence[Tensor], probe: Probe, step: int) -> list
     sizes = [p.numel() for p in parameters]
     kinds = [(p.device, compute_dtype(p.dtype)) for p in parameters]
     # One copy to a device, not one a parameter, and none that waits.
-    parts = {kind: sent(signs, *kind).split(sizes) for kind in dict.fromkeys(kinds)}
+    parts = {kind: from_cpu(signs, *kind).split(sizes) for kind in dict.fromkeys(kinds)}
     return [
         parts[kind][number].view(p.shape)
         for number, (kind, p) in enumerate(zip(kinds, parameters, strict=True))

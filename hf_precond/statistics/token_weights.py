@@ -61,6 +61,9 @@ class TokenWeights:
 
     Args:
         model: the root model.
+
+    Attributes:
+        memory: layers that read the other sequence of a cross-attention.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -79,6 +82,10 @@ class TokenWeights:
             named = module in (model, root) or hasattr(module, "base_model_prefix")
             if named or (audio and _is_masked_stack(module)):
                 self._add(path, module)
+        self.memory = set[nn.Module]()
+        crossing = "encoder_attention_mask"
+        if any(masked.pairs or crossing in masked.names.values() for masked in self.models):
+            self.memory = _memory_layers(model)
 
     def _add(self, path: str, module: nn.Module) -> None:
         config = getattr(module, "config", None)
@@ -217,6 +224,16 @@ class Reader:
 
 def _is_inside(path: str, outer: str) -> bool:
     return not outer or f"{path}.".startswith(f"{outer}.")
+
+
+def _memory_layers(model: nn.Module) -> set[nn.Module]:
+    """Layers that read the other sequence of a cross-attention: its keys and values."""
+    from hf_precond.architectures.attention import find_attention
+
+    crossed = [block for block in find_attention(model) if block.cross]
+    return {m.module for block in crossed for m in (block.k, block.v)} - {
+        block.q.module for block in crossed
+    }
 
 
 def _is_masked_stack(module: nn.Module) -> bool:
