@@ -142,12 +142,3 @@ def test_off_diagonal_energy():
     matrix = torch.tensor([[[3.0, 1.0], [1.0, 1.0]], [[2.0, 0.0], [0.0, 1.0]], [[0, 0], [0, 0]]])
     expected = torch.tensor([2 / 12, 0.0, 0.0])
     torch.testing.assert_close(eigenbasis.off_diagonal_energy(matrix), expected)
-
-
-def test_wide_matrices_in_bands_turn_as_in_one_piece(monkeypatch):
-    matrix, _ = symmetric(1, 300)
-    rotation, rotated = eigenbasis.refresh(matrix, sweeps=2)
-    monkeypatch.setattr(eigenbasis, "BANDED", 1000)
-    expected, whole = eigenbasis.refresh(matrix, sweeps=2)
-    torch.testing.assert_close(rotation, expected, rtol=0, atol=1e-10)
-    torch.testing.assert_close(rotated.tril(), whole.tril(), rtol=0, atol=1e-10)

@@ -298,13 +298,13 @@ def test_an_error_of_another_kind_is_raised(name, solver, monkeypatch):
 
 @pytest.mark.parametrize("transport", ["permute", "overlap"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_memory_that_runs_out_while_a_basis_turns_changes_nothing(transport, side, monkeypatch):
-    """Factor, basis and both moments turn together or not at all, wherever it happens."""
+def test_memory_that_runs_out_during_a_refresh_changes_nothing(transport, side, monkeypatch):
+    """Factor, basis and both moments change together or not at all, wherever it happens."""
     model, optimizer = make_both("adamr", transport=transport)
     train("bert", model, optimizer, 4)
-    bases = optimizer.fallback.bases
+    bases = optimizer.rotated.bases
     view = optimizer._view(optimizer.bound[3])
-    chosen = Batch([view], optimizer.fallback.tiling(view))
+    chosen = Batch([view], optimizer.rotated.tiling(view))
     plain, outcomes = rotation_refresh.eigenbasis.rotate, []
     for number in range(5):
         calls, attempts = itertools.count(), itertools.count()
@@ -315,15 +315,16 @@ def test_memory_that_runs_out_while_a_basis_turns_changes_nothing(transport, sid
             return plain(*args)
 
         monkeypatch.setattr(rotation_refresh.eigenbasis, "rotate", rotate)
-        before = everything(optimizer)
-        outcomes.append(side in bases.refresh([rotation_refresh.RefreshItem(chosen, 0, (), (side,))]))
+        before, count = everything(optimizer), optimizer.counters["basis_refreshes"]
+        bases.refresh([rotation_refresh.RefreshItem(chosen, 0, 0, (), (side,))])
+        outcomes.append(optimizer.counters["basis_refreshes"] > count)
         if not outcomes[-1]:
             equal(before, everything(optimizer))
             bases.failures = FailureRecord()
     # The basis, the momentum and, by overlap, the second moment.
-    turns = 2 if transport == "permute" else 3
-    assert outcomes == [False] * turns + [True] * (5 - turns)
-    assert bases.counters["refresh_out_of_memory"] == turns
+    products = 2 if transport == "permute" else 3
+    assert outcomes == [False] * products + [True] * (5 - products)
+    assert optimizer.counters["refresh_out_of_memory"] == products
     optimizer.close()
 
 

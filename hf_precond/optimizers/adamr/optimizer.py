@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,14 +11,12 @@ from torch import Tensor, nn
 
 from hf_precond.architectures.modules import find_matrices
 from hf_precond.architectures.parameters import ParameterSurvey
-from hf_precond.architectures.structure import (
-    LayerMatrix,
-    ModelStructure,
-)
+from hf_precond.architectures.structure import LayerMatrix, ModelStructure
 from hf_precond.optimizers.adamr.config import AdamRConfig
 from hf_precond.optimizers.adamr.rotated_adam import RotatedAdam
+from hf_precond.optimizers.adamr.tiling import Side, Tiling, tile
 from hf_precond.optimizers.base.optimizer import PrecondOptimizer
-from hf_precond.optimizers.base.parameters import BoundMatrix, ParamView
+from hf_precond.optimizers.base.parameters import Bound, BoundMatrix, ParamView, Preconditioned
 from hf_precond.registry import register_optimizer
 from hf_precond.statistics.moments import mean_of
 from hf_precond.statistics.requests import MomentRequest, Statistic
@@ -80,7 +79,7 @@ class AdamR(PrecondOptimizer):
 
     Args:
         param_groups: as for any torch optimizer.
-        blocks: what was found in the model.
+        structure: what was found in the model.
         config: the fields.
 
     Raises:
@@ -89,11 +88,21 @@ class AdamR(PrecondOptimizer):
     """
 
     config: AdamRConfig
-    fallback: RotatedAdam
 
-    def make_fallback(self) -> RotatedAdam:
-        """The rotated step."""
-        return RotatedAdam(self.config)
+    @functools.cached_property
+    def rotated(self) -> RotatedAdam:
+        """The step in the eigenbases. Not copied with the optimizer: its state is that of views."""
+        return RotatedAdam(self.config, self.failures, self.count)
+
+    def allocate(self, bound: BoundMatrix) -> None:
+        """Make the state of a matrix that is rotated and has a gradient, where it is missing."""
+        if bound.weight.grad is not None and not self.uses_fallback(bound):
+            self.rotated.allocate(self._view(bound))
+
+    def uses_fallback(self, bound: Bound) -> bool:
+        """Whether no side of a matrix is rotated, so that AdamW steps it."""
+        assert isinstance(bound, BoundMatrix)
+        return not self._tiling(bound).sides
 
     # Statistics of features -----------------------------------------------------
 
@@ -102,60 +111,60 @@ class AdamR(PrecondOptimizer):
         return [
             MomentRequest(f"{bound.matrix.name}.{side}", kind, bound.matrix)
             for bound in self.bound
-            for side, kind in self._kinds(bound).items()
+            for side, kind in self._features(bound).items()
         ]
 
     def due(self, step: int) -> bool:
-        """The first two steps, then every ``stat_interval``."""
+        """Whether the first two steps, or every ``stat_interval``-th, ask for features."""
         if self.config.basis_source == "gradient":
             return False
         return step < 2 or step % self.config.stat_interval == 0
 
     def update_statistics(self, statistics: Mapping[str, Statistic]) -> None:
-        """One update of the factors of every layer that was seen whole."""
+        """Average the features of every layer all of whose moments have come."""
         dropped: dict[str, Tensor] = {}
-        whole: dict[ParamView, tuple[str, dict[str, Statistic]]] = {}
         for bound in self.bound:
-            kinds = self._kinds(bound)
-            found = {side: statistics.get(f"{bound.matrix.name}.{side}") for side in kinds}
-            seen = {side: f for side, f in found.items() if f is not None}
-            if kinds and len(seen) == len(kinds):
-                whole[self._view(bound)] = bound.matrix.name, seen
-        self.fallback.allocate(list(whole))
-        for view, (name, seen) in whole.items():
-            bad = self.fallback.observe(view, {s: mean_of(f.sum, f.count) for s, f in seen.items()})
+            keys = {side: f"{bound.matrix.name}.{side}" for side in self._features(bound)}
+            if not keys or any(key not in statistics for key in keys.values()):
+                continue
+            moments = {side: statistics[key] for side, key in keys.items()}
+            view = self._view(bound)
+            self.rotated.allocate(view)
+            means = {side: mean_of(moment.sum, moment.count) for side, moment in moments.items()}
+            bad = self.rotated.observe(view, means)
             # Without a single token, on any rank, there was nothing to drop.
-            tokens = torch.stack([f.count for f in seen.values()]).amin()
-            dropped[name] = bad * (tokens > 0).to(bad)
+            tokens = torch.stack([moment.count for moment in moments.values()]).amin()
+            dropped[bound.matrix.name] = bad * (tokens > 0).to(bad)
         self.count_dropped("statistics_dropped", dropped)
 
-    def _kinds(self, bound: BoundMatrix) -> dict[str, Moment]:
+    def _features(self, bound: BoundMatrix) -> dict[Side, Moment]:
         """Rotated side to the moment that its factor is made of; empty for the gradient's."""
-        matrix = bound.matrix
-        if self.config.basis_source == "gradient" or not is_featured(matrix):
+        matrix, tiling = bound.matrix, self._tiling(bound)
+        if self.config.basis_source == "gradient" or not is_featured(matrix) or tiling.tiles > 1:
             return {}
-        tiling = self.fallback.tiling(self._view(bound))
-        if tiling.tiles > 1:
-            return {}
-        kinds: dict[str, Moment] = {"left": "output_grad", "right": "input"}
+        moments: dict[Side, Moment] = {"left": "output_grad", "right": "input"}
         if matrix.layout == "transposed":
-            kinds = {"left": "input", "right": "output_grad"}
-        return {side: kinds[side] for side in tiling.sides}
+            moments = {"left": "input", "right": "output_grad"}
+        return {side: moments[side] for side in tiling.sides}
 
     # The step ---------------------------------------------------------------------
 
-    def _raw_views(self, *args: Any) -> list[ParamView]:
-        """Every parameter, the matrices with what the model says of them."""
-        views = super()._raw_views(*args)
-        matrices = {bound.weight: bound.matrix for bound in self.bound}
-        for view in views:
-            view.matrix = matrices.get(view.param)
-        return views
+    def refresh(self) -> None:
+        """Refresh the bases that are due, with the gradients in their factors."""
+        bound = [bound for bound in self.bound if bound.weight.grad is not None]
+        self.rotated.refresh([self._view(b) for b in bound if not self.uses_fallback(b)])
+
+    def precondition(self, ready: Sequence[BoundMatrix]) -> Iterable[Preconditioned]:
+        """Take Adam's step in the eigenbases, which changes the parameters in place."""
+        self.rotated.step()
+        return [Preconditioned(b, None, "applied") for b in ready if not self.uses_fallback(b)]
+
+    def _tiling(self, bound: BoundMatrix) -> Tiling:
+        return tile(bound.weight.shape, self.config, bound.matrix)
 
     def _view(self, bound: BoundMatrix) -> ParamView:
-        """A whole weight as a view, for its state; there may be no gradient yet."""
-        group = self.param_groups[bound.group]
-        weight = bound.weight
+        """A whole weight as a view; without a gradient it is for its state alone."""
+        group, weight = self.param_groups[bound.group], bound.weight
         gradient: Tensor = weight if weight.grad is None else weight.grad
         return ParamView(weight, gradient, self.state[weight], "", group, matrix=bound.matrix)
 

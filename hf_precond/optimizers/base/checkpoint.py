@@ -21,9 +21,9 @@ KEY = "hf_precond"
 """Where a state dict holds :func:`identity`."""
 STATELESS = "stateless"
 """What stands in a state dict for a parameter that has no state of its own."""
-RENAMED: dict[str, str] = {}
+RENAMED = {"left_turned": "left_refreshed", "right_turned": "right_refreshed"}
 """Name of a state in release 0.1 to its name now."""
-DROPPED: frozenset[str] = frozenset()
+DROPPED = {"updates", "left_clean", "right_clean", "left_strikes", "right_strikes"}
 """Names of states in release 0.1 that are no longer kept."""
 SHOWN = 3
 """Differences that a message names."""

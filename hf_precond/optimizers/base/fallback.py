@@ -6,7 +6,7 @@ The elementwise work is torch's own functional ``adamw`` and ``sgd``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.optim.sgd import sgd
 from hf_precond.linalg.products import compute_dtype
 from hf_precond.optimizers.base.messages import NO_FALLBACK
 from hf_precond.optimizers.base.parameters import ParamView, by_group
+from hf_precond.optimizers.base.refresh import FailureRecord
 
 
 def group_defaults(config: Any) -> dict[str, Any]:
@@ -37,12 +38,16 @@ def group_defaults(config: Any) -> dict[str, Any]:
     return values
 
 
-def make_fallback(name: str, config: Any) -> FallbackOptimizer:
+def make_fallback(
+    name: str, config: Any, failures: FailureRecord, count: Callable[[str, int | Tensor], None]
+) -> FallbackOptimizer:
     """The fallback optimizer that a config's ``base`` names.
 
     Args:
         name: ``adamw``, ``sgd``, ``adamr`` or ``muon``.
         config: its fields are read from here.
+        failures: the optimizer's record.
+        count: the optimizer's counter.
 
     Raises:
         ValueError: for any other name.
@@ -52,9 +57,9 @@ def make_fallback(name: str, config: Any) -> FallbackOptimizer:
     if name == "sgd":
         return SGDFallback()
     if name == "adamr":
-        from hf_precond.optimizers.adamr.rotated_adam import RotatedAdam
+        from hf_precond.optimizers.adamr.rotated_adam import RotatedAdamFallback
 
-        return RotatedAdam.under(config)
+        return RotatedAdamFallback.under(config, failures, count)
     if name == "muon":
         from hf_precond.optimizers.base.muon import MuonFallback
 

@@ -98,7 +98,8 @@ class PrecondOptimizer(torch.optim.Optimizer):
 
     def make_fallback(self) -> FallbackOptimizer:
         """The optimizer of the parameters without a preconditioner, and of gradients with one."""
-        return make_fallback(getattr(self.config, "base", "adamw"), self.config)
+        name = getattr(self.config, "base", "adamw")
+        return make_fallback(name, self.config, self.failures, self.count)
 
     def requests(self) -> Sequence[Request]:
         """The statistics this optimizer needs from the model."""

@@ -146,7 +146,7 @@ def test_a_run_of_steps(fields):
         for name, p in named.items():
             state, parts = optimizer.state[p], p.grad.flatten(1).chunk(len(tiles[name]))
             turning = [side for side in SIDES.get(name, ("left", "right"))
-                       if state[f"{side}_turned"] == before[name]]  # fmt: skip
+                       if state[f"{side}_refreshed"] == before[name]]  # fmt: skip
             pairs = zip(tiles[name], parts, strict=True)
             found = [tile.direction(part, turning, group) for tile, part in pairs]
             if found[0] is not None:

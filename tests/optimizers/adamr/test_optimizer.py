@@ -135,7 +135,7 @@ def test_first_call_changes_no_rotated_matrix_and_steps_the_others():
     assert torch.equal(modules[0].weight, before[0])
     assert not torch.equal(modules[1].weight, before[1])
     state = optimizer.state[modules[0].weight]
-    assert state["updates"] == 1 and state["step"] == 0
+    assert state["left_updates"] == 1 and state["step"] == 0
 
 
 def test_second_step_is_the_polar_factor():
@@ -163,10 +163,11 @@ def test_in_a_fixed_basis_it_is_adamw_of_the_rotated_problem(monkeypatch):
     fields = {"lr": 2e-2, "weight_decay": 0.1}
     optimizer = adamr([module], basis="two_sided", basis_interval=1000, floor=0.0, **fields)
 
-    def once(batch, chosen):
-        return [] if batch.number("step") else [RefreshItem(batch, 0, (), ("left", "right"))]
+    def once(batches):
+        first = [batch for batch in batches if not batch.number("step")]
+        return [RefreshItem(batch, 0, 0, (), ("left", "right")) for batch in first]
 
-    monkeypatch.setattr(optimizer.fallback.bases, "due", once)
+    monkeypatch.setattr(optimizer.rotated.bases, "due", once)
     plain = nn.Parameter(weight.clone())
     reference = torch.optim.AdamW([plain], **fields)
     curvature = torch.logspace(0, 4, 54, dtype=torch.float64).reshape(6, 9)
@@ -251,9 +252,9 @@ def test_a_refresh_moves_no_momentum_and_keeps_the_sum_of_the_second_moment():
     before, total = momentum(), float(state["exp_avg_sq"].sum())
     bases = state["left_basis"].clone(), state["right_basis"].clone()
     view = ParamView(module.weight, module.weight.grad, state, "", optimizer.param_groups[0])
-    batch = Batch([view], optimizer.fallback.tiling(view))
+    batch = Batch([view], optimizer.rotated.tiling(view))
     for side in ("left", "right"):
-        optimizer.fallback.bases.refresh([RefreshItem(batch, 0, (), (side,))])
+        optimizer.rotated.bases.refresh([RefreshItem(batch, 0, 0, (), (side,))])
     assert not torch.allclose(bases[0], state["left_basis"], atol=1e-3)
     assert not torch.allclose(bases[1], state["right_basis"], atol=1e-3)
     torch.testing.assert_close(momentum(), before)

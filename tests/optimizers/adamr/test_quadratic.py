@@ -64,7 +64,7 @@ def test_following_the_basis_loses_nothing_against_decomposing_it(monkeypatch):
     monkeypatch.setattr(
         rotation_refresh.eigenbasis,
         "refresh",
-        lambda factor, sweeps, workspace, whole: eigenbasis.eigenbasis(factor),
+        lambda factor, sweeps: eigenbasis.eigenbasis(factor),
     )
     assert followed <= 1.1 * best(make, True)
 
@@ -73,10 +73,11 @@ def test_following_the_basis_loses_nothing_against_decomposing_it(monkeypatch):
 def test_a_second_moment_that_is_reset_blows_up(monkeypatch):
     """The control of the transport: M kept, V set to zero and not raised when the basis turns."""
     def reset(self, batch, side, rotation):
-        first = eigenbasis.rotate(side, rotation, batch.read("exp_avg"))
+        first = eigenbasis.rotate(side, rotation, batch["exp_avg"])
         return {"exp_avg": first, "exp_avg_sq": torch.zeros_like(first)}
 
     kept = best(ours(basis="two_sided"), True)
-    monkeypatch.setattr(rotation_refresh.BasisRefresh, "_transported", reset)
-    monkeypatch.setattr(rotation_refresh.BasisRefresh, "_raise", lambda self, turns, pieces: None)
+    bases = rotation_refresh.BasisRefresh
+    monkeypatch.setattr(bases, "_transported", reset)
+    monkeypatch.setattr(bases, "_raise_second_moments", lambda self, sharded: None)
     assert best(ours(basis="two_sided", basis_tolerance=0.0, floor=0.0), True) > 1e3 * kept

@@ -5,18 +5,25 @@ from itertools import pairwise
 import pytest
 import torch
 
-from hf_precond.optimizers.adamr.refresh import DueBasis, RefreshSchedule
-from hf_precond.optimizers.adamr.tiling import Tiling
+from hf_precond.optimizers.adamr.refresh import UNSCHEDULED, DueBasis, RefreshSchedule
+from hf_precond.optimizers.adamr.tiling import SIDES, Tiling
 from hf_precond.optimizers.base.parameters import ParamView
 
 SQUARE = Tiling(1, 8, 8, "rows", True, True)
 LONG = Tiling(1, 32, 8, "rows", False, True)
+UNKNOWN = {
+    f"{side}_{name}": value
+    for side in SIDES
+    for name, value in (("phase", UNSCHEDULED), ("refreshed", 0))
+}
 
 
 def views(*tilings):
-    """Leaves without values: all that a schedule reads is their counters."""
+    """Views without values: all that a schedule reads is their counters."""
     nothing = torch.empty(0)
-    return [(ParamView(nothing, nothing, {"step": 0}, "", {}), tiling) for tiling in tilings]
+    states = [{"step": 0} | UNKNOWN for _ in tilings]
+    made = [ParamView(nothing, nothing, state, "", {}) for state in states]
+    return list(zip(made, tilings, strict=True))
 
 
 def simulate(schedule, tiled, steps, is_stale):
@@ -26,7 +33,7 @@ def simulate(schedule, tiled, steps, is_stale):
         for view, _ in tiled:
             view["step"] = step
         stale = [due for due in schedule.due(tiled) if is_stale(due, step)]
-        turning = schedule.postpone(stale, schedule.average(tiled))
+        turning = schedule.select(stale, schedule.average(tiled))
         for due in turning:
             turned.setdefault((id(due.view), due.side), []).append(step)
         loads.append(sum(due.cost for due in turning))
@@ -37,7 +44,7 @@ def test_equal_costs_are_spread_evenly_and_stay():
     schedule, tiled = RefreshSchedule(4), views(*[SQUARE] * 8)
     schedule.spread(tiled)
     loads, turned = simulate(schedule, tiled, 60, lambda due, step: True)
-    assert set(loads) == {4 * SQUARE.turn_cost["left"]}
+    assert set(loads) == {4 * SQUARE.refresh_cost["left"]}
     for steps in turned.values():
         assert {late - early for early, late in pairwise(steps)} == {4}
 
@@ -45,7 +52,7 @@ def test_equal_costs_are_spread_evenly_and_stay():
 def test_steps_are_even_again_where_costly_bases_stay_as_they_are():
     schedule, tiled = RefreshSchedule(3), views(LONG, LONG, *[SQUARE] * 4)
     schedule.spread(tiled)
-    unit = SQUARE.turn_cost["left"]
+    unit = SQUARE.refresh_cost["left"]
 
     def square(due, step):
         return due.cost == unit
@@ -65,7 +72,7 @@ def test_bases_that_come_and_go_keep_every_step_near_the_average():
     loads, turned = simulate(
         schedule, tiled, 400, lambda due, step: torch.rand((), generator=generator) < 0.7
     )
-    unit = SQUARE.turn_cost["left"]
+    unit = SQUARE.refresh_cost["left"]
     assert max(loads) <= 8 * unit + unit / 2  # 40 bases in 5 steps
     for steps in turned.values():
         assert len(steps) > 0.6 * 0.7 * 400 / 5
@@ -76,7 +83,7 @@ def test_equal_bases_keep_their_interval_however_they_divide(interval, count):
     schedule, tiled = RefreshSchedule(interval), views(*[SQUARE] * count)
     schedule.spread(tiled)
     loads, turned = simulate(schedule, tiled, 12 * interval, lambda due, step: True)
-    assert max(loads) - min(loads) <= SQUARE.turn_cost["left"]
+    assert max(loads) - min(loads) <= SQUARE.refresh_cost["left"]
     for steps in turned.values():
         assert {late - early for early, late in pairwise(steps)} == {interval}
 
@@ -89,7 +96,7 @@ def test_a_young_view_keeps_no_older_one_from_its_refresh():
     for step in range(240):
         for number, (view, _) in enumerate(tiled):
             view["step"] = step + (1000 if number == 0 else 0)
-        for due in schedule.postpone(schedule.due(tiled), schedule.average(tiled)):
+        for due in schedule.select(schedule.due(tiled), schedule.average(tiled)):
             turned[id(due.view), due.side] = turned.get((id(due.view), due.side), 0) + 1
     assert all(count >= 240 / 4 for count in turned.values()) and len(turned) == 5
 
@@ -102,7 +109,7 @@ def test_new_views_take_the_steps_that_others_leave_free():
     # The first call of a new view, whose steps count from the next.
     tiled[0][0]["step"] = 4 * 9 + 3
     late = views(SQUARE)
-    schedule.spread(late, tiled)
+    schedule.spread([*tiled, *late])
     assert {late[0][0]["left_phase"], late[0][0]["right_phase"]} == {2, 3}
 
 
@@ -113,14 +120,14 @@ def test_those_that_have_waited_longest_turn_first():
     for number, (view, tiling) in enumerate(tiled):
         view["step"] = 30
         for place, side in enumerate(tiling.sides):
-            view[f"{side}_phase"], view[f"{side}_turned"] = 0, 28 - 2 * number - place
+            view[f"{side}_phase"], view[f"{side}_refreshed"] = 0, 28 - 2 * number - place
             stale.append(DueBasis(view, side, 1.0))
-    turning = schedule.postpone(stale, average=2.0)
+    turning = schedule.select(stale, average=2.0)
     assert [(due.view, due.side) for due in turning] == [
         (tiled[1][0], "right"), (tiled[1][0], "left"),
     ]  # fmt: skip
     assert [due.view[f"{due.side}_phase"] for due in stale] == [1, 1, 0, 0]
-    assert [due.view[f"{due.side}_turned"] for due in turning] == [30, 30]
+    assert [due.view[f"{due.side}_refreshed"] for due in turning] == [30, 30]
 
 
 @pytest.mark.parametrize("interval", [1, 2, 7])
@@ -147,5 +154,5 @@ def test_an_endless_interval_costs_nothing_at_its_start():
     schedule.spread(tiled[:6])
     phases = [view[f"{side}_phase"] for view, tiling in tiled[:6] for side in tiling.sides]
     assert sorted(phases) == list(range(12))
-    schedule.spread(tiled[6:], tiled[:6])
+    schedule.spread(tiled)
     assert max(view[f"{side}_phase"] for view, tiling in tiled for side in tiling.sides) < 20

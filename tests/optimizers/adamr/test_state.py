@@ -14,10 +14,10 @@ from hf_precond.optimizers.adamr.batch import Batch
 from hf_precond.optimizers.adamr.config import AdamRConfig
 from hf_precond.optimizers.adamr.optimizer import AdamR
 from hf_precond.optimizers.adamr.refresh import RefreshItem
-from hf_precond.optimizers.adamr.rotated_adam import RotatedAdam
+from hf_precond.optimizers.adamr.rotated_adam import RotatedAdamFallback
 from hf_precond.optimizers.adamr.tiling import Tiling
 from hf_precond.optimizers.base.fallback import make_fallback
-from hf_precond.optimizers.base.refresh import ShardedRefresh
+from hf_precond.optimizers.base.refresh import FailureRecord, ShardedRefresh
 from hf_precond.optimizers.nkfac.config import NKFACConfig
 from hf_precond.statistics.requests import Statistic, StatisticsSource
 from tests.optimizers.adamr.cases import adamr, experts, layers, noise, run
@@ -84,36 +84,6 @@ def test_a_matrix_without_a_gradient_waits_and_disturbs_no_other():
     torch.testing.assert_close(modules[0].weight, whole[0].weight, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("shape", [(900, 400), (300, 1400)])
-def test_a_matrix_in_slices_steps_as_a_whole(shape, monkeypatch):
-    """Large enough for slices along the side that is not rotated, and for factors in bands."""
-    from hf_precond.optimizers.adamr import rotated_adam as rotation
-
-    gradients = noise(shape, steps=4)
-    sliced, whole = zeros(shape), zeros(shape)
-    monkeypatch.setattr(rotation, "SLICE", 1 << 18)
-    optimizer = adamr(sliced, basis="one_sided")
-    run(optimizer, sliced, gradients)
-    monkeypatch.setattr(rotation, "SLICE", 1 << 30)
-    run(adamr(whole, basis="one_sided"), whole, gradients)
-    torch.testing.assert_close(sliced[0].weight, whole[0].weight, rtol=0, atol=1e-9)
-
-
-def test_rows_of_an_embedding_that_were_not_read_need_no_rotation(monkeypatch):
-    """A table of which a step reads few rows steps as any matrix with that gradient."""
-    gradients = noise((500, 8), steps=12)
-    for number, (gradient,) in enumerate(gradients):
-        unread = torch.ones(500, dtype=torch.bool)
-        unread[number % 3 :: 11] = False
-        gradient[unread] = 0.0
-    tables = [nn.Embedding(500, 8, dtype=torch.float64) for _ in range(2)]
-    tables[1].load_state_dict(tables[0].state_dict())
-    run(adamr(tables[:1], weight_decay=0.1), tables[:1], gradients)
-    monkeypatch.setattr(Batch, "embeds", False)
-    run(adamr(tables[1:], weight_decay=0.1), tables[1:], gradients)
-    torch.testing.assert_close(tables[0].weight, tables[1].weight, rtol=0, atol=1e-10)
-
-
 def test_a_convolution_equals_the_reshaped_matrix():
     convolution = nn.Conv2d(3, 6, 2, bias=False, dtype=torch.float64)
     (linear,) = layers(convolution.weight.detach().flatten(1))
@@ -173,7 +143,7 @@ def test_blocks_step_as_matrices_of_their_own(shape, axis):
     for number, block in enumerate(blocks):
         side = adamr([block], **fields)
         run(side, [block], [[g.chunk(2, axis)[number].contiguous()] for (g,) in gradients])
-        assert len(side.fallback.tiling(side._view(side.bound[0])).sides) == 1
+        assert len(side._tiling(side.bound[0]).sides) == 1
     stepped = torch.cat([block.weight.data for block in blocks], axis)
     torch.testing.assert_close(whole[0].weight.data, stepped, rtol=0, atol=1e-10)
 
@@ -212,7 +182,7 @@ def test_checkpoint_allocation_makes_all_state_and_advances_nothing():
     made = {k: v.shape for k, v in optimizer.state[modules[0].weight].items()
             if isinstance(v, torch.Tensor)}
     state = optimizer.state[modules[0].weight]
-    assert state["step"] == state["updates"] == 0
+    assert state["step"] == state["left_updates"] == 0
     optimizer.param_groups[0]["lr"] = 1e-3
     run(optimizer, modules, noise((5, 5), steps=12))
     after = {k: v.shape for k, v in state.items() if isinstance(v, torch.Tensor)}
@@ -228,7 +198,7 @@ def test_refreshes_come_at_powers_of_two_and_then_each_on_its_own_step():
     turned, before = [], 0
     for step in noise(*[(5, 5)] * 6, steps=25):
         run(optimizer, modules, [step])
-        turned.append(optimizer.fallback.bases.counters.get("basis_refreshes", 0) - before)
+        turned.append(optimizer.counters.get("basis_refreshes", 0) - before)
         before += turned[-1]
     # Call 0 collects only; Adam's step t is call t + 1.
     assert turned[:9] == [0, 12, 12, 12, 0, 12, 0, 0, 0]
@@ -299,10 +269,10 @@ def test_momentum_turned_into_an_empty_direction_finds_a_second_moment_there(tra
     batch = Batch([optimizer._view(optimizer.bound[0])], Tiling(1, 2, 2, "rows", True, True))
     half = torch.full((2, 2), 0.5, dtype=torch.float64).sqrt()
     half[0, 1] *= -1
-    for name, value in optimizer.fallback.bases._transported(batch, "left", half[None]).items():
+    for name, value in optimizer.rotated.bases._transported(batch, "left", half[None]).items():
         batch.write(name, value)
-    turns = [RefreshItem(batch, 0, ("left",), ("left",))]
-    optimizer.fallback.bases._raise(turns, ShardedRefresh(turns, [1.0], half.device))
+    items = [RefreshItem(batch, 0, 0, ("left",), ("left",))]
+    optimizer.rotated.bases._raise_second_moments(ShardedRefresh(items, [1.0], half.device))
     beta1, beta2 = optimizer.param_groups[0]["betas"]
     first = state["exp_avg"] / (1 - beta1 ** state["step"])
     second = state["exp_avg_sq"] / (1 - beta2 ** state["step"])
@@ -349,8 +319,9 @@ def featured(layout="linear"):
         return sources[-1]
 
     matrix = LayerMatrix("layer", module, layout=layout)
-    optimizer = AdamR([{"params": [module.weight]}], ModelStructure([matrix], open_statistics=open_source),
-                      AdamRConfig(basis_source="feature"))
+    structure = ModelStructure([matrix], open_statistics=open_source)
+    groups = [{"params": [module.weight]}]
+    optimizer = AdamR(groups, structure, AdamRConfig(basis_source="feature"))
     return optimizer, module, left, right, sources[0]
 
 
@@ -366,15 +337,15 @@ def test_feature_bases_are_those_of_inputs_and_output_gradients(layout):
     for name, expected in (("left_basis", left), ("right_basis", right)):
         torch.testing.assert_close((state[name][0].T @ expected).abs(),
                                    torch.eye(len(expected), dtype=torch.float64))
-    assert state["step"] == 5 and state["updates"] == 6
+    assert state["step"] == 5 and state["left_updates"] == 6
 
 
 def test_a_layer_whose_features_never_come_uses_the_gradient():
     (module,), (plain,) = zeros((5, 7)), zeros((5, 7))
     source = Features([], {})
-    optimizer = AdamR([{"params": [module.weight]}],
-                      ModelStructure([LayerMatrix("layer", module)], open_statistics=lambda requests: source),
-                      AdamRConfig(basis_source="feature"))
+    structure = ModelStructure([LayerMatrix("layer", module)], open_statistics=lambda _: source)
+    groups = [{"params": [module.weight]}]
+    optimizer = AdamR(groups, structure, AdamRConfig(basis_source="feature"))
     gradients = noise((5, 7), steps=8)
     run(optimizer, [module], gradients)
     run(adamr([plain]), [plain], gradients)
@@ -382,9 +353,11 @@ def test_a_layer_whose_features_never_come_uses_the_gradient():
 
 
 def test_as_a_base_rule_it_keeps_its_own_fields():
-    fallback = make_fallback("adamr", NKFACConfig(base="adamr", max_dim=8, stat_decay=0.5,
-                                          state_dtype="bfloat16", precision="tf32"))
-    assert isinstance(fallback, RotatedAdam)
-    assert fallback.config.max_dim == AdamRConfig().max_dim
-    assert fallback.config.stat_decay == AdamRConfig().stat_decay
-    assert fallback.config.state_dtype == "bfloat16" and fallback.config.precision == "tf32"
+    given = NKFACConfig(base="adamr", max_dim=8, stat_decay=0.5, state_dtype="bfloat16",
+                        precision="tf32")
+    fallback = make_fallback("adamr", given, FailureRecord(), lambda name, by: None)
+    assert isinstance(fallback, RotatedAdamFallback)
+    config = fallback.rotated.config
+    assert config.max_dim == AdamRConfig().max_dim
+    assert config.stat_decay == AdamRConfig().stat_decay
+    assert config.state_dtype == "bfloat16" and config.precision == "tf32"

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from hf_precond.optimizers.adamr.config import AdamRConfig
-from hf_precond.optimizers.adamr.rotated_adam import RotatedAdam
+from hf_precond.optimizers.adamr.rotated_adam import RotatedAdamFallback
 from hf_precond.optimizers.base.muon import MuonFallback
 from hf_precond.optimizers.base.parameters import ParamView
+from hf_precond.optimizers.base.refresh import FailureRecord
 from hf_precond.registry import create_optimizer
 from tests.architectures.families import FAMILIES, build
 from tests.optimizers.models import batch, make, train_step
@@ -32,7 +33,9 @@ def test_rows_interleaved_per_head_are_one_matrix_to_the_base_rule(base):
     weight, bias = values(layer.weight), values(layer.bias)
     decayed, plain = ({**g, "params": []} for g in optimizer.param_groups)
     state, bias_state = {}, {}
-    fallback = MuonFallback(4.0) if base == "muon" else RotatedAdam(AdamRConfig())
+    fallback = MuonFallback(4.0)
+    if base == "adamr":
+        fallback = RotatedAdamFallback(AdamRConfig(), FailureRecord(), lambda name, by: None)
     for _ in range(4):
         optimizer.zero_grad()
         model(**FAMILIES["gpt-neox"].batch()).loss.backward()
