@@ -121,7 +121,8 @@ def test_low_precision_parameters_are_stepped_in_float32():
     start = torch.randn(64)
     low = nn.Parameter(start.bfloat16())
     high = nn.Parameter(low.detach().float().clone())
-    optimizers = [Idle([p], ModelStructure(), AdamRConfig(lr=1e-2, weight_decay=0.1)) for p in (low, high)]
+    config = AdamRConfig(lr=1e-2, weight_decay=0.1)
+    optimizers = [Idle([p], ModelStructure(), config) for p in (low, high)]
     for step in range(3):
         grad = torch.randn(64, generator=torch.Generator().manual_seed(step)).bfloat16()
         low.grad, high.grad = grad, grad.float()
