@@ -9,12 +9,17 @@ from hf_precond.statistics.attention_heads import Call
 
 
 def spaced(length: int, rows: int) -> slice:
-    """At most ``rows`` evenly spaced positions of ``length``; 0 for all."""
+    """Returns at most ``rows`` evenly spaced positions.
+
+    Args:
+        length: how many positions there are.
+        rows: at most so many; 0 for all.
+    """
     return slice(None, None, -(-length // rows) if rows else 1)
 
 
 def entropies(module: nn.Module, call: Call, positions: slice) -> Tensor:
-    """``-Σ_j p_ij log p_ij`` in nats, of the query positions chosen, ``[B, H, R]``.
+    """Returns ``-Σ_j p_ij log p_ij`` in nats at R query positions, ``[B, H, R]``.
 
     The weights are the softmax of the logits before dropout, masked as the
     kernel masks them.
@@ -25,7 +30,7 @@ def entropies(module: nn.Module, call: Call, positions: slice) -> Tensor:
         positions: which queries.
 
     Raises:
-        RuntimeError: for a mask that is no tensor (flex attention).
+        RuntimeError: the mask is not a tensor (flex attention).
     """
     dtype = torch.float64 if call.query.dtype == torch.float64 else torch.float32
     query, key = call.query[:, :, positions].to(dtype), call.key.to(dtype)
@@ -47,7 +52,7 @@ def entropies(module: nn.Module, call: Call, positions: slice) -> Tensor:
 
 
 def _rows(mask: Tensor, positions: slice) -> Tensor:
-    """Of ``[…, N, M]`` the rows of these positions, where it has one a position."""
+    """The rows of these positions in ``[…, N, M]``, where there is one per position."""
     return mask if mask.shape[-2] == 1 else mask[..., positions, :]
 
 

@@ -41,13 +41,13 @@ def undropped(model: nn.Module) -> nn.Module:
 
 def captured(model: nn.Module, batch: dict[str, Any], rows: int = 0) -> dict[str, Any]:
     blocks = [block for block in find_attention(model) if block.observed]
-    capture = MomentCollector(
+    collector = MomentCollector(
         model, [MomentRequest(b.name, "entropy", b.q, b, rows=rows) for b in blocks]
     )
-    capture.enable(True, 0)
+    collector.enable(True, 0)
     loss_of(model, batch).backward()
-    taken = capture.take()
-    capture.close()
+    taken = collector.take()
+    collector.close()
     return taken
 
 

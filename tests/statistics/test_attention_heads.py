@@ -43,9 +43,9 @@ def head_requests(blocks: list[AttentionBlock], **options: bool) -> list[MomentR
 
 
 def opened(model: nn.Module, requests: list[MomentRequest]) -> MomentCollector:
-    capture = MomentCollector(model, requests)
-    capture.enable(True, 0)
-    return capture
+    collector = MomentCollector(model, requests)
+    collector.enable(True, 0)
+    return collector
 
 
 def rows_of(vectors: Tensor, mask: Tensor | None) -> Tensor:
@@ -60,12 +60,12 @@ def test_moments_of_heads(name: str, kernel: str) -> None:
     model, batch = build(name), FAMILIES[name].batch()
     model.set_attn_implementation(kernel)
     blocks = find_attention(model)
-    capture = opened(model, head_requests(blocks))
+    collector = opened(model, head_requests(blocks))
     seen = Seen([block.module for block in blocks])
     loss_of(model, batch).backward()
     seen.end()
-    taken = capture.take()
-    capture.close()
+    taken = collector.take()
+    collector.close()
     mask = batch.get("attention_mask")
     for block in blocks:
         query, key = seen.calls[block.module]
@@ -140,7 +140,7 @@ def test_average_over_rotations_equals_brute_force(name: str) -> None:
         MomentRequest(f"{r.key}/mean", r.kind, r.matrix, r.attention, average_rotation=True)
         for r in plain
     ]
-    capture = opened(model, plain + averaged)
+    collector = opened(model, plain + averaged)
     rotations: dict[nn.Module, Any] = {}
     for block in blocks:
         block.module.register_forward_pre_hook(
@@ -150,8 +150,8 @@ def test_average_over_rotations_equals_brute_force(name: str) -> None:
             with_kwargs=True,
         )
     loss_of(model, batch).backward()
-    taken = capture.take()
-    capture.close()
+    taken = collector.take()
+    collector.close()
     mask = batch["attention_mask"].bool()
     for block in blocks:
         given = rotations[block.module]
@@ -191,10 +191,10 @@ def test_images_that_are_attended_one_by_one_have_the_positions_of_all() -> None
     images, grid = torch.randn(10, 48).double(), torch.tensor([[1, 2, 2], [1, 2, 3]])
     found = []
     for asked in requests:
-        capture = opened(model, asked)
+        collector = opened(model, asked)
         model(images, grid_thw=grid).last_hidden_state.square().sum().backward()
-        found.append(capture.take())
-        capture.close()
+        found.append(collector.take())
+        collector.close()
     for key, plain in found[0].items():
         mean = found[1][key]
         assert mean.count == plain.count == 10
@@ -235,23 +235,23 @@ def test_layout_of_an_unknown_rotation_is_half_split() -> None:
 def test_unseen_rotation_says_what_to_do() -> None:
     model = build("bert")
     block = find_attention(model)[0]
-    capture = opened(model, head_requests([block], average_rotation=True))
+    collector = opened(model, head_requests([block], average_rotation=True))
     try:
         with pytest.raises(RuntimeError, match="rope='ignored'"):
             loss_of(model, text())
     finally:
-        capture.close()
+        collector.close()
 
 
 def test_centred_keys_lose_each_sequences_mean() -> None:
     model, batch = build("llama"), FAMILIES["llama"].batch()
     blocks = find_attention(model)[:1]
-    capture = opened(model, head_requests(blocks, center=True))
+    collector = opened(model, head_requests(blocks, center=True))
     seen = Seen([blocks[0].module])
     loss_of(model, batch).backward()
     seen.end()
-    found = capture.take()[f"{blocks[0].name}/key"].sum
-    capture.close()
+    found = collector.take()[f"{blocks[0].name}/key"].sum
+    collector.close()
     expected = torch.zeros_like(found)
     for key, mask in zip(seen.calls[blocks[0].module][1], batch["attention_mask"], strict=True):
         kept = key[:, mask.bool()]
@@ -282,16 +282,16 @@ def test_look_up_is_wrapped_only_while_needed_and_models_do_not_mix() -> None:
     assert AttentionInterface.get_interface is original and not attention_heads.OBSERVERS
 
 
-def test_a_capture_that_is_forgotten_lets_go_of_the_look_up() -> None:
+def test_a_collector_without_references_restores_the_look_up() -> None:
     original = AttentionInterface.get_interface
     model = build("llama")
     blocks = find_attention(model)
     inputs = [MomentRequest(block.name, "input", block.q, block) for block in blocks]
-    capture = opened(model, head_requests(blocks, average_rotation=True) + inputs)
-    gone = weakref.ref(capture), weakref.ref(model)
-    assert capture.switch.held
-    switch = capture.switch
-    del model, capture, blocks, inputs
+    collector = opened(model, head_requests(blocks, average_rotation=True) + inputs)
+    gone = weakref.ref(collector), weakref.ref(model)
+    assert collector.switch.held
+    switch = collector.switch
+    del model, collector, blocks, inputs
     gc.collect()
     assert [reference() for reference in gone] == [None, None] and not switch.held
     assert AttentionInterface.get_interface is original and not attention_heads.OBSERVERS
@@ -306,10 +306,10 @@ def test_checkpointed_heads_count_once(reentrant: bool) -> None:
             options = {"use_reentrant": reentrant}
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
             model.enable_input_require_grads()
-        capture = opened(model, head_requests(find_attention(model), average_rotation=True))
+        collector = opened(model, head_requests(find_attention(model), average_rotation=True))
         loss_of(model, FAMILIES["llama"].batch()).backward()
-        taken.append(capture.take())
-        capture.close()
+        taken.append(collector.take())
+        collector.close()
     assert taken[0].keys() == taken[1].keys()
     for key in taken[0]:
         torch.testing.assert_close(taken[0][key].sum, taken[1][key].sum)

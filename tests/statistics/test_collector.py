@@ -21,7 +21,7 @@ from hf_precond.architectures.structure import LayerMatrix
 from hf_precond.statistics.collector import MomentCollector
 from hf_precond.statistics.requests import MomentRequest, Statistic
 from tests.architectures.families import FAMILIES, build, loss_of, text
-from tests.statistics.captures import (
+from tests.statistics.support import (
     Recorder,
     assert_same,
     close_all,
@@ -47,12 +47,12 @@ def test_moments_equal_sums_over_the_real_tokens(name: str) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     matrices = linears(model)
-    capture = opened(model, requests_for(matrices))
+    collector = opened(model, requests_for(matrices))
     recorder = Recorder([m.module for m in matrices])
     loss_of(model, batch).backward()
     recorder.remove()
-    taken = capture.take()
-    capture.close()
+    taken = collector.take()
+    collector.close()
     for matrix in matrices:
         calls = recorder.calls[matrix.module]
         first, second, count = explicit(calls, matrix, masked(batch))
@@ -82,10 +82,10 @@ def test_padding_changes_nothing() -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     for given in (batch, short):
-        capture = opened(model, requests_for(matrices))
+        collector = opened(model, requests_for(matrices))
         loss_of(model, given).backward()
-        taken.append(capture.take())
-        capture.close()
+        taken.append(collector.take())
+        collector.close()
     assert taken[0].keys() == taken[1].keys()
     for key, statistic in taken[0].items():
         torch.testing.assert_close(statistic.sum, taken[1][key].sum)
@@ -97,10 +97,10 @@ def test_parts_of_a_fused_weight_share_its_input_and_split_its_gradient() -> Non
     block = find_attention(model)[0]
     whole = next(m for m in linears(model) if m.module is block.q.module)
     parts = [block.q, block.k, block.v]
-    capture = opened(model, requests_for([whole, *parts]))
+    collector = opened(model, requests_for([whole, *parts]))
     loss_of(model, FAMILIES["gpt2"].batch()).backward()
-    taken = capture.take()
-    capture.close()
+    taken = collector.take()
+    collector.close()
     entire = taken[f"{whole.name}/output_grad"].sum
     for index, part in enumerate(parts):
         torch.testing.assert_close(
@@ -114,14 +114,14 @@ def test_one_collection_serves_requests_with_and_without_a_bias() -> None:
     layer = nn.Linear(3, 2).double()
     with_bias, without = LayerMatrix("w", layer, bias="bias"), LayerMatrix("w", layer)
     requests = [MomentRequest("a", "input", without), MomentRequest("b", "input", with_bias)]
-    capture = opened(layer, requests)
+    collector = opened(layer, requests)
     x = torch.randn(5, 3, dtype=torch.float64)
     layer(x).sum().backward()
-    taken = capture.take()
+    taken = collector.take()
     rows = torch.cat([x, torch.ones(5, 1, dtype=torch.float64)], dim=1)
     torch.testing.assert_close(taken["b"].sum, rows.T @ rows)
     torch.testing.assert_close(taken["a"].sum, x.T @ x)
-    assert len(capture.layers) == 1 and _hooks(layer) == 2  # the layer's and that of the root
+    assert len(collector.layers) == 1 and _hooks(layer) == 2  # the layer's and that of the root
 
 
 def _statistics(name: str, prepare: Callable[[nn.Module], None]) -> dict[str, Statistic]:
@@ -130,10 +130,10 @@ def _statistics(name: str, prepare: Callable[[nn.Module], None]) -> dict[str, St
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     prepare(model)
-    capture = opened(model, requests_for(linears(model)))
+    collector = opened(model, requests_for(linears(model)))
     loss_of(model, FAMILIES[name].batch()).backward()
-    taken = capture.take()
-    capture.close()
+    taken = collector.take()
+    collector.close()
     return taken
 
 
@@ -172,10 +172,10 @@ def test_checkpointed_calls_of_a_shared_module_count_once_each(reentrant: bool) 
     for mode in (reentrant, None):
         torch.manual_seed(0)
         model = Repeated(mode).double()
-        capture = opened(model, requests_for(find_matrices(model)))
+        collector = opened(model, requests_for(find_matrices(model)))
         x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
         model(x).pow(2).sum().backward()
-        taken.append(capture.take())
+        taken.append(collector.take())
     assert_same(*taken)
     assert taken[0]["layer/input"].count == 8
 
@@ -183,11 +183,11 @@ def test_checkpointed_calls_of_a_shared_module_count_once_each(reentrant: bool) 
 def test_a_module_called_several_times_brings_the_sum_of_its_calls() -> None:
     layer = nn.Linear(3, 3).double()
     model = nn.Sequential(layer, nn.Tanh(), layer)
-    capture = opened(model, requests_for([LayerMatrix("w", layer, bias="bias")]))
+    collector = opened(model, requests_for([LayerMatrix("w", layer, bias="bias")]))
     x = torch.randn(4, 3, dtype=torch.float64)
     recorder = Recorder([layer])
     model(x).pow(2).sum().backward()
-    taken = capture.take()
+    taken = collector.take()
     first, second, count = explicit(
         recorder.calls[layer], LayerMatrix("w", layer, bias="bias"),
         lambda inputs: torch.ones(4, dtype=torch.float64),
@@ -203,14 +203,14 @@ def test_micro_batches_add_up() -> None:
         module.training = not isinstance(module, nn.Dropout)
     batch = text()
     matrices = linears(model)[:3]
-    capture = opened(model, requests_for(matrices))
+    collector = opened(model, requests_for(matrices))
     loss_of(model, batch).backward()
-    whole = capture.take()
+    whole = collector.take()
     for row in range(3):
         part = {key: value[row : row + 1] for key, value in batch.items()}
         (loss_of(model, part) / 3).backward()
-    parts = capture.take()
-    capture.close()
+    parts = collector.take()
+    collector.close()
     for key, statistic in whole.items():
         torch.testing.assert_close(parts[key].sum, statistic.sum)
         torch.testing.assert_close(parts[key].count, statistic.count)
@@ -219,36 +219,36 @@ def test_micro_batches_add_up() -> None:
 def test_only_trained_passes_of_due_steps_count() -> None:
     model = build("bert")
     matrices = linears(model)[:2]
-    capture = MomentCollector(model, requests_for(matrices))
+    collector = MomentCollector(model, requests_for(matrices))
     batch = text()
     loss_of(model, batch).backward()
-    assert capture.take() == {}, "not enabled"
-    capture.enable(True, 0)
+    assert collector.take() == {}, "not enabled"
+    collector.enable(True, 0)
     with torch.no_grad():
         loss_of(model, batch)
     loss_of(model, batch)
-    assert capture.take() == {}, "no backward"
+    assert collector.take() == {}, "no backward"
     model.eval()
     loss_of(model, batch).backward()
     with pytest.warns(UserWarning, match=r"evaluation mode .* call model\.train\(\)"):
-        assert capture.take() == {}, "eval"
+        assert collector.take() == {}, "eval"
     model.train()
     loss_of(model, batch).backward()
-    capture.drop()
-    assert capture.take() == {}, "dropped"
+    collector.drop()
+    assert collector.take() == {}, "dropped"
     loss_of(model, batch).backward()
-    capture.enable(True, 1)
-    assert capture.take() == {}, "another step's"
+    collector.enable(True, 1)
+    assert collector.take() == {}, "another step's"
     loss = loss_of(model, batch)
-    capture.drop()
+    collector.drop()
     loss.backward(retain_graph=True)
-    once = capture.take()
+    once = collector.take()
     loss.backward()
     assert len(once) == 4, "a drop between forward and backward takes nothing away"
-    assert capture.take() == {}, "a second backward through one pass"
-    capture.enable(False, 2)
+    assert collector.take() == {}, "a second backward through one pass"
+    collector.enable(False, 2)
     loss_of(model, batch).backward()
-    assert capture.take() == {}, "not due"
+    assert collector.take() == {}, "not due"
 
 
 def _hooks(model: nn.Module) -> int:
@@ -262,37 +262,37 @@ def test_close_removes_every_hook() -> None:
     before = _hooks(model)
     block = find_attention(model)[0]
     rotated = MomentRequest("k", "key", block.k, block, average_rotation=True)
-    capture = opened(model, [*requests_for(linears(model)), rotated])
+    collector = opened(model, [*requests_for(linears(model)), rotated])
     assert _hooks(model) > before
-    capture.close()
+    collector.close()
     assert _hooks(model) == before
-    capture.close()
+    collector.close()
     loss_of(model, FAMILIES["llama"].batch()).backward()
-    assert capture.take() == {}
+    assert collector.take() == {}
 
 
-def test_a_capture_that_nobody_holds_leaves_the_model_and_the_compiler() -> None:
+def test_a_collector_without_references_leaves_the_model_and_the_compiler() -> None:
     model = build("llama")
     before = _hooks(model)
     block = find_attention(model)[0]
     rotated = MomentRequest("k", "key", block.k, block, average_rotation=True)
-    capture = MomentCollector(model, [*requests_for(linears(model)), rotated])
-    capture.enable(True, 0)
+    collector = MomentCollector(model, [*requests_for(linears(model)), rotated])
+    collector.enable(True, 0)
     loss_of(model, FAMILIES["llama"].batch()).backward()
-    switch = capture.switch
+    switch = collector.switch
     assert switch.held
     gc.disable()
     try:
-        del capture
+        del collector
         assert _hooks(model) == before
         assert not switch.held
     finally:
         gc.enable()
 
 
-def test_copies_and_pickles_of_the_model_do_not_feed_the_capture() -> None:
+def test_copies_and_pickles_of_the_model_do_not_feed_the_collector() -> None:
     model = build("bert")
-    capture = opened(model, requests_for(linears(model)))
+    collector = opened(model, requests_for(linears(model)))
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
@@ -303,31 +303,31 @@ def test_copies_and_pickles_of_the_model_do_not_feed_the_capture() -> None:
     ]
     for other in others:
         loss_of(other, text()).backward()
-        assert capture.take() == {}
+        assert collector.take() == {}
     loss_of(model, text()).backward()
-    assert len(capture.take()) == len(requests_for(linears(model)))
+    assert len(collector.take()) == len(requests_for(linears(model)))
 
 
 def test_the_loss_scale_does_not_enter() -> None:
     torch.manual_seed(0)
     layer, x = nn.Linear(3, 2).double(), torch.randn(5, 3, dtype=torch.float64)
-    capture = opened(layer, requests_for(find_matrices(layer)))
+    collector = opened(layer, requests_for(find_matrices(layer)))
     layer(x).pow(2).sum().backward()
-    plain = capture.take()
-    capture.loss_scale = torch.tensor(1024.0)
+    plain = collector.take()
+    collector.loss_scale = torch.tensor(1024.0)
     (layer(x).pow(2).sum() * 1024).backward()
-    assert_same(capture.take(), plain)
+    assert_same(collector.take(), plain)
 
 
 def test_autocast_and_half_precision_sum_in_float32() -> None:
     model = build("bert", torch.float32)
     matrices = linears(model)[:4]
-    capture = opened(model, requests_for(matrices))
+    collector = opened(model, requests_for(matrices))
     recorder = Recorder([m.module for m in matrices])
     with torch.autocast("cpu", torch.bfloat16):
         loss = loss_of(model, text())
     loss.backward()
-    taken = capture.take()
+    taken = collector.take()
     for matrix in matrices:
         first, second, _ = explicit(
             [(x.double(), g.double()) for x, g in recorder.calls[matrix.module]], matrix,
@@ -339,9 +339,9 @@ def test_autocast_and_half_precision_sum_in_float32() -> None:
         grads = taken[f"{matrix.name}/output_grad"].sum
         torch.testing.assert_close(grads.double(), second, rtol=1e-5, atol=1e-7)
     half = build("bert", torch.bfloat16)
-    capture = opened(half, requests_for(linears(half)[:1]))
+    collector = opened(half, requests_for(linears(half)[:1]))
     loss_of(half, text()).backward()
-    assert {s.sum.dtype for s in capture.take().values()} == {torch.float32}
+    assert {s.sum.dtype for s in collector.take().values()} == {torch.float32}
 
 
 class Reads(TorchDispatchMode):
@@ -368,18 +368,18 @@ def test_nothing_is_read_from_the_device(name: str) -> None:
         for kind in ("query", "key")
         if block.observed
     ]
-    capture = opened(model, [*requests_for(linears(model)), *heads])
+    collector = opened(model, [*requests_for(linears(model)), *heads])
     loss_of(model, batch).backward()
-    capture.take()
+    collector.take()
     counts = []
     for due in (True, False):
-        capture.enable(due, int(due))
+        collector.enable(due, int(due))
         with Reads() as reads:
             loss_of(model, batch).backward()
-            taken = capture.take()
+            taken = collector.take()
         counts.append(reads.count)
         assert bool(taken) == due
-    capture.close()
+    collector.close()
     assert counts[0] == counts[1]
 
 
@@ -393,15 +393,15 @@ def test_compiled_models_keep_one_graph_and_run_uncompiled_on_due_steps() -> Non
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
-    capture = MomentCollector(model, requests_for(find_matrices(model)))
+    collector = MomentCollector(model, requests_for(find_matrices(model)))
     compiled = torch.compile(model, backend=backend)
     x = torch.randn(5, 3, dtype=torch.float64)
     for step in range(6):
-        capture.enable(step % 3 == 0, step)
+        collector.enable(step % 3 == 0, step)
         compiled(x).pow(2).sum().backward()
-        taken = capture.take()
+        taken = collector.take()
         assert len(taken) == (4 if step % 3 == 0 else 0)
         if taken:
             torch.testing.assert_close(taken["0/input"].sum[:3, :3], x.T @ x)
     assert len(graphs) == 1
-    capture.close()
+    collector.close()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.architectures.families import FAMILIES, build, loss_of
-from tests.statistics.captures import close_all, linears, opened, requests_for
+from tests.statistics.support import close_all, linears, opened, requests_for
 
 
 @pytest.fixture(autouse=True)
@@ -19,15 +19,15 @@ def _closed() -> Iterator[None]:
 
 def test_layers_trained_in_evaluation_mode_beside_others_are_named() -> None:
     model = build("bert")
-    capture = opened(model, requests_for(linears(model)))
+    collector = opened(model, requests_for(linears(model)))
     batch = FAMILIES["bert"].batch()
     model.bert.encoder.layer[0].eval()
     loss_of(model, batch)  # an evaluation: no gradient comes
     loss_of(model.train(), batch).backward()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert capture.take()
+        assert collector.take()
     model.bert.encoder.layer[0].eval()
     loss_of(model, batch).backward()
     with pytest.warns(UserWarning, match=r"6 layers \(bert\.encoder\.layer\.0.*train\(\) on them"):
-        assert capture.take()
+        assert collector.take()

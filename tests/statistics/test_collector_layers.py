@@ -16,7 +16,7 @@ from hf_precond.architectures.structure import LayerMatrix
 from hf_precond.statistics.collector import MomentCollector
 from hf_precond.statistics.requests import MomentRequest
 from tests.architectures.families import FAMILIES, build, loss_of, text
-from tests.statistics.captures import (
+from tests.statistics.support import (
     Recorder,
     close_all,
     opened,
@@ -44,12 +44,12 @@ def test_convolutions(layer: nn.Module, entries: int, monkeypatch: pytest.Monkey
     torch.manual_seed(0)
     layer = copy.deepcopy(layer).double()
     (matrix,) = find_matrices(layer)
-    capture = opened(layer, requests_for([matrix]))
+    collector = opened(layer, requests_for([matrix]))
     inputs = torch.randn(2, 4, *[7] * (layer.weight.dim() - 2), dtype=torch.float64)
     output = layer(inputs)
     output.retain_grad()
     output.pow(2).sum().backward()
-    taken = capture.take()
+    taken = collector.take()
     # Rows by the definition: what the kernel of each group sees at each position.
     kernel, groups = layer.weight.shape[2:].numel(), layer.groups
     rows = []
@@ -71,12 +71,12 @@ def test_convolutions(layer: nn.Module, entries: int, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("layer", [nn.Linear(4, 3), nn.Conv2d(4, 3, 1)], ids=["linear", "conv"])
 def test_a_call_without_rows_adds_nothing(layer: nn.Module) -> None:
     """As of an expert without tokens, or a mask head without boxes."""
-    capture = opened(layer, requests_for(find_matrices(layer)))
+    collector = opened(layer, requests_for(find_matrices(layer)))
     inputs = torch.randn(2, 4, 5, 5) if isinstance(layer, nn.Conv2d) else torch.randn(2, 4)
     layer(inputs).square().sum().backward()
-    wanted = capture.take()
+    wanted = collector.take()
     (layer(inputs[:0]).sum() + layer(inputs).square().sum()).backward()
-    for key, statistic in capture.take().items():
+    for key, statistic in collector.take().items():
         assert torch.equal(statistic.sum, wanted[key].sum)
         assert torch.equal(statistic.count, wanted[key].count)
 
@@ -84,11 +84,11 @@ def test_a_call_without_rows_adds_nothing(layer: nn.Module) -> None:
 def test_a_vector_alone_is_one_row() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
-    capture = opened(model, requests_for(find_matrices(model)))
+    collector = opened(model, requests_for(find_matrices(model)))
     inputs, taken = torch.randn(4), []
     for given in (inputs, inputs[None]):
         model(given).square().sum().backward()
-        taken.append(capture.take())
+        taken.append(collector.take())
     for key in taken[1]:
         torch.testing.assert_close(taken[0][key].sum, taken[1][key].sum)
         assert taken[0][key].count == taken[1][key].count == 1
@@ -104,9 +104,9 @@ def test_diagonal_blocks_are_those_of_the_whole_moment(blocks: int, bias: bool) 
         MomentRequest("whole", "input", matrix),
         MomentRequest("blocks", "input", matrix, blocks=blocks),
     ]
-    capture = opened(layer, requests)
+    collector = opened(layer, requests)
     layer(torch.randn(9, 7, dtype=torch.float64)).sum().backward()
-    taken = capture.take()
+    taken = collector.take()
     whole, width = taken["whole"].sum, -(-matrix.columns // blocks)
     assert taken["blocks"].sum.shape == (blocks, width, width)
     assert taken["blocks"].count == 9
@@ -121,10 +121,10 @@ def test_diagonal_blocks_are_those_of_the_whole_moment(blocks: int, bias: bool) 
 def test_centred_inputs_lose_each_sequences_mean() -> None:
     model, batch = build("bert"), text()
     block = find_attention(model)[0]
-    capture = opened(model, [MomentRequest("x", "input", block.q, block, center=True)])
+    collector = opened(model, [MomentRequest("x", "input", block.q, block, center=True)])
     recorder = Recorder([block.q.module])
     loss_of(model, batch).backward()
-    found = capture.take()["x"].sum
+    found = collector.take()["x"].sum
     expected = torch.zeros(17, 17, dtype=torch.float64)
     for rows, mask in zip(recorder.calls[block.q.module][0][0], batch["attention_mask"],
                           strict=True):
@@ -139,7 +139,7 @@ def test_cross_attention_reads_the_masks_of_its_two_sequences(name: str) -> None
     model, batch = build(name), FAMILIES[name].batch()
     block = next(block for block in find_attention(model) if block.cross)
     inner = next(b for b in find_attention(model) if "decoder" in b.name and not b.cross)
-    capture = opened(
+    collector = opened(
         model,
         [
             MomentRequest("q", "input", block.q, block),
@@ -148,13 +148,13 @@ def test_cross_attention_reads_the_masks_of_its_two_sequences(name: str) -> None
         ],
     )
     loss_of(model, batch).backward()
-    counts = {key: found.count.item() for key, found in capture.take().items()}
+    counts = {key: found.count.item() for key, found in collector.take().items()}
     assert counts["k"] == batch["attention_mask"].sum()
     # Decoder positions behind the last label are padding.
     assert counts["q"] == counts["self"] == (batch["labels"] != -100).sum()
     loss_of(model, batch | {"decoder_attention_mask": torch.ones(3, 5)}).backward()
-    assert capture.take()["self"].count == 15
-    capture.close()
+    assert collector.take()["self"].count == 15
+    collector.close()
 
 
 def test_flattened_sequences_keep_their_mask() -> None:
@@ -169,24 +169,24 @@ def test_flattened_sequences_keep_their_mask() -> None:
     model, x = Flat().double(), torch.randn(3, 5, 4, dtype=torch.float64)
     mask = torch.ones(3, 5)
     mask[0, 2:] = 0
-    capture = opened(model, requests_for(find_matrices(model)))
+    collector = opened(model, requests_for(find_matrices(model)))
     model(x, mask).sum().backward()
-    taken = capture.take()
+    taken = collector.take()
     rows = torch.cat([x, torch.ones(3, 5, 1, dtype=torch.float64)], dim=-1)[mask.bool()]
     torch.testing.assert_close(taken["layer/input"].sum, rows.T @ rows)
     assert taken["layer/input"].count == taken["layer/output_grad"].count == 12
     model(x).sum().backward()
-    assert capture.take()["layer/input"].count == 15
+    assert collector.take()["layer/input"].count == 15
 
 
 def test_images_and_packed_sequences_weigh_one() -> None:
     model = build("clip")
     blocks = find_attention(model)
     requests = [MomentRequest(b.name, "input", b.q, b) for b in blocks]
-    capture = opened(model, requests)
+    collector = opened(model, requests)
     batch = FAMILIES["clip"].batch()
     loss_of(model, batch).backward()
-    counts = {key: found.count.item() for key, found in capture.take().items()}
+    counts = {key: found.count.item() for key, found in collector.take().items()}
     assert sorted(counts.values()) == [15, batch["attention_mask"].sum().item()]
 
 
@@ -201,7 +201,7 @@ def test_multihead_attention_of_torch(batch_first: bool) -> None:
         MomentRequest("o", "input", block.o, block),
         MomentRequest("d", "output_grad", block.o, block),
     ]
-    capture = opened(layer, requests)
+    collector = opened(layer, requests)
     x = torch.randn(3, 5, 16, dtype=torch.float64)
     mask = torch.zeros(3, 5, dtype=torch.bool)
     mask[1, 3:] = True
@@ -210,7 +210,7 @@ def test_multihead_attention_of_torch(batch_first: bool) -> None:
     output = layer(given, src_key_padding_mask=mask)
     output = output if batch_first else output.transpose(0, 1)
     (output[kept].pow(3)).sum().backward()
-    taken = capture.take()
+    taken = collector.take()
     rows = torch.cat([x, torch.ones(3, 5, 1, dtype=torch.float64)], dim=-1)
     real = rows[kept]
     for key in ("x", "v"):
@@ -235,7 +235,7 @@ def test_lora_below_which_nothing_trains_is_seen_at_its_wrapper() -> None:
     model = get_peft_model(build("llama"), config)
     block = find_attention(model)[0]
     pair = block.adapters["q"]
-    capture = opened(
+    collector = opened(
         model,
         [
             MomentRequest("q", "input", block.q, block),
@@ -249,7 +249,7 @@ def test_lora_below_which_nothing_trains_is_seen_at_its_wrapper() -> None:
     inputs: list[Tensor] = []
     block.k.module.register_forward_pre_hook(lambda m, args: inputs.append(args[0].detach()))
     loss_of(model, batch).backward()
-    taken = capture.take()
+    taken = collector.take()
     real = inputs[0][batch["attention_mask"].bool()]
     for key in ("q", "k", "down"):
         torch.testing.assert_close(taken[key].sum, real.T @ real)
@@ -261,9 +261,9 @@ def test_lora_below_which_nothing_trains_is_seen_at_its_wrapper() -> None:
 def test_embedding_gradients_and_refused_requests() -> None:
     model = build("bert")
     embedding = next(m for m in find_matrices(model) if "word_embeddings" in m.name)
-    capture = opened(model, [MomentRequest("e", "output_grad", embedding)])
+    collector = opened(model, [MomentRequest("e", "output_grad", embedding)])
     loss_of(model, text()).backward()
-    assert capture.take()["e"].sum.shape == (16, 16)
+    assert collector.take()["e"].sum.shape == (16, 16)
     with pytest.raises(ValueError, match="has no second moment"):
         MomentCollector(model, [MomentRequest("e", "input", embedding)])
     with pytest.raises(ValueError, match="is not a layer of this model"):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_precond.statistics.requests import Statistic
-from tests.statistics.captures import assert_same, close_all, linears, opened, requests_for
+from tests.statistics.support import assert_same, close_all, linears, opened, requests_for
 
 
 @pytest.fixture(autouse=True)
@@ -33,12 +33,12 @@ class Branches(nn.Module):
 
 
 def _branches(run: Callable[[nn.Module, Tensor, Tensor], None]) -> dict[str, Statistic]:
-    """What is staged where ``run(model, first loss, second loss)`` goes backward."""
+    """What is collected where ``run(model, first loss, second loss)`` goes backward."""
     torch.manual_seed(0)
     model = Branches().double()
-    capture = opened(model, requests_for(linears(model)))
+    collector = opened(model, requests_for(linears(model)))
     run(model, *model(torch.randn(20, 5, dtype=torch.float64)))
-    return capture.take()
+    return collector.take()
 
 
 def test_two_backward_passes_through_one_graph_are_that_of_the_sum() -> None:
@@ -72,7 +72,7 @@ def test_two_backward_passes_through_one_graph_are_that_of_the_sum() -> None:
 def test_gradients_of_single_samples_bring_what_their_batch_does() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-    capture = opened(model, requests_for(linears(model)))
+    collector = opened(model, requests_for(linears(model)))
     inputs = torch.randn(7, 2, 4, dtype=torch.float64)
     parameters = dict(model.named_parameters())
 
@@ -82,9 +82,9 @@ def test_gradients_of_single_samples_bring_what_their_batch_does() -> None:
 
     gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, inputs)
     assert gradients["0.weight"].shape == (7, 5, 4)
-    single = capture.take()
+    single = collector.take()
     model(inputs).square().sum().backward()
-    batch = capture.take()
+    batch = collector.take()
     for key, found in batch.items():
         torch.testing.assert_close(single[key].sum + 0, found.sum)
         assert single[key].count.item() == found.count.item() == 14

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_precond.statistics import collector as capture_module
+from hf_precond.statistics import collector as collector_module
 from hf_precond.statistics.requests import MomentRequest
 from tests.architectures.families import FAMILIES, build, loss_of
-from tests.statistics.captures import close_all, linears, opened
+from tests.statistics.support import close_all, linears, opened
 
 
 @pytest.fixture(autouse=True)
@@ -24,13 +24,13 @@ def _closed() -> Iterator[None]:
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the matrices whose moment was computed."""
     names: list[str] = []
-    original = capture_module.second_moment
+    original = collector_module.second_moment
 
     def counted(collection, *args):
         names.append(collection.matrix.name)
         return original(collection, *args)
 
-    monkeypatch.setattr(capture_module, "second_moment", counted)
+    monkeypatch.setattr(collector_module, "second_moment", counted)
     return names
 
 
@@ -40,9 +40,9 @@ def requests(model: nn.Module) -> list[MomentRequest]:
 
 def test_q_k_v_and_gate_up_are_computed_once(computed: list[str]) -> None:
     model = build("llama")
-    capture = opened(model, requests(model))
+    collector = opened(model, requests(model))
     loss_of(model, FAMILIES["llama"].batch()).backward()
-    taken = capture.take()
+    taken = collector.take()
     # q, o, gate and down of two layers, and the head.
     assert len(computed) == 9
     assert len(taken) == 15
@@ -57,11 +57,11 @@ def test_micro_batches_of_one_tensor_add_up(passes: int, computed: list[str]) ->
     model = nn.Sequential(nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)]))
     first, second = model[0]
     model.forward = lambda x: first(x) + second(x)
-    capture = opened(model, requests(model))
+    collector = opened(model, requests(model))
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     for _ in range(passes):
         model(x).sum().backward()
-    taken = capture.take()
+    taken = collector.take()
     rows = torch.cat([x, torch.ones(5, 1)], 1)
     for statistic in taken.values():
         torch.testing.assert_close(statistic.sum, passes * rows.T @ rows)
@@ -83,12 +83,12 @@ def test_what_differs_is_computed_apart(change: str, computed: list[str]) -> Non
             return first + self.second(x)
 
     model = Model()
-    capture = opened(model, requests(model))
+    collector = opened(model, requests(model))
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     before = x.clone()
     model.first.weight.requires_grad_(change == "bias")  # its gradient needs the old tensor
     model(x).sum().backward()
-    taken = capture.take()
+    taken = collector.take()
     assert len(computed) == 2
     rows = torch.cat([before, torch.ones(5, 1)], 1)
     torch.testing.assert_close(taken["first"].sum, rows.T @ rows)

@@ -1,4 +1,4 @@
-"""What hooks compute from a GPU's activations and gradients stays there, and makes nobody wait."""
+"""What hooks compute from a GPU's activations and gradients stays there; nothing waits for it."""
 
 import pytest
 import torch

@@ -29,8 +29,8 @@ def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def staged(model, norms, probe, loss, step=0):
-    """What a source stages for one loss: key to estimate."""
+def estimated(model, norms, probe, loss, step=0):
+    """What a source estimates for one loss: key to estimate."""
     source = CurvatureProbe(model, [CurvatureRequest(n.name, n, probe) for n in norms])
     source.enable(True, step)
     with source.context():
@@ -60,7 +60,7 @@ def test_squared_error_on_a_norms_output_has_a_diagonal_hessian(kind, attribute,
     x, target = randn(12, 5), randn(12, 5, seed=1)
     scale = 1 / x.numel()
     parameter = NormParameter(attribute, norm, attribute)
-    (estimate,) = staged(
+    (estimate,) = estimated(
         norm, [parameter], probe, lambda: 0.5 * scale * (norm(x) - target).square().sum()
     ).values()
     per_token = normalized(kind, x).square() if attribute == "weight" else torch.ones_like(x)
@@ -78,7 +78,7 @@ def test_a_linear_layer_behind_the_norm_fills_the_block(orthogonal):
     block = (w.T @ w) * (hat.T @ hat) / 10
     loss = lambda: 0.5 / 10 * (model(x) - target).square().sum()  # noqa: E731
     weight = NormParameter("0.weight", model[0], "weight")
-    found = {probe: staged(model, [weight], probe, loss)["0.weight"] for probe in PROBES}
+    found = {probe: estimated(model, [weight], probe, loss)["0.weight"] for probe in PROBES}
     torch.testing.assert_close(found["ones"], block.sum(1), rtol=1e-11, atol=1e-14)
     torch.testing.assert_close(found["exact"], block.diagonal(), rtol=1e-11, atol=1e-14)
     (signs,) = probe_vectors([model[0].weight], "rademacher", 0)
@@ -98,7 +98,8 @@ def test_scale_invariance_makes_row_sums_the_negative_gradient():
     x, labels = randn(8, 4, 6, 6), torch.arange(8) % 3
     loss = lambda: nn.functional.cross_entropy(model(x), labels)  # noqa: E731
     (gradient,) = torch.autograd.grad(loss(), model[0].weight)
-    sums = staged(model, [NormParameter("0.weight", model[0], "weight")], "ones", loss)["0.weight"]
+    scale = NormParameter("0.weight", model[0], "weight")
+    sums = estimated(model, [scale], "ones", loss)["0.weight"]
     assert (sums + gradient).norm() / gradient.norm() < 1e-10
 
 
@@ -129,7 +130,7 @@ def test_the_mean_over_all_signs_is_the_diagonal():
 def test_exact_probes_give_every_blocks_diagonal():
     model, loss = mixed_network()
     norms = find_norms(model)
-    for name, estimate in staged(model, norms, "exact", loss).items():
+    for name, estimate in estimated(model, norms, "exact", loss).items():
         diagonal = block_of(loss(), model.get_parameter(name)).diagonal()
         torch.testing.assert_close(estimate, diagonal, rtol=1e-12, atol=1e-15)
 
@@ -197,7 +198,7 @@ def test_micro_batches_add_up_to_the_whole_batch():
     model = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 3)).double()
     x, labels = randn(12, 5), torch.arange(12) % 3
     norms = find_norms(model)
-    whole = staged(
+    whole = estimated(
         model, norms, "rademacher", lambda: nn.functional.cross_entropy(model(x), labels), step=5
     )
     source = CurvatureProbe(model, [CurvatureRequest(n.name, n, "rademacher") for n in norms])
@@ -214,7 +215,7 @@ def test_micro_batches_add_up_to_the_whole_batch():
 def test_a_linear_loss_and_an_unused_parameter():
     model = nn.ModuleDict({"used": nn.LayerNorm(4), "unused": nn.LayerNorm(4)}).double()
     norms = find_norms(model)
-    estimates = staged(model, norms, "rademacher", lambda: model["used"](randn(3, 4)).sum())
+    estimates = estimated(model, norms, "rademacher", lambda: model["used"](randn(3, 4)).sum())
     assert set(estimates) == {"used.weight", "used.bias"}
     assert all((estimate == 0).all() for estimate in estimates.values())
 
@@ -222,7 +223,7 @@ def test_a_linear_loss_and_an_unused_parameter():
 def test_the_loss_scale_is_divided_out():
     model, loss = mixed_network()
     norms = find_norms(model)
-    plain = staged(model, norms, "rademacher", loss)
+    plain = estimated(model, norms, "rademacher", loss)
     source = CurvatureProbe(model, [CurvatureRequest(n.name, n, "rademacher") for n in norms])
     source.enable(True, 0)
     source.observe(loss(), weight=0.5, scale=torch.tensor(2.0**12))

@@ -62,10 +62,10 @@ def estimates(model, around=None, autocast=False):
             assert torch.is_autocast_enabled("cpu")
             source.observe(loss)
     assert not torch.is_autocast_enabled("cpu")
-    staged = source.take()
+    taken = source.take()
     source.close()
     assert not any(module._forward_hooks for module in model.modules())
-    return torch.cat([staged[key].sum for key in sorted(staged)])
+    return torch.cat([taken[key].sum for key in sorted(taken)])
 
 
 def away(found, wanted):

@@ -64,9 +64,9 @@ def expected(model, loss_of, step=0):
     return taken
 
 
-def agree(staged, wanted, rtol=1e-5):
-    assert staged.keys() == wanted.keys()
-    for key, statistic in staged.items():
+def agree(taken, wanted, rtol=1e-5):
+    assert taken.keys() == wanted.keys()
+    for key, statistic in taken.items():
         error = (statistic.sum - wanted[key]).norm() / wanted[key].norm()
         assert error < rtol, (key, error)
 
@@ -309,9 +309,9 @@ def test_accumulation_in_accelerate_is_part_of_the_loss():
     for seed in range(2):
         accelerator.backward(loss_of(model, seed))
     wanted = expected(model, lambda: sum(loss_of(model, seed) for seed in range(2)) / 2, step=4)
-    staged = source.take()
-    agree(staged, wanted)
-    assert all(statistic.count == 1 for statistic in staged.values())
+    taken = source.take()
+    agree(taken, wanted)
+    assert all(statistic.count == 1 for statistic in taken.values())
     source.close()
 
 
@@ -373,9 +373,9 @@ def test_compiled_models_run_uncompiled_on_due_steps(how):
     for step in range(3):
         source.enable(step != 1, 0)
         accelerator.backward(compiled(**batch("vit")).loss)
-        staged = source.take()
+        taken = source.take()
         if step != 1:
-            agree(staged, wanted)
+            agree(taken, wanted)
     source.close()
     torch._dynamo.reset()
 
@@ -391,10 +391,10 @@ def test_differences_of_gradients_agree_with_the_products(name):
     source.enable(True, 0)
     before = copy.deepcopy(model)
     source.observe(lambda: model(**batch(name)).loss)
-    staged = source.take()
-    joined = torch.cat([statistic.sum for statistic in staged.values()])
-    exact = torch.cat([wanted[key] for key in staged])
-    assert staged.keys() == wanted.keys()
+    taken = source.take()
+    joined = torch.cat([statistic.sum for statistic in taken.values()])
+    exact = torch.cat([wanted[key] for key in taken])
+    assert taken.keys() == wanted.keys()
     assert (joined - exact).norm() / exact.norm() < 1e-3
     for ours, theirs in zip(model.parameters(), before.parameters(), strict=True):
         assert torch.equal(ours, theirs) and ours.grad is None
@@ -435,9 +435,9 @@ def test_differences_where_the_graph_cannot_be_used():
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
     Accelerator(cpu=True).backward(loss())
-    staged = source.take()
-    joined = torch.cat([statistic.sum for statistic in staged.values()])
-    exact = torch.cat([wanted[key] for key in staged])
+    taken = source.take()
+    joined = torch.cat([statistic.sum for statistic in taken.values()])
+    exact = torch.cat([wanted[key] for key in taken])
     assert (joined - exact).norm() / exact.norm() < 1e-3
     source.close()
 

@@ -27,7 +27,7 @@ def _closed() -> Iterator[None]:
 
 
 def counting(model: nn.Module) -> MomentCollector:
-    """A capture of the inputs of every q, and of k where it has its own."""
+    """A collector of the inputs of every q, and of k where it has its own."""
     requests = []
     for block in find_attention(model):
         requests.append(MomentRequest(f"{block.name}.q", "input", block.q, block))
@@ -38,8 +38,8 @@ def counting(model: nn.Module) -> MomentCollector:
     return OPEN[-1]
 
 
-def counts(capture: MomentCollector) -> dict[str, float]:
-    return {key: found.count.item() for key, found in capture.take().items()}
+def counts(collector: MomentCollector) -> dict[str, float]:
+    return {key: found.count.item() for key, found in collector.take().items()}
 
 
 def masks(*lengths: int, width: int = 7) -> Tensor:
@@ -48,10 +48,10 @@ def masks(*lengths: int, width: int = 7) -> Tensor:
 
 def test_positional_masks_are_read() -> None:
     model = build("bert")
-    capture = counting(model)
+    collector = counting(model)
     batch = text()
     model(batch["input_ids"], masks(7, 3, 2), labels=batch["labels"]).loss.backward()
-    assert set(counts(capture).values()) == {12}
+    assert set(counts(collector).values()) == {12}
 
 
 def test_the_body_alone_has_its_own_mask() -> None:
@@ -67,17 +67,17 @@ def test_the_body_alone_has_its_own_mask() -> None:
             return self.head(self.body(input_ids=ids, attention_mask=real).pooler_output)
 
     model = Classifier()
-    capture = counting(model)
+    collector = counting(model)
     model(text()["input_ids"], masks(4, 4, 4)).sum().backward()
-    assert set(counts(capture).values()) == {12}
+    assert set(counts(collector).values()) == {12}
 
 
 def test_a_mask_of_four_dimensions_is_no_mask_of_tokens() -> None:
     model = build("bert")
-    capture = counting(model)
+    collector = counting(model)
     full = torch.ones(3, 1, 7, 7, dtype=torch.bool)
     model(text()["input_ids"], attention_mask=full, labels=text()["labels"]).loss.backward()
-    assert set(counts(capture).values()) == {21}
+    assert set(counts(collector).values()) == {21}
 
 
 def checkpointed(reentrant: bool | None) -> nn.Module:
@@ -94,12 +94,12 @@ def checkpointed(reentrant: bool | None) -> nn.Module:
 def test_two_forwards_before_a_backward_keep_their_masks(reentrant: bool | None) -> None:
     """A query and a passage, as contrastive training has them."""
     model = checkpointed(reentrant)
-    capture = counting(model)
+    collector = counting(model)
     ids = text()["input_ids"]
     first = model(input_ids=ids, attention_mask=masks(2, 3, 1)).logits
     second = model(input_ids=ids[:, :5], attention_mask=masks(5, 5, 4, width=5)).logits
     (first * second).sum().backward()
-    taken = capture.take()
+    taken = collector.take()
     assert {found.count.item() for found in taken.values()} == {20}
 
 
@@ -107,7 +107,7 @@ def test_two_forwards_before_a_backward_keep_their_masks(reentrant: bool | None)
 def test_an_evaluation_between_forward_and_backward_gives_no_masks(reentrant: bool | None) -> None:
     """What the backward pass of checkpointing recomputes is no part of the evaluation."""
     model = checkpointed(reentrant)
-    capture = counting(model)
+    collector = counting(model)
     batch = text()
     loss = loss_of(model, {**batch, "attention_mask": masks(7, 3, 2)})
     with torch.no_grad():
@@ -115,24 +115,24 @@ def test_an_evaluation_between_forward_and_backward_gives_no_masks(reentrant: bo
         loss_of(model.eval(), {**batch, "attention_mask": masks(7, 7, 6)})
     model.train()
     loss.backward()
-    assert set(counts(capture).values()) == {12}
+    assert set(counts(collector).values()) == {12}
 
 
 def test_a_pass_without_a_mask_has_none_of_an_earlier_pass() -> None:
     model = build("bert")
-    capture = counting(model)
+    collector = counting(model)
     ids = text()["input_ids"]
     first = model(input_ids=ids, attention_mask=masks(2, 3, 1)).logits
     (first * model(input_ids=ids).logits).sum().backward()
-    assert set(counts(capture).values()) == {6 + 21}
+    assert set(counts(collector).values()) == {6 + 21}
 
 
 def test_a_mask_that_numbers_packed_sequences_counts_every_token_once() -> None:
     model = build("bert")
-    capture = counting(model)
+    collector = counting(model)
     numbered = masks(7, 5, 3) + masks(4, 2, 0)
     model(input_ids=text()["input_ids"], attention_mask=numbered).logits.sum().backward()
-    assert set(counts(capture).values()) == {15}
+    assert set(counts(collector).values()) == {15}
 
 
 @pytest.mark.parametrize("stable", [False, True])
@@ -145,20 +145,20 @@ def test_padded_frames_of_sound_are_no_tokens(stable: bool) -> None:
         apply_spec_augment=False,
     )  # fmt: skip
     model = tf.Wav2Vec2ForSequenceClassification(config).train()
-    capture = counting(model)
+    collector = counting(model)
     lengths = torch.tensor([160, 80, 120])
     samples = masks(*lengths.tolist(), width=160)
     model(input_values=torch.randn(3, 160), attention_mask=samples).logits.sum().backward()
     frames = model._get_feat_extract_output_lengths(lengths)
-    assert set(counts(capture).values()) == {frames.sum().item()}
+    assert set(counts(collector).values()) == {frames.sum().item()}
 
 
 def test_prompt_tokens_count_as_tokens() -> None:
     config = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4)
     model = get_peft_model(build("bert", torch.float32), config)
-    capture = counting(model)
+    collector = counting(model)
     loss_of(model, text()).backward()
-    assert set(counts(capture).values()) == {text()["attention_mask"].sum().item() + 12}
+    assert set(counts(collector).values()) == {text()["attention_mask"].sum().item() + 12}
 
 
 def test_an_encoder_decoder_of_two_models() -> None:
@@ -167,7 +167,7 @@ def test_an_encoder_decoder_of_two_models() -> None:
     config = tf.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
     config.decoder_start_token_id, config.pad_token_id = 1, 0
     model = tf.EncoderDecoderModel(config=config)
-    capture = counting(model)
+    collector = counting(model)
     ids = text()["input_ids"]
     model(
         input_ids=ids,
@@ -176,23 +176,23 @@ def test_an_encoder_decoder_of_two_models() -> None:
         decoder_attention_mask=masks(5, 1, 1),
         labels=ids,
     ).loss.backward()
-    for key, count in counts(capture).items():
+    for key, count in counts(collector).items():
         reads_source = key.startswith("encoder") or key.endswith(".k")
         assert count == (12 if reads_source else 7), key
 
 
 def test_masks_are_let_go_of() -> None:
     model = build("bert")
-    capture = counting(model)
+    collector = counting(model)
     loss_of(model, text()).backward()
-    assert any(model.masks for model in capture.tokens.models)
-    capture.take()
-    assert not any(model.masks for model in capture.tokens.models)
+    assert any(model.masks for model in collector.tokens.models)
+    collector.take()
+    assert not any(model.masks for model in collector.tokens.models)
     loss_of(model, text()).backward()
-    capture.enable(False, 1)
-    assert not any(model.masks for model in capture.tokens.models)
+    collector.enable(False, 1)
+    assert not any(model.masks for model in collector.tokens.models)
     loss_of(model, text()).backward()
-    assert not any(model.masks for model in capture.tokens.models)
+    assert not any(model.masks for model in collector.tokens.models)
 
 
 def _sparse(name: str) -> nn.Module:
@@ -227,15 +227,15 @@ def test_lengthened_sequences_and_time_first_layers(
 ) -> None:
     model = _sparse(name)
     block = find_attention(model)[0]
-    capture = MomentCollector(model, [MomentRequest("q", "input", block.q, block)])
-    OPEN.append(capture)
-    capture.enable(True, 0)
+    collector = MomentCollector(model, [MomentRequest("q", "input", block.q, block)])
+    OPEN.append(collector)
+    collector.enable(True, 0)
     seen: list[Tensor] = []
     block.q.module.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     ids = torch.randint(3, 40, (len(lengths), width), generator=torch.Generator().manual_seed(1))
     labels = ids if name == "fsmt" else torch.arange(len(lengths)) % 2
     model(input_ids=ids, attention_mask=masks(*lengths, width=width), labels=labels).loss.backward()
-    found = capture.take()["q"]
+    found = collector.take()["q"]
     rows = seen[0] if name == "big_bird" else seen[0].transpose(0, 1)
     real = torch.cat([rows[i, :length] for i, length in enumerate(lengths)])
     real = torch.cat([real, torch.ones(len(real), 1)], 1)
@@ -253,9 +253,9 @@ def test_a_decoder_without_labels_knows_its_padding(name: str) -> None:
     batch = {"input_ids": ids, "attention_mask": masks(6, 5, 3, width=6)}
     taken = []
     for given in ({"labels": labels}, {"decoder_input_ids": tokens}):
-        capture = counting(model)
+        collector = counting(model)
         model(**batch, **given).logits.logsumexp(-1).sum().backward()
-        taken.append(counts(capture))
+        taken.append(counts(collector))
     assert taken[0] == taken[1]
     assert set(taken[1].values()) == {12, 14}
 
@@ -263,12 +263,12 @@ def test_a_decoder_without_labels_knows_its_padding(name: str) -> None:
 def test_a_decoder_of_a_classifier_knows_its_padding() -> None:
     config = tf.BartConfig(**PAIRS, num_labels=2)
     model = tf.BartForSequenceClassification(config).train()
-    capture = counting(model)
+    collector = counting(model)
     mask = masks(7, 5, 3)
     ids = torch.randint(3, 40, (3, 7)) * mask
     ids[torch.arange(3), mask.sum(1) - 1] = 2
     model(input_ids=ids, attention_mask=mask, labels=torch.tensor([0, 1, 0])).loss.backward()
-    assert set(counts(capture).values()) == {15}
+    assert set(counts(collector).values()) == {15}
 
 
 @pytest.mark.parametrize("smoothed", [False, True])
@@ -279,13 +279,13 @@ def test_an_output_head_of_its_own_reads_what_the_decoder_made(width: int, smoot
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     matrix = next(m for m in find_matrices(model) if m.name == "lm_head")
     kinds = ("input", "output_grad")
-    capture = MomentCollector(model, [MomentRequest(kind, kind, matrix) for kind in kinds])
-    OPEN.append(capture)
-    capture.enable(True, 0)
+    collector = MomentCollector(model, [MomentRequest(kind, kind, matrix) for kind in kinds])
+    OPEN.append(collector)
+    collector.enable(True, 0)
     ids = torch.randint(3, 40, (3, 6), generator=torch.Generator().manual_seed(1))
     labels = ids[:, :width].masked_fill(masks(2, width, 3, width=width) == 0, -100)
     tokens = model.prepare_decoder_input_ids_from_labels(labels=labels)
     given = {"decoder_input_ids": tokens} if smoothed else {"labels": labels}
     logits = model(input_ids=ids, attention_mask=masks(6, 2, 3, width=6), **given).logits
     (logits.logsumexp(-1) * (labels != -100)).sum().backward()
-    assert counts(capture) == {"input": 5 + width, "output_grad": 5 + width}
+    assert counts(collector) == {"input": 5 + width, "output_grad": 5 + width}

@@ -1,4 +1,4 @@
-"""What tests of captures share: requests, explicit sums, and captures that get closed."""
+"""What tests of collectors share: requests, explicit sums, and collectors that get closed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OPEN: list[MomentCollector] = []
 
 
 def close_all() -> None:
-    """Close every capture that a test opened."""
+    """Close every collector that a test opened."""
     while OPEN:
         OPEN.pop().close()
 
