@@ -1,10 +1,10 @@
-"""The optimizers by name, and how one is made for a model.
+"""The optimizers by name, and :func:`create_optimizer`.
 
-An optimizer registers itself: :func:`register_optimizer` stands at its class.
-The names are known without importing a class, and without torch: those of this
+Every optimizer registers itself with the decorator :func:`register_optimizer`.
+The names are known without importing the optimizers or torch: those of this
 package are the folders of ``hf_precond/optimizers`` that hold an
 ``optimizer.py``; other packages list theirs in the entry-point group
-``hf_precond.optimizers``. Both are imported when the optimizer is first used.
+``hf_precond.optimizers``. An optimizer is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ ClassT = TypeVar("ClassT", bound="type[PrecondOptimizer]")
 
 @dataclass(frozen=True)
 class OptimizerInfo:
-    """What is registered of one optimizer.
+    """A registered optimizer.
 
     Args:
         name: what ``--optim`` and :func:`create_optimizer` take.
         title: the name in prose.
-        config_cls: its fields.
+        config_cls: the config class.
         optimizer_cls: built as ``optimizer_cls(param_groups, structure, config)``.
         select: ``select(model, config)`` returns which parameters of a model
             are preconditioned.
-        description: one line.
-        memory: the numbers kept for a matrix ``[m, n]``, one line.
+        description: a line for ``hf-precond list``.
+        memory: the numbers kept for a matrix ``[m, n]``, a line.
     """
 
     name: str
@@ -55,7 +55,7 @@ class OptimizerInfo:
 
     @property
     def package(self) -> str:
-        """The package that the class is of."""
+        """The top-level package of the class."""
         return self.optimizer_cls.__module__.partition(".")[0]
 
 
@@ -71,33 +71,35 @@ def register_optimizer(
     memory: str = "",
     title: str | None = None,
 ) -> Callable[[ClassT], ClassT]:
-    """Makes an optimizer known by a name; stands at its class, as a decorator.
+    """Class decorator: register a :class:`PrecondOptimizer` under a name.
 
-    A package of its own lists the module under the same name, and ``--optim``
-    then takes it wherever the package is installed::
+    A package lists the module of the class as an entry point of that name.
+    Wherever the package is installed, ``--optim toy`` then works::
 
         [project.entry-points."hf_precond.optimizers"]
         toy = "toy_optimizer"
 
-    A class in a script needs no entry point for :func:`create_optimizer`;
-    ``hf_precond.register()`` then tells transformers its name.
+    For a class in a script, which has no entry point, call
+    ``hf_precond.register()`` afterwards: ``--optim`` then takes its name too.
 
     Args:
-        name: what ``--optim`` and :func:`create_optimizer` take; the config's
-            ``name``.
-        config: its fields, a frozen dataclass below ``OptimizerConfig``.
-        select: ``select(model, config)`` returns the ``ModelStructure``: which
-            parameters are preconditioned.
-        description: one line for ``hf-precond list``.
-        memory: the numbers kept for a matrix ``[m, n]``, one line for
+        name: what ``--optim`` and :func:`create_optimizer` take; the same as
+            ``config.name``.
+        config: the config class, a frozen dataclass derived from
+            ``OptimizerConfig``.
+        select: ``select(model, config)`` returns a ``ModelStructure``, which
+            says which parameters are preconditioned.
+        description: a line for ``hf-precond list``.
+        memory: the numbers kept for a matrix ``[m, n]``, a line for
             ``hf-precond explain``.
-        title: the name in prose, by default the class's.
+        title: the name in prose; the name of the class by default.
 
     Returns:
-        The decorator, which returns the class unchanged.
+        The decorator, which returns the class as it is.
 
     Raises:
-        ValueError: ``config`` has another name, or another class has this one.
+        ValueError: ``config.name`` differs from ``name``, or another class is
+            registered under ``name``.
     """
     if config.name != name:
         raise ValueError(
@@ -126,7 +128,7 @@ def _path_of(cls: type) -> str:
 
 @functools.cache
 def _entry_points() -> dict[str, list[EntryPoint]]:
-    """Name to where its optimizer can be imported from, this package's own first."""
+    """Name to the entry points of that name, the one of this package first."""
     modules = sorted(Path(__file__).parent.glob("optimizers/*/optimizer.py"))
     names = [module.parent.name for module in modules if module.parent.name != "base"]
     points = {
@@ -139,16 +141,27 @@ def _entry_points() -> dict[str, list[EntryPoint]]:
 
 
 def list_optimizers() -> list[str]:
-    """The names that ``--optim`` and :func:`create_optimizer` take; imports none of them."""
+    """The names that ``--optim`` and :func:`create_optimizer` take.
+
+    Returns:
+        The names in alphabetical order. No optimizer is imported.
+    """
     return sorted({*_entry_points(), *_registered})
 
 
 def get_info(name: str) -> OptimizerInfo:
-    """What is registered of an optimizer, which is imported if need be.
+    """The registered optimizer of a name; imports it on first use.
+
+    Args:
+        name: one of :func:`list_optimizers`.
+
+    Returns:
+        The class with everything that was registered along with it.
 
     Raises:
-        ValueError: an unknown name (with the nearest known one), one that two
-            packages claim, or one that its package does not register.
+        ValueError: the name is unknown (the message has the nearest known
+            name), two packages have an optimizer of this name, or its package
+            does not register it.
     """
     if not isinstance(name, str) or name not in list_optimizers():
         near = difflib.get_close_matches(str(name).lower(), list_optimizers(), n=1)
@@ -165,7 +178,7 @@ def _load(name: str) -> None:
     """Import the module that registers ``name``."""
     point, *others = _entry_points()[name]
     packages = [other.dist.name if other.dist else "hf_precond" for other in (point, *others)]
-    clash = f"optimizer {name!r}: the packages {' and '.join(packages)} both have one of this name"
+    clash = f"optimizer {name!r}: the packages {' and '.join(packages)} both have this name"
     if others and point.dist is not None:
         raise ValueError(f"{clash}; uninstall one of them.")
     if others:
@@ -174,12 +187,19 @@ def _load(name: str) -> None:
     if name not in _registered:
         raise ValueError(
             f"optimizer {name!r}: the entry point of package {packages[0]} ({point.value}) "
-            f"registers none of this name; @register_optimizer({name!r}, …) is missing there."
+            f"does not register it; @register_optimizer({name!r}, …) is missing there."
         )
 
 
 def make_config(name_or_config: str | OptimizerConfig, **values: Any) -> OptimizerConfig:
     """A validated config from a name and fields, or a config with some fields changed.
+
+    Args:
+        name_or_config: one of :func:`list_optimizers`, or a config.
+        **values: fields.
+
+    Returns:
+        The config.
 
     Raises:
         ValueError: an unknown name or field, or a value out of range.
@@ -194,12 +214,12 @@ def make_config(name_or_config: str | OptimizerConfig, **values: Any) -> Optimiz
 def create_optimizer(
     model: nn.Module, name_or_config: str | OptimizerConfig, **values: Any
 ) -> PrecondOptimizer:
-    """Builds an optimizer for a model.
+    """Build an optimizer for a model.
 
     Weight decay applies by the Trainer's rule: not to biases and norms. With
     ``head_lr_scale`` other than 1 the newly initialised head has groups of its
     own. The routing table (``print(optimizer.routing)``) shows how every
-    parameter is stepped.
+    parameter is updated.
 
     Args:
         model: any ``nn.Module``; attention is found in the model families of
@@ -241,11 +261,18 @@ def create_optimizer(
 
 
 def read_model(model: nn.Module, config: OptimizerConfig) -> ModelStructure:
-    """What the optimizer of ``config`` would precondition in ``model``.
+    """Read which parameters of a model an optimizer preconditions.
+
+    Args:
+        model: the model.
+        config: the optimizer's config.
+
+    Returns:
+        The matrices and norm parameters, and the routing table.
 
     Raises:
-        ValueError: nothing would be, or the optimizer cannot serve what runs
-            the training.
+        ValueError: nothing would be preconditioned, or the optimizer does not
+            support what runs the training.
     """
     from hf_precond.distributed.strategies import unsupported_strategy
 

@@ -84,7 +84,7 @@ def test_two_packages_with_one_name_are_refused_by_their_names(install):
     install("package_b", "mine")
     install("package_c", "mine")
     assert "mine" in list_optimizers()
-    with pytest.raises(ValueError, match="'mine': the packages package_b and package_c both have"):
+    with pytest.raises(ValueError, match="'mine': the packages package_b and package_c both have this name"):
         get_info("mine")
 
 
@@ -98,7 +98,7 @@ def test_a_built_in_wins_with_a_warning_that_names_both_packages(install, monkey
 
 def test_an_entry_point_that_registers_another_name_is_refused(install):
     install("package_e", "mine", registers="yours")
-    with pytest.raises(ValueError, match=r"package package_e \(package_e\) registers none of this"):
+    with pytest.raises(ValueError, match=r"package package_e \(package_e\) does not register it"):
         get_info("mine")
 
 

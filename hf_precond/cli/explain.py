@@ -1,4 +1,4 @@
-"""What there is to know before training: ``hf-precond list`` and ``hf-precond explain``."""
+"""``hf-precond list`` and ``hf-precond explain``: the optimizers, and what they do to a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from typing import Any
 
 
 def add_commands(commands: Any) -> None:
-    """Adds both commands to ``hf-precond``'s parser."""
+    """Add both commands to the parser of ``hf-precond``.
+
+    Args:
+        commands: the parser's subparsers.
+    """
     parser = commands.add_parser("list", help="the optimizers, or the fields of one")
     parser.add_argument("name", nargs="?", help="an optimizer's name")
     parser.set_defaults(act=list_command)
@@ -31,7 +35,10 @@ def add_commands(commands: Any) -> None:
 
 
 def list_command(arguments: argparse.Namespace) -> int:
-    """Prints every optimizer with its line of description, or one with its fields.
+    """Print the optimizers with their descriptions, or one with its fields.
+
+    Args:
+        arguments: ``name``, or ``None`` for all.
 
     Returns:
         0; 2 for an unknown name.
@@ -42,7 +49,7 @@ def list_command(arguments: argparse.Namespace) -> int:
         for name in list_optimizers():
             try:
                 line = get_info(name).description
-            except Exception as error:  # whatever another package raises: the others are listed
+            except Exception as error:  # of another package, say; the others are listed
                 line = f"cannot be used: {error}"
             print(f"{name:<8} {line}")
         print("\n`hf-precond list NAME` shows the fields of one: the keys of --optim_args.")
@@ -64,7 +71,10 @@ def list_command(arguments: argparse.Namespace) -> int:
 
 
 def explain_command(arguments: argparse.Namespace) -> int:
-    """Prints how an optimizer steps every parameter of a model, and the memory it takes.
+    """Print how an optimizer updates every parameter of a model, and the memory of its state.
+
+    Args:
+        arguments: ``model``, ``optim``, ``optim_args`` and ``auto_class``.
 
     Returns:
         0; 2 when the model, the name or a field cannot be used.
@@ -73,7 +83,7 @@ def explain_command(arguments: argparse.Namespace) -> int:
         model, auto_class = arguments.model, arguments.auto_class
         text = explanation(model, arguments.optim, arguments.optim_args, auto_class)
     except (ValueError, OSError) as error:
-        # Offline, transformers says what it could not reach and not what was asked for.
+        # Offline, transformers names the host that it could not reach, not the model.
         named = arguments.model in str(error) or str(error).startswith("--optim_args")
         subject = f"{arguments.model}: " * (isinstance(error, OSError) and not named)
         print(f"hf_precond: {subject}{error}", file=sys.stderr)
@@ -95,6 +105,9 @@ def explanation(
         optim_args: ``key=value,…``.
         auto_class: name of an auto class of transformers.
 
+    Returns:
+        The text.
+
     Raises:
         ValueError: an unknown name, field or auto class, or nothing would be
             preconditioned.
@@ -114,10 +127,13 @@ def explanation(
 
 
 def memory(optimizer: Any) -> str:
-    """What an optimizer's state takes, counted, beside AdamW's; two lines.
+    """The memory of an optimizer's state, counted, compared with AdamW's.
 
     Args:
         optimizer: of a model on the meta device, before its first step.
+
+    Returns:
+        Two lines.
     """
     import torch
 

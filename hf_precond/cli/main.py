@@ -15,7 +15,7 @@ COMMANDS = ("run", "list", "explain")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console script ``hf-precond``.
+    """Run the console script ``hf-precond``.
 
     Args:
         argv: the arguments, ``sys.argv[1:]`` by default.
@@ -25,23 +25,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["run"] and words[1:2] not in (["-h"], ["--help"]):
-        # argparse would take the script's own options for ours.
+        # argparse would read the script's options as its own.
         return run.run(words[1:])
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a table with a `?` in it beats none
+        if isinstance(stream, io.TextIOWrapper):  # print `?` rather than fail
             stream.reconfigure(errors="replace")
     arguments = _parser().parse_args(words)
     try:
         code = int(arguments.act(arguments))
-        sys.stdout.flush()  # else a closed pipe is met while the interpreter ends
+        sys.stdout.flush()  # a closed pipe is noticed here, not while the interpreter exits
         return code
-    except BrokenPipeError:  # the reader (head, less) has seen enough
+    except BrokenPipeError:  # the reader (head, less) has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
 def launch(argv: Sequence[str]) -> int:
-    """``python -m hf_precond SCRIPT.py …``; the commands of ``hf-precond`` work here too.
+    """Run ``python -m hf_precond SCRIPT.py …``; the commands of ``hf-precond`` work too.
 
     Args:
         argv: the arguments.

@@ -15,7 +15,11 @@ from hf_precond.registry import list_optimizers
 
 
 def add_command(commands: Any) -> None:
-    """Adds the command to ``hf-precond``'s parser."""
+    """Add the command to the parser of ``hf-precond``.
+
+    Args:
+        commands: the parser's subparsers.
+    """
     names = ", ".join(list_optimizers())
     parser = commands.add_parser("run", help=f"run a training script with --optim {names}")
     parser.add_argument("script", help="the script's path")
@@ -24,11 +28,11 @@ def add_command(commands: Any) -> None:
 
 
 def run(words: Sequence[str]) -> int:
-    """Runs a script in this process, as ``python SCRIPT.py …`` would.
+    """Run a script in this process, as ``python SCRIPT.py …`` would.
 
-    The script's folder comes first on ``sys.path`` and ``sys.argv`` is the
-    script's. What it raises is shown without the frames of this package, and
-    exit codes are its own.
+    The script's folder comes first on ``sys.path``, and ``sys.argv`` is the
+    script's. Its exceptions are shown without the frames of this package, and
+    its exit codes are returned.
 
     Args:
         words: the script's path (or a folder or archive with a
@@ -65,7 +69,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def _leave_process_group() -> None:
-    """Ends what a distributed script leaves open: gloo's threads may abort a process that exits."""
+    """End a process group that a script left open: gloo's threads may abort a process at exit."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
@@ -77,10 +81,11 @@ def _refuse(sentence: str) -> int:
 
 
 def _take_first_place(folder: str) -> None:
-    """Puts the script's folder where ``python SCRIPT.py`` has it: in place of the launcher's.
+    """Put the script's folder first on ``sys.path``, as ``python SCRIPT.py`` does.
 
-    The entry replaced is the working directory (``-m``) or the console
-    script's folder. It goes to the end if this package was found through it.
+    It replaces the launcher's entry: the working directory (``-m``) or the
+    folder of the console script. That entry goes to the end if this package
+    was imported from there.
     """
     home = str(Path(__file__).resolve().parents[2])
     replaced = None if sys.flags.safe_path or not sys.path else sys.path.pop(0)

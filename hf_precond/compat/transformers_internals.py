@@ -1,16 +1,16 @@
 """Private names of transformers, read in 5.4.0 to 5.23.0.
 
 transformers has no public way to add an optimizer's name, so four things are
-changed from outside, each only where it is found:
+changed from outside:
 
 - ``training_args.OptimizerNames`` gets a member per name, which makes
   ``TrainingArguments``, ``HfArgumentParser`` and ``--help`` accept it;
-- ``Trainer.get_optimizer_cls_and_kwargs`` is wrapped, which works with and
-  without the table of handlers behind it (since 5.2), and comes before its
-  splitting of ``--optim_args``, whose errors are obscure;
+- ``Trainer.get_optimizer_cls_and_kwargs`` is wrapped. That works whatever it
+  looks up (a table of handlers since 5.2), and comes before its parsing of
+  ``--optim_args``, whose errors are obscure;
 - ``trainer.DEFAULT_CALLBACKS`` gets a callback;
 - ``modelcard.extract_hyperparameters_from_trainer`` is wrapped, because it
-  gives every name with "adam" in it Adam's description.
+  describes every optimizer with "adam" in its name as Adam.
 """
 
 from __future__ import annotations
@@ -41,23 +41,27 @@ def transformers_version() -> str | None:
 
 
 def is_supported(version: str | None) -> bool:
-    """Whether a version of transformers is one in which these names were read."""
+    """Whether a version of transformers is in the supported range.
+
+    Args:
+        version: the version; ``None`` where transformers is not installed.
+    """
     number = re.match(r"(\d+)\.(\d+)", version or "")
     return number is not None and LOWEST <= (int(number[1]), int(number[2])) < BEYOND
 
 
 def extend_enum(module: ModuleType, names: Iterable[str], restore: Callable[[str], Any]) -> None:
-    """Adds members to ``module.OptimizerNames``: ``AFOPT = "afopt"`` and so on.
+    """Add members to ``module.OptimizerNames``: ``AFOPT = "afopt"`` and so on.
 
-    A value that transformers has itself stays its own.
+    A value that transformers already has stays as it is.
 
     Args:
         module: ``transformers.training_args``.
         names: the values.
         restore: a module-level function that returns the member for a value.
-            Members are pickled as a call of it, so that a process which has
-            not imported this package does when it opens them (a spawned
-            worker, ``training_args.bin``).
+            Members are pickled as a call of it, so that a process that
+            unpickles them (a spawned worker; ``training_args.bin``) imports
+            this package.
     """
     enum = module.OptimizerNames
     for value in names:
@@ -81,14 +85,18 @@ def _reduce(restore: Callable[[str], Any], value: str, protocol: int) -> tuple[A
 
 
 def is_added(member: Any) -> bool:
-    """Whether a member of ``OptimizerNames`` is one of :func:`extend_enum`'s."""
+    """Whether :func:`extend_enum` added a member of ``OptimizerNames``.
+
+    Args:
+        member: the member.
+    """
     return hasattr(member, _MARK)
 
 
 def wrap_lookup(
     module: ModuleType, look_up: Callable[[Any], tuple[Any, dict[str, Any]]]
 ) -> None:
-    """Sends ``Trainer.get_optimizer_cls_and_kwargs`` to ``look_up(args)`` for added names.
+    """Let ``look_up`` answer ``Trainer.get_optimizer_cls_and_kwargs`` for added names.
 
     Args:
         module: ``transformers.trainer``.
@@ -109,7 +117,7 @@ def wrap_lookup(
 
 
 def add_default_callback(module: ModuleType, callback: type) -> None:
-    """Gives every ``Trainer`` made from now on a callback, ahead of the reporting ones.
+    """Add a callback to every ``Trainer`` made from now on, before the reporting ones.
 
     Args:
         module: ``transformers.trainer``.
@@ -120,11 +128,11 @@ def add_default_callback(module: ModuleType, callback: type) -> None:
 
 
 def wrap_model_card(module: ModuleType, correct: Callable[[Any, dict[str, Any]], None]) -> None:
-    """Lets ``correct(trainer, hyperparameters)`` change what the model card says.
+    """Let ``correct(trainer, hyperparameters)`` change the hyperparameters in model cards.
 
     Args:
         module: ``transformers.modelcard``.
-        correct: changes the dict in place.
+        correct: changes the dictionary in place.
     """
     name = "extract_hyperparameters_from_trainer"
     original = getattr(module, name, None)
@@ -142,5 +150,9 @@ def wrap_model_card(module: ModuleType, correct: Callable[[Any, dict[str, Any]],
 
 
 def uses_deepspeed(args: Any) -> bool:
-    """Whether training arguments ask for DeepSpeed."""
+    """Whether training arguments ask for DeepSpeed.
+
+    Args:
+        args: the training arguments.
+    """
     return bool(getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None))

@@ -49,7 +49,7 @@ def bounded(
     open_low: bool = False,
     open_high: bool = False,
 ) -> Any:
-    """Declares a number, or a pair of numbers, between ``low`` and ``high``.
+    """Declare a number, or a pair of numbers, between ``low`` and ``high``.
 
     Args:
         default: the field's default.
@@ -62,27 +62,27 @@ def bounded(
 
 
 def positive(default: float) -> Any:
-    """Declares a number greater than zero."""
+    """Declare a number greater than zero."""
     return bounded(default, 0.0, open_low=True)
 
 
 def interval(default: int) -> Any:
-    """Declares a number of steps: an integer of at least 1."""
+    """Declare a number of steps: an integer of at least 1."""
     return bounded(default, 1)
 
 
 def decay(default: Any) -> Any:
-    """Declares the decay of a running average, in [0, 1)."""
+    """Declare the decay of a running average, in [0, 1)."""
     return bounded(default, 0.0, 1.0, open_high=True)
 
 
 def one_of(*names: str) -> Any:
-    """Declares one of ``names``, or ``None``, the default."""
+    """Declare one of ``names``, or ``None``, the default."""
     return field(default=None, metadata={"choices": names})
 
 
 class _Field:
-    """What may stand in one field of a config, and how text becomes its value."""
+    """The legal values of one field of a config, and how text becomes a value."""
 
     def __init__(self, owner: str, item: dataclasses.Field[Any], hint: Any) -> None:
         self.owner, self.name, self.default = owner, item.name, item.default
@@ -156,10 +156,10 @@ class _Field:
         return bool(above and below)
 
     def parse(self, text: str) -> Any:
-        """The value that ``text`` stands for; its range is not looked at yet.
+        """The value that ``text`` stands for; its range is not checked.
 
         Raises:
-            ValueError: it stands for none of the field's type.
+            ValueError: the text is no value of the field's type.
         """
         if self.optional and text.lower() in ("none", "null"):
             return None
@@ -181,30 +181,29 @@ def _fields_of(cls: type[OptimizerConfig]) -> dict[str, _Field]:
 
 @dataclass(frozen=True)
 class OptimizerConfig(HubMixin):
-    """The fields every optimizer has.
+    """The fields that every optimizer has.
 
     Args:
-        lr: learning rate of all groups, >= 0. Default 0.001.
+        lr: learning rate of all parameter groups, >= 0. Default 0.001.
         weight_decay: decoupled weight decay of the groups that decay, >= 0.
             Default 0.
         head_lr_scale: learning rate of a newly initialised head over the
             body's, > 0. Default 1.
-        betas: decay rates of AdamW's two moments, each in [0, 1). Default
-            (0.9, 0.999).
+        betas: AdamW's decay rates of the first and second moment, each in
+            [0, 1). Default 0.9 and 0.999.
         eps: AdamW's epsilon, >= 0. Default 1e-8.
-        state_dtype: dtype of the Kronecker factors kept between steps (``sgdph``
-            has none): ``float32``, ``float64``, ``bfloat16``, under ``nkfac``
-            ``float16`` (others leave its range); ``None`` is float32, and
-            float64 for float64 parameters. Default ``None``.
-        skip_nonfinite: leave a step out whose gradients are not all finite,
-            as a loss scaler does: weights, moments and factors stay as they
-            are (counted as ``skipped_steps``; ten in a row stop training).
-            It costs one pass over the gradients and one reading from the
-            device a step. Default ``False``.
+        state_dtype: dtype in which Kronecker factors are kept between steps
+            (``sgdph`` has none): ``float32``, ``float64``, ``bfloat16``, under
+            ``nkfac`` also ``float16`` (the others leave its range), or ``None``:
+            float32, and float64 for float64 parameters. Default ``None``.
+        skip_nonfinite: skip a step whose gradients are not all finite, as a
+            loss scaler does: weights, moments and factors stay as they are.
+            Such steps are counted as ``skipped_steps``; ten in a row stop
+            training. Costs one pass over the gradients and one read from the
+            device per step. Default False.
 
     Raises:
-        ValueError: naming the field, its legal range and, for an unknown
-            field, the nearest legal one.
+        ValueError: naming the field, its legal range and its default.
     """
 
     name: ClassVar[str] = ""
@@ -225,7 +224,7 @@ class OptimizerConfig(HubMixin):
 
     @classmethod
     def _refuse_unknown(cls, names: Iterable[str]) -> None:
-        """Refuse names that are no fields, each with the one that was probably meant."""
+        """Raise for a name that is no field, with the field that was probably meant."""
         known = list(_fields_of(cls))
         for name in [name for name in names if name not in known]:
             near = [_ALIASES[name]] if name in _ALIASES else []
@@ -243,33 +242,30 @@ class OptimizerConfig(HubMixin):
             **values: fields; the others have their defaults.
 
         Raises:
-            ValueError: a value is not legal, or a name is no field (with the
-                nearest one).
+            ValueError: a value is not legal, or a name is no field (the
+                message has the nearest field).
         """
         cls._refuse_unknown(values)
         return cls(**values)
 
     @classmethod
     def from_strings(cls: type[ConfigT], values: Mapping[str, str]) -> ConfigT:
-        """A config from strings, as ``--optim_args`` hands them over.
+        """A config from strings, as :meth:`parse` reads them.
 
         Args:
-            values: by field; see :meth:`parse`.
-
-        Raises:
-            ValueError: a value is not legal, or a name is no field.
+            values: field to text.
         """
         return cls.create(**cls.parse(values))
 
     @classmethod
     def parse(cls, values: Mapping[str, str]) -> dict[str, Any]:
-        """Turns strings into values of the fields' types; a pair is written ``0.9:0.99``.
+        """Turn strings into values of the fields' types; a pair is written ``0.9:0.99``.
 
         Args:
-            values: strings by field.
+            values: field to text.
 
         Returns:
-            Values by field, their ranges not checked yet.
+            Field to value. The ranges are checked when a config is made.
 
         Raises:
             ValueError: a string is no value of its field's type, or a name is
@@ -281,11 +277,10 @@ class OptimizerConfig(HubMixin):
 
     @classmethod
     def from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
-        """A config from :meth:`to_dict`'s output, lists standing for pairs.
+        """A config from what :meth:`to_dict` returned.
 
         Args:
-            values: fields, ``optimizer`` and ``hf_precond_version``; the last
-                two may be missing.
+            values: field to value; a list stands for a pair.
 
         Raises:
             ValueError: the values are another optimizer's, or not legal.
@@ -301,7 +296,11 @@ class OptimizerConfig(HubMixin):
         return cls.create(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values, with the optimizer's name under ``optimizer``."""
+        """The fields as values that JSON can hold.
+
+        Returns:
+            Field to value, and the optimizer's name under ``optimizer``.
+        """
         values = dataclasses.asdict(self)
         return {"optimizer": self.name} | {
             k: list(v) if isinstance(v, tuple) else v for k, v in values.items()
@@ -321,14 +320,14 @@ class OptimizerConfig(HubMixin):
 
     @property
     def decays_everything(self) -> bool:
-        """Whether weight decay applies to every parameter, as in authors' published code."""
+        """Whether biases and norms decay too, as in the authors' code (``reference=True``)."""
         return getattr(self, "reference", False)
 
     def factor_dtype(self, parameter_dtype: torch.dtype) -> torch.dtype:
-        """The dtype of the factors kept for a parameter.
+        """The dtype in which the factors of a parameter are kept.
 
         Args:
-            parameter_dtype: the parameter's.
+            parameter_dtype: the parameter's dtype.
         """
         import torch
 
@@ -339,5 +338,5 @@ class OptimizerConfig(HubMixin):
         return compute_dtype(parameter_dtype)
 
 
-# The config saved in a folder or on the Hub, in the class that its "optimizer" names.
+# The config of any optimizer that was saved in a folder or on the Hub.
 load_config = OptimizerConfig.from_pretrained

@@ -1,9 +1,9 @@
 """Configs on disk and on the Hub: ``optimizer_config.json``.
 
 ``huggingface_hub.ModelHubMixin`` is made for models: it writes ``config.json``
-and ``README.md`` into the folder and deletes the ``config.json`` it finds
-there, which beside a checkpoint is the model's own. So the methods keep its
-names and arguments, and are built on ``huggingface_hub``'s public functions.
+and ``README.md`` into the folder and deletes a ``config.json`` that is there,
+which beside a checkpoint is the model's. The methods here have its names and
+arguments, and use the public functions of ``huggingface_hub``.
 """
 
 from __future__ import annotations
@@ -25,12 +25,10 @@ class HubMixin(ABC):
     """``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` of a config."""
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> str:
-        """Writes ``optimizer_config.json`` into a folder, which is made if need be.
-
-        The file appears whole or not at all.
+        """Write ``optimizer_config.json`` into a folder, as a whole or not at all.
 
         Args:
-            save_directory: the folder.
+            save_directory: the folder; created if it does not exist.
 
         Returns:
             The file's path.
@@ -53,11 +51,11 @@ class HubMixin(ABC):
         local_files_only: bool = False,
         **fields: Any,
     ) -> ConfigT:
-        """Reads a config from a folder or from a repository on the Hub.
+        """Read a config from a folder or from a repository on the Hub.
 
-        The file is data: nothing in it is executed, and a field that the
-        config class does not have is refused. On ``OptimizerConfig`` itself
-        the class is chosen by the file's ``optimizer``.
+        The file is data: nothing in it is executed. Called on
+        ``OptimizerConfig`` itself, it returns the config class of the optimizer
+        that the file names.
 
         Args:
             pretrained_name_or_path: a folder that holds
@@ -71,11 +69,11 @@ class HubMixin(ABC):
             **fields: fields that replace the saved ones.
 
         Returns:
-            The config, validated.
+            The config.
 
         Raises:
             FileNotFoundError: there is no such folder, repository or file.
-            ValueError: the file is no config, is another optimizer's, or has
+            ValueError: the file is no config, is of another optimizer, or has
                 a field or value that is not legal.
         """
         path = _locate(
@@ -106,10 +104,10 @@ class HubMixin(ABC):
         branch: str | None = None,
         create_pr: bool = False,
     ) -> str:
-        """Uploads ``optimizer_config.json`` to a repository, which is made if need be.
+        """Upload ``optimizer_config.json`` to a repository on the Hub.
 
         Args:
-            repo_id: ``user/name`` or ``name``.
+            repo_id: ``user/name`` or ``name``; created if it does not exist.
             commit_message: message of the commit.
             private: make a new repository private.
             token: access token; ``None`` uses the one of ``hf auth login``.
@@ -135,15 +133,15 @@ class HubMixin(ABC):
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values (the config class says how)."""
+        """The fields as values that JSON can hold."""
 
     def to_json(self) -> str:
-        """The output of :meth:`to_dict` with the package's version, as JSON."""
+        """:meth:`to_dict` and the package's version, as JSON."""
         return json.dumps(self.to_dict() | {"hf_precond_version": version()}, indent=2) + "\n"
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a text file that appears whole or not at all; what it replaces stays until then.
+    """Write a text file as a whole or not at all; an existing file stays until it is replaced.
 
     Args:
         path: the file; its folder exists.
@@ -164,7 +162,7 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
 
 
 def version() -> str:
-    """The package's version, ``"unknown"`` in a source tree that was not installed."""
+    """The version of this package, ``"unknown"`` in a source tree that is not installed."""
     try:
         return metadata.version("hf_precond")
     except metadata.PackageNotFoundError:
@@ -172,7 +170,14 @@ def version() -> str:
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON object in a config file, refused with a sentence when it is none."""
+    """The fields in a config file.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ValueError: the file holds no JSON object.
+    """
 
     def refuse(constant: str) -> Any:
         raise ValueError(f"{constant} is not a number that JSON has")
@@ -189,7 +194,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _locate(source: str | os.PathLike[str], **download: Any) -> Path:
-    """The config file that a folder, a path or a Hub id means."""
+    """The config file in a folder, at a path or in a repository on the Hub."""
     path = Path(source).expanduser()
     if path.is_file():
         return path
@@ -220,7 +225,7 @@ def _locate(source: str | os.PathLike[str], **download: Any) -> Path:
 
 
 def _newer(values: dict[str, Any]) -> str:
-    """What to do about a refused file that another release of the package wrote."""
+    """Advice for a refused file that another release of this package wrote, else nothing."""
     written = values.get("hf_precond_version", version())
     if written == version():
         return ""

@@ -1,4 +1,4 @@
-"""From ``TrainingArguments`` to a config, and which config a Trainer uses.
+"""From ``TrainingArguments`` to a config, and the config that a Trainer uses.
 
 Precedence: ``--optim_args``, then the Trainer's own arguments, then the
 config's defaults.
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_KEY = "config"
 
-# Field -> the Trainer's arguments it follows.
+# Field -> the Trainer's arguments that it follows.
 FOLLOWS = {
     "lr": ("learning_rate",),
     "weight_decay": ("weight_decay",),
@@ -30,12 +30,15 @@ FOLLOWS = {
 
 
 def config_from_arguments(args: Any, *, warn: bool = False) -> OptimizerConfig:
-    """The config that ``--optim``, ``--optim_args`` and the Trainer's own arguments mean.
+    """The config given by ``--optim``, ``--optim_args`` and the Trainer's own arguments.
 
     Args:
         args: ``TrainingArguments`` whose ``optim`` is a name of this package.
         warn: warn, on the first rank, of an argument of the Trainer that was
             given and that ``--optim_args`` overrules.
+
+    Returns:
+        The config.
 
     Raises:
         ValueError: ``--optim_args`` is malformed, or a field or value in it or
@@ -66,13 +69,17 @@ def config_from_pairs(
     pairs: Mapping[str, str],
     defaults: Mapping[str, Any] | None = None,
 ) -> OptimizerConfig:
-    """A config from :func:`parse_pairs`, where ``config=`` names a saved one to start from.
+    """A config from ``key=value`` pairs.
 
     Args:
         config_cls: the optimizer's config class.
-        pairs: field to text.
-        defaults: fields for which neither the pairs nor a saved config have a
-            value.
+        pairs: field to text, as :func:`parse_pairs` returns them; ``config``
+            names a saved config to start from.
+        defaults: values of fields that are neither in the pairs nor in a saved
+            config.
+
+    Returns:
+        The config.
 
     Raises:
         ValueError, FileNotFoundError: as :func:`config_from_arguments`.
@@ -91,11 +98,17 @@ def config_from_pairs(
 
 
 def parse_pairs(text: str | None) -> dict[str, str]:
-    """Splits ``key=value,key=value``; white space around a key or a value is dropped.
+    """Split ``key=value,key=value``.
+
+    Args:
+        text: the pairs; white space around a key or a value is dropped.
+
+    Returns:
+        Key to text; empty for ``None``.
 
     Raises:
-        ValueError: naming the piece that is no ``key=value``, or a key that
-            stands twice; or this is no string (a mapping out of a YAML file).
+        ValueError: a piece is no ``key=value``, a key is given twice, or
+            ``text`` is no string (a mapping out of a YAML file).
     """
     pairs: dict[str, str] = {}
     if text is not None and not isinstance(text, str):
@@ -120,7 +133,7 @@ def parse_pairs(text: str | None) -> dict[str, str]:
 
 
 def _warn_of_unused(args: Any, config: OptimizerConfig, fields: set[str]) -> None:
-    """Warns of arguments of the Trainer that were given and that ``--optim_args`` overrules."""
+    """Warn of given arguments of the Trainer that ``--optim_args`` overrules."""
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     for field in sorted(fields, key=list(FOLLOWS).index):
         used = getattr(config, field)
@@ -134,9 +147,16 @@ def _warn_of_unused(args: Any, config: OptimizerConfig, fields: set[str]) -> Non
 
 
 def own_optimizer(optimizer: Any) -> Any:
-    """This package's optimizer under accelerate's wrapper, or ``None`` if it is another's."""
+    """The optimizer of this package inside accelerate's wrapper.
+
+    Args:
+        optimizer: any optimizer, wrapped or not, or ``None``.
+
+    Returns:
+        The optimizer; ``None`` if it is of another package.
+    """
     base = sys.modules.get("hf_precond.optimizers.base.optimizer")
-    if base is None:  # then no such optimizer was made
+    if base is None:  # no optimizer of this package was made
         return None
     while not isinstance(optimizer, base.PrecondOptimizer):
         optimizer = getattr(optimizer, "optimizer", None)
@@ -146,7 +166,14 @@ def own_optimizer(optimizer: Any) -> Any:
 
 
 def config_in_use(trainer: Any) -> OptimizerConfig | None:
-    """The config of a Trainer's optimizer, or of the one it will make; ``None`` for another's."""
+    """The config of the optimizer that a Trainer has or will create.
+
+    Args:
+        trainer: any ``Trainer``.
+
+    Returns:
+        The config; ``None`` with an optimizer of another package.
+    """
     own = own_optimizer(trainer.optimizer)
     if own is not None:
         return own.config

@@ -1,8 +1,4 @@
-"""What the training loop and the optimizer tell each other.
-
-``PrecondCallback`` is among the default callbacks of every Trainer, and does
-nothing unless the optimizer is one of this package's.
-"""
+"""``PrecondCallback``, which connects an optimizer of this package with the training loop."""
 
 from __future__ import annotations
 
@@ -23,14 +19,17 @@ logger = logging.getLogger(__name__)
 
 
 def logged_diagnostics(optimizer: Any) -> dict[str, float]:
-    """The optimizer's diagnostics under the names they have in the logs; empty for others'.
+    """The diagnostics of an optimizer under their names in the logs.
 
-    What there is of every layer, ``kind/layer``, is one line of the logs for all
-    of them: the least ``entropy`` and ``entropy_min``, the largest of every other
-    kind, NaN where there is one.
+    Diagnostics of single layers, ``kind/layer``, are summed up by the worst layer:
+    the smallest ``entropy`` and ``entropy_min``, the largest of every other kind,
+    NaN where there is one.
 
     Args:
         optimizer: any optimizer, wrapped or not, or ``None``.
+
+    Returns:
+        Name to value; empty for an optimizer of another package.
     """
     own = own_optimizer(optimizer)
     if own is None:
@@ -46,23 +45,26 @@ def logged_diagnostics(optimizer: Any) -> dict[str, float]:
 
 
 def restored_settings(own: Any) -> dict[str, Any]:
-    """Fields that an optimizer has from its checkpoint and whose values its config gives otherwise.
+    """The settings that loading a checkpoint has changed.
 
     torch restores the parameter groups, learning rate and weight decay
-    included, and the Trainer its schedule, whatever the new run says.
+    included, and the Trainer its schedule, whatever the new run asks for.
 
     Args:
-        own: an optimizer of this package, whose state was loaded.
+        own: an optimizer of this package, after its state was loaded.
+
+    Returns:
+        Field to restored value, where the config has another value.
     """
     from hf_precond.architectures.parameters import DECAY, NO_DECAY
 
     restored: dict[str, Any] = {}
     for group in own.param_groups:
-        # The body's groups by their names: a head has its own rate, others are a script's own.
+        # Groups of the body only: a head has its own learning rate, and so may a script's groups.
         if group.get("name") not in (DECAY, NO_DECAY):
             continue
         restored |= {key: group[key] for key in ("betas", "eps", "momentum") if key in group}
-        if "initial_lr" in group:  # set by a scheduler that counts from it
+        if "initial_lr" in group:  # the scheduler's peak; lr is its current value
             restored["lr"] = float(group["initial_lr"])
         if group["name"] == DECAY:
             restored["weight_decay"] = group["weight_decay"]
@@ -74,10 +76,17 @@ def restored_settings(own: Any) -> dict[str, Any]:
 
 
 class PrecondCallback(TrainerCallback):
-    """Early checks, hooks alive in training only, loss scale, skipped steps, logs, config files."""
+    """Connect an optimizer of this package with the training loop.
+
+    The callback is among the default callbacks of every ``Trainer``. It checks
+    ``--optim_args`` early, keeps the optimizer's hooks installed during training
+    only, hands over the loss scale, drops the statistics of skipped steps, adds
+    the diagnostics to the logs and writes ``optimizer_config.json`` into
+    ``output_dir`` and its checkpoints. With other optimizers it does nothing.
+    """
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuses bad ``--optim_args`` when the Trainer is made, not when training starts."""
+        """Refuse bad ``--optim_args`` when the Trainer is made, not when training starts."""
         if is_added(args.optim):
             config_from_arguments(args)
 
@@ -85,7 +94,7 @@ class PrecondCallback(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None,
         **kwargs: Any,
     ) -> None:  # fmt: skip
-        """Installs the hooks that an earlier ``train()`` removed; writes the config in use."""
+        """Install the hooks that an earlier ``train()`` removed; write the config in use."""
         own = own_optimizer(optimizer)
         if own is None:
             return
@@ -107,7 +116,7 @@ class PrecondCallback(TrainerCallback):
     def on_step_begin(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        """Sets the loss scale of the passes to come, from the scaler in accelerate's wrapper."""
+        """Set the loss scale of the next passes, from the scaler in accelerate's wrapper."""
         from hf_precond.compat.torch_internals import loss_scale
 
         own = own_optimizer(optimizer)
@@ -117,7 +126,7 @@ class PrecondCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        """Drops the statistics of a step that the loss scaler skipped."""
+        """Drop the statistics of a step that the loss scaler skipped."""
         own = own_optimizer(optimizer)
         skipped = getattr(optimizer, "step_was_skipped", False)
         if skipped and own is not None and own.statistics is not None:
@@ -127,7 +136,7 @@ class PrecondCallback(TrainerCallback):
         self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None,
         **kwargs: Any,
     ) -> None:  # fmt: skip
-        """Adds the diagnostics to the training logs, before the reporting callbacks see them."""
+        """Add the diagnostics to the training logs, before the reporting callbacks see them."""
         if logs is None or "loss" not in logs:
             return
         diagnostics = logged_diagnostics(optimizer)
@@ -138,7 +147,7 @@ class PrecondCallback(TrainerCallback):
     def on_save(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        """Writes the config beside the checkpoint that was just saved."""
+        """Write the config beside the checkpoint that was just saved."""
         own = own_optimizer(optimizer)
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if own is not None and args.should_save and checkpoint.is_dir():
@@ -147,7 +156,7 @@ class PrecondCallback(TrainerCallback):
     def on_train_end(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        """Removes the hooks: the trained model is left as it was given."""
+        """Remove the hooks: the trained model is left as it was given."""
         own = own_optimizer(optimizer)
         if own is not None:
             own.close()

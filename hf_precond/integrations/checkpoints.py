@@ -1,4 +1,4 @@
-"""Checkpoints that a killed run left behind: which of them are whole."""
+"""Which checkpoints of a killed run are complete."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ TRAINER_STATE = "trainer_state.json"
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """The newest checkpoint of a run that can be resumed from; ``None`` without one.
+    """The newest complete checkpoint of a run.
 
     ``transformers.trainer_utils.get_last_checkpoint`` returns the newest
-    folder, which is half-written where the run was killed while it saved.
+    folder, which is incomplete if the run was killed while it saved.
 
     Args:
         output_dir: the run's folder, which holds ``checkpoint-…``.
+
+    Returns:
+        The checkpoint's path; ``None`` if there is none.
     """
     root = Path(output_dir)
     numbered = [
@@ -34,14 +37,16 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
 
 
 def damage(checkpoint: str | os.PathLike[str]) -> str | None:
-    """Why a checkpoint cannot be resumed from, in one sentence; ``None`` when it can.
+    """Why a checkpoint cannot be resumed from.
 
-    A Trainer writes ``trainer_state.json`` last. Of the other files the table
-    of contents is read, which tells where one ends too early; their numbers
-    are not.
+    A Trainer writes ``trainer_state.json`` last. Of the other files only the
+    table of contents is read, which shows whether the file is complete.
 
     Args:
         checkpoint: a folder ``checkpoint-…``.
+
+    Returns:
+        A sentence; ``None`` for a complete checkpoint.
     """
     folder = Path(checkpoint)
     state = folder / TRAINER_STATE
@@ -60,9 +65,9 @@ def damage(checkpoint: str | os.PathLike[str]) -> str | None:
 
 
 def _is_whole_archive(path: Path) -> bool:
-    """Whether a file of ``torch.save`` has its table of contents, which stands at its end.
+    """Whether a file of ``torch.save`` has its table of contents, which is at its end.
 
-    A file in torch's format of before 1.6 is taken to be whole.
+    A file in the format of torch before 1.6 has none and counts as complete.
     """
     try:
         with path.open("rb") as file:
@@ -76,7 +81,7 @@ def _is_whole_archive(path: Path) -> bool:
 
 
 def _is_whole_safetensors(path: Path) -> bool:
-    """Whether a safetensors file is as long as its header says."""
+    """Whether a safetensors file is as long as its header demands."""
     from safetensors import SafetensorError, safe_open
 
     try:

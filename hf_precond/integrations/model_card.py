@@ -1,4 +1,4 @@
-"""What the model card says of the optimizer."""
+"""The optimizer in the model card."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ _THESIS = (
 
 
 def correct_hyperparameters(trainer: Any, hyperparameters: dict[str, Any]) -> None:
-    """Puts the optimizer and its learning rate right in what the stock card lists.
+    """Correct the optimizer and its learning rate in the hyperparameters of a model card.
 
     Args:
-        trainer: any Trainer; another package's optimizer is left alone.
+        trainer: any ``Trainer``; nothing changes with an optimizer of another
+            package.
         hyperparameters: what the card lists, changed in place.
     """
     config = config_in_use(trainer)
@@ -34,7 +35,11 @@ def correct_hyperparameters(trainer: Any, hyperparameters: dict[str, Any]) -> No
 
 
 def summary(config: Any) -> str:
-    """One line: the optimizer, its package, and the fields that differ from the defaults."""
+    """The optimizer, its package, and the fields that differ from the defaults, in a line.
+
+    Args:
+        config: the optimizer's config.
+    """
     info = get_info(config.name)
     changed = ", ".join(
         f"{field.name}={_shown(getattr(config, field.name))}"
@@ -46,11 +51,11 @@ def summary(config: Any) -> str:
 
 
 def section(config: Any, optimizer: Any = None) -> str:
-    """The card's section: the settings, and how many parameters are stepped in which way.
+    """The section on the optimizer: its settings, and how many parameters it preconditions.
 
     Args:
         config: the optimizer's config.
-        optimizer: the optimizer, if there is one yet.
+        optimizer: the optimizer, if it exists already.
     """
     info = get_info(config.name)
     source = f" ({_THESIS})" if info.package == TAG else ""
@@ -77,12 +82,12 @@ def section(config: Any, optimizer: Any = None) -> str:
 
 
 def add_section(path: str | Path, config: Any, optimizer: Any = None) -> None:
-    """Puts the section into a model card, in place of an earlier one.
+    """Put the section into a model card; an earlier section is replaced.
 
     Args:
         path: the card.
         config: the optimizer's config.
-        optimizer: the optimizer, if there is one yet.
+        optimizer: the optimizer, if it exists already.
     """
     text = Path(path).read_text(encoding="utf-8")
     if _BEGIN in text and _END in text:

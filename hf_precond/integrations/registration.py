@@ -1,7 +1,7 @@
-"""The optimizers' names under ``--optim``.
+"""The names of the optimizers under ``--optim``.
 
-Nothing is imported for it: what must be done to a module of transformers is
-done as soon as a script imports that module.
+transformers is not imported for it: a module of transformers is changed as soon
+as a script imports that module.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from hf_precond.registry import create_optimizer, list_optimizers
 
 
 def register() -> None:
-    """Makes ``--optim`` of transformers take the optimizers' names; ``import hf_precond`` does it.
+    """Make ``--optim`` of transformers accept the names of :func:`list_optimizers`.
 
-    May be called any number of times, before or after transformers is
-    imported.
+    ``import hf_precond`` calls it. It may be called any number of times, before
+    or after transformers is imported.
 
     Raises:
         RuntimeError: transformers is outside the supported range. Loops that
@@ -44,7 +44,7 @@ def register() -> None:
 
 
 def register_at_import() -> None:
-    """:func:`register`, with a warning in place of the error."""
+    """Call :func:`register`, with a warning in place of the error."""
     try:
         register()
     except RuntimeError as error:
@@ -52,11 +52,11 @@ def register_at_import() -> None:
 
 
 def when_imported(name: str, action: Callable[[ModuleType], None]) -> None:
-    """Calls ``action(module)`` now if module ``name`` is imported, else when it has been.
+    """Call ``action(module)`` as soon as a module is imported, now if it already is.
 
     Args:
-        name: full module name.
-        action: takes the module; what it raises, the import raises.
+        name: full name of the module.
+        action: takes the module; the import raises what it raises.
     """
     if name in sys.modules:
         importlib.import_module(name)  # another thread may be in the middle of importing it
@@ -64,7 +64,11 @@ def when_imported(name: str, action: Callable[[ModuleType], None]) -> None:
 
 
 def optimizer_name(value: str) -> Any:
-    """The member of ``OptimizerNames`` for one of the names; how a pickled one is restored."""
+    """The member of ``OptimizerNames`` for a name; unpickling calls it.
+
+    Args:
+        value: one of :func:`list_optimizers`.
+    """
     register()
     from transformers.training_args import OptimizerNames
 
@@ -72,19 +76,22 @@ def optimizer_name(value: str) -> Any:
 
 
 class OptimizerFactory:
-    """What the Trainer calls in place of an optimizer class: ``OptimizerFactory()(model, …)``."""
+    """What the Trainer calls instead of an optimizer class: ``OptimizerFactory()(model, …)``."""
 
     def __call__(self, model: Any, *, args: Any, config: Any) -> Any:
-        """The optimizer for a model, with the decay and no-decay groups of the Trainer's rule.
+        """Build the optimizer of a model, with parameter groups by the Trainer's rule.
 
         Args:
             model: the model as the Trainer has it before ``accelerator.prepare``.
             args: the training arguments.
             config: the config.
 
+        Returns:
+            The optimizer.
+
         Raises:
             ValueError: under DeepSpeed, with several GPUs in one process
-                (``nn.DataParallel``), and whatever ``create_optimizer`` refuses.
+                (``nn.DataParallel``), and where ``create_optimizer`` raises it.
         """
         from hf_precond.distributed import strategies
 
@@ -96,7 +103,14 @@ class OptimizerFactory:
 
 
 def look_up(args: Any) -> tuple[type[OptimizerFactory], dict[str, Any]]:
-    """A factory and its keyword arguments, for training arguments with one of the names."""
+    """What ``Trainer.get_optimizer_cls_and_kwargs`` returns for one of the names.
+
+    Args:
+        args: the training arguments.
+
+    Returns:
+        The factory and its keyword arguments.
+    """
     from hf_precond.integrations.arguments import config_from_arguments
 
     return OptimizerFactory, {"args": args, "config": config_from_arguments(args, warn=True)}

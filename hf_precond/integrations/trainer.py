@@ -1,7 +1,8 @@
-"""``Trainer`` and ``Seq2SeqTrainer`` with what a callback cannot add.
+"""``Trainer`` and ``Seq2SeqTrainer`` with what a callback cannot do.
 
-The stock Trainers log the diagnostics and write ``optimizer_config.json`` too:
-:class:`~hf_precond.integrations.callback.PrecondCallback` is among their callbacks.
+They are a convenience: with the stock Trainers, too, the diagnostics are logged and
+``optimizer_config.json`` is written, by
+:class:`~hf_precond.integrations.callback.PrecondCallback`.
 """
 
 from __future__ import annotations
@@ -18,14 +19,13 @@ from hf_precond.integrations.model_card import TAG, add_section
 
 
 class PrecondTrainerMixin:
-    """What is added to a Trainer class, before which this stands among the bases.
+    """What ``PrecondTrainer`` adds to ``Trainer``; put it before a Trainer class.
 
-    - ``train(resume_from_checkpoint=True)`` resumes from the newest checkpoint
-      that is whole, not from one that a killed run left half-written;
-    - a section of the model card with the optimizer's settings;
+    - ``train(resume_from_checkpoint=True)`` resumes from the newest complete
+      checkpoint, not from one that a killed run left half-written;
+    - the model card has a section with the optimizer's settings;
     - :attr:`optimizer_config`, and ``optimizer_config.json`` wherever
-      ``save_model`` saves (the stock Trainer: in ``output_dir`` and its
-      checkpoints).
+      ``save_model`` saves, not only in ``output_dir`` and its checkpoints.
 
     With an optimizer of another package only the first of these holds.
     """
@@ -36,23 +36,22 @@ class PrecondTrainerMixin:
 
     @property
     def optimizer_config(self) -> OptimizerConfig | None:
-        """The config of the optimizer in use, or to be used; ``None`` for another package's."""
+        """The config of the optimizer; ``None`` with an optimizer of another package."""
         return config_in_use(self)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As ``Trainer.train``, but a checkpoint that is not whole is not resumed from.
+        """Train, as ``Trainer.train``.
 
         Args:
-            resume_from_checkpoint: a checkpoint's folder, or ``True`` for the
-                newest one that is whole. Default ``None``: start anew.
+            resume_from_checkpoint: ``True`` is the newest complete checkpoint.
             *args: as for ``Trainer.train``.
-            **kwargs: the same.
+            **kwargs: as for ``Trainer.train``.
 
         Returns:
             What ``Trainer.train`` returns.
 
         Raises:
-            ValueError: the checkpoint is not whole; nothing has been loaded.
+            ValueError: the checkpoint is incomplete; nothing has been loaded.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True
@@ -63,12 +62,12 @@ class PrecondTrainerMixin:
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """As ``Trainer.save_model``, with ``optimizer_config.json`` beside the weights.
+        """Save, as ``Trainer.save_model``, with ``optimizer_config.json`` beside the weights.
 
         Args:
-            output_dir: the folder. Default ``None``: that of the arguments.
+            output_dir: the folder, by default that of the training arguments.
             *args: as for ``Trainer.save_model``.
-            **kwargs: the same.
+            **kwargs: as for ``Trainer.save_model``.
         """
         config = self.optimizer_config
         if config is not None and self.args.should_save:
@@ -76,11 +75,11 @@ class PrecondTrainerMixin:
         super().save_model(output_dir, *args, **kwargs)  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As ``Trainer.create_model_card``, with a section and a tag for the optimizer.
+        """Write the card, as ``Trainer.create_model_card``, with a section on the optimizer.
 
         Args:
             *args: as for ``Trainer.create_model_card``.
-            **kwargs: the same.
+            **kwargs: as for ``Trainer.create_model_card``.
         """
         config = self.optimizer_config
         if config is not None and len(args) < 3:
