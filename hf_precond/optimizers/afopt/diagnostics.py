@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from hf_precond.architectures.structure import AttentionBlock
+from hf_precond.linalg.inverses import largest_eigenvalue
 from hf_precond.linalg.matrix_functions import largest_entry
 from hf_precond.optimizers.afopt.factors import Factors, heads_of, times_right
-from hf_precond.optimizers.afopt.plan import Factor, MatrixPlan, RightFactor
+from hf_precond.optimizers.afopt.plan import MatrixPlan, RightFactor, StateMatrix
 from hf_precond.statistics.moments import mean_of
 from hf_precond.statistics.requests import MomentRequest, Statistic
 
 if TYPE_CHECKING:
     from hf_precond.optimizers.afopt.optimizer import AFOpt
 
-POWER_STEPS = 12
 QUERIES = 8
 """Query positions of a sequence whose attention weights enter the entropy."""
 
@@ -121,27 +121,12 @@ def _input_condition(factors: Factors, right: RightFactor) -> Tensor:
     """``(λ_max(A) + λ)·λ_max(P)`` with P the inverse, for the largest of the blocks."""
     moment, mean = factors.moment(right)
     factor = right.read(factors.state)
-    largest = _largest([factor, factor.mT] if right.kind == "factor" else [factor])
-    if right.kind == "root":
-        largest = largest**2
-    return ((_largest([moment]) + mean * factors.damping(right)) * largest).max()
+    inverse = factor if right.kind == "inverse" else factor @ factor.mT
+    damped = largest_eigenvalue(moment) + mean * factors.damping(right)
+    return (damped * largest_eigenvalue(inverse)).max()
 
 
-def _largest(factors: Sequence[Tensor]) -> Tensor:
-    """Largest eigenvalue of a product of matrices ``[…, n, n]``, by power iterations."""
-    size = factors[0].shape[-1]
-    vector = torch.linspace(1, 2, size, dtype=factors[0].dtype, device=factors[0].device)
-    vector = vector.expand(*factors[0].shape[:-2], size)[..., None]
-    norm = vector.norm(dim=-2, keepdim=True)
-    for _ in range(POWER_STEPS):
-        vector = vector / norm.clamp(min=torch.finfo(vector.dtype).tiny)
-        for factor in reversed(factors):
-            vector = factor @ vector
-        norm = vector.norm(dim=-2, keepdim=True)
-    return norm[..., 0, 0]
-
-
-def _head_condition(factors: Factors, left: Factor) -> Tensor:
+def _head_condition(factors: Factors, left: StateMatrix) -> Tensor:
     moment, mean = factors.moment(left)
     # A weight that is lost has no condition number; eigvalsh would raise.
     finite = torch.isfinite(moment).all(-1).all(-1)

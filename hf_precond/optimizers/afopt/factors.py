@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -53,14 +53,19 @@ from hf_precond.linalg.products import Precision, compute_dtype, matmul
 from hf_precond.optimizers.afopt.plan import (
     VECTORS,
     AFOptPlan,
-    Factor,
     MatrixPlan,
+    Moment,
     RightFactor,
     State,
+    StateMatrix,
 )
-from hf_precond.optimizers.base.parameters import grouped
+from hf_precond.optimizers.base.parameters import grouped, in_batches
 from hf_precond.optimizers.base.refresh import FailureRecord, ShardedRefresh
+from hf_precond.statistics.moments import mean_of, update_moments
+from hf_precond.statistics.requests import Statistic
 
+CHUNK = 1 << 25
+"""Elements that are stepped, or averaged on a GPU, in one batch, to bound the temporaries."""
 COUNTERS = ("failed_refreshes", "identity_factors")
 JITTER = 8
 """Damping beside the covariant one, in units of rounding times the mean eigenvalue (1e-6)."""
@@ -91,7 +96,7 @@ class Factors:
             failures: the optimizer's record.
             count: the optimizer's counter.
         """
-        factors: list[Factor] = [*self.plan.rights, *self.plan.lefts]
+        factors: list[StateMatrix] = [*self.plan.rights, *self.plan.lefts]
         due = [factor for factor in factors if self._is_due(factor, step)]
         for items in grouped(due, _gathers):
             costs, device = [self._cost(factor) for factor in items], items[0].bound.weight.device
@@ -102,13 +107,13 @@ class Factors:
             refresh.share(lambda factor: [factor.stored(self.state)])
             refresh.report(failures, _title, count, zeros=True)
 
-    def _is_due(self, factor: Factor, step: int) -> bool:
+    def _is_due(self, factor: StateMatrix, step: int) -> bool:
         config = self.config
         if step <= 2 * config.stat_interval and step % config.stat_interval == 0:
             return True
         return step % config.inverse_interval == self.plan.phases[factor.bound]
 
-    def _cost(self, factor: Factor) -> float:
+    def _cost(self, factor: StateMatrix) -> float:
         """Multiplications of a refresh."""
         copies, size = math.prod(factor.shape[:-2]), factor.shape[-1]
         if isinstance(factor, RightFactor):
@@ -116,7 +121,9 @@ class Factors:
         columns = factor.bound.matrix.columns
         return copies * size * (columns**2 + size * (columns + size))
 
-    def _compute(self, factors: Sequence[Factor], refresh: ShardedRefresh[Factor]) -> None:
+    def _compute(
+        self, factors: Sequence[StateMatrix], refresh: ShardedRefresh[StateMatrix]
+    ) -> None:
         """Recomputes factors of one shape and kind; one whose moment has no inverse stays."""
         first, count = factors[0], len(factors)
         stored = [factor.stored(self.state) for factor in factors]
@@ -135,22 +142,50 @@ class Factors:
         refresh.count("failed_refreshes", (~result.usable).sum())
         refresh.count("identity_factors", result.identity.sum())
 
-    def _inverse(self, factor: Factor, moments: Tensor, means: Tensor) -> DampedInverse:
+    def _inverse(self, factor: StateMatrix, moments: Tensor, means: Tensor) -> DampedInverse:
         damping = self.damping(factor)
         if factor.kind == "root":
             blocks = math.prod(factor.shape[:-2]) if isinstance(factor, RightFactor) else 1
             return inverse_sqrt(moments, damping, means, blocks)
         return (inverse if factor.kind == "inverse" else inverse_factor)(moments, damping, means)
 
-    def damping(self, factor: Factor) -> float:
+    def damping(self, factor: StateMatrix) -> float:
         """λ; for left factors a jitter where they are damped through the input's moment."""
         if self.config.covariant_damping and not isinstance(factor, RightFactor):
             return JITTER * torch.finfo(factor.bound.dtype).eps
         return self.config.damping
 
+    # Averages -----------------------------------------------------------------------
+
+    def average(self, statistics: Mapping[str, Statistic]) -> dict[str, Tensor]:
+        """Puts means into the running moments, on a GPU those of one shape in a few kernels.
+
+        Args:
+            statistics: sums and counts by the keys of the requests; without one a moment stays.
+
+        Returns:
+            By layer and moment 1 where a mean was not finite and dropped, else 0: 0-d tensors.
+        """
+        seen = [moment for moment in self.plan.moments if moment.request.key in statistics]
+        dropped: dict[str, Tensor] = {}
+        for alike in grouped(seen, lambda m: (m.shape, m.bound.dtype, m.bound.weight.device)):
+            limit = CHUNK if alike[0].bound.weight.is_cuda else 0
+            for batch in in_batches(alike, math.prod(alike[0].shape), limit):
+                collected = [statistics[moment.request.key] for moment in batch]
+                counts = torch.stack([statistic.count for statistic in collected])
+                sums = torch.stack([statistic.sum for statistic in collected])
+                means = pack(mean_of(sums, counts.view(-1, *[1] * (sums.dim() - 1))))
+                stored = [moment.stored(self.state) for moment in batch]
+                updates = [moment.updates(self.state) for moment in batch]
+                flags = update_moments(stored, updates, means, self.config.stat_decay)
+                # Without a single token, on any rank, there was nothing to drop.
+                flags = flags * (counts > 0).to(flags)
+                dropped |= zip(map(_title, batch), flags.unbind(), strict=True)
+        return dropped
+
     # Moments -----------------------------------------------------------------------
 
-    def moment(self, factor: Factor) -> tuple[Tensor, Tensor]:
+    def moment(self, factor: StateMatrix) -> tuple[Tensor, Tensor]:
         """The moment under a factor, and mean eigenvalues.
 
         Args:
@@ -342,18 +377,20 @@ def _trace(moment: Tensor) -> Tensor:
     return moment.diagonal(dim1=-2, dim2=-1).sum()
 
 
-def _gathers(factor: Factor) -> bool:
+def _gathers(factor: StateMatrix) -> bool:
     """Whether computing a factor gathers a sharded weight."""
     reads_weights = not isinstance(factor, RightFactor) or factor.down is not None
     return reads_weights and is_sharded(factor.bound.weight)
 
 
-def _batch_key(factor: Factor) -> tuple:
+def _batch_key(factor: StateMatrix) -> tuple:
     bound = factor.bound
     return type(factor), factor.shape, factor.kind, bound.dtype, bound.weight.device
 
 
-def _title(factor: Factor) -> str:
-    """A factor's name in messages."""
+def _title(factor: StateMatrix) -> str:
+    """A moment's or factor's name in messages."""
+    if isinstance(factor, Moment):
+        return f"{factor.request.matrix.name} ({factor.name.replace('_', ' ')})"
     side = "input" if isinstance(factor, RightFactor) else "left"
     return f"{factor.bound.matrix.name} ({side} factor {factor.key})"

@@ -18,9 +18,8 @@ from hf_precond.linalg.matrix_functions import (
     unpack,
 )
 from hf_precond.linalg.products import Precision
-from hf_precond.optimizers.afopt.averages import average
 from hf_precond.optimizers.afopt.config import AFOptConfig
-from hf_precond.optimizers.afopt.factors import Factors, times_right
+from hf_precond.optimizers.afopt.factors import CHUNK, Factors, times_right
 from hf_precond.optimizers.afopt.plan import (
     AFOptPlan,
     Form,
@@ -46,9 +45,6 @@ from hf_precond.statistics.requests import Request, Statistic
 
 if TYPE_CHECKING:
     from hf_precond.optimizers.afopt.diagnostics import EntropyMonitor
-
-CHUNK = 1 << 25
-"""Elements that are stepped in one batch, to bound the memory of temporaries."""
 
 RMS = 0.2
 """Root mean square of a step's entries per unit of learning rate: what AdamW's usually is."""
@@ -156,8 +152,7 @@ class AFOpt(PrecondOptimizer):
         """``A ← b A + (1 - b) E[·]``."""
         if self.entropy is not None:
             self.entropy.update(statistics)
-        dropped = average(self.plan.moments, statistics, self.state, self.config.stat_decay)
-        self.count_dropped("statistics_dropped", dropped)
+        self.count_dropped("statistics_dropped", self.factors.average(statistics))
 
     def refresh(self) -> None:
         """``W Wᵀ = (A + λ·tr(A)/n·I)⁻¹`` of the factors that are due."""
@@ -335,10 +330,7 @@ class TwoSidedPreconditioner:
 
     def linear(self, gradient: Tensor) -> Tensor:
         """``P_L G P_R``: directions ``inverse`` and ``inverse_sqrt``."""
-        right = self._times_right(gradient)
-        if self.left is None:
-            return right
-        return torch.bmm(self.left, self._split(right)).view_as(gradient)
+        return self._times_left(self._split(self._times_right(gradient))).view_as(gradient)
 
     def spectral(self, gradient: Tensor) -> Tensor:
         """``W_L msign(W_Lᵀ G W_R) W_Rᵀ``, ``W Wᵀ = A⁻¹``, which depends on A only, not on W.
@@ -348,49 +340,49 @@ class TwoSidedPreconditioner:
         """
         if self.form == "rows":
             return self._by_rows(gradient)
-        return self._by_columns(gradient) if self.form == "columns" else self._by_both(gradient)
+        return self._by_columns(gradient) if self.form == "columns" else self._directly(gradient)
 
     def _by_rows(self, gradient: Tensor) -> Tensor:
         scaled = self._split(self._times_right(gradient))
         gram = torch.bmm(scaled, self._split(gradient).mT)
-        if self.left is not None:
-            gram = torch.bmm(torch.bmm(self.left.mT, gram), self.left)
+        gram = self._times_left(self._times_left(gram, True).mT, True)
         sign = gram_newton_schulz(gram)
-        if self.left is not None:
-            sign = torch.bmm(torch.bmm(self.left, sign), self.left.mT)
+        sign = self._times_left(self._times_left(sign).mT)
         return torch.bmm(sign, scaled).view_as(gradient)
 
     def _by_columns(self, gradient: Tensor) -> Tensor:
         parts = self._split(gradient)
-        scaled = parts if self.left is None else torch.bmm(self.left, parts)
-        gram = self._both_sides(torch.bmm(parts.mT, scaled), False)
-        sign = self._both_sides(gram_newton_schulz(gram), True)
+        scaled = self._times_left(parts)
+        gram = self._between_rights(torch.bmm(parts.mT, scaled), True)
+        sign = self._between_rights(gram_newton_schulz(gram))
         return torch.bmm(scaled, sign).view_as(gradient)
 
-    def _by_both(self, gradient: Tensor) -> Tensor:
-        z = self._split(self._times_right(gradient))
-        if self.left is not None:
-            z = torch.bmm(self.left.mT, z)
+    def _directly(self, gradient: Tensor) -> Tensor:
+        z = self._times_left(self._split(self._times_right(gradient)), True)
         low = z.is_cuda and z.dtype == torch.float32
         sign = newton_schulz(z.bfloat16()).to(z.dtype) if low else newton_schulz(z)
-        if self.left is not None:
-            sign = torch.bmm(self.left, sign)
-        return self._times_right(sign.reshape(gradient.shape), transposed=True)
+        return self._times_right(self._times_left(sign).reshape(gradient.shape), True)
 
     def _split(self, matrices: Tensor) -> Tensor:
         """``[n, out, c] -> [n · heads, rows, c]``."""
         return matrices.reshape(-1, matrices.shape[1] // self.heads, matrices.shape[2])
 
+    def _times_left(self, matrices: Tensor, transposed: bool = False) -> Tensor:
+        """``W_L X`` (transposed: ``W_Lᵀ X``) of ``[n · heads, rows, …]``."""
+        if self.left is None:
+            return matrices
+        return torch.bmm(self.left.mT if transposed else self.left, matrices)
+
     def _times_right(self, matrices: Tensor, transposed: bool = False) -> Tensor:
+        """``X W_R`` (transposed: ``X W_Rᵀ``) of ``[n, …, c]``."""
         if not self.rights:
             return matrices
         return times_right(matrices, self.rights, transposed, self.precision)
 
-    def _both_sides(self, symmetric: Tensor, transposed: bool) -> Tensor:
-        """``W_Rᵀ S W_R`` (``W_R S W_Rᵀ`` if transposed) of symmetric ``[n · heads, c, c]``."""
+    def _between_rights(self, symmetric: Tensor, transposed: bool = False) -> Tensor:
+        """``W_R S W_Rᵀ`` (transposed: ``W_Rᵀ S W_R``) of symmetric ``[n · heads, c, c]``."""
         if not self.rights:
             return symmetric
-        columns = symmetric.shape[-1]
-        stack = (-1, self.heads * columns, columns)
-        once = self._times_right(symmetric.view(stack), transposed).view_as(symmetric)
-        return self._times_right(once.mT.reshape(stack), transposed).view_as(symmetric)
+        stack = (-1, self.heads * symmetric.shape[-1], symmetric.shape[-1])
+        once = self._times_right(symmetric.view(stack), not transposed).view_as(symmetric)
+        return self._times_right(once.mT.reshape(stack), not transposed).view_as(symmetric)

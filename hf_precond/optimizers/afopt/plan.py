@@ -26,19 +26,22 @@ from hf_precond.optimizers.base.parameters import BoundMatrix, allocate
 from hf_precond.statistics.requests import MomentRequest, request_shape
 
 State = dict[Tensor, dict[str, Any]]
-FactorKind = Literal["inverse", "factor", "root", "moment"]
+Kind = Literal["moment", "inverse", "factor", "root"]
 Form = Literal["rows", "columns", "square"]
 Side = Literal["", "down", "up"]
 
 SCOPES = {"query_key": "qk", "attention": "qkvo", "all_linear": "qkvo"}
 ROLES = {"q": "queries", "k": "keys", "v": "values", "o": "attention output"}
 VECTORS = {"q": "query", "k": "key"}
-SPECTRAL_KINDS: dict[Form, tuple[FactorKind, FactorKind]] = {
+SPECTRAL_KINDS: dict[Form, tuple[Kind, Kind]] = {
     "rows": ("factor", "inverse"),
     "columns": ("inverse", "factor"),
     "square": ("factor", "factor"),
 }
 """Kinds of the left and right factors, by the form of the matrix sign."""
+
+Candidate = tuple[LayerMatrix, str]
+"""A matrix that can be preconditioned, and what it is."""
 
 # Which matrices ----------------------------------------------------------------------
 
@@ -54,6 +57,9 @@ def attention_matrices(model: nn.Module, config: AFOptConfig) -> ModelStructure:
         model: the model.
         config: the config.
 
+    Returns:
+        The structure, with a reason for what becomes of every parameter.
+
     Raises:
         ValueError: nothing would be preconditioned: no attention was found, or its matrices are
             frozen.
@@ -63,18 +69,21 @@ def attention_matrices(model: nn.Module, config: AFOptConfig) -> ModelStructure:
     def is_tied(matrix: LayerMatrix) -> bool:
         return survey.name_of(matrix.weight_parameter) in survey.tied
 
-    chosen: list[tuple[LayerMatrix, str]] = []
+    linears = _linears(survey, attentions)
+    chosen: list[Candidate] = []
+    left: list[Candidate] = []
     blocks: list[AttentionBlock] = []
     for block in attentions:
         inside = _in_scope(block, SCOPES[scope])
         if inside and not any(is_tied(matrix) for matrix, _ in inside):
             blocks.append(block)
             chosen += inside
-    linears = _linears(survey, attentions)
+        trainable = {r: matrix for r, matrix in block.roles().items() if r in block.trainable}
+        left += [(matrix, ROLES[r]) for r, matrix in trainable.items() if not is_tied(matrix)]
     if scope == "all_linear":
         order = {name: place for place, name in enumerate(survey.parameters)}
         chosen += linears
-        chosen.sort(key=lambda item: order[survey.name_of(item[0].weight_parameter)])
+        chosen.sort(key=lambda candidate: order[survey.name_of(candidate[0].weight_parameter)])
     matrices = list(dict.fromkeys(matrix for matrix, _ in chosen))
     if not matrices or (not attentions and scope != "all_linear"):
         raise ValueError(_nothing(model, attentions, scope))
@@ -84,101 +93,62 @@ def attention_matrices(model: nn.Module, config: AFOptConfig) -> ModelStructure:
             f"layers are preconditioned; {HOW_TO_DECLARE}.",
             stacklevel=3,
         )
-    hidden = [
-        matrix
-        for block in attentions
-        for role, matrix in block.roles().items()
-        if role in block.trainable and not is_tied(matrix)
-    ]
-    hidden += [matrix for matrix, _ in linears]
+    left = [(matrix, what) for matrix, what in left + linears if matrix not in set(matrices)]
     treated: dict[str, str] = {}
-    for matrix, reason in chosen:
-        add_reason(treated, survey.matrix_names(matrix), reason)
+    outside: dict[str, str] = {}
+    for matrix, what in chosen:
+        add_reason(treated, survey.matrix_names(matrix), what)
+    for matrix, what in left:
+        for name in survey.matrix_names(matrix):
+            if name in treated:  # for other rows of a fused weight
+                add_reason(treated, [name], f"{what} by the fallback optimizer")
+            else:
+                add_reason(outside, [name], f"{what}: outside scope={scope}")
+    hidden = [matrix for matrix, _ in left]
     return survey.structure(
-        config,
-        treated,
-        _reasons_outside(survey, attentions, scope, treated),
-        matrices=matrices,
-        hidden=[matrix for matrix in hidden if matrix not in set(matrices)],
-        attention=blocks,
+        config, treated, outside, matrices=matrices, hidden=hidden, attention=blocks
     )
 
 
-def _in_scope(block: AttentionBlock, roles: str) -> list[tuple[LayerMatrix, str]]:
-    """The matrices and adapters of an attention that are stepped, each with its reason."""
-    chosen: list[tuple[LayerMatrix, str]] = []
+def _in_scope(block: AttentionBlock, roles: str) -> list[Candidate]:
+    """The matrices and adapters of an attention that are stepped."""
+    chosen: list[Candidate] = []
     note = f" ({block.note})" if block.note else ""
     for role, matrix in block.roles().items():
         if role not in roles:
             continue
         if role in block.trainable:
             chosen.append((matrix, ROLES[role] + note))
-        adapter = block.adapters.get(role)
-        if adapter is not None:
+        if role in block.adapters:
+            adapter = block.adapters[role]
             pair = [matrix for matrix in (adapter.down, adapter.up) if matrix.trains]
             chosen += [(matrix, f"adapter of {ROLES[role]}{note}") for matrix in pair]
     return chosen
 
 
-def _linears(
-    survey: ParameterSurvey, attentions: Sequence[AttentionBlock]
-) -> list[tuple[LayerMatrix, str]]:
-    """The linear layers outside attention that ``all_linear`` takes, each with its reason."""
-    inside = {matrix.module for block in attentions for matrix in block.roles().values()}
-    linears = [
-        (gate, "gate")
-        for gate in _gates(attentions)
-        if gate.trains and survey.name_of(gate.weight_parameter) not in survey.tied
-    ]
-    for matrix in find_matrices(survey.model):
-        name = survey.name_of(matrix.weight_parameter)
-        if (
-            is_linear(matrix.module)
-            and matrix.module not in inside
-            and name not in survey.tied
-            and name not in survey.head
-            and survey.describe(name) != "adapter"
-            and min(matrix.shape) > 1
-        ):
-            linears.append((matrix, "linear layer"))
-    return linears
-
-
-def _gates(attentions: Sequence[AttentionBlock]) -> list[LayerMatrix]:
-    """The gates that share a weight with an attention's queries."""
-    gates: dict[nn.Module, LayerMatrix] = {}
-    for block in attentions:
-        query = block.q
-        shared = {matrix.module for role, matrix in block.roles().items() if role != "q"}
-        if query.rows is not None and query.module not in shared:
-            (rest,) = RowSelection.complement([query.rows])
-            gates[query.module] = replace(query, name=query.name[:-3] + "[gate]", rows=rest)
-    return list(gates.values())
-
-
-def _reasons_outside(
-    survey: ParameterSurvey,
-    attentions: Sequence[AttentionBlock],
-    scope: str,
-    treated: dict[str, str],
-) -> dict[str, str]:
-    """Reasons of matrices outside the scope; rows outside it are added to ``treated``."""
-    reasons: dict[str, str] = {}
+def _linears(survey: ParameterSurvey, attentions: Sequence[AttentionBlock]) -> list[Candidate]:
+    """The linear layers outside attention, and gates that share a weight with queries."""
+    inside: dict[nn.Module, str] = {}
     for block in attentions:
         for role, matrix in block.roles().items():
-            for name in survey.matrix_names(matrix):
-                if name not in treated:
-                    add_reason(reasons, [name], f"{ROLES[role]}: outside scope={scope}")
-                elif matrix.rows is not None and role not in SCOPES[scope]:
-                    add_reason(treated, [name], f"{ROLES[role]} by the fallback optimizer")
-    if scope != "all_linear":
-        for gate in _gates(attentions):
-            names = [name for name in survey.matrix_names(gate) if name in treated]
-            add_reason(treated, names, "gate by the fallback optimizer")
-        for name in survey.parameters:
-            if name not in treated and survey.describe(name) == "linear layer":
-                reasons.setdefault(name, f"linear layer: outside scope={scope}")
-    return reasons
+            inside[matrix.module] = inside.get(matrix.module, "") + role
+    queries = {block.q.module: block.q for block in attentions if block.q.rows is not None}
+    linears = [(_gate(q), "gate") for layer, q in queries.items() if set(inside[layer]) == {"q"}]
+    linears += [(m, "linear layer") for m in find_matrices(survey.model) if m.module not in inside]
+    chosen = []
+    for matrix, what in linears:
+        name = survey.name_of(matrix.weight_parameter)
+        skipped = name in survey.tied or name in survey.head or survey.describe(name) == "adapter"
+        if is_linear(matrix.module) and matrix.trains and min(matrix.shape) > 1 and not skipped:
+            chosen.append((matrix, what))
+    return chosen
+
+
+def _gate(query: LayerMatrix) -> LayerMatrix:
+    """The rows beside an attention's queries."""
+    assert query.rows is not None
+    (rest,) = RowSelection.complement([query.rows])
+    return replace(query, name=query.name[:-3] + "[gate]", rows=rest)
 
 
 def _nothing(model: nn.Module, attentions: Sequence[AttentionBlock], scope: str) -> str:
@@ -235,19 +205,24 @@ def observes(block: AttentionBlock, config: AFOptConfig) -> bool:
 
 @dataclass(eq=False)
 class StateMatrix:
-    """A symmetric or triangular matrix, or several, in the optimizer's state of one weight.
+    """A second moment A, or a function of it, in the optimizer's state of one weight.
+
+    As such the left factors of a matrix, one a head.
 
     Args:
         bound: the matrix whose state holds it.
         name: its name there, behind the prefix of a fused weight's rows.
         shape: ``[…, n, n]``.
         packed: kept as one triangle.
+        kind: ``moment``, A itself; or of A, damped, ``inverse``; ``factor``, W with ``W Wᵀ`` the
+            inverse; ``root``, the symmetric inverse square root.
     """
 
     bound: BoundMatrix
     name: str
     shape: tuple[int, ...]
     packed: bool
+    kind: Kind
 
     @property
     def key(self) -> str:
@@ -264,9 +239,13 @@ class StateMatrix:
         return (unpack(stored) if self.packed else stored).to(self.bound.dtype)
 
     def allocate(self, held: dict[str, Any], dtype: torch.dtype) -> None:
-        """Makes it in a weight's state, of zeros, where it is missing."""
+        """Makes it where it is missing: a moment of zeros, another kind as the identity."""
+        missing, device = self.key not in held, self.bound.weight.device
         shape = (*self.shape[:-2], packed_size(self.shape[-1])) if self.packed else self.shape
-        allocate(held, self.key, shape, dtype, self.bound.weight.device)
+        allocate(held, self.key, shape, dtype, device)
+        if missing and self.kind != "moment":
+            eye = torch.eye(self.shape[-1], dtype=dtype, device=device)
+            held[self.key].copy_(pack(eye) if self.packed else eye)
 
 
 @dataclass(eq=False)
@@ -290,27 +269,7 @@ class Moment(StateMatrix):
 
 
 @dataclass(eq=False)
-class Factor(StateMatrix):
-    """A function of a damped second moment A; as such the left factors, one a head of a matrix.
-
-    Args:
-        kind: ``inverse``; ``factor``, W with ``W Wᵀ`` the inverse; ``root``, the symmetric inverse
-            square root; or ``moment``, A itself, undamped.
-    """
-
-    kind: FactorKind
-
-    def allocate(self, held: dict[str, Any], dtype: torch.dtype) -> None:
-        """Makes it, as the identity."""
-        missing = self.key not in held
-        super().allocate(held, dtype)
-        if missing and self.kind != "moment":
-            eye = torch.eye(self.shape[-1], dtype=dtype, device=self.bound.weight.device)
-            held[self.key].copy_(pack(eye) if self.packed else eye)
-
-
-@dataclass(eq=False)
-class RightFactor(Factor):
+class RightFactor(StateMatrix):
     """The factor of a layer's input; matrices that read the same input share one.
 
     Args:
@@ -347,9 +306,9 @@ class MatrixPlan:
     side: Side = ""
     heads: int = 1
     right: RightFactor | None = None
-    left: Factor | None = None
-    left_moment: Factor | None = None
-    own: Factor | None = None
+    left: StateMatrix | None = None
+    left_moment: StateMatrix | None = None
+    own: StateMatrix | None = None
 
     @property
     def rows(self) -> int:
@@ -382,7 +341,7 @@ class AFOptPlan:
         self.of: dict[BoundMatrix, MatrixPlan] = {}
         self.moments: list[Moment] = []
         self.moments_of: dict[AttentionBlock, dict[str, Moment]] = {}
-        self.lefts: list[Factor] = []
+        self.lefts: list[StateMatrix] = []
         self.rights: list[RightFactor] = []
         for block in structure.attention:
             for role, side, item in self._members(block):
@@ -446,7 +405,7 @@ class AFOptPlan:
             moment = self._add_moment(bound, "input_moment", request)
             plan.right = self._right(moment, bound, self._kinds(plan)[1], None)
 
-    def _kinds(self, plan: MatrixPlan) -> tuple[FactorKind, FactorKind]:
+    def _kinds(self, plan: MatrixPlan) -> tuple[Kind, Kind]:
         """Kinds of the left and right factors."""
         if self.config.direction == "inverse":
             return "inverse", "inverse"
@@ -454,13 +413,13 @@ class AFOptPlan:
             return "root", "root"
         return SPECTRAL_KINDS[plan.form]
 
-    def _left(self, plan: MatrixPlan, name: str, kind: FactorKind) -> Factor:
+    def _left(self, plan: MatrixPlan, name: str, kind: Kind) -> StateMatrix:
         shape = (plan.heads, plan.rows, plan.rows)
-        self.lefts.append(Factor(plan.bound, name, shape, False, kind))
+        self.lefts.append(StateMatrix(plan.bound, name, shape, False, kind))
         return self.lefts[-1]
 
     def _right(
-        self, moment: Moment, bound: BoundMatrix, kind: FactorKind, down: LayerMatrix | None
+        self, moment: Moment, bound: BoundMatrix, kind: Kind, down: LayerMatrix | None
     ) -> RightFactor:
         """The factor for a matrix: a sibling's, or a new one in its own state."""
         columns = bound.matrix.columns
@@ -509,5 +468,5 @@ class AFOptPlan:
         return MomentRequest(key, "input", matrix, blocks=blocks, **fields)
 
     def _add_moment(self, bound: BoundMatrix, name: str, request: MomentRequest) -> Moment:
-        self.moments.append(Moment(bound, name, request_shape(request), True, request))
+        self.moments.append(Moment(bound, name, request_shape(request), True, "moment", request))
         return self.moments[-1]
