@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hf_precond.architectures.modules import CONVOLUTIONS, is_linear
 from hf_precond.architectures.peft import wrappers_of
-from hf_precond.architectures.structure import LayerMatrix
+from hf_precond.architectures.structure import AttentionBlock, LayerMatrix
 from hf_precond.compat.torch_internals import (
     EagerCode,
     Hook,
@@ -24,6 +25,7 @@ from hf_precond.compat.torch_internals import (
     untransformed,
     will_run,
 )
+from hf_precond.distributed import collectives
 from hf_precond.linalg.products import compute_dtype, without_autocast
 from hf_precond.statistics.moments import (
     Collection,
@@ -45,6 +47,12 @@ EVAL_SOME = (
     "{count} layers ({first}, …) had gradients since the last step from passes in evaluation mode "
     "only, which do not count: they are stepped without a preconditioner of theirs, or with an old "
     "one; call train() on them too, and switch dropout off by its p."
+)
+SEPARATE = (
+    "{name} ({kind}) calls the layers of its queries, keys and values with different tensors, "
+    "which was not known: each has a second moment of its own from the next statistics on. To have "
+    "it from the start, pass separate_inputs={roles} to hf_precond.declare_attention({kind!r}, …) "
+    "before the optimizer is created."
 )
 
 
@@ -178,6 +186,116 @@ class SharedInputs:
         self._known.clear()
 
 
+class InputCheck:
+    """Compares, in the first collected pass, what the layers of an attention are called with.
+
+    Those of q, k and v that are taken to read one tensor share its second moment. Where two of
+    them turn out to be called with different tensors (in a class that is in no table and was
+    not declared), :meth:`settle` corrects the attention's ``separate_inputs``.
+
+    Args:
+        requests: of a :class:`MomentCollector`.
+        wrappers: each wrapped layer to the tuner layer around it.
+        tokens: says whether passes are collected.
+    """
+
+    def __init__(
+        self,
+        requests: Iterable[MomentRequest],
+        wrappers: Mapping[nn.Module, nn.Module],
+        tokens: TokenWeights,
+    ) -> None:
+        self.tokens = tokens
+        self.handles: dict[AttentionBlock, list[RemovableHandle]] = {}
+        self.calls: dict[AttentionBlock, dict[str, tuple[Tensor, int]]] = {}
+        self.differing: dict[AttentionBlock, set[str]] = {}
+        blocks = (r.attention for r in requests if r.kind == "input" and r.attention is not None)
+        for block in dict.fromkeys(blocks):
+            layers = {role: matrix.module for role, matrix in block.roles().items()}
+            pairs = [
+                (role, other)
+                for role, other in (("k", "q"), ("v", "k"))
+                if block.reads(role) == block.reads(other) and layers[role] is not layers[other]
+            ]
+            for role in {role for pair in pairs for role in pair}:
+                module = wrappers.get(layers[role], layers[role])
+                hook = Hook(self._before_forward, block, pairs, role)
+                handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+                self.handles.setdefault(block, []).append(handle)
+
+    def _before_forward(
+        self,
+        block: AttentionBlock,
+        pairs: Sequence[tuple[str, str]],
+        role: str,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Notes a layer's first input, and compares when every layer has one."""
+        inputs = args[0] if args else next(iter(kwargs.values()), None)
+        collecting = self.tokens.enabled and module.training and block not in self.differing
+        if not collecting or not isinstance(inputs, Tensor):
+            return
+        calls = self.calls.setdefault(block, {})
+        calls.setdefault(role, (inputs, inputs._version))
+        if all(role in calls for pair in pairs for role in pair):
+            self.differing[block] = {a for a, b in pairs if not _is_same(calls[a], calls[b])}
+            del self.calls[block]
+
+    def settle(self) -> list[AttentionBlock]:
+        """Corrects the attentions whose inputs were found to differ, on every rank alike.
+
+        Returns:
+            These attentions; a warning has named the first.
+        """
+        self.calls.clear()
+        blocks = list(self.handles)
+        if not blocks:
+            return []
+        seen = [self.differing.get(block) for block in blocks]
+        flags = torch.tensor([[s is not None, "k" in (s or ()), "v" in (s or ())] for s in seen])
+        if collectives.world_size() > 1:
+            flags = flags.to(blocks[0].q.weight_parameter.device, torch.int32)
+            collectives.total(flags)
+        corrected: list[AttentionBlock] = []
+        for block, (compared, *differs) in zip(blocks, flags.tolist(), strict=True):
+            if compared:
+                for handle in self.handles.pop(block):
+                    handle.remove()
+            roles = {role for role, differ in zip("kv", differs, strict=True) if differ}
+            if roles:
+                block.separate_inputs |= roles
+                corrected.append(block)
+        if corrected:
+            first = corrected[0]
+            kind, own = type(first.module).__name__, sorted(first.separate_inputs)
+            warnings.warn(SEPARATE.format(name=first.name, kind=kind, roles=own), stacklevel=3)
+        return corrected
+
+    def close(self) -> None:
+        """Removes every hook."""
+        for handles in self.handles.values():
+            for handle in handles:
+                handle.remove()
+        self.calls.clear()
+
+
+def _is_same(one: tuple[Tensor, int], other: tuple[Tensor, int]) -> bool:
+    """Returns whether two layers were called with the same numbers.
+
+    Args:
+        one: the input of a layer and its version at the call.
+        other: that of another.
+    """
+    (a, before), (b, after) = one, other
+    if a is b:
+        return before == after
+    if a.shape != b.shape or a.dtype != b.dtype or (a._version, b._version) != (before, after):
+        return False
+    return torch.equal(a, b)
+
+
 @dataclass
 class _HookedLayer:
     """A module that is hooked, and what is collected from its calls.
@@ -259,6 +377,8 @@ class MomentCollector(StatisticsSource):
             hook = Hook(self._after_forward, hooked)
             handle = hooked.module.register_forward_hook(hook, with_kwargs=True)
             leave.callback(handle.remove)
+        self.inputs = InputCheck(self.requests, wrappers_of(model), self.tokens)
+        leave.callback(self.inputs.close)
         self._leave = weakref.finalize(self, leave.close)
         self._leave.atexit = False
 
@@ -428,8 +548,12 @@ class MomentCollector(StatisticsSource):
         Returns:
             Statistics by request key.
         """
+        corrected = self.inputs.settle()
+        self.outdated = bool(corrected)
         taken: dict[str, Statistic] = {}
         for request in self.requests:
+            if request.kind == "input" and request.attention in corrected:
+                continue  # it may be of another layer's input
             if request.kind in HEAD_KINDS:
                 assert self.heads is not None
                 statistic = self.heads.get(request)

@@ -136,9 +136,13 @@ class StatisticsSource(Protocol):
         loss_scale: what the loss is multiplied by before backward (float16
             training), or a function that returns it; ``None`` for 1. Output
             gradients are divided by it; a source without them ignores it.
+        outdated: the passes have shown that the model is not as the requests
+            suppose (:class:`~hf_precond.statistics.collector.InputCheck`); the
+            optimizer makes them anew.
     """
 
     loss_scale: Tensor | float | Callable[[], Tensor | float | None] | None = None
+    outdated: bool = False
 
     def enable(self, due: bool, step: int) -> None:
         """Collects (or not) in the passes before the optimizer's step number ``step``.

@@ -227,6 +227,12 @@ class PrecondOptimizer(torch.optim.Optimizer):
                 compute_dtype(self._first.dtype),
                 self._first.device,
             )
+        if self.statistics.outdated:
+            self.close()
+            self._bind()
+            for bound in self.bound:
+                self.allocate(bound)
+            self._open()
         self.update_statistics(collected)
 
     def _apply(self) -> None:

@@ -1,11 +1,16 @@
 """The factor of a matrix is of the tensors that its layer was called with, whichever they are."""
 
+import warnings
+
 import pytest
 import torch
 import transformers as tf
 from torch import nn
 
+from hf_precond.architectures.tables import declare_attention, forget_attention
+from hf_precond.distributed import collectives
 from hf_precond.registry import create_optimizer
+from tests import ranks
 from tests.architectures.families import TEXT, build, text
 
 ROWS, LENGTH = 3, 7
@@ -70,6 +75,22 @@ def moment(rows, constant, mask=None):
     return torch.einsum("bt,bti,btj->ij", kept, full, full) / kept.sum()
 
 
+def assert_factors_are_of_their_own_inputs(optimizer, run, mask=None):
+    """After a pass, each input moment that was taken is of what its layer was called with."""
+    seen = inputs_of({t.bound.matrix.module for t in optimizer.plan.matrices})
+    run()
+    taken = optimizer.statistics.take()
+    for plan in optimizer.plan.matrices:
+        matrix = plan.bound.matrix
+        (rows,) = seen[matrix.module]
+        kept = mask if mask is not None and mask.shape == rows.shape[:2] else None
+        found = taken[plan.right.moment.request.key]
+        size = matrix.columns
+        mean = (found.sum / found.count)[:size, :size]
+        expected = moment(rows, matrix.bias is not None, kept)
+        torch.testing.assert_close(mean, expected, rtol=1e-9, atol=1e-12, msg=matrix.name)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_factor_is_of_its_own_layers_inputs(name):
     torch.manual_seed(0)
@@ -77,19 +98,9 @@ def test_every_factor_is_of_its_own_layers_inputs(name):
     model = model.double().train()
     batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
     optimizer = create_optimizer(model, "afopt", scope="attention")
-    seen = inputs_of({t.bound.matrix.module for t in optimizer.plan.matrices})
-    model(**batch).loss.backward()
-    taken = optimizer.statistics.take()
-    for plan in optimizer.plan.matrices:
-        matrix = plan.bound.matrix
-        (rows,) = seen[matrix.module]
-        mask = batch.get("attention_mask")
-        mask = mask if mask is not None and mask.shape == rows.shape[:2] else None
-        found = taken[plan.right.moment.request.key]
-        size = matrix.columns
-        mean = (found.sum / found.count)[:size, :size]
-        expected = moment(rows, matrix.bias is not None, mask)
-        torch.testing.assert_close(mean, expected, rtol=1e-9, atol=1e-12, msg=matrix.name)
+    assert_factors_are_of_their_own_inputs(
+        optimizer, lambda: model(**batch).loss.backward(), batch.get("attention_mask")
+    )
     optimizer.step()
 
 
@@ -125,3 +136,83 @@ def test_multihead_attention_of_three_tensors():
             found = plan.right.moment.read(optimizer.state)
             constant = plan.bound.matrix.bias is not None
             torch.testing.assert_close(found, moment(tensors[plan.role], constant))
+
+
+class StridedAttention(nn.Module):
+    """A class of no table, whose keys and values are of every other token."""
+
+    def __init__(self, value="memory"):
+        super().__init__()
+        self.num_heads, self.value = 2, value
+        self.q_proj, self.k_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.v_proj, self.o_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        memory = x[:, ::2]
+        value = {"memory": memory, "copy": memory.clone(), "own": memory + 1}[self.value]
+        q, k, v = self.q_proj(x), self.k_proj(memory), self.v_proj(value)
+        q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in (q, k, v))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+
+class SameAttention(StridedAttention):
+    def forward(self, x):
+        return self.o_proj(self.q_proj(x) * self.k_proj(x.clone()) + self.v_proj(x))
+
+
+def strided(value="memory", kind=StridedAttention, **fields):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), kind(value)).double()
+    return model, create_optimizer(model, "afopt", scope="attention", stat_interval=1, **fields)
+
+
+@pytest.mark.parametrize(
+    ("value", "roles"), [("memory", "k"), ("copy", "k"), ("own", "kv")]
+)
+def test_separate_inputs_of_an_unknown_class_are_found_in_the_first_pass(value, roles):
+    model, optimizer = strided(value)
+    x = torch.randn(3, 6, 8).double()
+    model(x).square().sum().backward()
+    with pytest.warns(UserWarning, match=rf"pass separate_inputs=\[{', '.join(map(repr, roles))}"):
+        optimizer.step()
+    assert optimizer.structure.attention[0].separate_inputs == set(roles)
+    optimizer.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run = lambda: model(x).square().sum().backward()  # noqa: E731
+        assert_factors_are_of_their_own_inputs(optimizer, run)
+        optimizer.step()
+    assert not model[1].q_proj._forward_pre_hooks
+
+
+@pytest.mark.parametrize("kind", [StridedAttention, SameAttention])
+def test_inputs_that_are_as_declared_or_equal_raise_no_warning(kind):
+    declaration = declare_attention(
+        StridedAttention, query="q_proj", key="k_proj", value="v_proj", output="o_proj", heads=2,
+        separate_inputs=("k",) if kind is StridedAttention else (),
+    )  # fmt: skip
+    try:
+        model, optimizer = strided(kind=kind)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            run = lambda: model(torch.randn(3, 6, 8).double()).sum().backward()  # noqa: E731
+            assert_factors_are_of_their_own_inputs(optimizer, run)
+    finally:
+        forget_attention(declaration)
+
+
+def separate_on_one_rank():
+    model, optimizer = strided()
+    for step in range(2):
+        optimizer.zero_grad()
+        # The first pass of the other rank leaves the attention out.
+        used = step == 1 or collectives.rank() == 0
+        x = torch.randn(3, 6, 8).double()
+        (model(x) if used else model[0](x)).square().sum().backward()
+        optimizer.step()
+    return sorted(optimizer.structure.attention[0].separate_inputs)
+
+
+def test_every_rank_follows_the_one_that_saw_separate_inputs():
+    assert ranks.run(separate_on_one_rank) == [["k"], ["k"]]
