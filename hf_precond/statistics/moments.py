@@ -1,11 +1,10 @@
-"""Second moments of what enters and leaves a layer, and their running averages."""
+"""Second moments of what enters and leaves a layer."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,66 +17,6 @@ from hf_precond.statistics.requests import Statistic
 
 GOLDEN = (5**0.5 - 1) / 2
 _PATCHES = 2**24  # entries of a convolution's patches that are laid out at once
-
-Number = TypeVar("Number", float, Tensor)
-
-
-# Running averages -------------------------------------------------------------
-
-
-def averaging_weight(updates: Number, decay: float) -> Number:
-    """Returns ``b = min(decay, 1 - 1/k)``, the weight of a running average at its k-th update.
-
-    ``A ← b A + (1 - b) x`` with it has no start-up bias: the first update sets
-    A, the second averages two values, and so on until the decay takes over.
-
-    Args:
-        updates: k >= 1, this update counted; a tensor in the dtype of the average.
-        decay: in [0, 1).
-    """
-    if isinstance(updates, Tensor):
-        return (1 - 1 / updates).clamp(max=decay)
-    return min(decay, 1 - 1 / updates)
-
-
-def update_moments(
-    moments: Sequence[Tensor], updates: Sequence[Tensor], means: Tensor, decay: float
-) -> Tensor:
-    """Updates running averages in place: ``A ← b A + (1 - b) mean``.
-
-    b is :func:`averaging_weight`. A mean that is not finite changes nothing and
-    counts nothing. Nothing is read from the device.
-
-    Args:
-        moments: A, n tensors of one shape, of one dimension or more.
-        updates: k of each, the updates so far: 0-d tensors, increased by 1.
-        means: the means of one batch, ``[n, …]``, in the dtype to compute in.
-        decay: in [0, 1).
-
-    Returns:
-        Per mean 1 where it was not finite, else 0: int64, ``[n]``.
-    """
-    usable = torch.isfinite(means).flatten(1).all(1)
-    counts = torch.stack(list(updates)) + usable
-    shape = -1, *[1] * (means.dim() - 1)
-    kept = torch.stack(list(moments)).to(means.dtype)
-    means = torch.where(usable.view(shape), means, kept)
-    keep = averaging_weight(counts.clamp(min=1).to(means.dtype), decay)
-    kept.lerp_(means, (1 - keep).view(shape))
-    torch._foreach_copy_(list(moments), list(kept.unbind()))
-    torch._foreach_copy_(list(updates), list(counts.unbind()))
-    return (~usable).to(torch.int64)
-
-
-def mean_of(total: Tensor, count: Tensor) -> Tensor:
-    """Returns ``total / count``; not finite where nothing was counted.
-
-    Args:
-        total: a sum.
-        count: what it is divided by.
-    """
-    return total / count.to(total.dtype)
-
 
 # Second moments of rows -------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Statistics that an optimizer may request from a model, and the sources that collect them."""
+"""Statistics that an optimizer requests from a model, their sources and running averages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -88,6 +88,7 @@ class CurvatureRequest:
 
 
 Request = MomentRequest | CurvatureRequest
+Number = TypeVar("Number", float, Tensor)
 HEAD_KINDS = ("query", "key", "entropy")
 """Kinds of moments that come from the calls of an attention's kernel, per head."""
 
@@ -224,6 +225,60 @@ def all_reduce_statistics(
         key: Statistic(block[:-1].view(*shape), block[-1])
         for (key, shape), block in zip(shapes.items(), blocks, strict=True)
     }
+
+
+def averaging_weight(updates: Number, decay: float) -> Number:
+    """Returns ``b = min(decay, 1 - 1/k)``, the weight of a running average at its k-th update.
+
+    ``A ← b A + (1 - b) x`` with it has no start-up bias: the first update sets
+    A, the second averages two values, and so on until the decay takes over.
+
+    Args:
+        updates: k >= 1, this update counted; a tensor in the dtype of the average.
+        decay: in [0, 1).
+    """
+    if isinstance(updates, Tensor):
+        return (1 - 1 / updates).clamp(max=decay)
+    return min(decay, 1 - 1 / updates)
+
+
+def update_moments(
+    moments: Sequence[Tensor], updates: Sequence[Tensor], means: Tensor, decay: float
+) -> Tensor:
+    """Updates running averages in place: ``A ← b A + (1 - b) mean``.
+
+    b is :func:`averaging_weight`. A mean that is not finite changes nothing and
+    counts nothing. Nothing is read from the device.
+
+    Args:
+        moments: A, n tensors of one shape, of one dimension or more.
+        updates: k of each, the updates so far: 0-d tensors, increased by 1.
+        means: the means of one batch, ``[n, …]``, in the dtype to compute in.
+        decay: in [0, 1).
+
+    Returns:
+        Per mean 1 where it was not finite, else 0: int64, ``[n]``.
+    """
+    usable = torch.isfinite(means).flatten(1).all(1)
+    counts = torch.stack(list(updates)) + usable
+    shape = -1, *[1] * (means.dim() - 1)
+    kept = torch.stack(list(moments)).to(means.dtype)
+    means = torch.where(usable.view(shape), means, kept)
+    keep = averaging_weight(counts.clamp(min=1).to(means.dtype), decay)
+    kept.lerp_(means, (1 - keep).view(shape))
+    torch._foreach_copy_(list(moments), list(kept.unbind()))
+    torch._foreach_copy_(list(updates), list(counts.unbind()))
+    return (~usable).to(torch.int64)
+
+
+def mean_of(total: Tensor, count: Tensor) -> Tensor:
+    """Returns ``total / count``; not finite where nothing was counted.
+
+    Args:
+        total: a sum.
+        count: what it is divided by.
+    """
+    return total / count.to(total.dtype)
 
 
 def open_statistics(model: nn.Module, requests: Sequence[Request]) -> StatisticsSource:

@@ -18,7 +18,7 @@ from hf_precond.optimizers.adamr.tiling import Side, Tiling, tile
 from hf_precond.optimizers.base.fallback import AdamWFallback, FallbackOptimizer
 from hf_precond.optimizers.base.parameters import ParamView, fit
 from hf_precond.optimizers.base.refresh import FailureRecord
-from hf_precond.statistics.moments import averaging_weight
+from hf_precond.statistics.requests import averaging_weight
 
 HELD_ELEMENTS = 1 << 25
 """Elements of rotated gradients that may be held from a refresh to the step."""

@@ -14,8 +14,7 @@ from hf_precond.linalg.inverses import largest_eigenvalue
 from hf_precond.linalg.matrix_functions import largest_entry
 from hf_precond.optimizers.afopt.factors import Factors, heads_of, times_right
 from hf_precond.optimizers.afopt.plan import MatrixPlan, RightFactor, StateMatrix
-from hf_precond.statistics.moments import mean_of
-from hf_precond.statistics.requests import MomentRequest, Statistic
+from hf_precond.statistics.requests import MomentRequest, Statistic, mean_of
 
 if TYPE_CHECKING:
     from hf_precond.optimizers.afopt.optimizer import AFOpt

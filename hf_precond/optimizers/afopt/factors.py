@@ -61,8 +61,7 @@ from hf_precond.optimizers.afopt.plan import (
 )
 from hf_precond.optimizers.base.parameters import grouped, in_batches
 from hf_precond.optimizers.base.refresh import FailureRecord, ShardedRefresh
-from hf_precond.statistics.moments import mean_of, update_moments
-from hf_precond.statistics.requests import Statistic
+from hf_precond.statistics.requests import Statistic, mean_of, update_moments
 
 CHUNK = 1 << 25
 """Elements that are stepped, or averaged on a GPU, in one batch, to bound the temporaries."""
