@@ -84,7 +84,8 @@ def test_two_packages_with_one_name_are_refused_by_their_names(install):
     install("package_b", "mine")
     install("package_c", "mine")
     assert "mine" in list_optimizers()
-    with pytest.raises(ValueError, match="'mine': the packages package_b and package_c both have this name"):
+    said = "'mine': the packages package_b and package_c both have this name"
+    with pytest.raises(ValueError, match=said):
         get_info("mine")
 
 

@@ -136,7 +136,7 @@ class HubMixin(ABC):
         """The fields as values that JSON can hold."""
 
     def to_json(self) -> str:
-        """:meth:`to_dict` and the package's version, as JSON."""
+        """The output of :meth:`to_dict` with the package's version, as JSON."""
         return json.dumps(self.to_dict() | {"hf_precond_version": version()}, indent=2) + "\n"
 
 

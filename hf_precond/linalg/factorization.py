@@ -139,7 +139,7 @@ def _factorised(
 
 
 def _retry(matrix: Tensor, factorise: Factorise) -> tuple[tuple[Tensor, ...] | None, str]:
-    """The first attempt that serves ``matrix``, ``[n, n]``: its result, if there is one, and name."""
+    """The first attempt that serves ``matrix``, ``[n, n]``: its result, if any, and its name."""
     if not _finite([matrix]):
         return None, "kept"
     scale = float(matrix.abs().max()) or 1.0
