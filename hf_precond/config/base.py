@@ -200,7 +200,7 @@ class OptimizerConfig(HubMixin):
             loss scaler does: weights, moments and factors stay as they are.
             Such steps are counted as ``skipped_steps``; ten in a row stop
             training. Costs one pass over the gradients and one read from the
-            device per step. Default False.
+            device per step. Default ``False``.
 
     Raises:
         ValueError: naming the field, its legal range and its default.
