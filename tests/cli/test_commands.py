@@ -105,7 +105,7 @@ def test_explain_tells_the_memory_that_a_step_takes(name, tmp_path, capsys):
     )  # fmt: skip
     config.save_pretrained(tmp_path)
     assert main(["explain", str(tmp_path), "--optim", name]) == 0
-    told, formula = capsys.readouterr().out.splitlines()[-2:]
+    shown, formula = capsys.readouterr().out.splitlines()[-2:]
     assert formula.strip() == get_info(name).memory and len(formula) <= 80
 
     model = BertForSequenceClassification(config)
@@ -119,7 +119,7 @@ def test_explain_tells_the_memory_that_a_step_takes(name, tmp_path, capsys):
     tensors = [t for state in optimizer.state.values() for t in state.values()]
     kept = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
     weights = sum(parameter.numel() for parameter in model.parameters())
-    assert told.startswith(f"state: {kept / 2**20:.1f} MiB, {kept / (8 * weights):.2f} of AdamW's")
+    assert shown.startswith(f"state: {kept / 2**20:.1f} MiB, {kept / (8 * weights):.2f} of AdamW's")
     optimizer.close()
 
 

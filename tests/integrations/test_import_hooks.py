@@ -26,32 +26,32 @@ def module(tmp_path, monkeypatch):
 def test_acts_once_after_the_module_was_executed(module):
     seen = []
 
-    def act(found):
-        seen.append(found.value)
-        found.value = 2
+    def act(imported):
+        seen.append(imported.value)
+        imported.value = 2
 
     when_imported(module, act)
     assert seen == [] and module not in sys.modules
-    found = importlib.import_module(module)
-    assert seen == [1] and found.f() == 2
-    importlib.reload(found)
+    imported = importlib.import_module(module)
+    assert seen == [1] and imported.f() == 2
+    importlib.reload(imported)
     assert seen == [1]
 
 
 def test_acts_at_once_on_an_imported_module(module):
-    found = importlib.import_module(module)
+    imported = importlib.import_module(module)
     seen = []
     when_imported(module, seen.append)
-    assert seen == [found]
+    assert seen == [imported]
 
 
 def test_leaves_no_trace(module):
-    when_imported(module, lambda found: None)
+    when_imported(module, lambda imported: None)
     before = list(sys.meta_path)
-    found = importlib.import_module(module)
+    imported = importlib.import_module(module)
     assert sys.meta_path == before
-    assert type(found.__loader__) is type(found.__spec__.loader) is SourceFileLoader
-    assert "return value" in inspect.getsource(found.f)
+    assert type(imported.__loader__) is type(imported.__spec__.loader) is SourceFileLoader
+    assert "return value" in inspect.getsource(imported.f)
 
 
 def test_looking_for_a_module_is_not_importing_it(module):
@@ -103,7 +103,7 @@ def test_waits_for_a_thread_that_is_importing_the_module(module, tmp_path):
     gate.entered.wait()
     threading.Timer(0.1, gate.open.set).start()
     seen = []
-    when_imported(module, lambda found: seen.append(found.value))
+    when_imported(module, lambda imported: seen.append(imported.value))
     importer.join()
     del sys.modules[f"{module}_gate"]
     assert seen == [1]

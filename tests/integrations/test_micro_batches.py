@@ -105,19 +105,19 @@ KINDS = {
 def of_one_family(folder, kinds, size):
     """Losses of each optimizer by kind of run, sixteen rows a step over all ranks."""
     data = [{"input_ids": d["input_ids"], "labels": d["input_ids"]} for d in text_data()]
-    found = {}
+    outcomes = {}
     for kind in kinds:
         for name in NAMES:
             fields = {"per_device_train_batch_size": 16 // size} | KINDS.get(kind, {})
             trainer, _ = run(name, folder, llama(), data, 4, **fields)
-            found[f"{kind}/{name}"] = torch.tensor(losses(trainer), dtype=torch.float64)
-    return found
+            outcomes[f"{kind}/{name}"] = torch.tensor(losses(trainer), dtype=torch.float64)
+    return outcomes
 
 
 @pytest.mark.slow
 def test_two_ranks_accumulate_checkpoint_and_compile_like_one(tmp_path):
     one = of_one_family(str(tmp_path), ["plain"], 1)
     for result in ranks.run(of_one_family, str(tmp_path), list(KINDS), 2):
-        for key, found in result.items():
+        for key, value in result.items():
             expected = one[f"plain/{key.split('/')[1]}"]
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=0.0, msg=key)
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=0.0, msg=key)

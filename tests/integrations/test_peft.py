@@ -99,7 +99,7 @@ def test_only_the_trainable_leaves_move_and_merged_they_compute_the_same(
         assert preconditioned and all("orm" in key for key in preconditioned)
     else:
         adapters = {key for key in trainable if "lora_A" in key or "lora_B" in key}
-        if name == "afopt":  # adapters outside the attentions go by its base rule
+        if name == "afopt":  # adapters outside the attentions go to its fallback optimizer
             adapters = {key for key in adapters if any(f".{t}." in key for t in ATTENTION)}
         assert len(adapters) >= 8 and adapters <= preconditioned, adapters - preconditioned
     assert_merges(base, model, family)

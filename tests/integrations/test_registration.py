@@ -138,6 +138,29 @@ def test_the_lookup_is_wrapped_once_and_for_the_added_names_alone():
     assert ask(types.SimpleNamespace(optim=OptimizerNames("sgd"))) == ("the stock way", {})
 
 
+def test_a_class_in_a_script_is_known_after_registering_again():
+    code = """
+from dataclasses import dataclass
+from typing import ClassVar
+import hf_precond
+from hf_precond.optimizers.base.optimizer import PrecondOptimizer
+from transformers import Trainer, TrainingArguments
+
+@dataclass(frozen=True)
+class MineConfig(hf_precond.OptimizerConfig):
+    name: ClassVar[str] = "mine"
+
+@hf_precond.register_optimizer("mine", config=MineConfig, select=None, description="of a script")
+class Mine(PrecondOptimizer):
+    pass
+
+hf_precond.register()
+args = TrainingArguments("out", use_cpu=True, optim="mine", optim_args="lr=0.5")
+print(Trainer.get_optimizer_cls_and_kwargs(args)[1]["config"].lr, repr(args.optim))
+"""
+    assert python(code) == "0.5 <OptimizerNames.MINE: 'mine'>\n"
+
+
 def test_a_name_that_transformers_has_itself_stays_its_own():
     code = """
 import transformers.training_args as training_args

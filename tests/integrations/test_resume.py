@@ -55,21 +55,21 @@ def outcome(trainer):
 
 
 def whole_runs(folder, cases, size, family=bert):
-    found = {}
+    outcomes = {}
     for name, kind in cases:
         trainer = trainer_of(name, kind, folder, 0, size, family)
         trainer.train()
-        found |= {f"{name}-{kind}/{key}": v for key, v in outcome(trainer).items()}
-    return found
+        outcomes |= {f"{name}-{kind}/{key}": v for key, v in outcome(trainer).items()}
+    return outcomes
 
 
 def resumed_runs(folder, cases, size, family=bert):
-    found = {}
+    outcomes = {}
     for name, kind in cases:
         trainer = trainer_of(name, kind, folder, 7, size, family)
         trainer.train(resume_from_checkpoint=f"{folder}/{name}-{kind}/checkpoint-{SAVED}")
-        found |= {f"{name}-{kind}/{key}": v for key, v in outcome(trainer).items()}
-    return found
+        outcomes |= {f"{name}-{kind}/{key}": v for key, v in outcome(trainer).items()}
+    return outcomes
 
 
 def in_new_processes(function, folder, size, *arguments):
@@ -132,9 +132,9 @@ def test_settings_that_a_checkpoint_overrules_are_told_and_written(name, tmp_pat
     again = make(name, tmp_path, max_steps=4, **other)
     with caplog.at_level(logging.WARNING, logger="hf_precond"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    (told,) = (r.getMessage() for r in caplog.records if r.name.startswith("hf_precond"))
+    (warning,) = (r.getMessage() for r in caplog.records if r.name.startswith("hf_precond"))
     kept = "betas=(0.9, 0.999), eps=1e-08, lr=0.001, weight_decay=0.25"
-    assert f"{name}: the checkpoint's {kept}" in told
+    assert f"{name}: the checkpoint's {kept}" in warning
     assert own_optimizer(again.optimizer).config == load_config(tmp_path) == saved
     assert losses(again) == losses(first)
 

@@ -46,23 +46,23 @@ class Loop:
 
 
 def whole_loops(folder):
-    found = {}
+    outcomes = {}
     for name, kind in CASES:
         loop = Loop(name, kind, seed=0)
         loop.advance(0, SAVED)
         loop.accelerator.save_state(f"{folder}/{name}-{kind}")
-        found |= {f"{name}-{kind}/{k}": v for k, v in loop.advance(SAVED, LAST).items()}
-    return found
+        outcomes |= {f"{name}-{kind}/{k}": v for k, v in loop.advance(SAVED, LAST).items()}
+    return outcomes
 
 
 def resumed_loops(folder):
-    found = {}
+    outcomes = {}
     for name, kind in CASES:
         loop = Loop(name, kind, seed=7)
         loop.accelerator.load_state(f"{folder}/{name}-{kind}")
         assert loop.optimizer.steps == SAVED
-        found |= {f"{name}-{kind}/{k}": v for k, v in loop.advance(SAVED, LAST).items()}
-    return found
+        outcomes |= {f"{name}-{kind}/{k}": v for k, v in loop.advance(SAVED, LAST).items()}
+    return outcomes
 
 
 @pytest.mark.slow
@@ -77,7 +77,7 @@ def test_a_loaded_state_goes_on_bit_for_bit(size, tmp_path):
 
 def restored(folder, save):
     """Weights and optimizer state after the first half, saved or loaded."""
-    found = {}
+    outcomes = {}
     for name, kind in CASES:
         loop = Loop(name, kind, seed=0 if save else 7)
         if save:
@@ -86,9 +86,9 @@ def restored(folder, save):
         else:
             loop.accelerator.load_state(f"{folder}/{name}-{kind}")
         held = weights(loop.accelerator.unwrap_model(loop.model)) | flat_state(loop.optimizer)
-        found |= {f"{name}-{kind}/{key}": value for key, value in held.items()}
+        outcomes |= {f"{name}-{kind}/{key}": value for key, value in held.items()}
         assert loop.optimizer.steps == SAVED
-    return found
+    return outcomes
 
 
 @pytest.mark.slow

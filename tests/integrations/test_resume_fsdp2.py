@@ -38,7 +38,7 @@ CLASSES = {FORMATS[0]: Sharded, FORMATS[-1]: SavedWhole}
 
 def trained(folder, resume, cases):
     """Losses and whole weights, by case; the plain Trainer's losses for the case ``None``."""
-    found = {}
+    outcomes = {}
     for name, kind in cases:
         cls = CLASSES.get(kind, PrecondTrainer)
         target = os.path.join(folder, str(kind))
@@ -46,11 +46,11 @@ def trained(folder, resume, cases):
         last = f"{trainer.args.output_dir}/checkpoint-{SAVED}"
         trainer.train(resume_from_checkpoint=last if resume else None)
         assert is_sharded(next(trainer.model.parameters())) == (kind is not None)
-        found[f"{name}/{kind}/losses"] = torch.tensor(losses(trainer), dtype=torch.float64)
+        outcomes[f"{name}/{kind}/losses"] = torch.tensor(losses(trainer), dtype=torch.float64)
         if kind is not None:
             weights = all_full(trainer.model)
-            found |= {f"{name}/{kind}/{key}": value for key, value in weights.items()}
-    return found
+            outcomes |= {f"{name}/{kind}/{key}": value for key, value in weights.items()}
+    return outcomes
 
 
 @resumes
@@ -62,8 +62,10 @@ def test_under_fsdp2_it_trains_as_under_ddp_and_resumes_bit_for_bit(tmp_path):
         expected = plain[f"{name}/None/losses"]
         # Rounding decides AdamR's bases of null spaces (tests/distributed/test_ddp.py).
         compared = 3 if name == "adamr" else len(expected)
-        found = whole[0][f"{name}/{kind}/losses"]
-        torch.testing.assert_close(found[:compared], expected[:compared], rtol=1e-4, atol=0.0)
+        trained_losses = whole[0][f"{name}/{kind}/losses"]
+        torch.testing.assert_close(
+            trained_losses[:compared], expected[:compared], rtol=1e-4, atol=0.0
+        )
     for result in ranks.run(trained, str(tmp_path), True, CASES):
         assert result.keys() == whole[0].keys() and len(result) > 20 * len(CASES)
         for key, value in result.items():

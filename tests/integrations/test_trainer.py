@@ -160,8 +160,8 @@ def test_diagnostics_are_in_the_logs_once_and_reach_other_callbacks(name, cls, t
     trainer = make(name, tmp_path, cls=cls, max_steps=3)
     trainer.add_callback(Reporter())
     trainer.train()
-    told = own_optimizer(trainer.optimizer).diagnostics()
-    expected = {f"optim_{key.partition('/')[0]}" for key in told}  # of layers, the worst
+    diagnostics = own_optimizer(trainer.optimizer).diagnostics()
+    expected = {f"optim_{key.partition('/')[0]}" for key in diagnostics}  # of layers, the worst
     history = [e for e in trainer.state.log_history if "loss" in e]
     assert expected == {key for key in history[-1] if key.startswith("optim_")}
     for entry, reported in zip(history, seen, strict=False):
@@ -170,16 +170,16 @@ def test_diagnostics_are_in_the_logs_once_and_reach_other_callbacks(name, cls, t
     assert not any(k.startswith("optim_") for k in trainer.state.log_history[-1])
 
 
-def test_the_logs_tell_the_worst_layer(tmp_path):
+def test_the_logs_show_the_worst_layer(tmp_path):
     args = OFTEN["afopt"] + ",attention_entropy=true"
     trainer = make("afopt", tmp_path, max_steps=3, optim_args=args)
     trainer.train()
-    told = own_optimizer(trainer.optimizer).diagnostics()
+    diagnostics = own_optimizer(trainer.optimizer).diagnostics()
     logged = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
     for kind, worst in (
         ("logit_change", max), ("logit_change_max", max), ("entropy", min), ("entropy_min", min)
     ):
-        layers = [value for key, value in told.items() if key.startswith(f"{kind}/")]
+        layers = [value for key, value in diagnostics.items() if key.startswith(f"{kind}/")]
         assert len(set(layers)) == 2 and logged[f"optim_{kind}"] == worst(layers)
 
 
@@ -254,7 +254,7 @@ def test_a_loss_scale_changes_nothing(name, growth, tmp_path):
         assert torch.equal(a, b)
 
 
-def test_output_gradients_are_staged_without_the_loss_scale():
+def test_output_gradients_are_collected_without_the_loss_scale():
     import types
 
     from accelerate.optimizer import AcceleratedOptimizer
@@ -267,7 +267,7 @@ def test_output_gradients_are_staged_without_the_loss_scale():
     batch = {key: torch.stack([torch.as_tensor(d[key]) for d in text_data(4)])
              for key in ("input_ids", "labels")}
 
-    def staged(scaler):
+    def statistics_of(scaler):
         wrapped = types.SimpleNamespace(optimizer=optimizer, scaler=scaler)
         PrecondCallback().on_step_begin(None, None, None, optimizer=wrapped)
         loss = model(**batch).loss
@@ -275,10 +275,10 @@ def test_output_gradients_are_staged_without_the_loss_scale():
         return optimizer.statistics.take()
 
     assert hasattr(AcceleratedOptimizer, "step_was_skipped")
-    plain = staged(None)
+    plain = statistics_of(None)
     for scaler in (torch.amp.GradScaler("cpu", init_scale=2.0**12),
                    torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=False)):
-        scaled_sums = staged(scaler)
+        scaled_sums = statistics_of(scaler)
         assert plain.keys() == scaled_sums.keys()
         for key, statistic in plain.items():
             assert torch.equal(statistic.sum, scaled_sums[key].sum), key

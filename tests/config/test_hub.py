@@ -13,7 +13,7 @@ import pytest
 from hf_precond import AdamRConfig, AFOptConfig, NKFACConfig, OptimizerConfig, SGDPHConfig
 from hf_precond import load_config as load
 from hf_precond.config.hub import CONFIG_FILE, version, write_whole
-from tests.integrations.loopback import loopback_hub
+from tests.config.loopback import loopback_hub
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = [
