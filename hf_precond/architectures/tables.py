@@ -266,7 +266,7 @@ def declare_attention(
     normed: bool = False,
     separate_inputs: Iterable[str] = (),
 ) -> Declaration:
-    """Say which modules of an unknown model are attentions, and what is what in them.
+    """Declare which modules of a model are attentions, and which of their layers is which.
 
     ::
 

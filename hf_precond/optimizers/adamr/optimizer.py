@@ -114,13 +114,13 @@ class AdamR(PrecondOptimizer):
         ]
 
     def due(self, step: int) -> bool:
-        """Whether the first two steps, or every ``stat_interval``-th, ask for features."""
+        """The first two steps and every ``stat_interval``-th, under ``basis_source="feature"``."""
         if self.config.basis_source == "gradient":
             return False
         return step < 2 or step % self.config.stat_interval == 0
 
     def update_statistics(self, statistics: Mapping[str, Statistic]) -> None:
-        """Average the features of every layer all of whose moments have come."""
+        """Average the features of each layer whose moments have all arrived."""
         dropped: dict[str, Tensor] = {}
         for bound in self.bound:
             keys = {side: f"{bound.matrix.name}.{side}" for side in self._features(bound)}

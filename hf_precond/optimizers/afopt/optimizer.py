@@ -119,11 +119,11 @@ class AFOpt(PrecondOptimizer):
 
     @property
     def factors(self) -> Factors:
-        """What computes moments and factors, from the state as it stands."""
+        """The object that computes moments and factors from the current state."""
         return Factors(self.plan, self.state)
 
     def requests(self) -> Sequence[Request]:
-        """One of every moment, and those of the entropies."""
+        """One request for each moment, and those of the entropies."""
         entropies = [] if self.entropy is None else self.entropy.requests()
         return [moment.request for moment in self.plan.moments] + entropies
 
@@ -132,7 +132,7 @@ class AFOpt(PrecondOptimizer):
         return step % self.config.stat_interval == 0
 
     def uses_fallback(self, bound: Bound) -> bool:
-        """Under scalings by the fallback optimizer's gradient or step."""
+        """Whether ``scaling`` needs the fallback optimizer's step."""
         return self.config.scaling in ("norm_recovery", "graft")
 
     def allocate(self, bound: BoundMatrix) -> None:
@@ -219,7 +219,7 @@ class AFOpt(PrecondOptimizer):
         return gradients
 
     def directions(self, batch: Sequence[MatrixPlan], gradients: Tensor) -> Tensor:
-        """The directions of gradients, of any length: the scaling comes later.
+        """The directions of gradients; their lengths are set afterwards.
 
         Args:
             batch: matrices that are stepped alike.

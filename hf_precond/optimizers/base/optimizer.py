@@ -141,7 +141,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
         return ()
 
     def uses_fallback(self, bound: Bound) -> bool:
-        """Whether the fallback optimizer steps a matrix, by any gradient, and so keeps state.
+        """Whether the fallback optimizer steps a matrix, and so keeps state of it.
 
         Args:
             bound: the matrix, or norm parameter.
@@ -401,7 +401,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
             self.statistics.drop()
 
     def state_dict(self) -> dict[str, Any]:
-        """As of any torch optimizer, with the identity that tells a checkpoint of another one.
+        """The state, as of any torch optimizer, and the identity of optimizer and model.
 
         Returns:
             Plain values and tensors, which ``weights_only`` loads. Once there
@@ -456,7 +456,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
             self.counters[name] = self.counters.get(name, 0) + by
 
     def count_dropped(self, counter: str, dropped: Mapping[str, Tensor]) -> None:
-        """Count statistics that were not finite; training stops where that goes on.
+        """Count statistics that were not finite; too many in a row stop training.
 
         Args:
             counter: name of the counter.

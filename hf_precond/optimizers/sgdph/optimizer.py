@@ -224,7 +224,7 @@ class SGDPH(PrecondOptimizer):
     # Directions -------------------------------------------------------------------
 
     def uses_fallback(self, bound: Bound) -> bool:
-        """No channel-wise parameter does."""
+        """``False``: no channel-wise parameter does."""
         return False
 
     def allocate(self, bound: BoundNorm) -> None:
