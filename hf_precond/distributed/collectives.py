@@ -1,4 +1,4 @@
-"""Sharded tensors (FSDP2) gathered, and whole ones sharded again."""
+"""What ranks compute together: shared work, sums, and sharded tensors (FSDP2)."""
 
 from __future__ import annotations
 
@@ -11,19 +11,45 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+BUCKET = 1 << 23
+"""Bytes that are broadcast together: enough to hide the latency, few enough to stay in a cache."""
+LARGE = 1 << 20
+"""Bytes from which on the results of one item are a bucket of their own."""
+
+
+def world_size() -> int:
+    """Returns the number of ranks; 1 where there is no process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Returns this process's rank; 0 where there is no process group."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+# Sharded tensors ---------------------------------------------------------------------
+
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor."""
+    """Returns whether a tensor is a ``DTensor``."""
     return isinstance(tensor, DTensor)
 
 
 def full(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered on every rank; any other as it is."""
+    """Returns a sharded tensor gathered on every rank; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def like(reference: Tensor, tensor: Tensor) -> Tensor:
-    """``tensor``, equal on all ranks, sharded as ``reference`` is; unchanged for a plain one."""
+    """Returns a tensor sharded as another is.
+
+    Args:
+        reference: a sharded tensor, or a plain one.
+        tensor: a whole tensor, equal on all ranks.
+
+    Returns:
+        ``tensor`` itself where ``reference`` is a plain tensor.
+    """
     if not isinstance(reference, DTensor):
         return tensor
     return distribute_tensor(
@@ -32,22 +58,25 @@ def like(reference: Tensor, tensor: Tensor) -> Tensor:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no tensor has a NaN or an infinity, on any rank where they are sharded.
+    """Returns whether no tensor has a NaN or an infinity, on any rank where they are sharded.
 
-    Reads a number from the device for every dtype. Whole tensors are taken to be equal on
-    all ranks, as gradients are under DDP.
+    Reads a number from the device for every dtype.
+
+    Args:
+        tensors: whole tensors, which are taken to be equal on all ranks, as gradients
+            are under DDP, and sharded ones.
     """
     sharded: torch.device | None = None
-    largest: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    locals_: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
         if isinstance(tensor, DTensor):
             sharded = tensor.device
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        if local.numel():
-            largest.setdefault((local.device, local.dtype), []).append(local)
+            tensor = tensor.to_local()
+        if tensor.numel():
+            locals_.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     finite = all(
         bool(torch.isfinite(torch.stack(torch._foreach_norm(alike, float("inf")))).all())
-        for alike in largest.values()
+        for alike in locals_.values()
     )
     if sharded is None:
         return finite
@@ -56,107 +85,121 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     return bool(everywhere)
 
 
-BUCKET = 1 << 23
-"""Bytes that are broadcast together: enough to hide the latency, few enough to stay in a cache."""
-ALONE = 1 << 20
-"""Bytes from which on the results of one piece are broadcast by themselves."""
+# Sums and shared work ----------------------------------------------------------------
 
 
-def world_size() -> int:
-    """Number of ranks; 1 where no process group was made."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-
-
-def rank() -> int:
-    """This process's rank; 0 where no process group was made."""
-    return dist.get_rank() if world_size() > 1 else 0
-
-
-def owners(costs: Sequence[float], ranks: int | None = None) -> list[int]:
-    """Which rank computes which piece of work: the costliest first, to the least loaded.
-
-    The same on every rank, since it depends on ``costs`` alone.
+def sum_over_ranks(numbers: Tensor) -> Tensor:
+    """Sums a tensor over all ranks, in place; does nothing in a world of one.
 
     Args:
-        costs: cost of each piece, any unit.
-        ranks: number of ranks; the world's by default.
+        numbers: the summands of this rank.
+
+    Returns:
+        ``numbers``.
     """
-    ranks = world_size() if ranks is None else ranks
-    load = [0.0] * ranks
-    chosen = [0] * len(costs)
-    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        chosen[index] = min(range(ranks), key=lambda r: (load[r], r))
-        load[chosen[index]] += costs[index]
-    return chosen
-
-
-def is_mine(owner: int) -> bool:
-    """Whether this rank computes a piece of work of that owner."""
-    return owner == rank()
-
-
-def share(results: Sequence[Sequence[Tensor]], owner: Sequence[int]) -> None:
-    """Give every rank the tensors that their owners have computed, in place.
-
-    Broadcast in buckets, one owner's and one dtype's tensors in each. The
-    results of a piece from :data:`ALONE` bytes on are a bucket, which goes
-    without a copy where they lie one after the other in memory. Which bucket a
-    tensor is in depends on shapes alone, so ranks may differ in how theirs
-    lie. Does nothing in a world of one rank.
-
-    Args:
-        results: the tensors of each piece, which exist on every rank, of any
-            strides; the owner's values are right before, everybody's after.
-        owner: the rank that has computed each piece.
-    """
-    if world_size() == 1:
-        return
-    kinds: dict[tuple[int, str], list[list[Tensor]]] = {}
-    for tensors, source in zip(results, owner, strict=True):
-        same: dict[str, list[Tensor]] = {}
-        for tensor in tensors:
-            same.setdefault(str(tensor.dtype), []).append(tensor)
-        for dtype, alike in same.items():
-            kinds.setdefault((source, dtype), []).append(alike)
-    queues = [
-        [(tensors, source) for tensors in _buckets(kind)]
-        for (source, _), kind in sorted(kinds.items(), key=lambda item: item[0])
-    ]
-    under_way: deque[_Broadcast] = deque()
-    # Owners take turns, so that data flows in both directions at a time.
-    for turn in zip_longest(*queues):
-        under_way.extend(_Broadcast(*bucket) for bucket in turn if bucket is not None)
-        while len(under_way) > len(turn):
-            under_way.popleft().finish()
-    for broadcast in under_way:
-        broadcast.finish()
-
-
-def total(numbers: Tensor) -> Tensor:
-    """The sum over all ranks, in place; nothing happens in a world of one."""
     if world_size() > 1:
         dist.all_reduce(numbers)
     return numbers
 
 
-def _buckets(pieces: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
-    """The results of pieces, of one dtype, those that are sent together in one list."""
+def assign_owners(costs: Sequence[float], ranks: int | None = None) -> list[int]:
+    """Assigns items of work to ranks: the costliest first, to the least loaded.
+
+    Args:
+        costs: cost of each item, in any unit, equal on all ranks.
+        ranks: number of ranks. Default ``None``: all.
+
+    Returns:
+        The rank that computes each item, the same list on every rank.
+    """
+    load = [0.0] * (world_size() if ranks is None else ranks)
+    owners = [0] * len(costs)
+    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owners[index] = load.index(min(load))
+        load[owners[index]] += costs[index]
+    return owners
+
+
+def broadcast_results(results: Sequence[Sequence[Tensor]], owners: Sequence[int]) -> None:
+    """Sends the tensors that each item's owner has computed to every rank, in place.
+
+    They are broadcast in buckets, one owner's and one dtype's tensors in each.
+    An item's results of :data:`LARGE` bytes or more are a bucket, which is sent
+    without a copy where they lie one after the other in memory. Which bucket a
+    tensor is in depends on shapes alone, so ranks may differ in how theirs
+    lie. Does nothing in a world of one.
+
+    Args:
+        results: the tensors of each item, which exist on every rank, of any
+            strides; the owner's values are right before, everybody's after.
+        owners: the rank that has computed each item.
+    """
+    if world_size() == 1:
+        return
+    kinds: dict[tuple[int, str], list[list[Tensor]]] = {}
+    for tensors, owner in zip(results, owners, strict=True):
+        by_dtype: dict[str, list[Tensor]] = {}
+        for tensor in tensors:
+            by_dtype.setdefault(str(tensor.dtype), []).append(tensor)
+        for dtype, alike in by_dtype.items():
+            kinds.setdefault((owner, dtype), []).append(alike)
+    queues = [
+        [(bucket, owner) for bucket in _buckets(kinds[owner, dtype])]
+        for owner, dtype in sorted(kinds)
+    ]
+    under_way: deque[_Broadcast] = deque()
+    # Owners alternate, so that data flows in both directions at a time.
+    for sent in zip_longest(*queues):
+        under_way.extend(_Broadcast(*bucket) for bucket in sent if bucket is not None)
+        while len(under_way) > len(sent):
+            under_way.popleft().finish()
+    for broadcast in under_way:
+        broadcast.finish()
+
+
+def _buckets(items: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """The results of items, of one dtype, those that are sent together in one list."""
     buckets: list[list[Tensor]] = []
     room = 0
-    for tensors in pieces:
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        alone = size >= ALONE
-        if alone or size > room:
+    for tensors in items:
+        size = sum(tensor.nbytes for tensor in tensors)
+        if size >= LARGE or size > room:
             buckets.append([])
             room = BUCKET
         buckets[-1].extend(tensors)
-        room = 0 if alone else room - size
+        room = 0 if size >= LARGE else room - size
     return buckets
 
 
-def _run(tensors: Sequence[Tensor]) -> Tensor | None:
+class _Broadcast:
+    """One bucket under way.
+
+    Args:
+        tensors: the bucket.
+        owner: the rank that sends it.
+    """
+
+    def __init__(self, tensors: list[Tensor], owner: int) -> None:
+        self.tensors, self.received = tensors, owner != rank()
+        self.views: list[Tensor] = []
+        sent = _as_one(tensors)
+        if sent is None:
+            sizes = [tensor.numel() for tensor in tensors]
+            sent = tensors[0].new_empty(sum(sizes))
+            parts = zip(tensors, sent.split(sizes), strict=True)
+            self.views = [part.view(tensor.shape) for tensor, part in parts]
+            if not self.received:
+                torch._foreach_copy_(self.views, tensors)
+        self.work = dist.broadcast(sent, owner, async_op=True)
+
+    def finish(self) -> None:
+        """Waits for the bucket, and unpacks what another rank sent."""
+        self.work.wait()
+        if self.views and self.received:
+            torch._foreach_copy_(self.tensors, self.views)
+
+
+def _as_one(tensors: Sequence[Tensor]) -> Tensor | None:
     """The memory of tensors that lie one after the other, as a vector, else ``None``."""
     first = tensors[0]
     start = end = first.storage_offset()
@@ -168,31 +211,3 @@ def _run(tensors: Sequence[Tensor]) -> Tensor | None:
             return None
         end += tensor.numel()
     return first.as_strided((end - start,), (1,), start)
-
-
-class _Broadcast:
-    """One bucket on its way."""
-
-    def __init__(self, tensors: list[Tensor], source: int) -> None:
-        self.tensors, self.mine = tensors, is_mine(source)
-        self.flat: Tensor | None = None
-        run = _run(tensors)
-        if run is None:
-            run = self.flat = tensors[0].new_empty(sum(tensor.numel() for tensor in tensors))
-            if self.mine:
-                for tensor, piece in self._pieces():
-                    piece.copy_(tensor)
-        self.work = dist.broadcast(run, source, async_op=True)
-
-    def _pieces(self) -> list[tuple[Tensor, Tensor]]:
-        """Each tensor with its place in the bucket, in its shape."""
-        assert self.flat is not None
-        pieces = self.flat.split([tensor.numel() for tensor in self.tensors])
-        return [(t, piece.view(t.shape)) for t, piece in zip(self.tensors, pieces, strict=True)]
-
-    def finish(self) -> None:
-        """Wait for the bucket, and unpack what others sent."""
-        self.work.wait()
-        if self.flat is not None and not self.mine:
-            for tensor, piece in self._pieces():
-                tensor.copy_(piece)

@@ -257,7 +257,7 @@ class InputCheck:
         flags = torch.tensor([[s is not None, "k" in (s or ()), "v" in (s or ())] for s in seen])
         if collectives.world_size() > 1:
             flags = flags.to(blocks[0].q.weight_parameter.device, torch.int32)
-            collectives.total(flags)
+            collectives.sum_over_ranks(flags)
         corrected: list[AttentionBlock] = []
         for block, (compared, *differs) in zip(blocks, flags.tolist(), strict=True):
             if compared:

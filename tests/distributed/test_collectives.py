@@ -29,12 +29,12 @@ def test_statistics_are_summed_over_ranks():
 
 
 def share_squares():
-    owner = collectives.owners([5.0, 1.0, 3.0, 3.0])
+    owner = collectives.assign_owners([5.0, 1.0, 3.0, 3.0])
     tensors = [torch.zeros(2, dtype=d) for d in (torch.float32, torch.float64) * 2]
     for number, (tensor, source) in enumerate(zip(tensors, owner, strict=True)):
-        if collectives.is_mine(source):
+        if source == collectives.rank():
             tensor.fill_(number + 1)
-    collectives.share([[tensor] for tensor in tensors], owner)
+    collectives.broadcast_results([[tensor] for tensor in tensors], owner)
     return tensors
 
 
@@ -45,7 +45,7 @@ def test_every_rank_gets_what_the_owners_computed():
 
 def share_neighbours():
     """Large pieces: neighbours in memory, of two dtypes, and on one rank apart and transposed."""
-    collectives.ALONE, collectives.BUCKET = 64, 96
+    collectives.LARGE, collectives.BUCKET = 64, 96
     room = torch.zeros(60)
     pieces = [list(room.view(10, 6).split([3, 3, 4]))]
     if collectives.rank() == 1:
@@ -55,9 +55,9 @@ def share_neighbours():
     owner = [0, 1, 1, 0, 1]
     for number, (piece, source) in enumerate(zip(pieces, owner, strict=True)):
         for place, tensor in enumerate(piece):
-            if collectives.is_mine(source):
+            if source == collectives.rank():
                 tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape) + number + place)
-    collectives.share(pieces, owner)
+    collectives.broadcast_results(pieces, owner)
     return [[tensor.contiguous() for tensor in piece] for piece in pieces]
 
 
@@ -78,11 +78,11 @@ def test_pieces_arrive_however_they_lie_in_memory():
     ],
 )
 def test_the_costliest_work_goes_first_to_the_least_loaded(costs, size, expected):
-    assert collectives.owners(costs, size) == expected
+    assert collectives.assign_owners(costs, size) == expected
 
 
 def test_one_rank_talks_to_nobody():
     assert collectives.world_size() == 1 and collectives.rank() == 0
     tensor = torch.ones(2)
-    collectives.share([[tensor]], [0])
+    collectives.broadcast_results([[tensor]], [0])
     assert tensor.tolist() == [1.0, 1.0]

@@ -175,7 +175,7 @@ class ShardedRefresh(Generic[Item]):
         self.items, self.device = list(items), device
         self._shared = shared and collectives.world_size() > 1
         self._places = {id(item): place for place, item in enumerate(self.items)}
-        self._owners = collectives.owners(costs, None if self._shared else 1)
+        self._owners = collectives.assign_owners(costs, None if self._shared else 1)
         # Numbers of the host stay there: one rank on a CPU pays nothing for the bookkeeping.
         rows = (*KINDS, *range(numbers))
         self._values: dict[Any, list[Number]] = {row: [0.0] * len(self.items) for row in rows}
@@ -184,7 +184,7 @@ class ShardedRefresh(Generic[Item]):
     def mine(self) -> list[Item]:
         """The items that this rank computes."""
         owned = zip(self.items, self._owners, strict=True)
-        return [item for item, rank in owned if not self._shared or collectives.is_mine(rank)]
+        return [item for item, rank in owned if not self._shared or rank == collectives.rank()]
 
     def attempt(self, work: Callable[[Sequence[Item]], None], items: Sequence[Item]) -> None:
         """Compute some of this rank's items in one batch, and where that fails one by one.
@@ -235,7 +235,7 @@ class ShardedRefresh(Generic[Item]):
         """
         if not self._shared:
             return
-        collectives.share([results(item) for item in self.items], self._owners)
+        collectives.broadcast_results([results(item) for item in self.items], self._owners)
         rows = [*self._values.values(), list(self._counts.values())]
         values = [value for row in rows for value in row]
         known = [0.0 if isinstance(value, Tensor) else value for value in values]
@@ -243,7 +243,7 @@ class ShardedRefresh(Generic[Item]):
         for place, value in enumerate(values):
             if isinstance(value, Tensor):
                 numbers[place] = value
-        values = _numbers(collectives.total(numbers))
+        values = _numbers(collectives.sum_over_ranks(numbers))
         size = len(self.items)
         for place, row in enumerate(self._values):
             self._values[row] = values[place * size : (place + 1) * size]
