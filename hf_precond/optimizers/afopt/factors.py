@@ -83,6 +83,34 @@ class Factors:
     def __init__(self, plan: AFOptPlan, state: State) -> None:
         self.plan, self.state, self.config = plan, state, plan.config
 
+    # Averages -----------------------------------------------------------------------
+
+    def average(self, statistics: Mapping[str, Statistic]) -> dict[str, Tensor]:
+        """Puts means into the running moments, on a GPU those of one shape in a few kernels.
+
+        Args:
+            statistics: sums and counts by the keys of the requests; without one a moment stays.
+
+        Returns:
+            By layer and moment 1 where a mean was not finite and dropped, else 0: 0-d tensors.
+        """
+        seen = [moment for moment in self.plan.moments if moment.request.key in statistics]
+        dropped: dict[str, Tensor] = {}
+        for alike in grouped(seen, lambda m: (m.shape, m.bound.dtype, m.bound.weight.device)):
+            limit = CHUNK if alike[0].bound.weight.is_cuda else 0
+            for batch in in_batches(alike, math.prod(alike[0].shape), limit):
+                collected = [statistics[moment.request.key] for moment in batch]
+                counts = torch.stack([statistic.count for statistic in collected])
+                sums = torch.stack([statistic.sum for statistic in collected])
+                means = pack(mean_of(sums, counts.view(-1, *[1] * (sums.dim() - 1))))
+                stored = [moment.stored(self.state) for moment in batch]
+                updates = [moment.updates(self.state) for moment in batch]
+                flags = update_moments(stored, updates, means, self.config.stat_decay)
+                # Without a single token, on any rank, there was nothing to drop.
+                flags = flags * (counts > 0).to(flags)
+                dropped |= zip(map(_title, batch), flags.unbind(), strict=True)
+        return dropped
+
     # Refresh ---------------------------------------------------------------------
 
     def refresh(
@@ -114,11 +142,10 @@ class Factors:
 
     def _cost(self, factor: StateMatrix) -> float:
         """Multiplications of a refresh."""
-        copies, size = math.prod(factor.shape[:-2]), factor.shape[-1]
+        *copies, size, _ = factor.shape
         if isinstance(factor, RightFactor):
-            return copies * size**3 * (ROOT_COST if factor.kind == "root" else 1)
-        columns = factor.bound.matrix.columns
-        return copies * size * (columns**2 + size * (columns + size))
+            return math.prod(copies) * size**3 * (ROOT_COST if factor.kind == "root" else 1)
+        return math.prod(copies) * size * factor.bound.matrix.columns ** 2
 
     def _compute(
         self, factors: Sequence[StateMatrix], refresh: ShardedRefresh[StateMatrix]
@@ -153,34 +180,6 @@ class Factors:
         if self.config.covariant_damping and not isinstance(factor, RightFactor):
             return JITTER * torch.finfo(factor.bound.dtype).eps
         return self.config.damping
-
-    # Averages -----------------------------------------------------------------------
-
-    def average(self, statistics: Mapping[str, Statistic]) -> dict[str, Tensor]:
-        """Puts means into the running moments, on a GPU those of one shape in a few kernels.
-
-        Args:
-            statistics: sums and counts by the keys of the requests; without one a moment stays.
-
-        Returns:
-            By layer and moment 1 where a mean was not finite and dropped, else 0: 0-d tensors.
-        """
-        seen = [moment for moment in self.plan.moments if moment.request.key in statistics]
-        dropped: dict[str, Tensor] = {}
-        for alike in grouped(seen, lambda m: (m.shape, m.bound.dtype, m.bound.weight.device)):
-            limit = CHUNK if alike[0].bound.weight.is_cuda else 0
-            for batch in in_batches(alike, math.prod(alike[0].shape), limit):
-                collected = [statistics[moment.request.key] for moment in batch]
-                counts = torch.stack([statistic.count for statistic in collected])
-                sums = torch.stack([statistic.sum for statistic in collected])
-                means = pack(mean_of(sums, counts.view(-1, *[1] * (sums.dim() - 1))))
-                stored = [moment.stored(self.state) for moment in batch]
-                updates = [moment.updates(self.state) for moment in batch]
-                flags = update_moments(stored, updates, means, self.config.stat_decay)
-                # Without a single token, on any rank, there was nothing to drop.
-                flags = flags * (counts > 0).to(flags)
-                dropped |= zip(map(_title, batch), flags.unbind(), strict=True)
-        return dropped
 
     # Moments -----------------------------------------------------------------------
 
@@ -246,14 +245,11 @@ class Factors:
                 continue
             up = adapter.up.read()[:, : adapter.up.shape[1]].to(plan.bound.dtype)
             scale = block.row_scale(role)
-            if scale is not None:
-                up = scale[:, None].to(up.dtype) * up
+            up = up if scale is None else scale[:, None].to(up.dtype) * up
             moment = self.output_moment(block, role, damped)
-            if moment is None:
-                terms.append(up.mT @ up)
-            else:
-                parts = heads_of(up, len(moment))
-                terms.append(torch.bmm(parts.mT, torch.bmm(moment.to(up.dtype), parts)).sum(0))
+            parts = heads_of(up, 1 if moment is None else len(moment))
+            weighed = parts if moment is None else torch.bmm(moment.to(up.dtype), parts)
+            terms.append(torch.bmm(parts.mT, weighed).sum(0))
         return torch.stack(terms).sum(0, keepdim=True)
 
     def output_moment(
@@ -289,17 +285,14 @@ class Factors:
         if config.space == "product":
             weight = weight[..., : block.roles()[role].shape[1]]
             return torch.bmm(weight, weight.mT) * (1 + damped * config.damping)
-        moments = self.plan.moments_of[block]
-        vectors = moments.get(VECTORS[role])
-        inputs = moments.get(self.plan.input_of(block, role))
-        if vectors is not None:
-            moment = vectors.read(self.state)
+        moments, name = self.plan.moments_of[block], self.plan.input_of(block, role)
+        if VECTORS[role] in moments:
+            moment = moments[VECTORS[role]].read(self.state)
         else:
-            assert inputs is not None
-            moment = quadratic(weight.to(inputs.bound.dtype), inputs.read(self.state))
+            inputs = moments[name].read(self.state)
+            moment = quadratic(weight.to(inputs.dtype), inputs)
         if damped:
-            assert inputs is not None
-            mean = _trace(inputs.read(self.state)) / inputs.request.matrix.columns
+            mean = _trace(moments[name].read(self.state)) / moments[name].request.matrix.columns
             moment = moment + torch.bmm(weight, weight.mT) * config.damping * mean
         return moment
 

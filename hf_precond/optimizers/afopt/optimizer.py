@@ -212,10 +212,7 @@ class AFOpt(PrecondOptimizer):
         torch._foreach_copy_(fades, faded.unbind())
         ahead = gradients.unbind()
         torch._foreach_lerp_(momenta, ahead, 1 - beta)
-        if self.config.nesterov:
-            torch._foreach_lerp_(ahead, momenta, beta)
-        else:
-            torch._foreach_copy_(ahead, momenta)
+        torch._foreach_lerp_(ahead, momenta, beta if self.config.nesterov else 1.0)
         return gradients
 
     def directions(self, batch: Sequence[MatrixPlan], gradients: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -85,12 +85,21 @@ def attention_matrices(model: nn.Module, config: AFOptConfig) -> ModelStructure:
         chosen += linears
         chosen.sort(key=lambda candidate: order[survey.name_of(candidate[0].weight_parameter)])
     matrices = list(dict.fromkeys(matrix for matrix, _ in chosen))
-    if not matrices or (not attentions and scope != "all_linear"):
-        raise ValueError(_nothing(model, attentions, scope))
+    name = type(model).__name__
+    if not attentions and (scope != "all_linear" or not matrices):
+        raise ValueError(
+            f"afopt: no attention that it knows was found in {name}; {HOW_TO_DECLARE}."
+        )
+    if not matrices:
+        raise ValueError(
+            f"afopt: {name} has {len(attentions)} attentions, but no matrix in scope={scope} "
+            "trains (they are frozen or tied); unfreeze them, widen scope, or put LoRA adapters on "
+            "q, k, v or o."
+        )
     if not attentions:
         warnings.warn(
-            f"afopt: no attention was found in {type(model).__name__}, so only its other linear "
-            f"layers are preconditioned; {HOW_TO_DECLARE}.",
+            f"afopt: no attention was found in {name}, so only its other linear layers are "
+            f"preconditioned; {HOW_TO_DECLARE}.",
             stacklevel=3,
         )
     left = [(matrix, what) for matrix, what in left + linears if matrix not in set(matrices)]
@@ -128,13 +137,16 @@ def _in_scope(block: AttentionBlock, roles: str) -> list[Candidate]:
 
 def _linears(survey: ParameterSurvey, attentions: Sequence[AttentionBlock]) -> list[Candidate]:
     """The linear layers outside attention, and gates that share a weight with queries."""
-    inside: dict[nn.Module, str] = {}
+    roles: dict[nn.Module, set[str]] = {}
     for block in attentions:
         for role, matrix in block.roles().items():
-            inside[matrix.module] = inside.get(matrix.module, "") + role
-    queries = {block.q.module: block.q for block in attentions if block.q.rows is not None}
-    linears = [(_gate(q), "gate") for layer, q in queries.items() if set(inside[layer]) == {"q"}]
-    linears += [(m, "linear layer") for m in find_matrices(survey.model) if m.module not in inside]
+            roles.setdefault(matrix.module, set()).add(role)
+    linears = [(m, "linear layer") for m in find_matrices(survey.model) if m.module not in roles]
+    for query in {block.q.module: block.q for block in attentions}.values():
+        if query.rows is not None and roles[query.module] == {"q"}:
+            (rest,) = RowSelection.complement([query.rows])
+            gate = replace(query, name=query.name[:-3] + "[gate]", rows=rest)
+            linears.append((gate, "gate"))
     chosen = []
     for matrix, what in linears:
         name = survey.name_of(matrix.weight_parameter)
@@ -142,24 +154,6 @@ def _linears(survey: ParameterSurvey, attentions: Sequence[AttentionBlock]) -> l
         if is_linear(matrix.module) and matrix.trains and min(matrix.shape) > 1 and not skipped:
             chosen.append((matrix, what))
     return chosen
-
-
-def _gate(query: LayerMatrix) -> LayerMatrix:
-    """The rows beside an attention's queries."""
-    assert query.rows is not None
-    (rest,) = RowSelection.complement([query.rows])
-    return replace(query, name=query.name[:-3] + "[gate]", rows=rest)
-
-
-def _nothing(model: nn.Module, attentions: Sequence[AttentionBlock], scope: str) -> str:
-    name = type(model).__name__
-    if not attentions:
-        return f"afopt: no attention that it knows was found in {name}; {HOW_TO_DECLARE}."
-    return (
-        f"afopt: {name} has {len(attentions)} attentions, but no matrix in scope={scope} trains "
-        "(they are frozen or tied); unfreeze them, widen scope, or put LoRA adapters on q, k, v or "
-        "o."
-    )
 
 
 def check_attention(attentions: Sequence[AttentionBlock], config: AFOptConfig) -> None:
@@ -291,8 +285,8 @@ class MatrixPlan:
     Args:
         bound: the matrix.
         role: ``q``, ``k``, ``v``, ``o``, or ``linear`` outside attention.
-        block: the attention, if any.
         side: ``down`` or ``up`` where the matrix is LoRA's A or B.
+        block: the attention, if any.
         heads: row groups that have a left factor and a matrix sign each.
         right: the factor of its input; ``None`` for the identity.
         left: the factors of its rows; ``None`` for the identity.
@@ -302,8 +296,8 @@ class MatrixPlan:
 
     bound: BoundMatrix
     role: str
-    block: AttentionBlock | None = None
     side: Side = ""
+    block: AttentionBlock | None = None
     heads: int = 1
     right: RightFactor | None = None
     left: StateMatrix | None = None
@@ -324,6 +318,24 @@ class MatrixPlan:
         return "columns" if rows >= 2 * columns else "square"
 
 
+def _members(
+    block: AttentionBlock, bound: Mapping[LayerMatrix, BoundMatrix]
+) -> list[MatrixPlan]:
+    """Plans of the matrices of an attention that are in scope, without their factors."""
+    members: dict[LayerMatrix, tuple[str, Side]] = {}
+    for role, matrix in block.roles().items():
+        members[matrix] = role, ""
+        if role in block.adapters:
+            members[block.adapters[role].up] = role, "up"
+            members.setdefault(block.adapters[role].down, (role, "down"))
+    heads = {"q": block.heads.query, "k": block.heads.key_value, "v": block.heads.key_value}
+    return [
+        MatrixPlan(bound[matrix], role, side, block, 1 if side == "down" else heads.get(role, 1))
+        for matrix, (role, side) in members.items()
+        if matrix in bound
+    ]
+
+
 class AFOptPlan:
     """The plan of every matrix, and every moment and factor they need.
 
@@ -337,19 +349,20 @@ class AFOptPlan:
         self, bound: Sequence[BoundMatrix], structure: ModelStructure, config: AFOptConfig
     ) -> None:
         self.config = config
-        self.bound = {item.matrix: item for item in bound}
-        self.of: dict[BoundMatrix, MatrixPlan] = {}
+        in_scope = {item.matrix: item for item in bound}
+        plans = [plan for block in structure.attention for plan in _members(block, in_scope)]
+        in_attention = {plan.bound for plan in plans}
+        plans += [MatrixPlan(item, "linear") for item in bound if item not in in_attention]
+        self.of = {plan.bound: plan for plan in plans}
+        self.matrices = [self.of[item] for item in bound]
         self.moments: list[Moment] = []
         self.moments_of: dict[AttentionBlock, dict[str, Moment]] = {}
         self.lefts: list[StateMatrix] = []
         self.rights: list[RightFactor] = []
-        for block in structure.attention:
-            for role, side, item in self._members(block):
-                self._plan_attention(block, role, side, item)
-        for item in bound:
-            if item not in self.of:
-                self._plan_linear(item)
-        self.matrices = [self.of[item] for item in bound]
+        for plan in plans:
+            self._add_left(plan)
+            if config.space == "logits":
+                self._add_right(plan)
         self.stored: dict[BoundMatrix, list[StateMatrix]] = {item: [] for item in bound}
         for stored in (*self.lefts, *self.rights, *self.moments):
             self.stored[stored.bound].append(stored)
@@ -361,78 +374,59 @@ class AFOptPlan:
             number = layers.setdefault(plan.block or plan.bound, len(layers))
             self.phases[plan.bound] = number % phases * config.stat_interval
 
-    def _members(self, block: AttentionBlock) -> list[tuple[str, Side, BoundMatrix]]:
-        """Role and side of the matrices of an attention that are in scope."""
-        members: dict[LayerMatrix, tuple[str, Side]] = {}
-        for role, matrix in block.roles().items():
-            members[matrix] = role, ""
-            if role in block.adapters:
-                members[block.adapters[role].up] = role, "up"
-                members.setdefault(block.adapters[role].down, (role, "down"))
-        bound = self.bound
-        return [(*member, bound[matrix]) for matrix, member in members.items() if matrix in bound]
-
-    def _plan_attention(
-        self, block: AttentionBlock, role: str, side: Side, bound: BoundMatrix
-    ) -> None:
-        config, heads = self.config, 1
-        if side != "down" and role != "o":
-            heads = block.heads.query if role == "q" else block.heads.key_value
-        plan = self.of[bound] = MatrixPlan(bound, role, block, side, heads)
-        left, right = self._kinds(plan)
-        if role in "qk" or (role == "v" and block.o is not None) or side == "down":
-            plan.left = self._left(plan, "left", left)
-        if role in "qk" and not side and config.scaling in ("logit_rms", "cap"):
-            plan.left_moment = self._left(plan, "left_moment", "moment")
-        if role in "qk" and not side and config.joint:
-            plan.own = self._left(plan, "own", "inverse")
-        if config.space == "logits":
-            moment = self._moment(block, self.input_of(block, role))
-            down = block.adapters[role].down if side == "up" else None
-            plan.right = self._right(moment, bound, right, down)
-            left_inputs = "qk" if config.joint and role in "qk" else {"q": "k", "k": "q"}.get(role)
-            for other in left_inputs or "":
-                # Covariant damping is in units of the input's moment.
-                if not observes(block, config) or config.covariant_damping:
-                    self._moment(block, self.input_of(block, other))
-                if observes(block, config):
-                    self._moment(block, VECTORS[other])
-
-    def _plan_linear(self, bound: BoundMatrix) -> None:
-        plan = self.of[bound] = MatrixPlan(bound, "linear")
-        if self.config.space == "logits":
-            request = self._input_request(f"{bound.matrix.name}:input", bound.matrix)
-            moment = self._add_moment(bound, "input_moment", request)
-            plan.right = self._right(moment, bound, self._kinds(plan)[1], None)
-
     def _kinds(self, plan: MatrixPlan) -> tuple[Kind, Kind]:
         """Kinds of the left and right factors."""
-        if self.config.direction == "inverse":
-            return "inverse", "inverse"
-        if self.config.direction == "inverse_sqrt":
-            return "root", "root"
-        return SPECTRAL_KINDS[plan.form]
+        linear: dict[str, Kind] = {"inverse": "inverse", "inverse_sqrt": "root"}
+        kind = linear.get(self.config.direction)
+        return SPECTRAL_KINDS[plan.form] if kind is None else (kind, kind)
 
-    def _left(self, plan: MatrixPlan, name: str, kind: Kind) -> StateMatrix:
-        shape = (plan.heads, plan.rows, plan.rows)
-        self.lefts.append(StateMatrix(plan.bound, name, shape, False, kind))
-        return self.lefts[-1]
+    def _add_left(self, plan: MatrixPlan) -> None:
+        def add(name: str, kind: Kind) -> StateMatrix:
+            shape = (plan.heads, plan.rows, plan.rows)
+            self.lefts.append(StateMatrix(plan.bound, name, shape, False, kind))
+            return self.lefts[-1]
 
-    def _right(
-        self, moment: Moment, bound: BoundMatrix, kind: Kind, down: LayerMatrix | None
-    ) -> RightFactor:
-        """The factor for a matrix: a sibling's, or a new one in its own state."""
-        columns = bound.matrix.columns
+        config, block = self.config, plan.block
+        in_logits = plan.role in "qk" and not plan.side
+        meets_output = plan.role == "v" and block is not None and block.o is not None
+        if plan.role in "qk" or meets_output or plan.side == "down":
+            plan.left = add("left", self._kinds(plan)[0])
+        if in_logits and config.scaling in ("logit_rms", "cap"):
+            plan.left_moment = add("left_moment", "moment")
+        if in_logits and config.joint:
+            plan.own = add("own", "inverse")
+
+    def _add_right(self, plan: MatrixPlan) -> None:
+        """The right factor, and the moments that it and the left one are made from."""
+        block, role, config = plan.block, plan.role, self.config
+        if block is None:
+            moment = self._add_moment(plan.bound, "input_moment", "input", plan.bound.matrix)
+            plan.right = self._right(plan, moment)
+            return
+        plan.right = self._right(plan, self._moment(block, self.input_of(block, role)))
+        left_inputs = "qk" if config.joint and role in "qk" else {"q": "k", "k": "q"}.get(role, "")
+        for other in left_inputs:
+            # Covariant damping is in units of the input's moment.
+            if not observes(block, config) or config.covariant_damping:
+                self._moment(block, self.input_of(block, other))
+            if observes(block, config):
+                self._moment(block, VECTORS[other])
+
+    def _right(self, plan: MatrixPlan, moment: Moment) -> RightFactor:
+        """The right factor of a matrix: a sibling's, or a new one in its own state."""
+        columns, kind, down = plan.bound.matrix.columns, self._kinds(plan)[1], None
+        if plan.block is not None and plan.side == "up":
+            down = plan.block.adapters[plan.role].down
         for known in self.rights:
-            if (known.moment, known.columns, known.kind) == (moment, columns, kind) and (
-                down is None and known.down is None
-            ):
+            alike = (known.moment, known.columns, known.kind) == (moment, columns, kind)
+            if alike and known.down is down is None:
                 return known
         blocked = down is None and moment.request.blocks > 1
         shape = moment.shape if blocked else (columns, columns)
         name, packed = f"{moment.name}_{kind}", kind != "factor"
-        self.rights.append(RightFactor(bound, name, shape, packed, kind, moment, columns, down))
-        return self.rights[-1]
+        factor = RightFactor(plan.bound, name, shape, packed, kind, moment, columns, down)
+        self.rights.append(factor)
+        return factor
 
     def input_of(self, block: AttentionBlock, role: str) -> str:
         """The name in :attr:`moments_of` of what enters a role's matrix."""
@@ -447,26 +441,29 @@ class AFOptPlan:
         moments = self.moments_of.setdefault(block, {})
         if name in moments:
             return moments[name]
-        key, center = f"{block.name}:{name}", self.config.center and name in ("centered", "key")
-        if name in ("query", "key"):
-            matrix, rotates = block.q if name == "query" else block.k, block.rotary
-            request = MomentRequest(key, name, matrix, block, rotates, center)  # type: ignore[arg-type]
+        vectors = name in VECTORS.values()
+        if vectors:
+            matrix = block.q if name == "query" else block.k
         else:
             tensor = block.reads("k") if name == "centered" else name
             # v first: DeBERTa calls q and k with its relative positions too.
             readers = [block.roles()[role] for role in sorted(block.readers(tensor), reverse=True)]
-            widest = max(readers, key=lambda m: (m.columns, m.weight_parameter.requires_grad))
-            request = self._input_request(key, widest, attention=block, center=center)
-        members = {item for _, _, item in self._members(block)}
-        first = next(item for item in self.bound.values() if item in members)
-        stem = {"x": "input", "o": "output"}.get(name, name)
-        moments[name] = self._add_moment(first, f"{stem}_moment", request)
+            matrix = max(readers, key=lambda m: (m.columns, m.weight_parameter.requires_grad))
+        moments[name] = self._add_moment(
+            next(plan.bound for plan in self.matrices if plan.block is block),
+            {"x": "input", "o": "output"}.get(name, name) + "_moment",
+            name if vectors else "input",
+            matrix,
+            attention=block,
+            average_rotation=vectors and block.rotary,
+            center=self.config.center and name in ("centered", "key"),
+        )
         return moments[name]
 
-    def _input_request(self, key: str, matrix: LayerMatrix, **fields: Any) -> MomentRequest:
-        blocks = -(-matrix.shape[1] // self.config.max_dim)
-        return MomentRequest(key, "input", matrix, blocks=blocks, **fields)
-
-    def _add_moment(self, bound: BoundMatrix, name: str, request: MomentRequest) -> Moment:
+    def _add_moment(
+        self, bound: BoundMatrix, name: str, kind: Any, matrix: LayerMatrix, **fields: Any
+    ) -> Moment:
+        blocks = -(-matrix.shape[1] // self.config.max_dim) if kind == "input" else 1
+        request = MomentRequest(f"{matrix.name}:{name}", kind, matrix, blocks=blocks, **fields)
         self.moments.append(Moment(bound, name, request_shape(request), True, "moment", request))
         return self.moments[-1]

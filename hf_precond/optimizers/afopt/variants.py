@@ -97,7 +97,7 @@ def logit_lengths(optimizer: AFOpt, batch: Batch, directions: Tensor) -> Tensor:
     """``logit_rms`` and ``cap``."""
     config, lengths = optimizer.config, optimizer.rms_lengths(directions)
     if batch[0].left_moment is not None:
-        per_unit = logit_rms(optimizer, batch, directions)[:, None, None]
+        per_unit = logit_change(optimizer, batch, directions)[:, None, None]
         allowed = config.rho / per_unit.clamp(min=torch.finfo(per_unit.dtype).tiny)
         if config.scaling == "cap":
             lengths = torch.minimum(lengths, allowed)
@@ -132,46 +132,30 @@ SCALINGS: dict[str, Callable[[AFOpt, Batch, Tensor], Tensor]] = {
 """What a direction ``[n, out, c]`` is multiplied with, ``[n, 1, 1]``."""
 
 
-def logit_rms(optimizer: AFOpt, batch: Batch, steps: Tensor) -> Tensor:
-    """Predicted rms change of the logits that each step alone makes, ``[n]``.
+def logit_change(optimizer: AFOpt, batch: Batch, steps: Tensor) -> Tensor:
+    """Predicted rms change of the logits that a step of W_q, or of W_k, alone makes.
+
+    ``mean over h, i, j of (s x̂_iᵀ δŴ_hᵀ k_j)² = s² mean_h tr(A_K,h δŴ_h A_X δŴ_hᵀ)`` for W_q, s
+    what logits are multiplied with, over all pairs of a query and a key; with A_Q for W_k. Exact
+    for one unmasked sequence, up to the independence of queries and keys for several, and to first
+    order in the step.
 
     Args:
         optimizer: the optimizer.
         batch: queries or keys of one shape.
         steps: ``[n, out, c]``.
-    """
-    block, heads = batch[0].block, batch[0].heads
-    assert block is not None
-    left = torch.cat(optimizer.held(batch, "left_moment")).to(steps.dtype)
-    factors = optimizer.factors
-    moments = [factors.moment(plan.right)[0] for plan in batch if plan.right is not None]
-    squares = logit_change(steps, left, moments, heads, block.logit_scale)
-    return (squares.sum(1) / block.heads.query).sqrt()
-
-
-def logit_change(
-    steps: Tensor, left: Tensor, moments: Sequence[Tensor], heads: int, scale: float
-) -> Tensor:
-    """Mean squares of the logits' change that steps of W_q or of W_k make, from moments.
-
-    ``mean over i, j of (s x̂_iᵀ δŴ_hᵀ k_j)² = s² tr(A_K,h δŴ_h A_X δŴ_hᵀ)`` for W_q, over all pairs
-    of a query and a key; with A_Q for W_k. Exact for one unmasked sequence, up to the independence
-    of queries and keys for several, and to first order in the step.
-
-    Args:
-        steps: ``[n, out, c]``.
-        left: A_K or A_Q per head, ``[n · heads, rows, rows]``, undamped.
-        moments: A_X of each matrix, ``[c, c]`` or blocks.
-        heads: heads of the matrix.
-        scale: s, what the logits are multiplied with.
 
     Returns:
-        ``[n, heads]``; under grouped queries each key head's sum over its query heads.
+        ``[n]``.
     """
-    count, _, columns = steps.shape
-    moved = times_right(steps, moments).view(len(left), -1, columns)
+    block, factors = batch[0].block, optimizer.factors
+    assert block is not None
+    left = torch.cat(optimizer.held(batch, "left_moment")).to(steps.dtype)
+    moments = [factors.moment(plan.right)[0] for plan in batch if plan.right is not None]
+    moved = times_right(steps, moments).view(len(left), -1, steps.shape[-1])
     gram = torch.bmm(moved, steps.reshape(moved.shape).mT)
-    return (gram * left).sum((-2, -1)).view(count, heads).clamp(min=0) * scale**2
+    squares = (gram * left).sum((-2, -1)).view(len(batch), -1).clamp(min=0) * block.logit_scale**2
+    return (squares.sum(1) / block.heads.query).sqrt()
 
 
 def fallback_step_norm(fallback: FallbackOptimizer, views: Sequence[ParamView]) -> Tensor:

@@ -63,7 +63,7 @@ def make_fallback(
     if name == "muon":
         from hf_precond.optimizers.base.muon import MuonFallback
 
-        return MuonFallback.under(config)
+        return MuonFallback(config.lr_scale, config.nesterov)
     raise ValueError(NO_FALLBACK.format(name=name))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS, EPS, muon
@@ -28,11 +27,6 @@ class MuonFallback(AdamWFallback):
     def __init__(self, lr_scale: float = 1.0, nesterov: bool = True) -> None:
         super().__init__()
         self.lr_scale, self.nesterov = lr_scale, nesterov
-
-    @classmethod
-    def under(cls, config: Any) -> MuonFallback:
-        """The fallback optimizer of an optimizer's config."""
-        return cls(getattr(config, "lr_scale", 1.0), getattr(config, "nesterov", True))
 
     def allocate(self, views: Sequence[ParamView]) -> None:
         """Makes the momentum of hidden matrices, and AdamW's moments of all others."""
