@@ -107,9 +107,15 @@ def test_architecture_is_short():
     assert sum(any(c.isalnum() for c in word) for word in text.split()) <= 1500
 
 
-def test_commands_name_tests_that_exist():
-    for path in re.findall(r"\btests/[\w./]+", "".join(map(read, DOCUMENTS))):
-        path = path.rstrip(".")
+MARKDOWN = [*ROOT.glob("*.md"), *(ROOT / "examples").rglob("*.md")]
+
+
+@pytest.mark.parametrize("document", MARKDOWN, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_and_tests_that_are_named_exist(document):
+    text = document.read_text()
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (document.parent / link).exists(), link
+    for path in re.findall(r"\btests/[\w./]*\w", text):
         assert (ROOT / path).exists() or any(s.startswith(path) for s in shown_files()), path
 
 
