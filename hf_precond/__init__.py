@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hf_precond.integrations.registration import register_at_import
 
 if TYPE_CHECKING:
-    from hf_precond.architectures.tables import declare_attention
+    from hf_precond.architectures.attention_block import declare_attention
     from hf_precond.config.base import OptimizerConfig, load_config
     from hf_precond.integrations.registration import register
     from hf_precond.integrations.trainer import PrecondSeq2SeqTrainer, PrecondTrainer
@@ -41,7 +41,7 @@ _WHERE = {
     "SGDPH": "optimizers.sgdph.optimizer",
     "SGDPHConfig": "optimizers.sgdph.config",
     "create_optimizer": "registry",
-    "declare_attention": "architectures.tables",
+    "declare_attention": "architectures.attention_block",
     "list_optimizers": "registry",
     "load_config": "config.base",
     "register": "integrations.registration",

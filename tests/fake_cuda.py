@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_precond.optimizers.adamr import batch as rotation_batch
-from hf_precond.statistics.requests import Statistic, StatisticsSource, request_shape
+from hf_precond.statistics.moments import request_shape
+from hf_precond.statistics.requests import Statistic, StatisticsSource
 
 GPU = torch.device("cuda", 0)
 aten = torch.ops.aten

@@ -10,16 +10,23 @@ from typing import Any
 from torch import nn
 
 from hf_precond.architectures import tables
-from hf_precond.architectures.modules import is_linear, is_readable, layer_matrix, refusal
-from hf_precond.architectures.peft import find_adapter, unwrap
-from hf_precond.architectures.structure import (
+from hf_precond.architectures.attention_block import (
     AttentionBlock,
+    Convention,
+    Declaration,
     Heads,
-    LayerMatrix,
     LowRankAdapter,
-    RowSelection,
+    declared,
 )
-from hf_precond.architectures.tables import Convention, Declaration, declared
+from hf_precond.architectures.modules import (
+    class_names,
+    is_linear,
+    is_readable,
+    layer_matrix,
+    refusal,
+)
+from hf_precond.architectures.peft import find_adapter, unwrap
+from hf_precond.architectures.structure import LayerMatrix, RowSelection
 
 
 def find_attention(model: nn.Module) -> list[AttentionBlock]:
@@ -96,7 +103,7 @@ class _Candidate:
             return self._multihead(self.module)
         if not _is_named_attention(self.module):
             return None
-        readings = map(self._by_convention, tables.CONVENTIONS)
+        readings = (self._by_convention(Convention(*names)) for names in tables.CONVENTIONS)
         return next((block for block in readings if block is not None), None)
 
     def _misdeclared(self, declaration: Declaration) -> str:
@@ -314,7 +321,7 @@ def _is_named_attention(module: nn.Module) -> bool:
 
 
 def _is_one_of(module: nn.Module, classes: frozenset[str]) -> bool:
-    return not classes.isdisjoint(tables.class_names(module))
+    return not classes.isdisjoint(class_names(module))
 
 
 def _gates_values(module: nn.Module) -> bool:

@@ -169,3 +169,10 @@ def find_matrices(model: nn.Module) -> list[LayerMatrix]:
         )
         matrices.append(layer_matrix(module, path, weight=attribute, bias=bias))
     return matrices
+
+
+def class_names(module: nn.Module) -> set[str]:
+    """The names under which a module's class and its bases may stand in a table."""
+    bases = type(module).__mro__
+    files = (f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for cls in bases)
+    return {cls.__name__ for cls in bases} | set(files)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_precond.architectures.attention_block import AttentionBlock
 from hf_precond.architectures.modules import (
     CONVOLUTIONS,
     EMBEDDINGS,
@@ -18,7 +19,6 @@ from hf_precond.architectures.modules import (
 )
 from hf_precond.architectures.peft import base_of, is_lora, saved_names
 from hf_precond.architectures.structure import (
-    AttentionBlock,
     LayerMatrix,
     ModelStructure,
     NormParameter,

@@ -1,4 +1,4 @@
-"""What is known of other people's models: names of classes and attributes, and what was declared.
+"""What is known of other people's models: names of classes and of attributes.
 
 Read in transformers 5.4 to 5.23. Code elsewhere only looks things up here, so that a
 family whose names are new needs a line in this file. Names of classes stand for their
@@ -9,83 +9,45 @@ subclasses too; where two classes share a name, the file stands before it
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Literal
-
-from torch import nn
-
-Fusion = Literal["sectioned", "interleaved"]
-
-
-def class_names(module: nn.Module) -> set[str]:
-    """The names under which a module's class and its bases may stand in a table."""
-    bases = type(module).__mro__
-    files = (f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for cls in bases)
-    return {cls.__name__ for cls in bases} | set(files)
-
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
 
 # Attentions: projections and heads ------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Convention:
-    """Names of the projections of an attention module, relative to it.
-
-    A name is a dotted path; ``..`` in front of it starts at the parent. A
-    fused projection stands under ``fused``; with ``query`` beside it (the
-    cross-attention of GPT-2) it holds keys and values alone.
-
-    Args:
-        query, key, value: the projections, where they are separate.
-        fused: the projection that holds several of them.
-        layout: ``sectioned`` (all query rows, then all key rows, then all
-            value rows) or ``interleaved`` (per key-value head: its query
-            rows, its key rows, its value rows).
-        outputs: names under which the output projection may be found.
-    """
-
-    query: str | None = None
-    key: str | None = None
-    value: str | None = None
-    fused: str | None = None
-    layout: Fusion = "sectioned"
-    outputs: tuple[str, ...] = (
-        *("o_proj", "out_proj", "proj", "dense", "out_lin", "o", "Wo", "wo", "c_proj"),
-        *("to_out.0", "to_out", "linear_out", "projection_layer", "projection", "attention_out"),
-        "..output.dense",
-    )
-
+OUTPUTS = (
+    *("o_proj", "out_proj", "proj", "dense", "out_lin", "o", "Wo", "wo", "c_proj"),
+    *("to_out.0", "to_out", "linear_out", "projection_layer", "projection", "attention_out"),
+    "..output.dense",
+)
+"""Names under which an attention's output projection may stand, relative to it."""
 
 CONVENTIONS = (
-    Convention("q_proj", "k_proj", "v_proj"),
-    Convention("query", "key", "value"),
-    Convention("query_proj", "key_proj", "value_proj"),
-    Convention("q_lin", "k_lin", "v_lin"),
-    Convention("q", "k", "v"),
-    Convention("wq", "wk", "wv"),
-    Convention("Wq", "Wk", "Wv"),
-    Convention("project_q", "project_k", "project_v"),
-    Convention("to_q", "to_k", "to_v"),
-    Convention("linear_q", "linear_k", "linear_v"),
-    Convention("q_attn", fused="c_attn"),
-    Convention(fused="c_attn"),
-    Convention(fused="Wqkv"),
-    Convention(fused="qkv_proj"),
-    Convention(fused="qkv"),
-    Convention(fused="query_key_value", layout="interleaved"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+    ("wq", "wk", "wv"),
+    ("Wq", "Wk", "Wv"),
+    ("project_q", "project_k", "project_v"),
+    ("to_q", "to_k", "to_v"),
+    ("linear_q", "linear_k", "linear_v"),
+    ("q_attn", None, None, "c_attn"),
+    (None, None, None, "c_attn"),
+    (None, None, None, "Wqkv"),
+    (None, None, None, "qkv_proj"),
+    (None, None, None, "qkv"),
+    (None, None, None, "query_key_value", "interleaved"),
 )
-"""How attentions name their projections, in the order in which the names are tried."""
+"""How attentions name their projections, in the order in which the names are tried.
+
+Each is query, key, value, fused projection and its layout, as in
+:class:`~hf_precond.architectures.attention_block.Convention`.
+"""
 
 NO_ATTENTION = re.compile(r"mlp|feed_?forward|ffn|glu")
 """In the lower-case name of a class that is no attention, whatever else the name says."""
 
-UNREADABLE = _names("CodeGenAttention GPTBigCodeAttention MiniMaxLightningAttention")
+UNREADABLE = frozenset("CodeGenAttention GPTBigCodeAttention MiniMaxLightningAttention".split())
 """Classes with the names of a convention that order their rows in another way."""
 
 HEAD_COUNTS = (
@@ -103,12 +65,12 @@ HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_di
 QUERY_NORMS = ("q_norm", "q_layernorm", "query_norm", "q_ln", "qk_norm", "query_layernorm")
 """Children of an attention that norm its queries."""
 
-GATED = _names(
-    "Qwen3NextAttention Qwen3_5Attention Qwen3_5MoeAttention Qwen4ExpTextAttention"
+GATED = frozenset(
+    "Qwen3NextAttention Qwen3_5Attention Qwen3_5MoeAttention Qwen4ExpTextAttention".split()
 )
 """Attentions whose query projection holds, a head, its rows and then those of a gate."""
 
-UNSCALED = _names("GPTNeoSelfAttention")
+UNSCALED = frozenset({"GPTNeoSelfAttention"})
 """Attentions that do not scale their logits, and do not state so."""
 
 DISENTANGLED = "disentangled_attention_bias"
@@ -122,7 +84,7 @@ CROSS = re.compile(r"cross|enc_?dec|encoder_(decoder_)?att|multihead_attn", re.I
 GENERIC_NAMES = ("self", "attention", "attn", "att")
 """Names of an attention that say nothing of what it attends to; the name above them does."""
 
-SEPARATE_KEYS = _names(
+SEPARATE_KEYS = frozenset(
     """
     CanineSelfAttention CpmAntAttention EdgeTamAttention EdgeTamVideoAttention
     EdgeTamVideoPerceiverAttention EdgeTamVideoRoPESelfAttention GLPNEfficientSelfAttention
@@ -137,11 +99,11 @@ SEPARATE_KEYS = _names(
     SegformerEfficientSelfAttention TableTransformerAttention
     VideoPrismMultiheadAttentionPoolingHead VisualBertRegionToPhraseAttention
     ZoeDepthMultiheadAttention modeling_ctrl.MultiHeadAttention
-    """
+    """.split()
 )
 """Attentions whose k is called with another tensor than q, those named :data:`CROSS` aside."""
 
-SEPARATE_VALUES = _names(
+SEPARATE_VALUES = frozenset(
     """
     ConditionalDetrSelfAttention DFineSelfAttention DeformableDetrSelfAttention
     Deimv2SelfAttention DetrAttention DetrCrossAttention DetrSelfAttention EdgeTamAttention
@@ -157,7 +119,7 @@ SEPARATE_VALUES = _names(
     SeamlessM4TConformerSelfAttention TableTransformerAttention VJEPA2PoolerCrossAttention
     Wav2Vec2BertSelfAttention Wav2Vec2ConformerSelfAttention XCLIPCrossAttention
     ZoeDepthMultiheadAttention modeling_ctrl.MultiHeadAttention
-    """
+    """.split()
 )
 """Attentions whose v is called with another tensor than k."""
 
@@ -186,8 +148,8 @@ NORM_CLASS = re.compile(r"(?:rms|layer|batch|group|instance)_?norm", re.IGNORECA
 UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 """In the lower-case name of a parameter that the Trainer does not decay."""
 
-HEAD_CHILDREN = _names(
-    "lm_head classifier score head fc qa_outputs embed_out output_projection"
+HEAD_CHILDREN = frozenset(
+    "lm_head classifier score head fc qa_outputs embed_out output_projection".split()
 )
 """Children that make the outputs of a model which is not one of transformers'."""
 
@@ -205,11 +167,11 @@ IMAGE_INPUT = "pixel_values"
 LENGTHENING = ("_pad_to_window_size", "_pad_to_block_size", "_pad_to_mult_of_chunk_length")
 """Methods of models that pad sequences behind their end, to a multiple of a length."""
 
-TIME_FIRST = _names(
+TIME_FIRST = frozenset(
     """
     LEDEncoderSelfAttention LongformerSelfAttention XLNetLayer
     modeling_fsmt.DecoderLayer modeling_fsmt.EncoderLayer
-    """
+    """.split()
 )
 """Modules that work on ``[T, B, d]``."""
 
@@ -220,136 +182,3 @@ HOW_TO_DECLARE = (
     "value='…', output='…', heads='attribute or number') before the optimizer is created"
 )
 """The remedy in messages on attentions that were not found."""
-
-
-@dataclass(frozen=True)
-class Declaration:
-    """One call of :func:`declare_attention`, which explains the fields."""
-
-    target: str | type[nn.Module]
-    convention: Convention
-    heads: int | str
-    key_value_heads: int | str | None
-    head_size: int | str | None
-    cross: bool
-    rotary: bool
-    normed: bool
-    separate_inputs: frozenset[str]
-
-    def matches(self, path: str, module: nn.Module) -> bool:
-        """Whether the module at ``path`` is meant."""
-        if isinstance(self.target, type):
-            return isinstance(module, self.target)
-        if self.target in class_names(module):
-            return True
-        parts, patterns = path.split("."), self.target.split(".")
-        return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
-
-
-_DECLARED: list[Declaration] = []
-
-
-def declare_attention(
-    target: str | type[nn.Module],
-    *,
-    heads: int | str,
-    query: str | None = None,
-    key: str | None = None,
-    value: str | None = None,
-    output: str | None = None,
-    fused: str | None = None,
-    layout: Fusion = "sectioned",
-    key_value_heads: int | str | None = None,
-    head_size: int | str | None = None,
-    cross: bool = False,
-    rotary: bool = False,
-    normed: bool = False,
-    separate_inputs: Iterable[str] = (),
-) -> Declaration:
-    """Declare which modules of a model are attentions, and which of their layers is which.
-
-    ::
-
-        declare_attention("MyMixer", query="a", key="b", value="c", output="d", heads="n_heads")
-        declare_attention("layers.*.mix", fused="abc", output="out", heads=8)
-
-    Args:
-        target: the module's class, its class name, or a pattern of module
-            paths (``*`` stands for anything within one part of the path).
-        heads: number of query heads, or the attribute (dotted, from the
-            module) that holds it.
-        query: name of the query projection, relative to the module (dotted;
-            ``..`` in front starts at the parent).
-        key: the same of the key projection.
-        value: the same of the value projection.
-        output: the same of the output projection. Default ``None``: there is
-            none.
-        fused: name of a projection that holds query, key and value rows (or,
-            beside ``query``, key and value rows) in one weight.
-        layout: row order of ``fused``: ``sectioned`` (the default) or
-            ``interleaved`` (per key-value head).
-        key_value_heads: number of key-value heads, or the attribute that holds
-            it. Default ``None``: as many as ``heads``.
-        head_size: width of a head, or the attribute that holds it. Default
-            ``None``: query rows / ``heads``.
-        cross: keys and values read another sequence than the queries.
-        rotary: queries and keys are rotated by position.
-        normed: queries and keys pass a norm of their own.
-        separate_inputs: ``"k"`` where the key projection is called with another
-            tensor than the query projection, ``"v"`` where the value projection
-            is with another than the key projection.
-
-    Returns:
-        The declaration, for :func:`forget_attention`. Later declarations win
-        over earlier ones, and all of them over the built-in table.
-
-    Raises:
-        ValueError: when the names name neither three projections nor a fused
-            one, or an option has a value that is none of the above.
-    """
-    separate = query is not None and key is not None and value is not None
-    if not (separate and fused is None) and not (fused is not None and key is None is value):
-        raise ValueError(
-            "declare_attention: give query, key and value, or fused (alone, or with query when "
-            f"fused holds keys and values); got query={query!r}, key={key!r}, value={value!r}, "
-            f"fused={fused!r}."
-        )
-    if layout not in ("sectioned", "interleaved"):
-        raise ValueError(
-            f"layout={layout!r}: declare_attention takes 'sectioned' or 'interleaved'."
-        )
-    roles = frozenset(separate_inputs)
-    if not roles <= {"k", "v"}:
-        raise ValueError(
-            f"separate_inputs={separate_inputs!r}: declare_attention takes 'k', 'v' or both."
-        )
-    declaration = Declaration(
-        target,
-        Convention(query, key, value, fused, layout, () if output is None else (output,)),
-        heads,
-        key_value_heads,
-        head_size,
-        cross,
-        rotary,
-        normed,
-        roles,
-    )
-    _DECLARED.append(declaration)
-    return declaration
-
-
-def forget_attention(declaration: Declaration) -> None:
-    """Undo one :func:`declare_attention`.
-
-    Args:
-        declaration: what it returned.
-    """
-    _DECLARED.remove(declaration)
-
-
-def declared(path: str, module: nn.Module) -> Declaration | None:
-    """The latest declaration that means the module at ``path``."""
-    for declaration in reversed(_DECLARED):
-        if declaration.matches(path, module):
-            return declaration
-    return None

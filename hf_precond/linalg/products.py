@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+Number = TypeVar("Number", float, Tensor)
 Precision = Literal["highest", "tf32", "bf16"]
 
 
@@ -84,3 +85,18 @@ def from_cpu(numbers: Tensor, device: torch.device, dtype: torch.dtype) -> Tenso
         return numbers.to(device=device, dtype=dtype)
     pinned = torch.empty(numbers.shape, dtype=dtype, pin_memory=True)
     return pinned.copy_(numbers).to(device, non_blocking=True)
+
+
+def averaging_weight(updates: Number, decay: float) -> Number:
+    """Returns ``b = min(decay, 1 - 1/k)``, the weight of a running average at its k-th update.
+
+    ``A ← b A + (1 - b) x`` with it has no start-up bias: the first update sets
+    A, the second averages two values, and so on until the decay takes over.
+
+    Args:
+        updates: k >= 1, this update counted; a tensor in the dtype of the average.
+        decay: in [0, 1).
+    """
+    if isinstance(updates, Tensor):
+        return (1 - 1 / updates).clamp(max=decay)
+    return min(decay, 1 - 1 / updates)

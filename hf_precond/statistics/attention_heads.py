@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_precond.architectures.structure import AttentionBlock
+from hf_precond.architectures.attention_block import AttentionBlock
 from hf_precond.linalg.products import compute_dtype, without_autocast
 from hf_precond.statistics.moments import centred, count_of, weighted
 from hf_precond.statistics.requests import MomentRequest, Statistic

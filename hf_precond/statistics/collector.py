@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from hf_precond.architectures.attention_block import AttentionBlock
 from hf_precond.architectures.modules import CONVOLUTIONS, is_linear
 from hf_precond.architectures.peft import wrappers_of
-from hf_precond.architectures.structure import AttentionBlock, LayerMatrix
+from hf_precond.architectures.structure import LayerMatrix
 from hf_precond.compat.torch_internals import (
     EagerCode,
     Hook,

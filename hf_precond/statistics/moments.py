@@ -1,8 +1,9 @@
-"""Second moments of what enters and leaves a layer."""
+"""Second moments of what enters and leaves a layer, and their running averages."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from hf_precond.architectures.modules import CONVOLUTIONS
 from hf_precond.architectures.structure import LayerMatrix
 from hf_precond.compat.torch_internals import padding_for_pad
-from hf_precond.statistics.requests import Statistic
+from hf_precond.linalg.products import averaging_weight
+from hf_precond.statistics.requests import CurvatureRequest, MomentRequest, Statistic
 
 GOLDEN = (5**0.5 - 1) / 2
 _PATCHES = 2**24  # entries of a convolution's patches that are laid out at once
@@ -338,3 +340,68 @@ def multihead_inner(
     # Not a call: the user's hooks are those of the layer.
     output, _ = type(layer).forward(twin, *args[:4], **options)
     return output
+
+
+# Running averages --------------------------------------------------------------
+
+
+def request_shape(request: MomentRequest | CurvatureRequest) -> tuple[int, ...]:
+    """Returns the shape of the statistic that answers a request.
+
+    Args:
+        request: the request.
+    """
+    if isinstance(request, CurvatureRequest):
+        return tuple(request.norm.parameter.shape)
+    if request.kind == "output_grad":
+        return (request.matrix.shape[0],) * 2
+    if request.kind == "input" or request.attention is None:
+        columns = request.matrix.columns
+        if request.blocks > 1:
+            width = -(-columns // request.blocks)
+            return (request.blocks, width, width)
+        return (columns, columns)
+    heads = request.attention.heads
+    if request.kind == "entropy":
+        return (heads.query,)
+    count = heads.query if request.kind == "query" else heads.key_value
+    return (count, heads.size, heads.size)
+
+
+def mean_of(total: Tensor, count: Tensor) -> Tensor:
+    """Returns ``total / count``; not finite where nothing was counted.
+
+    Args:
+        total: a sum.
+        count: what it is divided by.
+    """
+    return total / count.to(total.dtype)
+
+
+def update_moments(
+    moments: Sequence[Tensor], updates: Sequence[Tensor], means: Tensor, decay: float
+) -> Tensor:
+    """Updates running averages in place: ``A ← b A + (1 - b) mean``.
+
+    b is :func:`averaging_weight`. A mean that is not finite changes nothing and
+    counts nothing. Nothing is read from the device.
+
+    Args:
+        moments: A, n tensors of one shape, of one dimension or more.
+        updates: k of each, the updates so far: 0-d tensors, increased by 1.
+        means: the means of one batch, ``[n, …]``, in the dtype to compute in.
+        decay: in [0, 1).
+
+    Returns:
+        Per mean 1 where it was not finite, else 0: int64, ``[n]``.
+    """
+    usable = torch.isfinite(means).flatten(1).all(1)
+    counts = torch.stack(list(updates)) + usable
+    shape = -1, *[1] * (means.dim() - 1)
+    kept = torch.stack(list(moments)).to(means.dtype)
+    means = torch.where(usable.view(shape), means, kept)
+    keep = averaging_weight(counts.clamp(min=1).to(means.dtype), decay)
+    kept.lerp_(means, (1 - keep).view(shape))
+    torch._foreach_copy_(list(moments), list(kept.unbind()))
+    torch._foreach_copy_(list(updates), list(counts.unbind()))
+    return (~usable).to(torch.int64)

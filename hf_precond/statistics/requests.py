@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from hf_precond.architectures.structure import AttentionBlock, LayerMatrix, NormParameter
+from hf_precond.architectures.attention_block import AttentionBlock
+from hf_precond.architectures.structure import LayerMatrix, NormParameter
 
 
 @dataclass(frozen=True)
@@ -88,32 +89,8 @@ class CurvatureRequest:
 
 
 Request = MomentRequest | CurvatureRequest
-Number = TypeVar("Number", float, Tensor)
 HEAD_KINDS = ("query", "key", "entropy")
 """Kinds of moments that come from the calls of an attention's kernel, per head."""
-
-
-def request_shape(request: MomentRequest | CurvatureRequest) -> tuple[int, ...]:
-    """Returns the shape of the statistic that answers a request.
-
-    Args:
-        request: the request.
-    """
-    if isinstance(request, CurvatureRequest):
-        return tuple(request.norm.parameter.shape)
-    if request.kind == "output_grad":
-        return (request.matrix.shape[0],) * 2
-    if request.kind == "input" or request.attention is None:
-        columns = request.matrix.columns
-        if request.blocks > 1:
-            width = -(-columns // request.blocks)
-            return (request.blocks, width, width)
-        return (columns, columns)
-    heads = request.attention.heads
-    if request.kind == "entropy":
-        return (heads.query,)
-    count = heads.query if request.kind == "query" else heads.key_value
-    return (count, heads.size, heads.size)
 
 
 @dataclass
@@ -227,77 +204,3 @@ def all_reduce_statistics(
     }
 
 
-def averaging_weight(updates: Number, decay: float) -> Number:
-    """Returns ``b = min(decay, 1 - 1/k)``, the weight of a running average at its k-th update.
-
-    ``A ← b A + (1 - b) x`` with it has no start-up bias: the first update sets
-    A, the second averages two values, and so on until the decay takes over.
-
-    Args:
-        updates: k >= 1, this update counted; a tensor in the dtype of the average.
-        decay: in [0, 1).
-    """
-    if isinstance(updates, Tensor):
-        return (1 - 1 / updates).clamp(max=decay)
-    return min(decay, 1 - 1 / updates)
-
-
-def update_moments(
-    moments: Sequence[Tensor], updates: Sequence[Tensor], means: Tensor, decay: float
-) -> Tensor:
-    """Updates running averages in place: ``A ← b A + (1 - b) mean``.
-
-    b is :func:`averaging_weight`. A mean that is not finite changes nothing and
-    counts nothing. Nothing is read from the device.
-
-    Args:
-        moments: A, n tensors of one shape, of one dimension or more.
-        updates: k of each, the updates so far: 0-d tensors, increased by 1.
-        means: the means of one batch, ``[n, …]``, in the dtype to compute in.
-        decay: in [0, 1).
-
-    Returns:
-        Per mean 1 where it was not finite, else 0: int64, ``[n]``.
-    """
-    usable = torch.isfinite(means).flatten(1).all(1)
-    counts = torch.stack(list(updates)) + usable
-    shape = -1, *[1] * (means.dim() - 1)
-    kept = torch.stack(list(moments)).to(means.dtype)
-    means = torch.where(usable.view(shape), means, kept)
-    keep = averaging_weight(counts.clamp(min=1).to(means.dtype), decay)
-    kept.lerp_(means, (1 - keep).view(shape))
-    torch._foreach_copy_(list(moments), list(kept.unbind()))
-    torch._foreach_copy_(list(updates), list(counts.unbind()))
-    return (~usable).to(torch.int64)
-
-
-def mean_of(total: Tensor, count: Tensor) -> Tensor:
-    """Returns ``total / count``; not finite where nothing was counted.
-
-    Args:
-        total: a sum.
-        count: what it is divided by.
-    """
-    return total / count.to(total.dtype)
-
-
-def open_statistics(model: nn.Module, requests: Sequence[Request]) -> StatisticsSource:
-    """Returns the source of what an optimizer requests, its hooks installed.
-
-    Args:
-        model: the root of what is trained, inside any wrapper.
-        requests: all for second moments, or all for curvature.
-
-    Raises:
-        ValueError: curvature and second moments are requested at once.
-    """
-    curvature = [request for request in requests if isinstance(request, CurvatureRequest)]
-    if curvature and len(curvature) == len(requests):
-        from hf_precond.statistics.hessian_probe import CurvatureProbe
-
-        return CurvatureProbe(model, curvature)
-    if curvature:
-        raise ValueError("curvature and second moments come from two sources: open each by itself.")
-    from hf_precond.statistics.collector import MomentCollector
-
-    return MomentCollector(model, [r for r in requests if not isinstance(r, CurvatureRequest)])

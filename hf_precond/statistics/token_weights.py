@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_precond.architectures.modules import class_names
 from hf_precond.architectures.parameters import output_embedding
 from hf_precond.architectures.peft import base_of
 from hf_precond.architectures.tables import (
@@ -19,7 +20,6 @@ from hf_precond.architectures.tables import (
     MASKS,
     SOUND_INPUTS,
     TIME_FIRST,
-    class_names,
 )
 from hf_precond.compat.torch_internals import Hook, in_backward
 

@@ -11,8 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hf_precond.architectures.attention import find_attention
-from hf_precond.architectures.structure import Heads
-from hf_precond.architectures.tables import declare_attention, forget_attention
+from hf_precond.architectures.attention_block import Heads, declare_attention, forget_attention
 from hf_precond.registry import create_optimizer
 from hf_precond.statistics import attention_heads
 from hf_precond.statistics.collector import MomentCollector

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
 from hf_precond.architectures.attention import find_attention
-from hf_precond.architectures.structure import AttentionBlock
+from hf_precond.architectures.attention_block import AttentionBlock
 from hf_precond.statistics import attention_heads
 from hf_precond.statistics.collector import MomentCollector
 from hf_precond.statistics.requests import MomentRequest

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hf_precond.statistics.requests import averaging_weight, update_moments
+from hf_precond.linalg.products import averaging_weight
+from hf_precond.statistics.moments import update_moments
 
 
 def rows_of(*shape, seed=0):

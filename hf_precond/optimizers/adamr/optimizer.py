@@ -18,7 +18,8 @@ from hf_precond.optimizers.adamr.tiling import Side, Tiling, tile
 from hf_precond.optimizers.base.optimizer import PrecondOptimizer
 from hf_precond.optimizers.base.parameters import Bound, BoundMatrix, ParamView, Preconditioned
 from hf_precond.registry import register_optimizer
-from hf_precond.statistics.requests import MomentRequest, Statistic, mean_of
+from hf_precond.statistics.moments import mean_of
+from hf_precond.statistics.requests import MomentRequest, Statistic
 
 Moment = Literal["input", "output_grad"]
 FEATURED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_precond.config.base import OptimizerConfig
 from hf_precond.distributed import collectives
-from hf_precond.linalg.products import compute_dtype, matmul
+from hf_precond.linalg.products import averaging_weight, compute_dtype, matmul
 from hf_precond.optimizers.adamr.batch import Batch, batches
 from hf_precond.optimizers.adamr.config import AdamRConfig
 from hf_precond.optimizers.adamr.refresh import UNSCHEDULED, BasisRefresh, Count
@@ -18,7 +18,6 @@ from hf_precond.optimizers.adamr.tiling import Side, Tiling, tile
 from hf_precond.optimizers.base.fallback import AdamWFallback, FallbackOptimizer
 from hf_precond.optimizers.base.parameters import ParamView, fit
 from hf_precond.optimizers.base.refresh import FailureRecord
-from hf_precond.statistics.requests import averaging_weight
 
 HELD_ELEMENTS = 1 << 25
 """Elements of rotated gradients that may be held from a refresh to the step."""

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_precond.architectures.structure import AttentionBlock
+from hf_precond.architectures.attention_block import AttentionBlock
 from hf_precond.linalg.inverses import largest_eigenvalue
 from hf_precond.linalg.matrix_functions import largest_entry
 from hf_precond.optimizers.afopt.factors import Factors, heads_of, times_right
 from hf_precond.optimizers.afopt.plan import MatrixPlan, RightFactor, StateMatrix
-from hf_precond.statistics.requests import MomentRequest, Statistic, mean_of
+from hf_precond.statistics.moments import mean_of
+from hf_precond.statistics.requests import MomentRequest, Statistic
 
 if TYPE_CHECKING:
     from hf_precond.optimizers.afopt.optimizer import AFOpt

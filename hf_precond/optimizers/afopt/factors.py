@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_precond.architectures.structure import AttentionBlock
+from hf_precond.architectures.attention_block import AttentionBlock
 from hf_precond.distributed.collectives import is_sharded
 from hf_precond.linalg.matrix_functions import (
     DampedInverse,
@@ -61,7 +61,8 @@ from hf_precond.optimizers.afopt.plan import (
 )
 from hf_precond.optimizers.base.parameters import grouped, in_batches
 from hf_precond.optimizers.base.refresh import FailureRecord, ShardedRefresh
-from hf_precond.statistics.requests import Statistic, mean_of, update_moments
+from hf_precond.statistics.moments import mean_of, update_moments
+from hf_precond.statistics.requests import Statistic
 
 CHUNK = 1 << 25
 """Elements that are stepped, or averaged on a GPU, in one batch, to bound the temporaries."""

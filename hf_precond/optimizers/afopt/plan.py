@@ -11,19 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from hf_precond.architectures.attention import find_attention
+from hf_precond.architectures.attention_block import AttentionBlock
 from hf_precond.architectures.modules import find_matrices, is_linear
 from hf_precond.architectures.parameters import ParameterSurvey, add_reason
-from hf_precond.architectures.structure import (
-    AttentionBlock,
-    LayerMatrix,
-    ModelStructure,
-    RowSelection,
-)
+from hf_precond.architectures.structure import LayerMatrix, ModelStructure, RowSelection
 from hf_precond.architectures.tables import HOW_TO_DECLARE
 from hf_precond.linalg.matrix_functions import pack, packed_size, unpack
 from hf_precond.optimizers.afopt.config import AFOptConfig
 from hf_precond.optimizers.base.parameters import BoundMatrix, allocate
-from hf_precond.statistics.requests import MomentRequest, request_shape
+from hf_precond.statistics.moments import request_shape
+from hf_precond.statistics.requests import MomentRequest
 
 State = dict[Tensor, dict[str, Any]]
 Kind = Literal["moment", "inverse", "factor", "root"]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_precond.architectures.structure import ModelStructure, RoutingTable
-from hf_precond.compat.torch_internals import loss_scale
 from hf_precond.config.base import OptimizerConfig
 from hf_precond.distributed import collectives
 from hf_precond.distributed.collectives import all_finite, like
@@ -31,13 +30,9 @@ from hf_precond.optimizers.base.parameters import (
     Preconditioned,
 )
 from hf_precond.optimizers.base.refresh import FailureRecord
-from hf_precond.statistics import requests as statistics_requests
-from hf_precond.statistics.requests import (
-    Request,
-    Statistic,
-    StatisticsSource,
-    open_statistics,
-)
+
+if TYPE_CHECKING:
+    from hf_precond.statistics.requests import Request, Statistic, StatisticsSource
 
 
 class PrecondOptimizer(torch.optim.Optimizer):
@@ -221,18 +216,11 @@ class PrecondOptimizer(torch.optim.Optimizer):
             return
         collected = self.statistics.take()
         if collectives.world_size() > 1:
-            collected = statistics_requests.all_reduce_statistics(
-                collected,
-                {r.key: statistics_requests.request_shape(r) for r in self.requests()},
-                compute_dtype(self._first.dtype),
-                self._first.device,
-            )
-        if self.statistics.outdated:
-            self.close()
-            self._bind()
-            for bound in self.bound:
-                self.allocate(bound)
-            self._open()
+            from hf_precond.statistics import moments, requests
+
+            shapes = {request.key: moments.request_shape(request) for request in self.requests()}
+            dtype, device = compute_dtype(self._first.dtype), self._first.device
+            collected = requests.all_reduce_statistics(collected, shapes, dtype, device)
         self.update_statistics(collected)
 
     def _apply(self) -> None:
@@ -323,10 +311,22 @@ class PrecondOptimizer(torch.optim.Optimizer):
         if requests and structure.open_statistics is not None:
             self.statistics = structure.open_statistics(requests)
         elif requests and structure.model is not None:
-            self.statistics = open_statistics(structure.model, requests)
+            self.statistics = self._statistics_of(structure.model, requests)
         if self.scaler is not None:
             self.attach_scaler(self.scaler)
         self._enable_statistics()
+
+    def _statistics_of(self, model: nn.Module, requests: Sequence[Any]) -> StatisticsSource:
+        """The source of second moments, or of curvature; its hooks are installed in the model."""
+        from hf_precond.statistics.requests import MomentRequest
+
+        if isinstance(requests[0], MomentRequest):
+            from hf_precond.statistics.collector import MomentCollector
+
+            return MomentCollector(model, requests)
+        from hf_precond.statistics.hessian_probe import CurvatureProbe
+
+        return CurvatureProbe(model, requests)
 
     def _enable_statistics(self) -> None:
         if self.statistics is not None:
@@ -342,6 +342,8 @@ class PrecondOptimizer(torch.optim.Optimizer):
         Args:
             scaler: the scaler.
         """
+        from hf_precond.compat.torch_internals import loss_scale
+
         self.scaler = scaler
         if self.statistics is not None:
             self.statistics.loss_scale = partial(loss_scale, scaler)

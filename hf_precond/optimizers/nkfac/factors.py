@@ -12,9 +12,10 @@ from torch import Tensor
 
 from hf_precond.linalg.factorization import spd_inverse
 from hf_precond.linalg.inverses import largest_eigenvalue, newton_step, spd_block_inverse
-from hf_precond.linalg.products import Precision, matmul
+from hf_precond.linalg.products import Precision, averaging_weight, matmul
 from hf_precond.optimizers.base.parameters import BoundMatrix, allocate
-from hf_precond.statistics.requests import MomentRequest, averaging_weight, update_moments
+from hf_precond.statistics.moments import update_moments
+from hf_precond.statistics.requests import MomentRequest
 
 Side = Literal["output", "input"]
 Solver = Literal["newton", "exact"]

@@ -3,14 +3,9 @@
 import torch
 from torch import nn
 
+from hf_precond.architectures.attention_block import AttentionBlock, Heads
 from hf_precond.architectures.parameters import parameter_groups
-from hf_precond.architectures.structure import (
-    AttentionBlock,
-    Heads,
-    LayerMatrix,
-    ModelStructure,
-    RowSelection,
-)
+from hf_precond.architectures.structure import LayerMatrix, ModelStructure, RowSelection
 from hf_precond.optimizers.afopt.config import AFOptConfig
 from hf_precond.optimizers.afopt.optimizer import AFOpt
 from hf_precond.optimizers.afopt.plan import attention_matrices

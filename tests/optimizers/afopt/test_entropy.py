@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_precond.registry import create_optimizer
-from hf_precond.statistics.requests import request_shape
+from hf_precond.statistics.moments import request_shape
 from tests.architectures.families import FAMILIES, build, loss_of
 
 

@@ -7,7 +7,7 @@ import torch
 import transformers as tf
 from torch import nn
 
-from hf_precond.architectures.tables import declare_attention, forget_attention
+from hf_precond.architectures.attention_block import declare_attention, forget_attention
 from hf_precond.distributed import collectives
 from hf_precond.registry import create_optimizer
 from tests import ranks

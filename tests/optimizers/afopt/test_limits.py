@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_precond.architectures.structure import AttentionBlock, Heads, LayerMatrix, ModelStructure
+from hf_precond.architectures.attention_block import AttentionBlock, Heads
+from hf_precond.architectures.structure import LayerMatrix, ModelStructure
 from hf_precond.optimizers.afopt.config import AFOptConfig
 from hf_precond.optimizers.afopt.optimizer import AFOpt
 from hf_precond.registry import create_optimizer

@@ -1,0 +1,317 @@
+"""An attention as plain values, what its projections are called, and what users declare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from hf_precond.architectures.modules import class_names
+from hf_precond.architectures.structure import LayerMatrix
+from hf_precond.architectures.tables import OUTPUTS
+from hf_precond.distributed.collectives import full
+
+Fusion = Literal["sectioned", "interleaved"]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of an attention.
+
+    Args:
+        query: number of query heads H.
+        key_value: number of key-value heads, a divisor of H.
+        size: width d_h of a query or key head.
+        value_size: width of a value head (``size`` in most models).
+    """
+
+    query: int
+    key_value: int
+    size: int
+    value_size: int
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key-value head."""
+        return self.query // self.key_value
+
+
+@dataclass(eq=False)
+class LowRankAdapter:
+    """A low-rank update ``scaling · up @ down`` of a matrix of an attention (LoRA).
+
+    Args:
+        down: LoRA's A, ``[r, in]``; one object for all roles of a fused weight.
+        up: LoRA's B, ``[out, r]``; the role's rows where the weight is fused.
+        scaling: factor of the product.
+        magnitude: the module whose ``weight`` (``[out]``) are the norms that
+            DoRA gives the rows of the sum of weight and update; ``None``
+            without DoRA.
+    """
+
+    down: LayerMatrix
+    up: LayerMatrix
+    scaling: float
+    magnitude: nn.Module | None = None
+
+    def update(self) -> Tensor:
+        """``scaling · B A``, ``[out, in]``."""
+        up = self.up.read()[:, : self.up.shape[1]]
+        return self.scaling * (up @ self.down.read())
+
+
+@dataclass(eq=False)
+class AttentionBlock:
+    """One attention module.
+
+    A matrix that is frozen is still listed (its siblings' factors need its
+    weight); ``trainable`` names those that are stepped.
+
+    Args:
+        name: module path of the attention.
+        module: the attention module: the one that ``transformers``' attention
+            functions receive as their first argument.
+        q, k, v, o: the matrices; ``o`` is ``None`` where the model has none.
+        heads: head counts and widths.
+        trainable: the roles (``"q"``, ``"k"``, ``"v"``, ``"o"``) that train.
+        rotary: queries and keys are rotated by position (RoPE).
+        normed: queries and keys pass a norm of their own (QK-norm).
+        cross: keys and values may read another sequence than the queries.
+        separate_inputs: ``"k"`` where k's layer is called with another tensor
+            than q's, ``"v"`` where v's is with another than k's; ``cross``
+            implies the former.
+        observed: ``query`` and ``key`` moments can be asked for: the module
+            calls ``transformers``' attention look-up.
+        adapters: role to its LoRA pair, where it has one that trains.
+        scale: what its logits are multiplied with; ``None``: ``1/√d_h``.
+        note: what the routing table should say of this block (an
+            approximation, say), or the empty string.
+    """
+
+    name: str
+    module: nn.Module
+    q: LayerMatrix
+    k: LayerMatrix
+    v: LayerMatrix
+    o: LayerMatrix | None
+    heads: Heads
+    trainable: frozenset[str]
+    rotary: bool = False
+    normed: bool = False
+    cross: bool = False
+    separate_inputs: frozenset[str] = frozenset()
+    scale: float | None = None
+    note: str = ""
+    observed: bool = False
+    adapters: dict[str, LowRankAdapter] = field(default_factory=dict)
+
+    def roles(self) -> dict[str, LayerMatrix]:
+        """Role to matrix, for the roles this attention has."""
+        roles = {"q": self.q, "k": self.k, "v": self.v}
+        return roles if self.o is None else roles | {"o": self.o}
+
+    @property
+    def logit_scale(self) -> float:
+        """What the products of queries and keys are multiplied with."""
+        return self.heads.size**-0.5 if self.scale is None else self.scale
+
+    def reads(self, role: str) -> str:
+        """The tensor that enters a role's layer: ``x``, ``context``, ``value`` or ``o``."""
+        if role == "o":
+            return "o"
+        if role == "v" and "v" in self.separate_inputs:
+            return "value"
+        return "context" if role != "q" and (self.cross or "k" in self.separate_inputs) else "x"
+
+    def readers(self, tensor: str) -> list[str]:
+        """The roles whose layers a tensor (as :meth:`reads` names it) enters."""
+        return [role for role in self.roles() if self.reads(role) == tensor]
+
+    def effective(self, role: str) -> Tensor:
+        """``[W | b]`` of a role as the forward pass sees it: with its adapter, if any, merged."""
+        matrix = self.roles()[role].read()
+        adapter = self.adapters.get(role)
+        if adapter is None:
+            return matrix
+        update = adapter.update().to(matrix.dtype)
+        scale = self.row_scale(role)
+        merged = matrix[:, : update.shape[1]] + update
+        if scale is not None:
+            merged = scale[:, None] * merged
+        return torch.cat([merged, matrix[:, update.shape[1] :]], dim=1)
+
+    def row_scale(self, role: str) -> Tensor | None:
+        """What DoRA multiplies the rows of ``W + scaling · B A`` by: ``m / norm``, ``[out]``.
+
+        ``None`` for a role without DoRA.
+        """
+        adapter = self.adapters.get(role)
+        if adapter is None or adapter.magnitude is None:
+            return None
+        update = adapter.update()
+        matrix = self.roles()[role].read()[:, : update.shape[1]] + update
+        magnitude = full(cast(Tensor, adapter.magnitude.weight).detach())
+        rows = adapter.up.bias_view(magnitude).reshape(-1)
+        return rows.to(matrix.dtype) / torch.linalg.vector_norm(matrix, dim=1)
+
+
+@dataclass(frozen=True)
+class Convention:
+    """Names of the projections of an attention module, relative to it.
+
+    A name is a dotted path; ``..`` in front of it starts at the parent. A
+    fused projection stands under ``fused``; with ``query`` beside it (the
+    cross-attention of GPT-2) it holds keys and values alone.
+
+    Args:
+        query, key, value: the projections, where they are separate.
+        fused: the projection that holds several of them.
+        layout: ``sectioned`` (all query rows, then all key rows, then all
+            value rows) or ``interleaved`` (per key-value head: its query
+            rows, its key rows, its value rows).
+        outputs: names under which the output projection may be found.
+    """
+
+    query: str | None = None
+    key: str | None = None
+    value: str | None = None
+    fused: str | None = None
+    layout: Fusion = "sectioned"
+    outputs: tuple[str, ...] = OUTPUTS
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """One call of :func:`declare_attention`, which explains the fields."""
+
+    target: str | type[nn.Module]
+    convention: Convention
+    heads: int | str
+    key_value_heads: int | str | None
+    head_size: int | str | None
+    cross: bool
+    rotary: bool
+    normed: bool
+    separate_inputs: frozenset[str]
+
+    def matches(self, path: str, module: nn.Module) -> bool:
+        """Whether the module at ``path`` is meant."""
+        if isinstance(self.target, type):
+            return isinstance(module, self.target)
+        if self.target in class_names(module):
+            return True
+        parts, patterns = path.split("."), self.target.split(".")
+        return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
+
+
+_DECLARED: list[Declaration] = []
+
+
+def declare_attention(
+    target: str | type[nn.Module],
+    *,
+    heads: int | str,
+    query: str | None = None,
+    key: str | None = None,
+    value: str | None = None,
+    output: str | None = None,
+    fused: str | None = None,
+    layout: Fusion = "sectioned",
+    key_value_heads: int | str | None = None,
+    head_size: int | str | None = None,
+    cross: bool = False,
+    rotary: bool = False,
+    normed: bool = False,
+    separate_inputs: Iterable[str] = (),
+) -> Declaration:
+    """Declare which modules of a model are attentions, and which of their layers is which.
+
+    ::
+
+        declare_attention("MyMixer", query="a", key="b", value="c", output="d", heads="n_heads")
+        declare_attention("layers.*.mix", fused="abc", output="out", heads=8)
+
+    Args:
+        target: the module's class, its class name, or a pattern of module
+            paths (``*`` stands for anything within one part of the path).
+        heads: number of query heads, or the attribute (dotted, from the
+            module) that holds it.
+        query: name of the query projection, relative to the module (dotted;
+            ``..`` in front starts at the parent).
+        key: the same of the key projection.
+        value: the same of the value projection.
+        output: the same of the output projection. Default ``None``: there is
+            none.
+        fused: name of a projection that holds query, key and value rows (or,
+            beside ``query``, key and value rows) in one weight.
+        layout: row order of ``fused``: ``sectioned`` (the default) or
+            ``interleaved`` (per key-value head).
+        key_value_heads: number of key-value heads, or the attribute that holds
+            it. Default ``None``: as many as ``heads``.
+        head_size: width of a head, or the attribute that holds it. Default
+            ``None``: query rows / ``heads``.
+        cross: keys and values read another sequence than the queries.
+        rotary: queries and keys are rotated by position.
+        normed: queries and keys pass a norm of their own.
+        separate_inputs: ``"k"`` where the key projection is called with another
+            tensor than the query projection, ``"v"`` where the value projection
+            is with another than the key projection.
+
+    Returns:
+        The declaration, for :func:`forget_attention`. Later declarations win
+        over earlier ones, and all of them over the built-in table.
+
+    Raises:
+        ValueError: when the names name neither three projections nor a fused
+            one, or an option has a value that is none of the above.
+    """
+    separate = query is not None and key is not None and value is not None
+    if not (separate and fused is None) and not (fused is not None and key is None is value):
+        raise ValueError(
+            "declare_attention: give query, key and value, or fused (alone, or with query when "
+            f"fused holds keys and values); got query={query!r}, key={key!r}, value={value!r}, "
+            f"fused={fused!r}."
+        )
+    if layout not in ("sectioned", "interleaved"):
+        raise ValueError(
+            f"layout={layout!r}: declare_attention takes 'sectioned' or 'interleaved'."
+        )
+    roles = frozenset(separate_inputs)
+    if not roles <= {"k", "v"}:
+        raise ValueError(
+            f"separate_inputs={separate_inputs!r}: declare_attention takes 'k', 'v' or both."
+        )
+    declaration = Declaration(
+        target,
+        Convention(query, key, value, fused, layout, () if output is None else (output,)),
+        heads,
+        key_value_heads,
+        head_size,
+        cross,
+        rotary,
+        normed,
+        roles,
+    )
+    _DECLARED.append(declaration)
+    return declaration
+
+
+def forget_attention(declaration: Declaration) -> None:
+    """Undo one :func:`declare_attention`.
+
+    Args:
+        declaration: what it returned.
+    """
+    _DECLARED.remove(declaration)
+
+
+def declared(path: str, module: nn.Module) -> Declaration | None:
+    """The latest declaration that means the module at ``path``."""
+    for declaration in reversed(_DECLARED):
+        if declaration.matches(path, module):
+            return declaration
+    return None
