@@ -22,7 +22,7 @@ def unit(matrix):
     return matrix / matrix.norm()
 
 
-def placed_of(optimizer, name):
+def bound_of(optimizer, name):
     return next(p for p in optimizer.bound if p.matrix.name == name)
 
 
@@ -74,7 +74,7 @@ def test_factors_of_convolutions(kind):
         optimizer.step()
         losses.append(loss.item())
         if len(losses) == 1:
-            block = optimizer.curvature(placed_of(optimizer, "0"))
+            block = optimizer.curvature(bound_of(optimizer, "0"))
             torch.testing.assert_close(block.output, left, rtol=1e-11, atol=1e-13)
             torch.testing.assert_close(block.input, right, rtol=1e-11, atol=1e-13)
     assert losses[-1] < losses[0]
@@ -94,7 +94,7 @@ def test_patches_are_ordered_like_the_kernel(dimensions):
     loss.backward()
     gradient = torch.cat([layer.weight.grad.flatten(1), layer.bias.grad[:, None]], 1)
     optimizer.step()
-    block = optimizer.curvature(placed_of(optimizer, "0"))
+    block = optimizer.curvature(bound_of(optimizer, "0"))
     torch.testing.assert_close(block.apply(gradient), gradient, rtol=1e-11, atol=1e-13)
     optimizer.close()
 
@@ -122,11 +122,11 @@ def test_linear_and_conv1d_of_gpt2_are_the_same_layer():
         torch.testing.assert_close(linear[index].bias, transposed[index].bias)
 
 
-def test_fused_qkv_is_one_block_and_the_tied_head_goes_by_the_base_rule():
+def test_fused_qkv_is_one_block_and_the_tied_head_goes_by_the_fallback():
     model = make("gpt2")
     optimizer = build(model, base="adamw")
     train_step(model, optimizer, batch("gpt2"))
-    fused = placed_of(optimizer, "transformer.h.0.attn.c_attn")
+    fused = bound_of(optimizer, "transformer.h.0.attn.c_attn")
     assert optimizer.curvature(fused).output.shape == (48, 48)
     assert optimizer.curvature(fused).input.shape == (17, 17)
     head = optimizer.routing["transformer.wte.weight"]
@@ -207,7 +207,7 @@ def test_a_layer_called_twice_adds_up_both_calls():
     optimizer = build(model)
     model(x).square().mean().backward()
     optimizer.step()
-    block = optimizer.curvature(placed_of(optimizer, "layer"))
+    block = optimizer.curvature(bound_of(optimizer, "layer"))
     torch.testing.assert_close(block.output, unit(deltas.T @ deltas))
     torch.testing.assert_close(block.input, unit(rows.T @ rows))
     optimizer.close()

@@ -1,4 +1,4 @@
-"""NKFAC's step against its formulas written out: factors, damping, inverses, norm, base rules."""
+"""NKFAC's step against its formulas written out: factors, damping, inverses, norm, fallback."""
 
 import copy
 
@@ -219,7 +219,7 @@ def test_factors_of_a_deep_linear_network_are_its_gauss_newton_blocks():
     optimizer.close()
 
 
-# Base rules -------------------------------------------------------------------------
+# Fallback optimizers -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
@@ -257,7 +257,7 @@ def test_identity_factors_in_reference_mode_are_torchs_sgd_with_coupled_decay():
 
 
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
-def test_what_is_no_matrix_goes_by_the_base_rule(base):
+def test_what_is_no_matrix_goes_by_the_fallback(base):
     model = network()
     optimizer = build(model, base=base, lr=0.01, momentum=0.9)
     norm = model[2]

@@ -18,7 +18,7 @@ from hf_precond.statistics.requests import Statistic, StatisticsSource
 
 
 class Prescribed(StatisticsSource):
-    """A source that hands over given estimates by step number; ``None`` stages nothing."""
+    """A source that hands over given estimates by step number; ``None`` collects nothing."""
 
     def __init__(self, requests, estimates):
         self.keys = [request.key for request in requests]
@@ -144,7 +144,7 @@ def test_the_sgd_rule_written_out():
 
 
 @pytest.mark.parametrize("bad", [None, torch.full((4,), math.inf).double()], ids=["none", "inf"])
-def test_before_a_usable_probe_it_is_the_base_rule(bad):
+def test_before_a_usable_probe_it_is_the_fallback(bad):
     for base, fallback in (
         ("adamw", lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.2)),
         ("sgd", lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
@@ -199,7 +199,7 @@ def test_separable_quadratic_lands_in_one_step_and_flees_the_saddle():
 
 
 @pytest.mark.parametrize("fields", [REFERENCE, {"base": "sgd"}, {"base": "adamw"}])
-def test_other_parameters_are_stepped_by_the_plain_base_rule(fields):
+def test_other_parameters_are_stepped_by_the_plain_fallback(fields):
     model = network()
     decay = 0.0 if fields["base"] == "sgd" and "probe" not in fields else 0.05
     optimizer = build(model, lr=0.05, weight_decay=decay, probe_interval=3, **fields)
