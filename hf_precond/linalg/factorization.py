@@ -16,12 +16,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-MAX_FAILURES = 3
-UNDECOMPOSED = (
-    "its factor could not be decomposed {limit} times in a row; it is close to singular, or holds "
-    "infinities or NaN. Lower the learning rate, raise `damping` (or `eps`), clip gradients, or "
-    "train in float32."
-)
 RETRIES = ("scaled", "damped", "float64", "cpu", "kept")
 """How a matrix was served that the plain factorisation did not serve."""
 
@@ -45,25 +39,6 @@ def cause(error: RuntimeError) -> Cause | None:
     if isinstance(error, torch.linalg.LinAlgError) or any(name in text for name in SOLVERS):
         return "solver"
     return None
-
-
-def strikes(before: int, failed: bool, name: str, limit: int = MAX_FAILURES) -> int:
-    """Failures in a row of one matrix, after one more attempt.
-
-    Args:
-        before: how often in a row it had failed.
-        failed: whether it failed now.
-        name: the matrix, for the message.
-        limit: failures in a row after which to stop, >= 1.
-
-    Raises:
-        RuntimeError: at the ``limit``-th failure in a row, with what to do.
-    """
-    if not failed:
-        return 0
-    if before + 1 < limit:
-        return before + 1
-    raise RuntimeError(f"{name}: {UNDECOMPOSED.format(limit=limit)}")
 
 
 def eigh(batch: Tensor, count: Count | None = None) -> tuple[Tensor, Tensor]:

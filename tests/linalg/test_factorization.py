@@ -128,16 +128,6 @@ def test_spd_inverse_keeps_the_previous_inverse_of_an_indefinite_matrix():
     assert torch.equal(inverse[0], batch[0]) and torch.equal(inverse[1], previous[1])
 
 
-def test_strikes_stop_with_advice_at_the_third_failure_in_a_row():
-    count = factorization.strikes(0, True, "layer.0")
-    count = factorization.strikes(count, False, "layer.0")
-    assert count == 0
-    count = factorization.strikes(factorization.strikes(0, True, "layer.0"), True, "layer.0")
-    assert count == 2
-    with pytest.raises(RuntimeError, match=r"layer\.0.*learning rate"):
-        factorization.strikes(count, True, "layer.0")
-
-
 @pytest.mark.parametrize(
     ("error", "found"),
     [
