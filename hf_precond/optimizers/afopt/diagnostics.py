@@ -74,7 +74,7 @@ def last_steps(optimizer: AFOpt) -> dict[MatrixPlan, tuple[Tensor, Tensor]]:
     state = optimizer.state
     moved = [p for p in optimizer.plan.matrices if f"{p.bound.prefix}fade" in state[p.bound.weight]]
     for batch in optimizer.batches(moved):
-        momentum = torch.stack(optimizer.held(batch, "momentum"))
+        momentum = torch.stack(optimizer.tensors(batch, "momentum"))
         momentum /= largest_entry(momentum)
         directions = optimizer.directions(batch, momentum)
         directions *= optimizer.lengths(batch, directions)

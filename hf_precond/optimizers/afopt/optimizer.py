@@ -137,14 +137,14 @@ class AFOpt(PrecondOptimizer):
 
     def allocate(self, bound: BoundMatrix) -> None:
         """Makes momentum, moments (zeros) and factors (identities)."""
-        held, device = self.state[bound.weight], bound.weight.device
+        state, device = self.state[bound.weight], bound.weight.device
         if self.config.scaling != "norm_recovery":
             shape = (bound.matrix.shape[0], bound.matrix.columns)
-            allocate(held, f"{bound.prefix}momentum", shape, bound.dtype, device)
-            allocate(held, f"{bound.prefix}fade", (), bound.dtype, device)
+            allocate(state, f"{bound.prefix}momentum", shape, bound.dtype, device)
+            allocate(state, f"{bound.prefix}fade", (), bound.dtype, device)
         dtype = self.config.factor_dtype(bound.weight.dtype)
         for stored in self.plan.stored[bound]:
-            stored.allocate(held, dtype)
+            stored.allocate(state, dtype)
 
     # The step, from statistics and gradients to directions ---------------------------------
 
@@ -194,7 +194,7 @@ class AFOpt(PrecondOptimizer):
             matrix = alike[0].bound.matrix
             yield from in_batches(alike, matrix.shape[0] * matrix.columns, CHUNK)
 
-    def held(self, batch: Sequence[MatrixPlan], name: str) -> list[Tensor]:
+    def tensors(self, batch: Sequence[MatrixPlan], name: str) -> list[Tensor]:
         """The tensors of one name in the state of each matrix.
 
         Args:
@@ -206,7 +206,7 @@ class AFOpt(PrecondOptimizer):
     def _momentum(self, batch: Sequence[MatrixPlan], gradients: Tensor) -> Tensor:
         """``M ← β M + (1-β) G``; N (or M) in the place of G. Fades where all of G is zero."""
         beta = self.param_groups[batch[0].bound.group]["momentum"]
-        momenta, fades = self.held(batch, "momentum"), self.held(batch, "fade")
+        momenta, fades = self.tensors(batch, "momentum"), self.tensors(batch, "fade")
         largest = torch.linalg.vector_norm(gradients, float("inf"), dim=(1, 2))
         faded = torch.where(largest == 0, beta * torch.stack(fades), 1.0)
         torch._foreach_copy_(fades, faded.unbind())
@@ -243,19 +243,19 @@ class AFOpt(PrecondOptimizer):
         """
         first, dtype = batch[0], batch[0].bound.dtype
         rights = [plan.right for plan in batch if plan.right is not None]
-        tensors: dict[RightFactor, Tensor] = {}
+        unpacked: dict[RightFactor, Tensor] = {}
         for alike in grouped(dict.fromkeys(rights), lambda right: right.shape):
             stored = [right.stored(self.state) for right in alike]
             whole = unpack(torch.stack(stored)).unbind() if alike[0].packed else stored
-            tensors |= zip(alike, (factor.to(dtype) for factor in whole), strict=True)
+            unpacked |= zip(alike, (factor.to(dtype) for factor in whole), strict=True)
         if first.bound.bias_rests:
             from hf_precond.optimizers.afopt.variants import without_bias
 
-            tensors = {right: without_bias(right, factor) for right, factor in tensors.items()}
+            unpacked = {right: without_bias(right, f) for right, f in unpacked.items()}
         left = None
         if first.left is not None:
-            left = torch.cat(self.held(batch, "left")).to(dtype)
-        factors = [tensors[right] for right in rights]
+            left = torch.cat(self.tensors(batch, "left")).to(dtype)
+        factors = [unpacked[right] for right in rights]
         return TwoSidedPreconditioner(
             first.heads, first.form, left, factors, self.config.precision
         )
@@ -291,7 +291,7 @@ class AFOpt(PrecondOptimizer):
         Args:
             batch: matrices that are stepped alike.
         """
-        return torch.stack(self.held(batch, "fade"))[:, None, None]
+        return torch.stack(self.tensors(batch, "fade"))[:, None, None]
 
     # ------------------------------------------------------------------------------------
 

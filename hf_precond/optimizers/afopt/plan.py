@@ -229,14 +229,14 @@ class StateMatrix:
         stored = self.stored(state)
         return (unpack(stored) if self.packed else stored).to(self.bound.dtype)
 
-    def allocate(self, held: dict[str, Any], dtype: torch.dtype) -> None:
+    def allocate(self, state: dict[str, Any], dtype: torch.dtype) -> None:
         """Makes it where it is missing: a moment of zeros, another kind as the identity."""
-        missing, device = self.key not in held, self.bound.weight.device
+        missing, device = self.key not in state, self.bound.weight.device
         shape = (*self.shape[:-2], packed_size(self.shape[-1])) if self.packed else self.shape
-        allocate(held, self.key, shape, dtype, device)
+        allocate(state, self.key, shape, dtype, device)
         if missing and self.kind != "moment":
             eye = torch.eye(self.shape[-1], dtype=dtype, device=device)
-            held[self.key].copy_(pack(eye) if self.packed else eye)
+            state[self.key].copy_(pack(eye) if self.packed else eye)
 
 
 @dataclass(eq=False)
@@ -253,10 +253,10 @@ class Moment(StateMatrix):
         """How many means it holds."""
         return state[self.bound.weight][f"{self.key}_updates"]
 
-    def allocate(self, held: dict[str, Any], dtype: torch.dtype) -> None:
+    def allocate(self, state: dict[str, Any], dtype: torch.dtype) -> None:
         """Makes it and the count of its means."""
-        super().allocate(held, dtype)
-        allocate(held, f"{self.key}_updates", (), torch.int64, self.bound.weight.device)
+        super().allocate(state, dtype)
+        allocate(state, f"{self.key}_updates", (), torch.int64, self.bound.weight.device)
 
 
 @dataclass(eq=False)

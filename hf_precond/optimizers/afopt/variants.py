@@ -59,7 +59,7 @@ def joint_part(optimizer: AFOpt, batch: Batch, gradients: Tensor) -> Tensor:
         ``[n, out, c]``.
     """
     weights = torch.cat([heads_of(plan.bound.matrix.read(), plan.heads) for plan in batch])
-    left, own = (torch.cat(optimizer.held(batch, name)) for name in ("left", "own"))
+    left, own = (torch.cat(optimizer.tensors(batch, name)) for name in ("left", "own"))
     weights, left, own = (tensor.to(gradients.dtype) for tensor in (weights, left, own))
     small = torch.bmm(left, torch.bmm(gradients.reshape(weights.shape), weights.mT))
     return torch.bmm(torch.bmm(small, own), weights).view_as(gradients)
@@ -150,7 +150,7 @@ def logit_change(optimizer: AFOpt, batch: Batch, steps: Tensor) -> Tensor:
     """
     block, factors = batch[0].block, optimizer.factors
     assert block is not None
-    left = torch.cat(optimizer.held(batch, "left_moment")).to(steps.dtype)
+    left = torch.cat(optimizer.tensors(batch, "left_moment")).to(steps.dtype)
     moments = [factors.moment(plan.right)[0] for plan in batch if plan.right is not None]
     moved = times_right(steps, moments).view(len(left), -1, steps.shape[-1])
     gram = torch.bmm(moved, steps.reshape(moved.shape).mT)

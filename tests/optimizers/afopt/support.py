@@ -109,6 +109,18 @@ def optimizer_of(module, roles="qkvo", **fields):
     return AFOpt(list(module.parameters()), blocks_of(module, roles, **block_fields), config)
 
 
+def spectral(module, **fields):
+    """AFOpt on one :class:`Attention`, in the default direction."""
+    return optimizer_of(module, **{"direction": "spectral", "damping": 1.0, **fields})
+
+
+def changes(module, optimizer):
+    """Name to change of every parameter in one step."""
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    optimizer.step()
+    return {name: p.detach() - before[name] for name, p in module.named_parameters()}
+
+
 def create(model, **fields):
     """AFOpt on a model of transformers."""
     config = AFOptConfig.create(**fields)
@@ -127,11 +139,11 @@ def directions(optimizer):
             optimizer.allocate(bound)
         optimizer._update_statistics()
         optimizer.refresh()
-        found = {}
+        actual = {}
         for plan in optimizer.plan.matrices:
             gradient = plan.bound.gradient()[None]
-            found[plan.role] = optimizer.directions([plan], gradient)[0]
-        return found
+            actual[plan.role] = optimizer.directions([plan], gradient)[0]
+        return actual
 
 
 def cosine(a, b):

@@ -10,27 +10,15 @@ from hf_precond.registry import create_optimizer
 from tests.optimizers.afopt.support import (
     cosine,
     directions,
-    optimizer_of,
 )
 from tests.optimizers.models import MODELS, batch, make, train, train_step, weights
 
 DOUBLE = torch.float64
 
 
-def spectral(module, **fields):
-    return optimizer_of(module, **{"direction": "spectral", "damping": 1.0, **fields})
-
-
-def changes(module, optimizer):
-    """Name to change of every parameter in one step."""
-    before = {name: p.detach().clone() for name, p in module.named_parameters()}
-    optimizer.step()
-    return {name: p.detach() - before[name] for name, p in module.named_parameters()}
-
-
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("direction", ["spectral", "inverse", "inverse_sqrt"])
-def test_every_matrix_in_scope_is_stepped_unlike_the_base_rule(name, direction):
+def test_every_matrix_in_scope_is_stepped_unlike_the_fallback_optimizer(name, direction):
     model = make(name)
     peer = copy.deepcopy(model)
     optimizer = create_optimizer(

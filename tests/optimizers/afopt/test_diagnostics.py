@@ -1,4 +1,4 @@
-"""AFOpt tells how sharp the attentions look, when asked."""
+"""AFOpt's report of its steps, and of the entropy of attention weights when asked."""
 
 import copy
 
@@ -8,6 +8,7 @@ import torch
 from hf_precond.registry import create_optimizer
 from hf_precond.statistics.moments import request_shape
 from tests.architectures.families import FAMILIES, build, loss_of
+from tests.optimizers.afopt.support import Attention, backward, inputs, spectral
 
 
 def trained(name, steps=2, **fields):
@@ -22,11 +23,11 @@ def trained(name, steps=2, **fields):
 
 def test_entropies_of_every_layer_between_none_and_uniform():
     model, optimizer = trained("bert", attention_entropy=True)
-    found = {k: v for k, v in optimizer.diagnostics().items() if k.startswith("entropy")}
+    actual = {k: v for k, v in optimizer.diagnostics().items() if k.startswith("entropy")}
     names = [block.name for block in optimizer.structure.attention]
-    assert set(found) == {f"{key}/{n}" for n in names for key in ("entropy", "entropy_min")}
+    assert set(actual) == {f"{key}/{n}" for n in names for key in ("entropy", "entropy_min")}
     uniform = torch.tensor(float(FAMILIES["bert"].batch()["input_ids"].shape[1])).log().item()
-    assert all(0 < value <= uniform + 1e-6 for value in found.values())
+    assert all(0 < value <= uniform + 1e-6 for value in actual.values())
     optimizer.close()
     model, twin = copy.deepcopy((model, optimizer))
     twin.attach(model)
@@ -41,7 +42,7 @@ def test_every_statistic_has_the_shape_that_ranks_expect(name):
     loss_of(model, FAMILIES[name].batch()).backward()
     taken = optimizer.statistics.take()
     shapes = {request.key: request_shape(request) for request in optimizer.requests()}
-    assert {key: tuple(found.sum.shape) for key, found in taken.items()} == shapes
+    assert {key: tuple(actual.sum.shape) for key, actual in taken.items()} == shapes
     optimizer.close()
 
 
@@ -62,3 +63,25 @@ def test_attentions_with_kernels_of_their_own_are_named():
     with pytest.warns(UserWarning, match="attention_entropy leaves out 2 attentions"):
         _, optimizer = trained("deberta-v2", attention_entropy=True)
     optimizer.close()
+
+
+def test_reported_change_of_a_layer_is_the_one_really_seen():
+    """q and k together, cross term included, for one sequence to first order."""
+    torch.manual_seed(12)
+    module, x = Attention(d=32, heads=4), inputs(1, 24, 32, spread=30.0, shift=0.2)
+    optimizer = spectral(module, roles="qk", lr=1e-6, nesterov=False)
+    backward(module, x)
+    with torch.no_grad():
+        old = module.logits.clone()
+    optimizer.step()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # a scheduler's, for the step to come
+    predicted = optimizer.diagnostics()
+    with torch.no_grad():
+        module(x)
+        change = (module.logits - old).square().mean((0, 2, 3)).sqrt()
+    assert predicted["logit_change/"] == pytest.approx(
+        change.square().mean().sqrt().item(), rel=1e-3
+    )
+    assert predicted["logit_change_max/"] == pytest.approx(change.max().item(), rel=1e-3)
+    assert 0 < predicted["cosine"] < 1

@@ -81,8 +81,8 @@ def test_joint_formula_is_the_least_squares_solution():
     module, x = Attention(d=6, heads=2, bias=False), inputs(1, 14, 6)
     optimizer = optimizer_of(module, roles="qk", joint=True, damping=1e-13)
     descent = backward(module, x)
-    found = directions(optimizer)
-    change = logit_step(module, x, found)
+    actual = directions(optimizer)
+    change = logit_step(module, x, actual)
     # Columns: the change of S for a unit change of each entry of W_q, then of W_k.
     columns = []
     for role in "qk":
@@ -148,16 +148,16 @@ def test_white_features_and_large_damping_leave_the_plain_gradient():
                 head.copy_(torch.linalg.qr(head.mT)[0].mT)
     optimizer = optimizer_of(module, roles="qk")
     backward(module, x)
-    found = directions(optimizer)
-    assert cosine(found["q"], module.q.weight.grad) > 1 - 1e-12
-    assert cosine(found["k"], module.k.weight.grad) > 1 - 1e-12
+    actual = directions(optimizer)
+    assert cosine(actual["q"], module.q.weight.grad) > 1 - 1e-12
+    assert cosine(actual["k"], module.k.weight.grad) > 1 - 1e-12
     x = inputs(1, 40, 12, spread=1e4)
     for damping, low, high in [(1e-2, -1, 0.9), (1e9, 1 - 1e-12, 1.1)]:
         optimizer = optimizer_of(module, roles="qk", damping=damping)
         backward(module, x)
-        found = directions(optimizer)["q"]
+        actual = directions(optimizer)["q"]
         for head in (slice(0, 6), slice(6, 12)):
-            assert low < cosine(found[head], module.q.weight.grad[head]) < high
+            assert low < cosine(actual[head], module.q.weight.grad[head]) < high
 
 
 def test_direction_is_linear_in_the_loss_scale():
@@ -201,8 +201,8 @@ def relative_difference(orthogonal=False, steps=None, **fields):
     for model in (module, reparametrised(module, mixes)):
         optimizer = optimizer_of(model, roles="qk", **fields)
         backward(model, x)
-        found = directions(optimizer) if steps is None else steps(optimizer)
-        changes.append(logit_step(model, x, found))
+        actual = directions(optimizer) if steps is None else steps(optimizer)
+        changes.append(logit_step(model, x, actual))
     return ((changes[0] - changes[1]).norm() / changes[0].norm()).item()
 
 
@@ -323,7 +323,7 @@ def test_spectral_step_is_the_constrained_optimum(heads, monkeypatch):
     module, x = Attention(d=16, heads=heads), inputs(3, 20, 16, spread=100.0)
     optimizer = optimizer_of(module, direction="spectral", damping=1.0)
     backward(module, x)
-    found = directions(optimizer)
+    actual = directions(optimizer)
     dense = dense_factors(optimizer, module, x, 1.0)
     for role, (left, right) in dense.items():
         gradient = torch.cat(
@@ -334,7 +334,7 @@ def test_spectral_step_is_the_constrained_optimum(heads, monkeypatch):
         here = 0.0 if role == "o" else 1.0
         root, inverse = power(left, here, 0.5), power(left, here, -0.5)
         whole, whole_inverse = power(right.detach(), 1.0, 0.5), power(right.detach(), 1.0, -0.5)
-        step = found[role].unflatten(0, (count, -1))
+        step = actual[role].unflatten(0, (count, -1))
         parts = gradient.unflatten(0, (count, -1))
         constraint = torch.linalg.matrix_norm(root @ step @ whole, 2)
         torch.testing.assert_close(constraint, torch.ones_like(constraint), rtol=0, atol=1e-9)
@@ -354,7 +354,7 @@ def test_newton_schulz_step_between_symmetric_roots(heads, d):
     module, x = Attention(d=d, heads=heads), inputs(3, 20, d, spread=100.0)
     optimizer = optimizer_of(module, direction="spectral", damping=1.0)
     backward(module, x)
-    found = directions(optimizer)
+    actual = directions(optimizer)
     for role, (left, right) in dense_factors(optimizer, module, x, 1.0).items():
         layer = getattr(module, role)
         gradient = torch.cat([layer.weight.grad, layer.bias.grad[:, None]], 1)
@@ -365,7 +365,7 @@ def test_newton_schulz_step_between_symmetric_roots(heads, d):
         z = root @ gradient.unflatten(0, (count, -1)) @ side
         expected = (root @ newton_schulz(z) @ side).flatten(0, 1)
         torch.testing.assert_close(
-            found[role], expected, rtol=0, atol=1e-9 * expected.abs().max().item()
+            actual[role], expected, rtol=0, atol=1e-9 * expected.abs().max().item()
         )
 
 
@@ -375,7 +375,7 @@ def test_powers_against_eigh(direction, exponent):
     module, x = Attention(d=16, heads=4), inputs(3, 20, 16, spread=100.0)
     optimizer = optimizer_of(module, direction=direction, damping=0.1)
     backward(module, x)
-    found = directions(optimizer)
+    actual = directions(optimizer)
     for role, (left, right) in dense_factors(optimizer, module, x, 0.1).items():
         layer = getattr(module, role)
         gradient = torch.cat([layer.weight.grad, layer.bias.grad[:, None]], 1)
@@ -384,7 +384,7 @@ def test_powers_against_eigh(direction, exponent):
             parts = expected.unflatten(0, (4, -1))
             expected = (power(left.detach(), 0.1, exponent) @ parts).flatten(0, 1)
         torch.testing.assert_close(
-            found[role], expected, rtol=0, atol=1e-8 * expected.abs().max().item()
+            actual[role], expected, rtol=0, atol=1e-8 * expected.abs().max().item()
         )
 
 
@@ -402,8 +402,8 @@ def mean_cosines(spread=1e3, shift=0.0, causal=False, seeds=5):
         kinds = {"plain": plain, "sign": sign}
         for name, kind in kinds.items():
             optimizer = optimizer_of(module, roles="qk")
-            found = kind(optimizer)
-            change = logit_step(module, x, found)
+            actual = kind(optimizer)
+            change = logit_step(module, x, actual)
             sums[name] = sums.get(name, 0) + cosine(change - change.mean(-1, keepdim=True), descent)
         for name, fields in {
             "inverse": {"direction": "inverse"},
@@ -422,7 +422,7 @@ def mean_cosines(spread=1e3, shift=0.0, causal=False, seeds=5):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_ordering_of_the_cosines(causal):
-    found = mean_cosines(causal=causal)
-    assert found["joint"] > found["inverse"] > found["inverse_sqrt"] > found["plain"], found
-    assert found["inverse"] > found["plain"] + 0.05
-    assert found["inverse"] > found["product"]
+    actual = mean_cosines(causal=causal)
+    assert actual["joint"] > actual["inverse"] > actual["inverse_sqrt"] > actual["plain"], actual
+    assert actual["inverse"] > actual["plain"] + 0.05
+    assert actual["inverse"] > actual["product"]

@@ -13,27 +13,18 @@ from hf_precond.statistics.collector import MomentCollector
 from tests.optimizers.afopt.support import (
     Attention,
     backward,
+    changes,
     cosine,
     directions,
     inputs,
     logit_step,
     matrices_of,
     optimizer_of,
+    spectral,
 )
 from tests.optimizers.models import batch, make, train_step, weights
 
 DOUBLE = torch.float64
-
-
-def spectral(module, **fields):
-    return optimizer_of(module, **{"direction": "spectral", "damping": 1.0, **fields})
-
-
-def changes(module, optimizer):
-    """Name to change of every parameter in one step."""
-    before = {name: p.detach().clone() for name, p in module.named_parameters()}
-    optimizer.step()
-    return {name: p.detach() - before[name] for name, p in module.named_parameters()}
 
 
 def test_fused_projection_equals_the_split_one():
@@ -98,18 +89,18 @@ def test_grouped_queries_share_the_keys_of_tied_heads():
                 source = getattr(getattr(grouped, name), kind)
                 repeated = source.unflatten(0, (2, 4)).repeat_interleave(2, 0).flatten(0, 1)
                 getattr(getattr(tied, name), kind).copy_(repeated)
-    found = {}
+    actual = {}
     for module in (grouped, tied):
         optimizer = optimizer_of(module, damping=0.1)
         backward(module, x)
-        found[module] = (optimizer, directions(optimizer))
-    ours, theirs = found[grouped][1], found[tied][1]
+        actual[module] = (optimizer, directions(optimizer))
+    ours, theirs = actual[grouped][1], actual[tied][1]
     torch.testing.assert_close(ours["q"], theirs["q"], rtol=0, atol=1e-9)
     gradient = tied.k.weight.grad.unflatten(0, (2, 2, 4)).sum(1).flatten(0, 1)
     torch.testing.assert_close(grouped.k.weight.grad, gradient, rtol=0, atol=1e-12)
-    block = found[tied][0].structure.attention[0]
-    queries = found[tied][0].factors.vector_moment(block, "q").unflatten(0, (2, 2)).sum(1)
-    moment = found[tied][0].plan.moments[0].read(found[tied][0].state)
+    block = actual[tied][0].structure.attention[0]
+    queries = actual[tied][0].factors.vector_moment(block, "q").unflatten(0, (2, 2)).sum(1)
+    moment = actual[tied][0].plan.moments[0].read(actual[tied][0].state)
     full = torch.cat([grouped.k.weight.grad, grouped.k.bias.grad[:, None]], 1)
     mean = moment.diagonal().mean()
     right = torch.linalg.inv(moment + 0.1 * mean * torch.eye(17, dtype=DOUBLE))
@@ -155,15 +146,15 @@ def test_rotated_moments_are_averaged_over_positions():
 
 def test_one_position_makes_rotation_vanish():
     """At position 0 alone R is the identity: the averaged factor is the plain one."""
-    found = []
+    actual = []
     for rope in ("averaged", "ignored"):
         model = make("llama", dtype=DOUBLE)
         optimizer = create_optimizer(model, "afopt", rope=rope, momentum=0.0)
         data = {"input_ids": torch.arange(6)[:, None]}
         model(**data).logits.square().sum().backward()
-        found.append(directions(optimizer))
+        actual.append(directions(optimizer))
     for role in "qk":
-        torch.testing.assert_close(found[0][role], found[1][role], rtol=0, atol=1e-9)
+        torch.testing.assert_close(actual[0][role], actual[1][role], rtol=0, atol=1e-9)
 
 
 def test_wide_inputs_in_diagonal_blocks():
@@ -176,7 +167,7 @@ def test_wide_inputs_in_diagonal_blocks():
     dense.close()
     blocked = optimizer_of(module, roles="vo", direction="inverse", damping=0.3, max_dim=6)
     backward(module, x)
-    found = directions(blocked)
+    actual = directions(blocked)
     for moment, role in zip(moments, "vo", strict=True):
         keep = torch.block_diag(*[torch.ones(6, 6)] * 3)[:17, :17].double()
         masked = moment * keep
@@ -189,7 +180,7 @@ def test_wide_inputs_in_diagonal_blocks():
             mean = left.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
             left = torch.linalg.inv(left + 0.3 * mean * torch.eye(8, dtype=DOUBLE))
             expected = (left @ expected.unflatten(0, (2, 8))).flatten(0, 1)
-        torch.testing.assert_close(found[role], expected, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(actual[role], expected, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("direction", ["spectral", "inverse", "inverse_sqrt"])
@@ -222,7 +213,7 @@ def test_key_without_bias_uses_the_leading_block():
     optimizer = AFOpt(list(module.parameters()), structure, config)
     assert len(optimizer.requests()) == 2
     backward(module, x)
-    found = directions(optimizer)
+    actual = directions(optimizer)
     features = torch.cat([x, x.new_ones(2, 20, 1)], -1).flatten(0, 1)
     moment = (features.mT @ features / 40)[:16, :16]
     keys = torch.einsum("bhtd,bhte->hde", module.keys, module.keys).detach() / 40
@@ -235,7 +226,7 @@ def test_key_without_bias_uses_the_leading_block():
 
     parts = (module.k.weight.grad @ damped(moment)).unflatten(0, (2, 8))
     expected = (damped(queries) @ parts).flatten(0, 1)
-    torch.testing.assert_close(found["k"], expected, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(actual["k"], expected, rtol=1e-8, atol=1e-10)
 
 
 class Cross(Attention):
@@ -304,11 +295,11 @@ def test_center_leaves_the_key_bias_alone_and_helps_where_features_have_a_mean()
     for center in (False, True):
         optimizer = optimizer_of(module, roles="qk", center=center, damping=1e-6)
         descent = backward(module, x)
-        found = directions(optimizer)
-        change = logit_step(module, x, found)
+        actual = directions(optimizer)
+        change = logit_step(module, x, actual)
         cosines.append(cosine(change - change.mean(-1, keepdim=True), descent))
         optimizer.close()
-    assert found["k"][:, -1].abs().max() < 1e-9 * found["k"].abs().max()
+    assert actual["k"][:, -1].abs().max() < 1e-9 * actual["k"].abs().max()
     assert cosines[1] > cosines[0] - 1e-3
 
 
@@ -326,8 +317,8 @@ def test_gradients_too_small_or_large_to_square_in_float32_make_no_other_step(di
             parameter.grad *= size / parameter.grad.abs().max()
         steps.append(changes(module, optimizer))
     for name, expected in steps[0].items():
-        for found in steps[1:]:
-            torch.testing.assert_close(found[name], expected, rtol=2e-3, atol=1e-6)
+        for actual in steps[1:]:
+            torch.testing.assert_close(actual[name], expected, rtol=2e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("space", ["logits", "product"])
@@ -335,12 +326,12 @@ def test_factors_of_bfloat16_weights_are_not_rounded_to_bfloat16(space):
     torch.manual_seed(0)
     module, same = Attention(d=16, heads=2).bfloat16(), Attention(d=16, heads=2)
     same.load_state_dict(module.state_dict())
-    found = []
+    actual = []
     for each in (module, same):
         optimizer = spectral(each, space=space)
         roles = "qkv" if space == "product" else "v"
         block = optimizer.structure.attention[0]
         factors = optimizer.factors
-        found.append([factors.output_moment(block, role).double() for role in roles])
-    for ours, exact in zip(*found, strict=True):
+        actual.append([factors.output_moment(block, role).double() for role in roles])
+    for ours, exact in zip(*actual, strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)

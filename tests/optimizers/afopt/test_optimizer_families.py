@@ -35,7 +35,7 @@ def test_trains(name, dtype):
     counts = optimizer.diagnostics()
     assert counts["identity_factors"] == counts["failed_refreshes"] == 0
     assert counts["statistics_dropped"] == 0
-    # Every second step brings every statistic: no attention is blind.
+    # Every second step brings every statistic.
     for moment in optimizer.plan.moments:
         assert int(moment.updates(optimizer.state)) == STEPS // 2, moment.request.key
     # Factors and momentum stay float32 under bfloat16 weights.
@@ -58,8 +58,8 @@ def test_a_key_without_bias_has_nothing_of_the_constant_in_its_blocks(max_dim):
     for right in (k.right for k in keys):
         held = right.moment.read(optimizer.state)
         plain = torch.block_diag(*held.view(-1, *held.shape[-2:]))[:16, :16]
-        found, mean = optimizer.factors.moment(right)
-        whole = torch.block_diag(*found.view(-1, *found.shape[-2:]))
+        actual, mean = optimizer.factors.moment(right)
+        whole = torch.block_diag(*actual.view(-1, *actual.shape[-2:]))
         assert torch.equal(whole[:16, :16], plain)
         assert not whole[16:].any() and not whole[:, 16:].any()
         torch.testing.assert_close(mean, (plain.trace() / 16).expand(len(mean)))

@@ -84,9 +84,9 @@ def assert_factors_are_of_their_own_inputs(optimizer, run, mask=None):
         matrix = plan.bound.matrix
         (rows,) = seen[matrix.module]
         kept = mask if mask is not None and mask.shape == rows.shape[:2] else None
-        found = taken[plan.right.moment.request.key]
+        actual = taken[plan.right.moment.request.key]
         size = matrix.columns
-        mean = (found.sum / found.count)[:size, :size]
+        mean = (actual.sum / actual.count)[:size, :size]
         expected = moment(rows, matrix.bias is not None, kept)
         torch.testing.assert_close(mean, expected, rtol=1e-9, atol=1e-12, msg=matrix.name)
 
@@ -109,7 +109,7 @@ def test_relative_positions_of_deberta_are_no_tokens():
     model, batch = build("deberta-v2"), text()
     optimizer = create_optimizer(model, "afopt", scope="attention")
     model(**batch).loss.backward()
-    counts = {found.count.item() for found in optimizer.statistics.take().values()}
+    counts = {actual.count.item() for actual in optimizer.statistics.take().values()}
     assert counts == {batch["attention_mask"].sum().item()}
 
 
@@ -133,9 +133,9 @@ def test_multihead_attention_of_three_tensors():
     optimizer.step()
     for plan in optimizer.plan.matrices:
         if plan.role in tensors:
-            found = plan.right.moment.read(optimizer.state)
+            actual = plan.right.moment.read(optimizer.state)
             constant = plan.bound.matrix.bias is not None
-            torch.testing.assert_close(found, moment(tensors[plan.role], constant))
+            torch.testing.assert_close(actual, moment(tensors[plan.role], constant))
 
 
 class StridedAttention(nn.Module):

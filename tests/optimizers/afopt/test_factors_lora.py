@@ -6,22 +6,10 @@ import torch
 from hf_precond.registry import create_optimizer
 from tests.optimizers.afopt.support import (
     directions,
-    optimizer_of,
 )
 from tests.optimizers.models import batch, make, train, weights
 
 DOUBLE = torch.float64
-
-
-def spectral(module, **fields):
-    return optimizer_of(module, **{"direction": "spectral", "damping": 1.0, **fields})
-
-
-def changes(module, optimizer):
-    """Name to change of every parameter in one step."""
-    before = {name: p.detach().clone() for name, p in module.named_parameters()}
-    optimizer.step()
-    return {name: p.detach() - before[name] for name, p in module.named_parameters()}
 
 
 def adapted(targets, dtype=DOUBLE, dora=False):

@@ -1,4 +1,4 @@
-"""What AFOpt leaves to base rules for matrices: rows interleaved per head, none in scope."""
+"""What AFOpt leaves to fallback optimizers of matrices: Muon, AdamR."""
 
 import copy
 
@@ -12,7 +12,7 @@ from hf_precond.optimizers.base.parameters import ParamView
 from hf_precond.optimizers.base.refresh import FailureRecord
 from hf_precond.registry import create_optimizer
 from tests.architectures.families import FAMILIES, build
-from tests.optimizers.models import batch, make, train_step
+from tests.optimizers.models import batch, make, train_step, weights
 
 DOUBLE = torch.float64
 HEADS, SIZE = 4, 4
@@ -25,7 +25,7 @@ def values(fused):
 
 
 @pytest.mark.parametrize("base", ["adamr", "muon"])
-def test_rows_interleaved_per_head_are_one_matrix_to_the_base_rule(base):
+def test_rows_interleaved_per_head_are_one_matrix_to_the_fallback_optimizer(base):
     model = build("gpt-neox", DOUBLE).train()
     fields = {"lr": 1e-2, "weight_decay": 0.1, "scope": "query_key", "base": base}
     optimizer = create_optimizer(model, "afopt", **fields)
@@ -47,7 +47,7 @@ def test_rows_interleaved_per_head_are_one_matrix_to_the_base_rule(base):
 
 
 def test_muon_steps_no_matrix_in_scope():
-    """``norm_recovery`` hands the matrices in scope to the base rule: all to its AdamW."""
+    """``norm_recovery`` hands the matrices in scope to the fallback optimizer: all to its AdamW."""
     model = make("bert")
     peer = copy.deepcopy(model)
     fields = {"scope": "all_linear", "scaling": "norm_recovery", "lr": 1e-2}
@@ -58,3 +58,33 @@ def test_muon_steps_no_matrix_in_scope():
     train_step(peer, adamw, batch("bert"))
     for p, q in zip(model.parameters(), peer.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_muon_steps_hidden_matrices_outside_the_scope():
+    model = make("bert")
+    peer = copy.deepcopy(model)
+    optimizer = create_optimizer(
+        model,
+        "afopt",
+        scope="attention",
+        base="muon",
+        lr=1e-2,
+        weight_decay=0.1,
+        lr_scale=3.0,
+        momentum=0.9,
+    )
+    inside = {m.weight_parameter for m in optimizer.structure.hidden}
+    assert len(inside) == 5
+    names = {name for name, p in model.named_parameters() if p in inside}
+    chosen = [p for name, p in peer.named_parameters() if name in names]
+    muon = torch.optim.Muon(
+        chosen, lr=3e-2, weight_decay=0.1 / 3, momentum=0.9, adjust_lr_fn="match_rms_adamw"
+    )
+    train_step(model, optimizer, batch("bert"))
+    peer(**batch("bert")).loss.backward()
+    muon.step()
+    theirs = weights(peer)
+    for name, value in weights(model).items():
+        if name in names:
+            torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-6)
+    assert "exp_avg_sq" not in optimizer.state[next(iter(inside))]

@@ -75,8 +75,8 @@ class Peer:
             if role == "v":  # reads what q reads
                 continue
             key = number, READS[role]
-            found = self.second(x, mask, role == "k" and self.config.center)
-            self.moments[key] = keep * self.moments.get(key, 0.0) + (1 - keep) * found
+            actual = self.second(x, mask, role == "k" and self.config.center)
+            self.moments[key] = keep * self.moments.get(key, 0.0) + (1 - keep) * actual
 
     def left(self, number, role, damped):
         """The left moments of the heads: A_K, A_Q, W_oᵀ W_o."""
@@ -106,19 +106,20 @@ class Peer:
             right = power(self.damp(self.moments[number, READS[role]]), exponent)
         lefts, plain = [eye(WIDTH)], None
         if role != "o":
-            found = self.left(number, role, True)
-            lefts = [power(self.damp(part, config.covariant_damping), exponent) for part in found]
+            actual = self.left(number, role, True)
+            lefts = [power(self.damp(part, config.covariant_damping), exponent) for part in actual]
         if role in "qk":
             plain = self.left(number, role, False)
         self.factors[number, role] = lefts, right, plain
 
     def direction(self, key, momentum):
         lefts, right, _ = self.factors[key]
-        found = []
+        actual = []
         for left, rows in zip(lefts, momentum.chunk(len(lefts)), strict=True):
             step = left @ rows @ right
-            found.append(left @ sign(step) @ right if self.config.direction == "spectral" else step)
-        return torch.cat(found)
+            spectral = self.config.direction == "spectral"
+            actual.append(left @ sign(step) @ right if spectral else step)
+        return torch.cat(actual)
 
     def logit_rms(self, key, step):
         plain, moment = self.factors[key][2], self.moments[key[0], READS[key[1]]]
@@ -146,7 +147,7 @@ class Peer:
 
     def step(self, mask, groups):
         """``[W | b]`` after a step, by layer and role."""
-        config, found = self.config, {}
+        config, actual = self.config, {}
         if self.steps % config.stat_interval == 0:
             self.commit(mask)
         phases = max(1, config.inverse_interval // config.stat_interval)
@@ -165,9 +166,9 @@ class Peer:
             before, lr = self.weight(*key), groups[0]["lr"]
             kept = before.clone()
             kept[:, :-1] *= 1 - lr * groups[0]["weight_decay"]  # biases do not decay
-            found[key] = kept - lr * step
+            actual[key] = kept - lr * step
         self.steps += 1
-        return found
+        return actual
 
 
 FIELDS = [
