@@ -71,7 +71,7 @@ def register_optimizer(
     memory: str = "",
     title: str | None = None,
 ) -> Callable[[ClassT], ClassT]:
-    """Class decorator: register a :class:`PrecondOptimizer` under a name.
+    """Register an optimizer class under a name; used as a decorator.
 
     A package lists the module of the class as an entry point of that name.
     Wherever the package is installed, ``--optim toy`` then works::

@@ -72,6 +72,37 @@ def test_everything_public_has_a_docstring(name):
     assert not missing
 
 
+def leads_somewhere(module, target):
+    """Whether the target of a cross reference exists: a full path, or a name of the module."""
+    parts = target.split(".")
+    if parts[0] in ("torch", "transformers", "accelerate"):
+        return True
+    if parts[0] == "hf_precond":
+        owner = hf_precond
+        for number, part in enumerate(parts[1:], 2):
+            path = ".".join(parts[:number])
+            owner = importlib.import_module(path) if path in MODULES else getattr(owner, part, None)
+        return owner is not None
+    classes = [thing for thing in vars(module).values() if inspect.isclass(thing)]
+    for owner in (module, *classes):
+        for part in parts:
+            fields = getattr(owner, "__annotations__", {})
+            owner = getattr(owner, part, fields.get(part))
+        if owner is not None:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_cross_references_lead_somewhere(name):
+    module = importlib.import_module(name)
+    roles = "func|meth|class|mod|data|attr|exc"
+    source = inspect.getsource(module)
+    targets = re.findall(rf":(?:{roles}):`~?([\w.]+)`", source)
+    lost = [target for target in targets if not leads_somewhere(module, target)]
+    assert not [target for target in lost if f"self.{target}" not in source]
+
+
 # The public door ------------------------------------------------------------------------
 
 

@@ -32,7 +32,7 @@ from hf_precond.architectures.structure import LayerMatrix, RowSelection
 def find_attention(model: nn.Module) -> list[AttentionBlock]:
     """The attentions of a model, in model order.
 
-    A module is one when it was declared (:func:`declare_attention`), when it
+    A module is one when it was declared (:func:`~hf_precond.declare_attention`), when it
     is an ``nn.MultiheadAttention``, or when its class is named an attention,
     its projections bear the names of a known convention, the number of heads
     is stated by the module or its config, and the shapes fit both. A module

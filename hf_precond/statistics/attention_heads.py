@@ -132,7 +132,7 @@ class _ObservedAttention:
 
 
 class HeadMoments:
-    """Collects the requests of a :class:`MomentCollector` that are about heads.
+    """Collects what is requested of the heads; part of a ``MomentCollector``.
 
     Args:
         requests: ``query``, ``key`` and ``entropy``.

@@ -108,7 +108,7 @@ class Statistic:
 
 
 class StatisticsSource(Protocol):
-    """Where an optimizer's statistics come from; see :func:`open_statistics`.
+    """Where an optimizer's statistics come from.
 
     Attributes:
         loss_scale: what the loss is multiplied by before backward (float16

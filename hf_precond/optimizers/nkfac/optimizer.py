@@ -151,7 +151,7 @@ class NKFAC(PrecondOptimizer):
     def __new__(
         cls, param_groups: Any = (), structure: Any = None, config: Any = None, **fields: Any
     ) -> NKFAC:
-        """Choose :class:`NKFACReference` for a config with ``reference=True``."""
+        """Choose ``NKFACReference`` for a config with ``reference=True``."""
         if cls is NKFAC and getattr(config, "reference", False):
             from hf_precond.optimizers.nkfac.reference import NKFACReference
 

@@ -134,7 +134,7 @@ class SGDPH(PrecondOptimizer):
     def __new__(
         cls, param_groups: Any = (), structure: Any = None, config: Any = None, **fields: Any
     ) -> SGDPH:
-        """Choose :class:`SGDPHReference` for a config with ``reference=True``."""
+        """Choose ``SGDPHReference`` for a config with ``reference=True``."""
         if cls is SGDPH and getattr(config, "reference", False):
             from hf_precond.optimizers.sgdph.reference import SGDPHReference
 
@@ -209,7 +209,7 @@ class SGDPH(PrecondOptimizer):
     def average(
         self, views: Sequence[ParamView], estimates: Sequence[Tensor], present: Tensor
     ) -> Tensor:
-        """Average estimates into D; see :func:`~.directions.average_probes`.
+        """Average estimates into D; see ``directions.average_probes``.
 
         Args:
             views: the parameters.
