@@ -10,15 +10,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import json
 import math
 import numbers
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
-
-from hf_precond.config.hub import HubMixin
 
 if TYPE_CHECKING:
     import torch
@@ -31,13 +31,8 @@ _WORDS = {
 }
 # What the Trainer and torch call some fields.
 _ALIASES = {
-    "learning_rate": "lr",
-    "adam_beta1": "betas",
-    "adam_beta2": "betas",
-    "beta1": "betas",
-    "beta2": "betas",
-    "adam_epsilon": "eps",
-    "epsilon": "eps",
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "beta1", "beta2"), "betas"),
+    **{"learning_rate": "lr", "adam_epsilon": "eps", "epsilon": "eps"},
 }
 
 
@@ -173,14 +168,8 @@ class _Field:
             raise self.refusal(text) from None
 
 
-@functools.cache
-def _fields_of(cls: type[OptimizerConfig]) -> dict[str, _Field]:
-    hints = typing.get_type_hints(cls)
-    return {i.name: _Field(cls.name, i, hints[i.name]) for i in dataclasses.fields(cls)}
-
-
 @dataclass(frozen=True)
-class OptimizerConfig(HubMixin):
+class OptimizerConfig:
     """The fields that every optimizer has.
 
     Args:
@@ -219,13 +208,19 @@ class OptimizerConfig(HubMixin):
     skip_nonfinite: bool = False
 
     def __post_init__(self) -> None:
-        for name, item in _fields_of(type(self)).items():
+        for name, item in self._fields().items():
             object.__setattr__(self, name, item.conform(getattr(self, name)))
+
+    @classmethod
+    @functools.cache
+    def _fields(cls) -> dict[str, _Field]:
+        hints = typing.get_type_hints(cls)
+        return {i.name: _Field(cls.name, i, hints[i.name]) for i in dataclasses.fields(cls)}
 
     @classmethod
     def _refuse_unknown(cls, names: Iterable[str]) -> None:
         """Raise for a name that is no field, with the field that was probably meant."""
-        known = list(_fields_of(cls))
+        known = list(cls._fields())
         for name in [name for name in names if name not in known]:
             near = [_ALIASES[name]] if name in _ALIASES else []
             near = near or difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
@@ -272,7 +267,7 @@ class OptimizerConfig(HubMixin):
                 no field.
         """
         cls._refuse_unknown(values)
-        known = _fields_of(cls)
+        known = cls._fields()
         return {name: known[name].parse(str(text).strip()) for name, text in values.items()}
 
     @classmethod
@@ -305,6 +300,99 @@ class OptimizerConfig(HubMixin):
         return {"optimizer": self.name} | {
             k: list(v) if isinstance(v, tuple) else v for k, v in values.items()
         }
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> str:
+        """Write ``optimizer_config.json`` into a folder, as a whole or not at all.
+
+        Args:
+            save_directory: the folder; created if it does not exist.
+
+        Returns:
+            The file's path.
+        """
+        from hf_precond.config import hub
+
+        return hub.save(self, save_directory)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[ConfigT],
+        pretrained_name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        **fields: Any,
+    ) -> ConfigT:
+        """Read a config from a folder or from a repository on the Hub.
+
+        The file is data: nothing in it is executed. Called on
+        ``OptimizerConfig`` itself, it returns the config class of the optimizer
+        that the file names.
+
+        Args:
+            pretrained_name_or_path: a folder that holds
+                ``optimizer_config.json``, that file itself, or a repository's
+                id on the Hub.
+            revision: branch, tag or commit on the Hub.
+            token: access token; ``None`` uses the one of ``hf auth login``.
+            cache_dir: the Hub's cache folder.
+            force_download: download even when cached.
+            local_files_only: never ask the Hub.
+            **fields: fields that replace the saved ones.
+
+        Returns:
+            The config.
+
+        Raises:
+            FileNotFoundError: there is no such folder, repository or file.
+            ValueError: the file is no config, is of another optimizer, or has
+                a field or value that is not legal.
+        """
+        from hf_precond.config import hub
+
+        return hub.load(
+            cls, pretrained_name_or_path, fields, revision=revision, token=token,
+            cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only,
+        )  # fmt: skip
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload optimizer config",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        branch: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload ``optimizer_config.json`` to a repository on the Hub.
+
+        Args:
+            repo_id: ``user/name`` or ``name``; created if it does not exist.
+            commit_message: message of the commit.
+            private: make a new repository private.
+            token: access token; ``None`` uses the one of ``hf auth login``.
+            branch: branch to commit to, ``main`` by default.
+            create_pr: open a pull request instead of committing.
+
+        Returns:
+            The commit's URL.
+        """
+        from hf_precond.config import hub
+
+        return hub.push(
+            self, repo_id, private, token,
+            commit_message=commit_message, revision=branch, create_pr=create_pr,
+        )  # fmt: skip
+
+    def to_json(self) -> str:
+        """The output of :meth:`to_dict` with the package's version, as JSON."""
+        from hf_precond.config.hub import version
+
+        return json.dumps(self.to_dict() | {"hf_precond_version": version()}, indent=2) + "\n"
 
     def replace(self: ConfigT, **values: Any) -> ConfigT:
         """The same config with some fields changed, validated again.

@@ -2,8 +2,8 @@
 
 ``huggingface_hub.ModelHubMixin`` is made for models: it writes ``config.json``
 and ``README.md`` into the folder and deletes a ``config.json`` that is there,
-which beside a checkpoint is the model's. The methods here have its names and
-arguments, and use the public functions of ``huggingface_hub``.
+which beside a checkpoint is the model's. So configs have methods of the same
+names and arguments, on top of the public functions of ``huggingface_hub``.
 """
 
 from __future__ import annotations
@@ -11,133 +11,85 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 CONFIG_FILE = "optimizer_config.json"
 
-ConfigT = TypeVar("ConfigT", bound="HubMixin")
+
+def save(config: Any, folder: str | os.PathLike[str]) -> str:
+    """Write a config into a folder, which is created if it does not exist.
+
+    Args:
+        config: the config.
+        folder: the folder.
+
+    Returns:
+        The file's path.
+    """
+    target = Path(folder) / CONFIG_FILE
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(target, config.to_json())
+    return str(target)
 
 
-class HubMixin(ABC):
-    """``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` of a config."""
+def load(
+    cls: Any, source: str | os.PathLike[str], fields: Mapping[str, Any], **download: Any
+) -> Any:
+    """Read a config from a folder, a file or a repository on the Hub.
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> str:
-        """Write ``optimizer_config.json`` into a folder, as a whole or not at all.
+    Args:
+        cls: the config class; without a name, the class of the optimizer that
+            the file names.
+        source: the folder, the file or the repository's id.
+        fields: fields that replace the saved ones.
+        **download: for ``huggingface_hub.hf_hub_download``.
 
-        Args:
-            save_directory: the folder; created if it does not exist.
+    Returns:
+        The config.
 
-        Returns:
-            The file's path.
-        """
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        target = folder / CONFIG_FILE
-        write_whole(target, self.to_json())
-        return str(target)
+    Raises:
+        FileNotFoundError: there is no such folder, repository or file.
+        ValueError: the file is no config, is of another optimizer, or has a
+            field or value that is not legal.
+    """
+    path = _locate(source, download)
+    values = read_config(path)
+    config_cls = cls if cls.name else _class_for(values.get("optimizer"), path)
+    try:
+        return config_cls.from_dict(values).replace(**fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}{_newer(values)}") from error
 
-    @classmethod
-    def from_pretrained(
-        cls: type[ConfigT],
-        pretrained_name_or_path: str | os.PathLike[str],
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        **fields: Any,
-    ) -> ConfigT:
-        """Read a config from a folder or from a repository on the Hub.
 
-        The file is data: nothing in it is executed. Called on
-        ``OptimizerConfig`` itself, it returns the config class of the optimizer
-        that the file names.
+def push(
+    config: Any, repo_id: str, private: bool | None, token: str | bool | None, **commit: Any
+) -> str:
+    """Upload a config to a repository on the Hub, which is created if it does not exist.
 
-        Args:
-            pretrained_name_or_path: a folder that holds
-                ``optimizer_config.json``, that file itself, or a repository's
-                id on the Hub.
-            revision: branch, tag or commit on the Hub.
-            token: access token; ``None`` uses the one of ``hf auth login``.
-            cache_dir: the Hub's cache folder.
-            force_download: download even when cached.
-            local_files_only: never ask the Hub.
-            **fields: fields that replace the saved ones.
+    Args:
+        config: the config.
+        repo_id: ``user/name`` or ``name``.
+        private: make a new repository private.
+        token: access token; ``None`` uses the one of ``hf auth login``.
+        **commit: for ``huggingface_hub.HfApi.upload_file``.
 
-        Returns:
-            The config.
+    Returns:
+        The commit's URL.
+    """
+    from huggingface_hub import HfApi
 
-        Raises:
-            FileNotFoundError: there is no such folder, repository or file.
-            ValueError: the file is no config, is of another optimizer, or has
-                a field or value that is not legal.
-        """
-        path = _locate(
-            pretrained_name_or_path,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-        )
-        values = read_config(path)
-        chosen: Any = cls
-        if not getattr(cls, "name", ""):
-            chosen = _class_for(values.get("optimizer"), path)
-        try:
-            config = chosen.from_dict(values)
-            return config.replace(**fields) if fields else config
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}{_newer(values)}") from error
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str = "Upload optimizer config",
-        private: bool | None = None,
-        token: str | bool | None = None,
-        branch: str | None = None,
-        create_pr: bool = False,
-    ) -> str:
-        """Upload ``optimizer_config.json`` to a repository on the Hub.
-
-        Args:
-            repo_id: ``user/name`` or ``name``; created if it does not exist.
-            commit_message: message of the commit.
-            private: make a new repository private.
-            token: access token; ``None`` uses the one of ``hf auth login``.
-            branch: branch to commit to, ``main`` by default.
-            create_pr: open a pull request instead of committing.
-
-        Returns:
-            The commit's URL.
-        """
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        repo_id = str(api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
-        commit = api.upload_file(
-            path_or_fileobj=self.to_json().encode(),
-            path_in_repo=CONFIG_FILE,
-            repo_id=repo_id,
-            commit_message=commit_message,
-            revision=branch,
-            create_pr=create_pr,
-        )
-        return str(commit.commit_url)
-
-    @abstractmethod
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as values that JSON can hold."""
-
-    def to_json(self) -> str:
-        """The output of :meth:`to_dict` with the package's version, as JSON."""
-        return json.dumps(self.to_dict() | {"hf_precond_version": version()}, indent=2) + "\n"
+    api = HfApi(token=token)
+    repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    uploaded = api.upload_file(
+        path_or_fileobj=config.to_json().encode(),
+        path_in_repo=CONFIG_FILE,
+        repo_id=repository,
+        **commit,
+    )
+    return str(uploaded.commit_url)
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> None:
@@ -193,7 +145,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     return values
 
 
-def _locate(source: str | os.PathLike[str], **download: Any) -> Path:
+def _locate(source: str | os.PathLike[str], download: Mapping[str, Any]) -> Path:
     """The config file in a folder, at a path or in a repository on the Hub."""
     path = Path(source).expanduser()
     if path.is_file():
