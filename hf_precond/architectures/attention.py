@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -20,12 +21,12 @@ from hf_precond.architectures.attention_block import (
 )
 from hf_precond.architectures.modules import (
     class_names,
+    has_adapters,
     is_linear,
     is_readable,
     layer_matrix,
     refusal,
 )
-from hf_precond.architectures.peft import find_adapter, unwrap
 from hf_precond.architectures.structure import LayerMatrix, RowSelection
 
 
@@ -44,8 +45,8 @@ def find_attention(model: nn.Module) -> list[AttentionBlock]:
     Raises:
         ValueError: when a declared module does not have what the declaration names.
     """
-    modules = dict(model.named_modules())
-    blocks = (_Candidate(modules, path).read() for path in modules)
+    modules, adapted = dict(model.named_modules()), has_adapters(model)
+    blocks = (_Candidate(modules, path, adapted).read() for path in modules)
     return [block for block in blocks if block is not None]
 
 
@@ -70,11 +71,7 @@ class _Projection:
     wrapper: nn.Module
     wrapper_name: str
 
-    @property
-    def rows(self) -> int:
-        return layer_matrix(self.layer, self.name).shape[0]
-
-    def matrix(self, role: str, rows: RowSelection | None) -> LayerMatrix:
+    def matrix(self, role: str = "", rows: RowSelection | None = None) -> LayerMatrix:
         """The matrix of a role: the whole weight, or its rows of a fused one."""
         whole = layer_matrix(self.layer, self.name)
         return whole if rows is None else replace(whole, name=f"{whole.name}[{role}]", rows=rows)
@@ -86,10 +83,12 @@ class _Candidate:
     Args:
         modules: path to module, for the whole model.
         path: the module's path.
+        adapted: whether the model has PEFT's wrappers in it.
     """
 
-    def __init__(self, modules: dict[str, nn.Module], path: str) -> None:
+    def __init__(self, modules: dict[str, nn.Module], path: str, adapted: bool) -> None:
         self.modules, self.path, self.module = modules, path, modules[path]
+        self.adapted = adapted
         self.declaration = declared(path, self.module)
 
     def read(self) -> AttentionBlock | None:
@@ -125,7 +124,11 @@ class _Candidate:
         wrapper = self.modules.get(full)
         if wrapper is None:
             return None
-        layer, layer_name = unwrap(wrapper, full)
+        layer, layer_name = wrapper, full
+        if self.adapted:
+            from hf_precond.architectures.peft import unwrap
+
+            layer, layer_name = unwrap(wrapper, full)
         if not is_linear(layer) or not is_readable(layer):
             return None
         return _Projection(layer, layer_name, wrapper, full)
@@ -137,7 +140,7 @@ class _Candidate:
         parts = {role: part for role, part in resolved.items() if part is not None}
         if len(parts) < len(resolved):
             return None
-        rows = {role: projection.rows for role, projection in parts.items()}
+        rows = {role: projection.matrix().shape[0] for role, projection in parts.items()}
         gated = "q" in rows and self.declaration is None and _gates_values(self.module)
         if gated:
             rows["q"] //= 2
@@ -158,7 +161,8 @@ class _Candidate:
             if gated and role == "q":
                 selected = RowSelection(heads.query, (0, heads.size), 2 * heads.query * heads.size)
             matrices[role] = projection.matrix(role, selected)
-            _add_adapter(adapters, role, projection, selected)
+            if self.adapted:
+                _add_adapter(adapters, role, projection, selected)
         block = self._block(matrices, heads, adapters)
         if names.query and names.key and names.value:
             block.separate_inputs = self._separate_inputs(matrices)
@@ -226,17 +230,16 @@ class _Candidate:
         """The first named layer whose inputs are the heads' values side by side."""
         for name in names.outputs:
             projection = self._resolve(name)
-            if projection is not None:
-                columns = layer_matrix(projection.layer, projection.name).shape[1]
-                if columns == heads.query * heads.value_size:
-                    return projection
+            width = heads.query * heads.value_size
+            if projection is not None and projection.matrix().shape[1] == width:
+                return projection
         return None
 
     def _separate_inputs(self, matrices: Mapping[str, LayerMatrix]) -> frozenset[str]:
         """Which of k and v read a tensor of their own: by declaration, class and widths."""
         separate = set(self.declaration.separate_inputs if self.declaration else ())
-        separate |= {"k"} if _is_one_of(self.module, tables.SEPARATE_KEYS) else set()
-        separate |= {"v"} if _is_one_of(self.module, tables.SEPARATE_VALUES) else set()
+        for roles, classes in tables.SEPARATE_INPUTS.items():
+            separate |= set(roles) if _is_one_of(self.module, classes) else set()
         for role, other in (("k", "q"), ("v", "k")):
             if matrices[role].shape[1] != matrices[other].shape[1]:
                 separate.add(role)
@@ -314,14 +317,14 @@ class _Candidate:
 
 def _is_named_attention(module: nn.Module) -> bool:
     names = [cls.__name__ for cls in type(module).__mro__ if cls not in nn.Module.__mro__]
-    if not tables.UNREADABLE.isdisjoint(names):
+    if not set(names).isdisjoint(tables.UNREADABLE):
         return False
     name = " ".join(names).lower()
     return ("attention" in name or "attn" in name) and not tables.NO_ATTENTION.search(name)
 
 
-def _is_one_of(module: nn.Module, classes: frozenset[str]) -> bool:
-    return not classes.isdisjoint(class_names(module))
+def _is_one_of(module: nn.Module, classes: Iterable[str]) -> bool:
+    return not class_names(module).isdisjoint(classes)
 
 
 def _gates_values(module: nn.Module) -> bool:
@@ -337,13 +340,9 @@ def _fused_rows(heads: Heads, layout: str, *, separate_query: bool) -> dict[str,
     groups = heads.key_value if layout == "interleaved" else 1
     keys = heads.key_value * heads.size // groups
     queries = 0 if separate_query else heads.query * heads.size // groups
-    total = groups * (queries + 2 * keys)
-    spans = {
-        "q": (0, queries),
-        "k": (queries, queries + keys),
-        "v": (queries + keys, queries + 2 * keys),
-    }
-    return {role: RowSelection(groups, span, total) for role, span in spans.items()}
+    ends = (0, queries, queries + keys, queries + 2 * keys)
+    spans = zip("qkv", pairwise(ends), strict=True)
+    return {role: RowSelection(groups, span, groups * ends[-1]) for role, span in spans}
 
 
 def _add_adapter(
@@ -352,6 +351,8 @@ def _add_adapter(
     projection: _Projection,
     rows: RowSelection | None,
 ) -> None:
+    from hf_precond.architectures.peft import find_adapter
+
     adapter = find_adapter(projection.wrapper, projection.wrapper_name, rows)
     if adapter is None:
         return

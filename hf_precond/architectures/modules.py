@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,26 @@ NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
 )
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """Returns the model inside its wrappers (compilation, DDP, PEFT), or the model itself."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while True:
+        compiled = getattr(model, "_orig_mod", None)
+        if isinstance(compiled, nn.Module):
+            model = compiled
+        elif isinstance(model, wrappers):
+            model = model.module
+        else:
+            inner: Any = getattr(model, "get_base_model", None)
+            return inner() if hasattr(model, "peft_config") and inner is not None else model
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Returns whether a model has PEFT's wrappers (:mod:`~hf_precond.architectures.peft`) in it."""
+    names = ("base_layer", "modules_to_save")
+    return any(hasattr(module, name) for module in model.modules() for name in names)
 
 
 def is_transposed_linear(module: nn.Module) -> bool:

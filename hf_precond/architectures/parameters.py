@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from hf_precond.architectures.attention_block import AttentionBlock
 from hf_precond.architectures.modules import (
     CONVOLUTIONS,
     EMBEDDINGS,
     TRANSPOSED_CONVOLUTIONS,
+    base_of,
+    has_adapters,
     is_linear,
     is_norm,
     owned_parameters,
     weight_norm_scales,
 )
-from hf_precond.architectures.peft import base_of, is_lora, saved_names
 from hf_precond.architectures.structure import (
     LayerMatrix,
     ModelStructure,
@@ -25,7 +25,10 @@ from hf_precond.architectures.structure import (
     Route,
     RoutingTable,
 )
-from hf_precond.architectures.tables import HEAD_CHILDREN, UNDECAYED
+from hf_precond.architectures.tables import ADAPTER_MARKS, HEAD_CHILDREN, LORA_MARK, UNDECAYED
+
+if TYPE_CHECKING:
+    from hf_precond.architectures.attention_block import AttentionBlock
 
 PRECONDITIONED, FROZEN = "preconditioned", "frozen"
 DECAY, NO_DECAY = "decay", "no decay"
@@ -94,7 +97,7 @@ class ParameterSurvey:
             return f"{'scale' if attribute == 'weight' else 'shift'} of {type(module).__name__}"
         if attribute in weight_norm_scales(module):
             return "weight-norm scale"
-        if is_lora(name) or ".adapter" in name:
+        if any(mark in name for mark in ADAPTER_MARKS):
             return "adapter"
         if name in self.head:
             return "output head"
@@ -194,7 +197,11 @@ def find_head(model: nn.Module) -> set[str]:
     trains. Of a plain module no head is known.
     """
     inner, vocabulary = base_of(model), output_embedding(model)
-    names = saved_names(model, vocabulary)
+    names: set[str] = set()
+    if has_adapters(model):
+        from hf_precond.architectures.peft import saved_names
+
+        names = saved_names(model, vocabulary)
     body = getattr(inner, getattr(inner, "base_model_prefix", "") or "", None)
     if vocabulary is not None or not isinstance(body, nn.Module) or body is inner:
         return names
@@ -203,7 +210,7 @@ def find_head(model: nn.Module) -> set[str]:
     return names | {
         name
         for name, parameter in model.named_parameters()
-        if id(parameter) in outside and not is_lora(name)
+        if id(parameter) in outside and LORA_MARK not in name
     }
 
 

@@ -1,4 +1,4 @@
-"""What is inside the wrappers around a model or a layer: PEFT's, DDP's, those of compilation.
+"""What is inside PEFT's wrappers: layers, LoRA pairs, modules that are saved whole.
 
 The wrappers are recognised by their attributes, which were read in PEFT 0.18
 to 0.21. PEFT is not imported.
@@ -13,20 +13,6 @@ from torch import Tensor, nn
 from hf_precond.architectures.attention_block import LowRankAdapter
 from hf_precond.architectures.modules import is_linear, is_readable, layer_matrix
 from hf_precond.architectures.structure import RowSelection
-
-
-def base_of(model: nn.Module) -> nn.Module:
-    """The model inside what is wrapped around it (compilation, DDP, PEFT), or the model itself."""
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    while True:
-        compiled = getattr(model, "_orig_mod", None)
-        if isinstance(compiled, nn.Module):
-            model = compiled
-        elif isinstance(model, wrappers):
-            model = model.module
-        else:
-            inner: Any = getattr(model, "get_base_model", None)
-            return inner() if hasattr(model, "peft_config") and inner is not None else model
 
 
 def unwrap(module: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -54,11 +40,6 @@ def wrappers_of(model: nn.Module) -> dict[nn.Module, nn.Module]:
     """Each wrapped layer to the tuner layer around it."""
     layers = ((getattr(module, "base_layer", None), module) for module in model.modules())
     return {layer: wrapper for layer, wrapper in layers if isinstance(layer, nn.Module)}
-
-
-def is_lora(name: str) -> bool:
-    """Whether a parameter of this name is one of LoRA's or DoRA's."""
-    return ".lora_" in name
 
 
 def saved_names(model: nn.Module, vocabulary: nn.Module | None) -> set[str]:

@@ -10,15 +10,9 @@ from __future__ import annotations
 
 import re
 
+# fmt: off
+
 # Attentions: projections and heads ------------------------------------------------
-
-
-OUTPUTS = (
-    *("o_proj", "out_proj", "proj", "dense", "out_lin", "o", "Wo", "wo", "c_proj"),
-    *("to_out.0", "to_out", "linear_out", "projection_layer", "projection", "attention_out"),
-    "..output.dense",
-)
-"""Names under which an attention's output projection may stand, relative to it."""
 
 CONVENTIONS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -44,14 +38,21 @@ Each is query, key, value, fused projection and its layout, as in
 :class:`~hf_precond.architectures.attention_block.Convention`.
 """
 
+OUTPUTS = (
+    "o_proj", "out_proj", "proj", "dense", "out_lin", "o", "Wo", "wo", "c_proj",
+    "to_out.0", "to_out", "linear_out", "projection_layer", "projection", "attention_out",
+    "..output.dense",
+)
+"""Names of the output projection, in the same order."""
+
 NO_ATTENTION = re.compile(r"mlp|feed_?forward|ffn|glu")
 """In the lower-case name of a class that is no attention, whatever else the name says."""
 
-UNREADABLE = frozenset("CodeGenAttention GPTBigCodeAttention MiniMaxLightningAttention".split())
+UNREADABLE = ("CodeGenAttention", "GPTBigCodeAttention", "MiniMaxLightningAttention")
 """Classes with the names of a convention that order their rows in another way."""
 
 HEAD_COUNTS = (
-    *("num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "nhead"),
+    "num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "nhead",
     "num_attn_heads",
 )
 """Attributes of an attention or its config with the number of query heads."""
@@ -65,12 +66,13 @@ HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_di
 QUERY_NORMS = ("q_norm", "q_layernorm", "query_norm", "q_ln", "qk_norm", "query_layernorm")
 """Children of an attention that norm its queries."""
 
-GATED = frozenset(
-    "Qwen3NextAttention Qwen3_5Attention Qwen3_5MoeAttention Qwen4ExpTextAttention".split()
+GATED = (
+    "Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention",
+    "Qwen4ExpTextAttention",
 )
 """Attentions whose query projection holds, a head, its rows and then those of a gate."""
 
-UNSCALED = frozenset({"GPTNeoSelfAttention"})
+UNSCALED = ("GPTNeoSelfAttention",)
 """Attentions that do not scale their logits, and do not state so."""
 
 DISENTANGLED = "disentangled_attention_bias"
@@ -84,44 +86,38 @@ CROSS = re.compile(r"cross|enc_?dec|encoder_(decoder_)?att|multihead_attn", re.I
 GENERIC_NAMES = ("self", "attention", "attn", "att")
 """Names of an attention that say nothing of what it attends to; the name above them does."""
 
-SEPARATE_KEYS = frozenset(
-    """
-    CanineSelfAttention CpmAntAttention EdgeTamAttention EdgeTamVideoAttention
-    EdgeTamVideoPerceiverAttention EdgeTamVideoRoPESelfAttention GLPNEfficientSelfAttention
-    GroundingDinoMultiheadAttention GroupViTAssignAttention Idefics2PerceiverAttention
-    Inkling2FullAttention LocalSelfAttention LongT5TransientGlobalAttention LxmertAttention
-    MMGroundingDinoMultiheadAttention Mask2FormerAttention MobileBertSelfAttention
-    MuseGlimmerAssistantAttention OmDetTurboMultiheadAttention OneFormerAttention
-    OneFormerTextMapperAttention PerceiverSelfAttention PvtEfficientSelfAttention
-    PvtV2SelfAttention Sam2Attention Sam2VideoAttention Sam2VideoRoPEAttention Sam3Attention
-    Sam3LiteTextAttention Sam3TrackerAttention Sam3TrackerVideoAttention
-    Sam3TrackerVideoRoPEAttention SamAttention SamHQAttention SegformerAttention
-    SegformerEfficientSelfAttention TableTransformerAttention
-    VideoPrismMultiheadAttentionPoolingHead VisualBertRegionToPhraseAttention
-    ZoeDepthMultiheadAttention modeling_ctrl.MultiHeadAttention
-    """.split()
-)
-"""Attentions whose k is called with another tensor than q, those named :data:`CROSS` aside."""
-
-SEPARATE_VALUES = frozenset(
-    """
-    ConditionalDetrSelfAttention DFineSelfAttention DeformableDetrSelfAttention
-    Deimv2SelfAttention DetrAttention DetrCrossAttention DetrSelfAttention EdgeTamAttention
-    EdgeTamVideoAttention EdgeTamVideoPerceiverAttention EdgeTamVideoRoPECrossAttention
-    EdgeTamVideoRoPESelfAttention GroundingDinoMultiheadAttention Inkling2FullAttention
-    LwDetrAttention MMGroundingDinoMultiheadAttention Mask2FormerAttention
-    MaskFormerDetrCrossAttention MaskFormerDetrSelfAttention MobileBertSelfAttention
-    OmDetTurboMultiheadAttention OneFormerAttention OneFormerTextMapperAttention
-    PPDocLayoutV2SelfAttention PPDocLayoutV3SelfAttention PPDocLayoutV4SelfAttention
-    RTDetrSelfAttention RTDetrV2SelfAttention RfDetrAttention Sam2Attention Sam2VideoAttention
-    Sam2VideoRoPEAttention Sam3Attention Sam3LiteTextAttention Sam3TrackerAttention
-    Sam3TrackerVideoAttention Sam3TrackerVideoRoPEAttention SamAttention SamHQAttention
-    SeamlessM4TConformerSelfAttention TableTransformerAttention VJEPA2PoolerCrossAttention
-    Wav2Vec2BertSelfAttention Wav2Vec2ConformerSelfAttention XCLIPCrossAttention
-    ZoeDepthMultiheadAttention modeling_ctrl.MultiHeadAttention
-    """.split()
-)
-"""Attentions whose v is called with another tensor than k."""
+SEPARATE_INPUTS = {
+    "k": (
+        "CanineSelfAttention", "CpmAntAttention", "GLPNEfficientSelfAttention",
+        "GroupViTAssignAttention", "Idefics2PerceiverAttention", "LocalSelfAttention",
+        "LongT5TransientGlobalAttention", "LxmertAttention", "MuseGlimmerAssistantAttention",
+        "PerceiverSelfAttention", "PvtEfficientSelfAttention", "PvtV2SelfAttention",
+        "SegformerAttention", "SegformerEfficientSelfAttention",
+        "VideoPrismMultiheadAttentionPoolingHead", "VisualBertRegionToPhraseAttention",
+    ),
+    "v": (
+        "ConditionalDetrSelfAttention", "DFineSelfAttention", "DeformableDetrSelfAttention",
+        "Deimv2SelfAttention", "DetrAttention", "DetrCrossAttention", "DetrSelfAttention",
+        "EdgeTamVideoRoPECrossAttention", "LwDetrAttention", "MaskFormerDetrCrossAttention",
+        "MaskFormerDetrSelfAttention", "PPDocLayoutV2SelfAttention", "PPDocLayoutV3SelfAttention",
+        "PPDocLayoutV4SelfAttention", "RTDetrSelfAttention", "RTDetrV2SelfAttention",
+        "RfDetrAttention", "SeamlessM4TConformerSelfAttention", "VJEPA2PoolerCrossAttention",
+        "Wav2Vec2BertSelfAttention", "Wav2Vec2ConformerSelfAttention", "XCLIPCrossAttention",
+    ),
+    "kv": (
+        "EdgeTamAttention", "EdgeTamVideoAttention", "EdgeTamVideoPerceiverAttention",
+        "EdgeTamVideoRoPESelfAttention", "GroundingDinoMultiheadAttention",
+        "Inkling2FullAttention", "MMGroundingDinoMultiheadAttention", "Mask2FormerAttention",
+        "MobileBertSelfAttention", "OmDetTurboMultiheadAttention", "OneFormerAttention",
+        "OneFormerTextMapperAttention", "Sam2Attention", "Sam2VideoAttention",
+        "Sam2VideoRoPEAttention", "Sam3Attention", "Sam3LiteTextAttention",
+        "Sam3TrackerAttention", "Sam3TrackerVideoAttention", "Sam3TrackerVideoRoPEAttention",
+        "SamAttention", "SamHQAttention", "TableTransformerAttention",
+        "ZoeDepthMultiheadAttention", "modeling_ctrl.MultiHeadAttention",
+    ),
+}
+"""Attentions whose k reads another tensor than q (those named :data:`CROSS` do anyway), whose v
+reads another than k, or both."""
 
 # Attentions: rotation by position ----------------------------------------------------
 
@@ -148,10 +144,17 @@ NORM_CLASS = re.compile(r"(?:rms|layer|batch|group|instance)_?norm", re.IGNORECA
 UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 """In the lower-case name of a parameter that the Trainer does not decay."""
 
-HEAD_CHILDREN = frozenset(
-    "lm_head classifier score head fc qa_outputs embed_out output_projection".split()
+HEAD_CHILDREN = (
+    "lm_head", "classifier", "score", "head", "fc", "qa_outputs", "embed_out",
+    "output_projection",
 )
 """Children that make the outputs of a model which is not one of transformers'."""
+
+LORA_MARK = ".lora_"
+"""In the name of a parameter of LoRA or DoRA."""
+
+ADAPTER_MARKS = (LORA_MARK, ".adapter")
+"""In the name of a parameter of any adapter."""
 
 # Masks -------------------------------------------------------------------------------
 
@@ -167,15 +170,13 @@ IMAGE_INPUT = "pixel_values"
 LENGTHENING = ("_pad_to_window_size", "_pad_to_block_size", "_pad_to_mult_of_chunk_length")
 """Methods of models that pad sequences behind their end, to a multiple of a length."""
 
-TIME_FIRST = frozenset(
-    """
-    LEDEncoderSelfAttention LongformerSelfAttention XLNetLayer
-    modeling_fsmt.DecoderLayer modeling_fsmt.EncoderLayer
-    """.split()
+TIME_FIRST = (
+    "LEDEncoderSelfAttention", "LongformerSelfAttention", "XLNetLayer",
+    "modeling_fsmt.DecoderLayer", "modeling_fsmt.EncoderLayer",
 )
 """Modules that work on ``[T, B, d]``."""
 
-# What users declare ------------------------------------------------------------------
+# Messages ----------------------------------------------------------------------------
 
 HOW_TO_DECLARE = (
     "name its projections with hf_precond.declare_attention('ClassName', query='…', key='…', "

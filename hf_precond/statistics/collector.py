@@ -7,15 +7,13 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_precond.architectures.attention_block import AttentionBlock
-from hf_precond.architectures.modules import CONVOLUTIONS, is_linear
-from hf_precond.architectures.peft import wrappers_of
+from hf_precond.architectures.modules import CONVOLUTIONS, has_adapters, is_linear
 from hf_precond.architectures.structure import LayerMatrix
 from hf_precond.compat.torch_internals import (
     EagerCode,
@@ -38,6 +36,9 @@ from hf_precond.statistics.moments import (
 )
 from hf_precond.statistics.requests import HEAD_KINDS, MomentRequest, Statistic, StatisticsSource
 from hf_precond.statistics.token_weights import Reader, TokenWeights
+
+if TYPE_CHECKING:
+    from hf_precond.architectures.attention_block import AttentionBlock
 
 EVAL_ALL = (
     "no second moment was collected since the last step: the model ran in evaluation mode "
@@ -373,21 +374,26 @@ class MomentCollector(StatisticsSource):
 
             self.heads = HeadMoments(heads, self.tokens, paths, self.buffer)
             leave.callback(self.heads.close)
-        self._add(model, paths)
+        wrappers = _wrappers(model)
+        self._add(model, paths, wrappers)
         for hooked in self.layers.values():
             hook = Hook(self._after_forward, hooked)
             handle = hooked.module.register_forward_hook(hook, with_kwargs=True)
             leave.callback(handle.remove)
-        self.inputs = InputCheck(self.requests, wrappers_of(model), self.tokens)
+        self.inputs = InputCheck(self.requests, wrappers, self.tokens)
         leave.callback(self.inputs.close)
         self._leave = weakref.finalize(self, leave.close)
         self._leave.atexit = False
 
     # What is hooked -----------------------------------------------------------
 
-    def _add(self, model: nn.Module, paths: dict[nn.Module, str]) -> None:
+    def _add(
+        self,
+        model: nn.Module,
+        paths: dict[nn.Module, str],
+        wrappers: Mapping[nn.Module, nn.Module],
+    ) -> None:
         """Finds or makes the collections that serve the requests for inputs and gradients."""
-        wrappers = wrappers_of(model)
         projections: dict[nn.Module, nn.Module] = {
             m.out_proj: m for m in model.modules() if isinstance(m, nn.MultiheadAttention)
         }
@@ -591,6 +597,15 @@ class MomentCollector(StatisticsSource):
         self.enabled = False
         self._leave()
         self.buffer.clear()
+
+
+def _wrappers(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Each layer that PEFT has wrapped to the wrapper."""
+    if not has_adapters(model):
+        return {}
+    from hf_precond.architectures.peft import wrappers_of
+
+    return wrappers_of(model)
 
 
 def _source(request: MomentRequest) -> LayerMatrix:

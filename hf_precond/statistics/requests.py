@@ -6,14 +6,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_precond.architectures.attention_block import AttentionBlock
 from hf_precond.architectures.structure import LayerMatrix, NormParameter
+
+if TYPE_CHECKING:
+    from hf_precond.architectures.attention_block import AttentionBlock
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_precond.architectures.modules import class_names
+from hf_precond.architectures.modules import base_of, class_names
 from hf_precond.architectures.parameters import output_embedding
-from hf_precond.architectures.peft import base_of
 from hf_precond.architectures.tables import (
     IMAGE_INPUT,
     LENGTHENING,
@@ -77,7 +76,7 @@ class TokenWeights:
         for path, module in model.named_modules():
             if module is head:
                 self.head = path
-            if not TIME_FIRST.isdisjoint(class_names(module)):
+            if not class_names(module).isdisjoint(TIME_FIRST):
                 self.time_first.add(path)
             named = module in (model, root) or hasattr(module, "base_model_prefix")
             if named or (audio and _is_masked_stack(module)):
