@@ -57,23 +57,6 @@ def count_of(rows: int, weights: Tensor | None, like: Tensor) -> Tensor:
     return like.new_full((), rows) if weights is None else weights.sum().to(like.dtype)
 
 
-def gram(rows: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Returns ``Xᵀ diag(w) X``, ``[d, d]``: one triangle in strips of columns, the other copied.
-
-    Args:
-        rows: X, ``[n, d]``.
-        weights: w, ``[n]``, or ``None`` for ones.
-    """
-    left, size = weighted(rows, weights).mT, rows.shape[-1]
-    width = max(128, -(-size // 8))
-    result = rows.new_empty(size, size)
-    for start in range(0, size, width):
-        strip = slice(start, start + width)
-        result[strip, start:] = left[strip] @ rows[:, start:]
-        result[strip, :start] = result[:start, strip].mT
-    return result
-
-
 def moment(rows: Tensor, weights: Tensor | None = None, constant: bool = False) -> Tensor:
     """Returns ``Σ_i w_i x̂_i x̂_iᵀ``, ``[d, d]`` (``[d + 1, d + 1]`` with the constant).
 
@@ -82,7 +65,7 @@ def moment(rows: Tensor, weights: Tensor | None = None, constant: bool = False) 
         weights: w, ``[n]``, or ``None`` for ones.
         constant: put a 1 behind every row.
     """
-    product = gram(rows, weights)
+    product = weighted(rows, weights).mT @ rows
     if not constant:
         return product
     size = rows.shape[-1]
