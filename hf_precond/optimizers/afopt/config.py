@@ -99,26 +99,22 @@ class AFOptConfig(OptimizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for wrong, message in (
-            (
-                self.joint and (self.direction != "inverse" or self.space != "logits"),
+        if self.joint and (self.direction != "inverse" or self.space != "logits"):
+            raise ValueError(
                 "joint=True: the joint correction exists for direction='inverse' in "
-                "space='logits' only; set these, or joint=False.",
-            ),
-            (
-                self.center and self.space != "logits",
-                "center=True: space='product' has no features to center; set space='logits'.",
-            ),
-            (
-                self.space != "logits" and self.scaling in ("logit_rms", "cap"),
+                "space='logits' only; set these, or joint=False."
+            )
+        if self.center and self.space != "logits":
+            raise ValueError(
+                "center=True: space='product' has no features to center; set space='logits'."
+            )
+        if self.space != "logits" and self.scaling in ("logit_rms", "cap"):
+            raise ValueError(
                 f"scaling={self.scaling!r}: the change of the logits is predicted from features; "
-                "set space='logits', or scaling='rms'.",
-            ),
-            (
-                self.scaling == "graft" and self.base not in ("adamw", "sgd"),
+                "set space='logits', or scaling='rms'."
+            )
+        if self.scaling == "graft" and self.base not in ("adamw", "sgd"):
+            raise ValueError(
                 f"scaling='graft': the norm of the step of base={self.base!r} is not defined for "
-                "one matrix alone; set base='adamw' or 'sgd'.",
-            ),
-        ):
-            if wrong:
-                raise ValueError(message)
+                "one matrix alone; set base='adamw' or 'sgd'."
+            )

@@ -37,10 +37,8 @@ def report(optimizer: AFOpt) -> dict[str, float]:
     steps = last_steps(optimizer)
     if not steps:
         return entropies
-    cosines = [
-        (momentum * step).sum() / (momentum.norm() * step.norm()).clamp(min=1e-30)
-        for momentum, step in steps.values()
-    ]
+    pairs = [(momentum.flatten(), step.flatten()) for momentum, step in steps.values()]
+    cosines = [torch.cosine_similarity(*pair, dim=0, eps=1e-30) for pair in pairs]
     values = {"cosine": torch.stack([cosine.double().cpu() for cosine in cosines]).mean()}
     factors, plan = optimizer.factors, optimizer.plan
     for block in plan.moments_of:
@@ -169,8 +167,6 @@ class EntropyMonitor:
 
     def values(self) -> dict[str, float]:
         """``entropy/{attention}``, the mean over heads, and ``entropy_min``, of the sharpest."""
-        values: dict[str, float] = {}
-        for name, mean in self.means.items():
-            values[f"entropy/{name}"] = float(mean.mean())
-            values[f"entropy_min/{name}"] = float(mean.min())
-        return values
+        values = {f"entropy/{name}": float(mean.mean()) for name, mean in self.means.items()}
+        least = {f"entropy_min/{name}": float(mean.min()) for name, mean in self.means.items()}
+        return values | least

@@ -71,10 +71,10 @@ def attention_matrices(model: nn.Module, config: AFOptConfig) -> ModelStructure:
     left: list[Candidate] = []
     blocks: list[AttentionBlock] = []
     for block in attentions:
-        inside = _in_scope(block, SCOPES[scope])
-        if inside and not any(is_tied(matrix) for matrix, _ in inside):
+        candidates = _in_scope(block, SCOPES[scope])
+        if candidates and not any(is_tied(matrix) for matrix, _ in candidates):
             blocks.append(block)
-            chosen += inside
+            chosen += candidates
         trainable = {r: matrix for r, matrix in block.roles().items() if r in block.trainable}
         left += [(matrix, ROLES[r]) for r, matrix in trainable.items() if not is_tied(matrix)]
     if scope == "all_linear":
@@ -82,24 +82,25 @@ def attention_matrices(model: nn.Module, config: AFOptConfig) -> ModelStructure:
         chosen += linears
         chosen.sort(key=lambda candidate: order[survey.name_of(candidate[0].weight_parameter)])
     matrices = list(dict.fromkeys(matrix for matrix, _ in chosen))
-    name = type(model).__name__
+    model_name = type(model).__name__
     if not attentions and (scope != "all_linear" or not matrices):
         raise ValueError(
-            f"afopt: no attention that it knows was found in {name}; {HOW_TO_DECLARE}."
+            f"afopt: no attention that it knows was found in {model_name}; {HOW_TO_DECLARE}."
         )
     if not matrices:
         raise ValueError(
-            f"afopt: {name} has {len(attentions)} attentions, but no matrix in scope={scope} "
+            f"afopt: {model_name} has {len(attentions)} attentions, but no matrix in scope={scope} "
             "trains (they are frozen or tied); unfreeze them, widen scope, or put LoRA adapters on "
             "q, k, v or o."
         )
     if not attentions:
         warnings.warn(
-            f"afopt: no attention was found in {name}, so only its other linear layers are "
+            f"afopt: no attention was found in {model_name}, so only its other linear layers are "
             f"preconditioned; {HOW_TO_DECLARE}.",
             stacklevel=3,
         )
-    left = [(matrix, what) for matrix, what in left + linears if matrix not in set(matrices)]
+    inside = set(matrices)
+    left = [candidate for candidate in left + linears if candidate[0] not in inside]
     treated: dict[str, str] = {}
     outside: dict[str, str] = {}
     for matrix, what in chosen:
@@ -121,14 +122,11 @@ def _in_scope(block: AttentionBlock, roles: str) -> list[Candidate]:
     chosen: list[Candidate] = []
     note = f" ({block.note})" if block.note else ""
     for role, matrix in block.roles().items():
-        if role not in roles:
-            continue
-        if role in block.trainable:
+        if role in roles and role in block.trainable:
             chosen.append((matrix, ROLES[role] + note))
-        if role in block.adapters:
-            adapter = block.adapters[role]
-            pair = [matrix for matrix in (adapter.down, adapter.up) if matrix.trains]
-            chosen += [(matrix, f"adapter of {ROLES[role]}{note}") for matrix in pair]
+        if role in roles and role in block.adapters:
+            pair = (block.adapters[role].down, block.adapters[role].up)
+            chosen += [(m, f"adapter of {ROLES[role]}{note}") for m in pair if m.trains]
     return chosen
 
 
