@@ -221,6 +221,12 @@ class PrecondOptimizer(torch.optim.Optimizer):
             shapes = {request.key: moments.request_shape(request) for request in self.requests()}
             dtype, device = compute_dtype(self._first.dtype), self._first.device
             collected = requests.all_reduce_statistics(collected, shapes, dtype, device)
+        if self.statistics.outdated:
+            self.close()
+            self._bind()
+            for bound in self.bound:
+                self.allocate(bound)
+            self._open()
         self.update_statistics(collected)
 
     def _apply(self) -> None:
