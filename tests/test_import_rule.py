@@ -17,9 +17,8 @@ MAY_IMPORT = {
     "distributed": {"compat"},
     "architectures": {"compat", "distributed", "linalg"},
     "statistics": {"compat", "linalg", "distributed", "architectures"},
-    "state": {"compat", "config", "architectures"},
     "optimizers": {
-        *("compat", "linalg", "config", "distributed", "architectures", "statistics", "state"),
+        *("compat", "linalg", "config", "distributed", "architectures", "statistics"),
         "registry",
     },
     "registry": {"optimizers", "config", "distributed", "architectures"},
@@ -71,7 +70,7 @@ def test_the_registry_imports_nothing_of_the_package_at_its_top():
 
 
 def test_optimizers_and_linalg_do_not_know_transformers():
-    for name in ("optimizers", "linalg", "state"):
+    for name in ("optimizers", "linalg"):
         for path in (PACKAGE / name).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.ImportFrom):

@@ -176,6 +176,9 @@ TIME_FIRST = (
 )
 """Modules that work on ``[T, B, d]``."""
 
+CHECKPOINTING = "_gradient_checkpointing_func"
+"""Attribute of modules that are checkpointed: the function that does it."""
+
 # Messages ----------------------------------------------------------------------------
 
 HOW_TO_DECLARE = (

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hf_precond.architectures.tables import CHECKPOINTING
 from hf_precond.compat import accelerate_internals
 from hf_precond.compat.torch_internals import EagerCode, Hook, in_float32
 from hf_precond.statistics.hessian_products import (
@@ -49,7 +50,6 @@ SHARDED = (
     "sgdph: the model is sharded (FSDP2, or parameters that are DTensors), and its backward pass "
     "cannot be differentiated; train with DDP (torchrun), or choose afopt, adamr or nkfac."
 )
-_CHECKPOINT = "_gradient_checkpointing_func"
 
 
 class DoubleBackward:
@@ -92,19 +92,19 @@ class DoubleBackward:
             DoubleBackward.attention.enter_context(sdpa_kernel(SDPBackend.MATH))
         DoubleBackward.holders += 1
         for module in self.model.modules():
-            function = module.__dict__.get(_CHECKPOINT)
+            function = module.__dict__.get(CHECKPOINTING)
             if isinstance(function, functools.partial) and function.keywords.get("use_reentrant"):
                 keywords = function.keywords | {"use_reentrant": False}
                 self.checkpoints.append((module, function))
                 twice = functools.partial(function.func, *function.args, **keywords)
-                setattr(module, _CHECKPOINT, twice)
+                setattr(module, CHECKPOINTING, twice)
 
     def release(self) -> None:
         """Undoes everything."""
         self.code.release()
         while self.checkpoints:
             module, function = self.checkpoints.pop()
-            setattr(module, _CHECKPOINT, function)
+            setattr(module, CHECKPOINTING, function)
         if self.held:
             self.held = False
             DoubleBackward.holders -= 1
