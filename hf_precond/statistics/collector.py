@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from hf_precond.architectures.modules import CONVOLUTIONS, has_adapters, is_linear
 from hf_precond.architectures.structure import LayerMatrix
@@ -208,7 +207,7 @@ class InputCheck:
         tokens: TokenWeights,
     ) -> None:
         self.tokens = tokens
-        self.handles: dict[AttentionBlock, list[RemovableHandle]] = {}
+        self.hooks: dict[AttentionBlock, ExitStack] = {}
         self.calls: dict[AttentionBlock, dict[str, tuple[Tensor, int]]] = {}
         self.differing: dict[AttentionBlock, set[str]] = {}
         blocks = (r.attention for r in requests if r.kind == "input" and r.attention is not None)
@@ -223,7 +222,7 @@ class InputCheck:
                 module = wrappers.get(layers[role], layers[role])
                 hook = Hook(self._before_forward, block, pairs, role)
                 handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-                self.handles.setdefault(block, []).append(handle)
+                self.hooks.setdefault(block, ExitStack()).callback(handle.remove)
 
     def _before_forward(
         self,
@@ -252,7 +251,7 @@ class InputCheck:
             These attentions; a warning has named the first.
         """
         self.calls.clear()
-        blocks = list(self.handles)
+        blocks = list(self.hooks)
         if not blocks:
             return []
         seen = [self.differing.get(block) for block in blocks]
@@ -263,8 +262,7 @@ class InputCheck:
         corrected: list[AttentionBlock] = []
         for block, (compared, *differs) in zip(blocks, flags.tolist(), strict=True):
             if compared:
-                for handle in self.handles.pop(block):
-                    handle.remove()
+                self.hooks.pop(block).close()
             roles = {role for role, differ in zip("kv", differs, strict=True) if differ}
             if roles:
                 block.separate_inputs |= roles
@@ -277,9 +275,8 @@ class InputCheck:
 
     def close(self) -> None:
         """Removes every hook."""
-        for handles in self.handles.values():
-            for handle in handles:
-                handle.remove()
+        for hooks in self.hooks.values():
+            hooks.close()
         self.calls.clear()
 
 
@@ -375,7 +372,7 @@ class MomentCollector(StatisticsSource):
             self.heads = HeadMoments(heads, self.tokens, paths, self.buffer)
             leave.callback(self.heads.close)
         wrappers = _wrappers(model)
-        self._add(model, paths, wrappers)
+        self._add(paths, wrappers)
         for hooked in self.layers.values():
             hook = Hook(self._after_forward, hooked)
             handle = hooked.module.register_forward_hook(hook, with_kwargs=True)
@@ -388,38 +385,26 @@ class MomentCollector(StatisticsSource):
     # What is hooked -----------------------------------------------------------
 
     def _add(
-        self,
-        model: nn.Module,
-        paths: dict[nn.Module, str],
-        wrappers: Mapping[nn.Module, nn.Module],
+        self, paths: dict[nn.Module, str], wrappers: Mapping[nn.Module, nn.Module]
     ) -> None:
         """Finds or makes the collections that serve the requests for inputs and gradients."""
-        projections: dict[nn.Module, nn.Module] = {
-            m.out_proj: m for m in model.modules() if isinstance(m, nn.MultiheadAttention)
-        }
         for request in self.requests:
             if request.kind in HEAD_KINDS:
                 continue
             matrix = _source(request)
             layer = matrix.module
             _refuse(request, matrix)
-            module = projections.get(layer) or wrappers.get(layer, layer)
+            module = wrappers.get(layer, layer)
             if module not in paths:
                 raise ValueError(f"{request.key}: {matrix.name} is not a layer of this model.")
             if module not in self.layers:
                 reader = self.tokens.reader(paths[module], memory=layer in self.tokens.memory)
                 self.layers[module] = _HookedLayer(module, layer, paths[module], reader)
             key = paths[module], *_variant(request, matrix)
-            collection = self.layers[module].collections.setdefault(
-                key,
-                Collection(
-                    request.kind,
-                    matrix,
-                    center=request.center,
-                    blocks=request.blocks,
-                    rows=request.rows,
-                ),
+            new = Collection(
+                request.kind, matrix, False, request.center, request.blocks, request.rows
             )
+            collection = self.layers[module].collections.setdefault(key, new)
             collection.constant |= request.kind == "input" and request.matrix.bias is not None
             self.served[request.key] = key
 
@@ -600,12 +585,14 @@ class MomentCollector(StatisticsSource):
 
 
 def _wrappers(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """Each layer that PEFT has wrapped to the wrapper."""
-    if not has_adapters(model):
-        return {}
-    from hf_precond.architectures.peft import wrappers_of
+    """The modules that are called instead of a layer: PEFT's wrappers, and torch's attention."""
+    wrappers: dict[nn.Module, nn.Module] = {}
+    if has_adapters(model):
+        from hf_precond.architectures.peft import wrappers_of
 
-    return wrappers_of(model)
+        wrappers = wrappers_of(model)
+    attentions = (m for m in model.modules() if isinstance(m, nn.MultiheadAttention))
+    return wrappers | {attention.out_proj: attention for attention in attentions}
 
 
 def _source(request: MomentRequest) -> LayerMatrix:

@@ -20,6 +20,29 @@ from hf_precond.statistics.requests import CurvatureRequest, MomentRequest, Stat
 GOLDEN = (5**0.5 - 1) / 2
 _PATCHES = 2**24  # entries of a convolution's patches that are laid out at once
 
+def request_shape(request: MomentRequest | CurvatureRequest) -> tuple[int, ...]:
+    """Returns the shape of the statistic that answers a request.
+
+    Args:
+        request: the request.
+    """
+    if isinstance(request, CurvatureRequest):
+        return tuple(request.norm.parameter.shape)
+    if request.kind == "output_grad":
+        return (request.matrix.shape[0],) * 2
+    if request.kind == "input" or request.attention is None:
+        columns = request.matrix.columns
+        if request.blocks > 1:
+            width = -(-columns // request.blocks)
+            return (request.blocks, width, width)
+        return (columns, columns)
+    heads = request.attention.heads
+    if request.kind == "entropy":
+        return (heads.query,)
+    count = heads.query if request.kind == "query" else heads.key_value
+    return (count, heads.size, heads.size)
+
+
 # Second moments of rows -------------------------------------------------------
 
 
@@ -326,29 +349,6 @@ def multihead_inner(
 
 
 # Running averages --------------------------------------------------------------
-
-
-def request_shape(request: MomentRequest | CurvatureRequest) -> tuple[int, ...]:
-    """Returns the shape of the statistic that answers a request.
-
-    Args:
-        request: the request.
-    """
-    if isinstance(request, CurvatureRequest):
-        return tuple(request.norm.parameter.shape)
-    if request.kind == "output_grad":
-        return (request.matrix.shape[0],) * 2
-    if request.kind == "input" or request.attention is None:
-        columns = request.matrix.columns
-        if request.blocks > 1:
-            width = -(-columns // request.blocks)
-            return (request.blocks, width, width)
-        return (columns, columns)
-    heads = request.attention.heads
-    if request.kind == "entropy":
-        return (heads.query,)
-    count = heads.query if request.kind == "query" else heads.key_value
-    return (count, heads.size, heads.size)
 
 
 def mean_of(total: Tensor, count: Tensor) -> Tensor:

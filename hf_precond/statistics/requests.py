@@ -204,5 +204,3 @@ def all_reduce_statistics(
         key: Statistic(block[:-1].view(*shape), block[-1])
         for (key, shape), block in zip(shapes.items(), blocks, strict=True)
     }
-
-
