@@ -19,7 +19,7 @@ from transformers import BertConfig, TrainerCallback, TrainingArguments
 from transformers import BertForSequenceClassification as Model
 
 from hf_precond import PrecondTrainer
-from hf_precond.integrations.checkpoints import last_checkpoint
+from hf_precond.integrations.trainer import last_checkpoint
 
 CLASSES = 8
 LENGTH, WIDTH = 8, 32

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_precond import PrecondTrainer
 from hf_precond.integrations.arguments import own_optimizer
-from hf_precond.integrations.checkpoints import damage, last_checkpoint
+from hf_precond.integrations.trainer import damage, last_checkpoint
 from hf_precond.registry import list_optimizers
 from tests.integrations.test_trainer import OFTEN, losses, make, scaled
 from tests.integrations.tiny import bert

@@ -10,8 +10,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 from hf_precond.architectures.attention import find_attention
-from hf_precond.statistics.attention_entropy import entropies, spaced
-from hf_precond.statistics.attention_heads import Call
+from hf_precond.statistics.attention_heads import Call, entropies, spaced
 from hf_precond.statistics.collector import MomentCollector
 from hf_precond.statistics.requests import MomentRequest
 from tests.architectures.families import FAMILIES, TEXT, build, loss_of

@@ -6,8 +6,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from hf_precond.architectures.structure import LayerMatrix
-from hf_precond.statistics.attention_entropy import entropies, spaced
-from hf_precond.statistics.attention_heads import Call
+from hf_precond.statistics.attention_heads import Call, entropies, spaced
 from hf_precond.statistics.collector import SharedInputs, StatisticsBuffer
 from hf_precond.statistics.hessian_products import diagonal_estimates, probe_vectors
 from hf_precond.statistics.moments import (
