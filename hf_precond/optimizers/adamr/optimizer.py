@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ from hf_precond.optimizers.adamr.tiling import Side, Tiling, tile
 from hf_precond.optimizers.base.optimizer import PrecondOptimizer
 from hf_precond.optimizers.base.parameters import Bound, BoundMatrix, ParamView, Preconditioned
 from hf_precond.registry import register_optimizer
-from hf_precond.statistics.moments import mean_of
-from hf_precond.statistics.requests import MomentRequest, Statistic
+
+if TYPE_CHECKING:
+    from hf_precond.statistics.requests import MomentRequest, Statistic
 
 Moment = Literal["input", "output_grad"]
 FEATURED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -108,6 +109,10 @@ class AdamR(PrecondOptimizer):
 
     def requests(self) -> Sequence[MomentRequest]:
         """Moments of inputs and output gradients, where ``basis_source`` asks for them."""
+        if self.config.basis_source == "gradient":
+            return []
+        from hf_precond.statistics.requests import MomentRequest
+
         return [
             MomentRequest(f"{bound.matrix.name}.{side}", kind, bound.matrix)
             for bound in self.bound
@@ -122,6 +127,8 @@ class AdamR(PrecondOptimizer):
 
     def update_statistics(self, statistics: Mapping[str, Statistic]) -> None:
         """Average the features of each layer whose moments have all arrived."""
+        from hf_precond.statistics.moments import mean_of
+
         dropped: dict[str, Tensor] = {}
         for bound in self.bound:
             keys = {side: f"{bound.matrix.name}.{side}" for side in self._features(bound)}
