@@ -117,6 +117,7 @@ def register_optimizer(
         _registered[name] = OptimizerInfo(
             name, title or cls.__name__, config, cls, select, description, memory
         )
+        cls.registered_name = name
         return cls
 
     return register

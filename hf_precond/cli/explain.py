@@ -46,12 +46,14 @@ def list_command(arguments: argparse.Namespace) -> int:
     from hf_precond.registry import get_info, list_optimizers
 
     if arguments.name is None:
-        for name in list_optimizers():
+        names = list_optimizers()
+        width = max(8, *map(len, names))
+        for name in names:
             try:
                 line = get_info(name).description
             except Exception as error:  # of another package, say; the others are listed
                 line = f"cannot be used: {error}"
-            print(f"{name:<8} {line}")
+            print(f"{name:<{width}} {line}")
         print("\n`hf-precond list NAME` shows the fields of one: the keys of --optim_args.")
         return 0
     try:

@@ -17,6 +17,10 @@ from transformers import (
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
+NO_STATISTICS: frozenset[str] = frozenset()
+"""Optimizers that keep no statistics and no factors, which tests of these leave out."""
+
+
 def bert():
     config = BertConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,

@@ -82,7 +82,7 @@ def build(name, model_name="bert", dtype=None, table=RARELY, layers=1, **values)
         model = make(model_name)
     if model_name == "bert":  # one layer has every kind of matrix, and is tested sooner
         model.bert.encoder.layer = model.bert.encoder.layer[:layers]
-    fields = {"lr": 1e-3, "weight_decay": 0.01} | table[name] | values
+    fields = {"lr": 1e-3, "weight_decay": 0.01} | table.get(name, {}) | values
     return with_source(create_optimizer(on_gpu(model, dtype), name, **fields))
 
 
@@ -98,7 +98,7 @@ def assert_placed(optimizer):
 def assert_steps(name, values, dtype):
     """Steps with statistics, with refreshes and without: no device mixed, no wait at the last."""
     optimizer = build(name, dtype=dtype, **values)
-    for _ in range(QUIET[name]):
+    for _ in range(QUIET.get(name, 1)):
         step(optimizer)
     # A base rule of AdamR's turns its bases at steps 1, 2 and then once an interval.
     assert values.get("base") == "adamr" or step(optimizer).waits == []

@@ -63,6 +63,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
             advice.
     """
 
+    registered_name = ""  # set by register_optimizer
     statistics: StatisticsSource | None = None
     scaler: torch.amp.GradScaler | None = None
     rates: Sequence[Any] = ()  # of the last step, by group: a scheduler may have changed them since
@@ -77,7 +78,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
         usable = isinstance(structure, ModelStructure) and isinstance(config, OptimizerConfig)
         if fields or not usable:
             name = type(self).__name__
-            raise TypeError(messages.NEEDS_MODEL.format(name=name, optimizer=name.lower()))
+            raise TypeError(messages.NEEDS_MODEL.format(name=name, optimizer=self.registered_name))
         assert structure is not None and config is not None
         self.config = config
         self.structure = structure
