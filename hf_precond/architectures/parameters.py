@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from hf_precond.architectures.attention_block import AttentionBlock
 
 PRECONDITIONED, FROZEN = "preconditioned", "frozen"
-DECAY, NO_DECAY = "decay", "no decay"
+DECAY, NO_DECAY, ALSO_DECAY = "decay", "no decay", "bias and norm decay"
 
 
 class ParameterSurvey:
@@ -260,11 +260,12 @@ def parameter_groups(
         weight_decay: weight decay of the groups that decay.
         head_lr_scale: learning rate of the head over the body's; at 1 the
             head has no groups of its own.
-        decay_all: weight decay applies to every parameter.
+        decay_all: the second group, of biases and norms, decays too.
 
     Returns:
         The groups (``decay``, ``no decay``, and with a head of its own
-        ``head decay``, ``head no decay``; empty ones left out), each with
+        ``head decay``, ``head no decay``; empty ones left out; under
+        ``decay_all`` the second is ``bias and norm decay``), each with
         ``params``, ``lr``, ``weight_decay`` and ``name``, and the group name
         of every trainable parameter.
 
@@ -272,7 +273,8 @@ def parameter_groups(
         ValueError: when nothing trains, or ``head_lr_scale`` is not 1 and the
             model has no head that is known.
     """
-    undecayed = set() if decay_all else undecayed_names(model)
+    undecayed = undecayed_names(model)
+    second = ALSO_DECAY if decay_all else NO_DECAY
     head = find_head(model) if head_lr_scale != 1.0 else set()
     if head_lr_scale != 1.0 and not head:
         raise ValueError(
@@ -284,7 +286,7 @@ def parameter_groups(
     members: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            label = NO_DECAY if name in undecayed else DECAY
+            label = second if name in undecayed else DECAY
             labels[name] = f"head {label}" if name in head else label
             members.setdefault(labels[name], []).append(parameter)
     if not members:
@@ -296,7 +298,7 @@ def parameter_groups(
             "weight_decay": 0.0 if label.endswith(NO_DECAY) else weight_decay,
             "name": label,
         }
-        for label in (DECAY, NO_DECAY, f"head {DECAY}", f"head {NO_DECAY}")
+        for label in (DECAY, second, f"head {DECAY}", f"head {second}")
         if label in members
     ]
     return groups, labels
