@@ -31,7 +31,7 @@ def test_two_by_two_is_exact_after_one_refresh():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_eigenvalues_a_few_roundings_apart_are_turned_by_a_rotation(dtype):
+def test_eigenvalues_a_few_roundings_apart_give_a_rotation(dtype):
     """In float32 some of a thousand eigenvalues always are; a pair once lost never comes back."""
     size = 24
     steps = torch.stack([torch.arange(size), torch.arange(size).flip(0), torch.zeros(size)])
@@ -65,8 +65,8 @@ def test_sweeps_converge_from_a_basis_that_is_wrong_altogether():
         energies.append(float(eigenbasis.off_diagonal_energy(rotated).max()))
     assert energies[-1] < 1e-20, energies
     torch.testing.assert_close(total.mT @ matrix @ total, rotated)
-    found = rotated.diagonal(dim1=-2, dim2=-1).sort(descending=True).values
-    torch.testing.assert_close(found, values.expand(3, 24))
+    eigenvalues = rotated.diagonal(dim1=-2, dim2=-1).sort(descending=True).values
+    torch.testing.assert_close(eigenvalues, values.expand(3, 24))
 
 
 def test_float32_finds_the_subspaces_of_float64():

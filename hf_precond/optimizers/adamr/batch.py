@@ -33,7 +33,7 @@ class Batch:
         partial: whether these are some of a batch's views, whose state stays where it is.
         collected: whether the gradient has been averaged into the factors at this step.
         norms: ``‖G‖²`` of each tile, ``[b, 1, 1]``, once it is collected.
-        rotated: the gradient in the present bases, ``[b, rows, columns]``, where it is held.
+        rotated_gradient: G in the present bases, ``[b, rows, columns]``, where it is held.
     """
 
     views: list[ParamView]
@@ -41,7 +41,7 @@ class Batch:
     partial: bool = False
     collected: bool = False
     norms: Tensor | None = None
-    rotated: Tensor | None = None
+    rotated_gradient: Tensor | None = None
 
     @property
     def group(self) -> dict[str, Any]:

@@ -294,9 +294,9 @@ class BasisRefresh:
                 if (step // interval + item.number) % ORTHOGONALIZE_EVERY == 0:
                     part.copy_(eigenbasis.orthonormal(part))
             results = self._transported(batch, side, rotation)
-            if whole.rotated is not None and batch is whole:
-                held = eigenbasis.rotate(side, rotation, whole.rotated)
-        whole.rotated = held
+            if whole.rotated_gradient is not None and batch is whole:
+                held = eigenbasis.rotate(side, rotation, whole.rotated_gradient)
+        whole.rotated_gradient = held
         for name, value in results.items():
             batch.write(name, value)
         batch.write(f"{side}_basis", basis)

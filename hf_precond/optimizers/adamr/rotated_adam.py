@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_precond.config.base import OptimizerConfig
 from hf_precond.distributed import collectives
+from hf_precond.linalg import eigenbasis
 from hf_precond.linalg.products import averaging_weight, compute_dtype, matmul
 from hf_precond.optimizers.adamr.batch import Batch, batches
 from hf_precond.optimizers.adamr.config import AdamRConfig
@@ -153,7 +154,7 @@ class RotatedAdam:
             room -= batch.elements
             # Only the rank that refreshes a basis could let the gradient follow.
             if room < 0 or batch.number("step") == 0 or collectives.world_size() > 1:
-                batch.rotated = None
+                batch.rotated_gradient = None
         self.bases.refresh([item for item in due if not is_first_call(item.batch)])
 
     def step(self) -> None:
@@ -163,9 +164,9 @@ class RotatedAdam:
                 self._collect(batch)
             if not is_first_call(batch):
                 batch.add("step")
-                rotated = self._rotate(batch) if batch.rotated is None else batch.rotated
+                held, batch.rotated_gradient = batch.rotated_gradient, None
+                rotated = self._rotate(batch) if held is None else held
                 self._descend(batch, *self._adam(batch, rotated))
-            batch.rotated = None
         self.batches = []
         if self.unusable:
             device = self.unusable[0].device
@@ -188,7 +189,7 @@ class RotatedAdam:
 
         A gradient that is not finite, or too large to square, changes no factor.
         """
-        batch.rotated = rotated = self._rotate(batch)
+        batch.rotated_gradient = rotated = self._rotate(batch)
         batch.norms = torch.linalg.vector_norm(rotated, dim=(-2, -1), keepdim=True).square_()
         batch.collected = True
         sides = self._sides_to_update(batch)
@@ -196,13 +197,19 @@ class RotatedAdam:
             return
         usable = torch.isfinite(batch.norms)
         self.unusable.append(usable.all().logical_not())
+        all_usable = usable.is_cpu and bool(usable.all())  # a GPU is not asked
+        if not all_usable:
+            rotated = torch.where(usable, rotated, 0.0)
         for side in sides:
             batch.add(f"{side}_updates")
             decay = averaging_weight(batch.number(f"{side}_updates"), self.config.stat_decay)
             factor, root = batch[f"{side}_factor"], rotated if side == "left" else rotated.mT
-            wide = factor.to(rotated.dtype)
-            wide = torch.baddbmm(wide, root, root.mT, beta=decay, alpha=1 - decay)
-            factor.copy_(torch.where(usable, wide, factor))
+            average, beta = factor.to(rotated.dtype), decay
+            if not all_usable:
+                average, beta = average * torch.where(usable, decay, 1.0), 1.0
+            eigenbasis.add_lower_product(average, root, root.mT, beta, alpha=1 - decay)
+            if average is not factor:
+                factor.copy_(average)
 
     def _sides_to_update(self, batch: Batch) -> Sequence[Side]:
         """The sides whose factor takes in this gradient.

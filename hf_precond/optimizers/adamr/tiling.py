@@ -65,7 +65,7 @@ class Tiling:
 
 
 def tile(shape: Sequence[int], config: AdamRConfig, matrix: LayerMatrix | None = None) -> Tiling:
-    """How ``config`` has a weight rotated.
+    """Returns which sides of a weight ``config`` has rotated, and in how many matrices.
 
     ``auto`` rotates both sides while that is cheap: where the longer is at most :data:`CHEAP`, or
     at most :data:`ELONGATED` times the other. Of all other matrices (the MLPs of larger models) it
@@ -93,7 +93,11 @@ def tile(shape: Sequence[int], config: AdamRConfig, matrix: LayerMatrix | None =
 
 
 def is_embedding(matrix: LayerMatrix) -> bool:
-    """Whether a matrix is a table of embeddings, each a row."""
+    """Returns whether a matrix is a table of embeddings, each a row.
+
+    Args:
+        matrix: the matrix.
+    """
     return isinstance(matrix.module, (nn.Embedding, nn.EmbeddingBag))
 
 

@@ -37,8 +37,8 @@ def jacobi(matrix):
             if i != j:
                 angle = 0.5 * math.atan(2 * matrix[i, j] / (matrix[j, j] - matrix[i, i]))
                 skew[i, j] = math.tan(angle)
-    turned = torch.eye(size, dtype=DOUBLE) + skew
-    return turned @ torch.linalg.inv(torch.linalg.cholesky(turned.mT @ turned).mT)
+    factor = torch.eye(size, dtype=DOUBLE) + skew
+    return factor @ torch.linalg.inv(torch.linalg.cholesky(factor.mT @ factor).mT)
 
 
 class Tile:
@@ -61,7 +61,7 @@ class Tile:
                 square = gradient @ gradient.mT if side == "left" else gradient.mT @ gradient
                 self.factors[side] = keep * self.factors[side] + (1 - keep) * square
 
-    def turn(self, side, sweeps, spreads):
+    def refresh(self, side, sweeps, spreads):
         basis, total = self.bases[side], 1.0
         for _ in range(sweeps):
             rotation = jacobi(basis.mT @ self.factors[side] @ basis)
@@ -76,30 +76,30 @@ class Tile:
             self.first = self.first @ total
             self.second = self.second @ share if spreads else self.second
 
-    def turn_all(self, turning, betas):
+    def refresh_all(self, due, betas):
         young = self.step < self.config.basis_interval
         if self.step == 0:
             vectors = {side: torch.linalg.eigh(self.factors[side])[1] for side in self.sides}
-            self.bases = {side: found.flip(-1) for side, found in vectors.items()}
+            self.bases = {side: columns.flip(-1) for side, columns in vectors.items()}
             return
         if young:
-            turning = self.sides if self.step & (self.step - 1) == 0 else ()
+            due = self.sides if self.step & (self.step - 1) == 0 else ()
         spreads = young or self.config.transport == "overlap"
-        for side in turning:
-            self.turn(side, 2 if young else 1, spreads)
-        if turning and not spreads:
+        for side in due:
+            self.refresh(side, 2 if young else 1, spreads)
+        if due and not spreads:
             corrected = self.first / (1 - betas[0] ** self.step)
             lowest = corrected.square() * (1 - betas[1] ** self.step)
             self.second = torch.maximum(self.second, lowest)
 
-    def direction(self, gradient, turning, group):
+    def direction(self, gradient, due, group):
         """U, and ``None`` at the first call."""
         (beta1, beta2), config = group["betas"], self.config
         self.calls += 1
         self.collect(gradient)
         if self.calls == 1:
             return None
-        self.turn_all(turning, group["betas"])
+        self.refresh_all(due, group["betas"])
         self.step += 1
         eyes = [torch.eye(size, dtype=DOUBLE) for size in gradient.shape]
         left, right = self.bases.get("left", eyes[0]), self.bases.get("right", eyes[1])
@@ -145,11 +145,11 @@ def test_a_run_of_steps(fields):
         optimizer.step()
         for name, p in named.items():
             state, parts = optimizer.state[p], p.grad.flatten(1).chunk(len(tiles[name]))
-            turning = [side for side in SIDES.get(name, ("left", "right"))
+            due = [side for side in SIDES.get(name, ("left", "right"))
                        if state[f"{side}_refreshed"] == before[name]]  # fmt: skip
             pairs = zip(tiles[name], parts, strict=True)
-            found = [tile.direction(part, turning, group) for tile, part in pairs]
-            if found[0] is not None:
-                step = torch.cat(found).reshape(p.shape)
+            directions = [tile.direction(part, due, group) for tile, part in pairs]
+            if directions[0] is not None:
+                step = torch.cat(directions).reshape(p.shape)
                 wanted[name] = (1 - 0.02 * 0.1) * wanted[name] - 0.02 * step
             torch.testing.assert_close(p.detach(), wanted[name], rtol=1e-7, atol=1e-8)

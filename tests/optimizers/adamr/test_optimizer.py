@@ -64,7 +64,7 @@ class Explicit:
             t = self.steps
             early = t < self.interval and t & (t - 1) == 0
             if on and (early or (t >= self.interval and t % self.interval == phases[side])):
-                self.turn(side)
+                self.refresh(side)
         self.steps += 1
         left, right = self.basis["left"], self.basis["right"]
         rotated = left.T @ gradient @ right
@@ -78,21 +78,21 @@ class Explicit:
         self.weight = (1 - self.lr * self.wd) * self.weight
         self.weight = self.weight - self.lr * left @ direction @ right.T
 
-    def turn(self, side):
+    def refresh(self, side):
         old = self.basis[side]
         seen = (old.T @ self.factor[side] @ old)[None]
         if self.steps == 0:
-            turned = eigenbasis.eigenbasis(seen)[0][0]
+            rotation = eigenbasis.eigenbasis(seen)[0][0]
         else:
-            turned = eigenbasis.refresh(seen, 2 if self.steps < self.interval else 1)[0][0]
-        self.basis[side] = old @ turned
-        share = turned.square()
+            rotation = eigenbasis.refresh(seen, 2 if self.steps < self.interval else 1)[0][0]
+        self.basis[side] = old @ rotation
+        share = rotation.square()
         moves = self.transport == "overlap" or self.steps < self.interval
         if side == "left":
-            self.first = turned.T @ self.first
+            self.first = rotation.T @ self.first
             self.second = share.T @ self.second if moves else self.second
         else:
-            self.first = self.first @ turned
+            self.first = self.first @ rotation
             self.second = self.second @ share if moves else self.second
         if not moves:
             beta1, beta2 = self.betas

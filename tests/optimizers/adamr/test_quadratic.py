@@ -43,7 +43,7 @@ def adamw(module):
 
 def test_rotated_is_as_good_as_axis_aligned_where_adamw_is_not():
     make = ours(basis="two_sided")
-    axis, rotated = (final_loss(make, turned, 0.1) for turned in (False, True))
+    axis, rotated = (final_loss(make, is_rotated, 0.1) for is_rotated in (False, True))
     assert rotated <= 1.3 * axis
     assert final_loss(adamw, True, 0.1) > 100 * final_loss(adamw, False, 0.1)
     assert final_loss(ours(basis="one_sided"), True, 0.1) > 10 * rotated
@@ -71,7 +71,7 @@ def test_following_the_basis_loses_nothing_against_decomposing_it(monkeypatch):
 
 @pytest.mark.slow
 def test_a_second_moment_that_is_reset_blows_up(monkeypatch):
-    """The control of the transport: M kept, V set to zero and not raised when the basis turns."""
+    """The control of the transport: M kept, V set to zero and not raised at a refresh."""
     def reset(self, batch, side, rotation):
         first = eigenbasis.rotate(side, rotation, batch["exp_avg"])
         return {"exp_avg": first, "exp_avg_sq": torch.zeros_like(first)}

@@ -117,19 +117,19 @@ def test_experts_step_as_matrices_of_their_own(shape, max_dim, blocks):
     for number in range(shape[0]):
         for block in range(blocks):
             rows = slice(block * shape[1] // blocks, (block + 1) * shape[1] // blocks)
-            one = zeros((shape[1] // blocks, shape[2]))
-            run(adamr(one, **fields), one, [[g[number, rows]] for (g,) in gradients])
+            alone = zeros((shape[1] // blocks, shape[2]))
+            run(adamr(alone, **fields), alone, [[g[number, rows]] for (g,) in gradients])
             expected = stack.weight[number, rows]
-            torch.testing.assert_close(one[0].weight, expected, rtol=0, atol=1e-10)
+            torch.testing.assert_close(alone[0].weight, expected, rtol=0, atol=1e-10)
 
 
 def test_a_side_wider_than_max_dim_is_not_rotated():
-    limited, one = zeros((6, 9)), zeros((6, 9))
+    limited, one_sided = zeros((6, 9)), zeros((6, 9))
     gradients = noise((6, 9), steps=15)
     optimizer = adamr(limited, basis="two_sided", max_dim=8)
     run(optimizer, limited, gradients)
-    run(adamr(one, basis="one_sided"), one, gradients)
-    assert torch.equal(limited[0].weight, one[0].weight)
+    run(adamr(one_sided, basis="one_sided"), one_sided, gradients)
+    assert torch.equal(limited[0].weight, one_sided[0].weight)
     assert "right_basis" not in optimizer.state[limited[0].weight]
 
 
@@ -195,22 +195,22 @@ def test_checkpoint_allocation_makes_all_state_and_advances_nothing():
 def test_refreshes_come_at_powers_of_two_and_then_each_on_its_own_step():
     modules = zeros(*[(5, 5)] * 6)
     optimizer = adamr(modules, basis_interval=8, basis_tolerance=0.0)
-    turned, before = [], 0
+    refreshes, before = [], 0
     for step in noise(*[(5, 5)] * 6, steps=25):
         run(optimizer, modules, [step])
-        turned.append(optimizer.counters.get("basis_refreshes", 0) - before)
-        before += turned[-1]
+        refreshes.append(optimizer.counters.get("basis_refreshes", 0) - before)
+        before += refreshes[-1]
     # Call 0 collects only; Adam's step t is call t + 1.
-    assert turned[:9] == [0, 12, 12, 12, 0, 12, 0, 0, 0]
+    assert refreshes[:9] == [0, 12, 12, 12, 0, 12, 0, 0, 0]
     for start in (9, 17):
-        interval = turned[start : start + 8]
+        interval = refreshes[start : start + 8]
         assert sum(interval) == 12 and max(interval) <= 2
     diagnostics = optimizer.diagnostics()
-    assert diagnostics["basis_refreshes"] == sum(turned)
+    assert diagnostics["basis_refreshes"] == sum(refreshes)
 
 
 def test_a_basis_that_is_still_good_is_left_alone():
-    """Gradients with fixed singular vectors: after the first refreshes nothing is left to turn."""
+    """Gradients with fixed singular vectors: after the first refreshes the bases stay good."""
     u, v = torch.linalg.qr(torch.randn(2, 6, 6, generator=torch.Generator().manual_seed(0),
                                        dtype=torch.float64))[0]
     scale = torch.logspace(0, -1, 6, dtype=torch.float64)
@@ -218,12 +218,12 @@ def test_a_basis_that_is_still_good_is_left_alone():
     optimizer = adamr(modules, basis_interval=4)
     run(optimizer, modules, [[u @ torch.diag(scale * (1 + s % 3)) @ v.T] for s in range(40)])
     counters = optimizer.diagnostics()
-    # Two sides: steps 0, 1, 2 and once, not knowing better, at the first turn of an interval.
+    # Two sides: steps 0, 1, 2 and once, not knowing better, at the first refresh of an interval.
     assert counters["basis_refreshes"] == 8
     assert counters["basis_skipped"] >= 14
 
 
-def test_a_basis_that_moves_is_turned():
+def test_a_basis_that_moves_is_refreshed():
     modules = zeros((6, 6))
     optimizer = adamr(modules, basis_interval=4)
     run(optimizer, modules, noise((6, 6), steps=40))
@@ -241,7 +241,7 @@ def test_factors_that_stay_bad_are_counted_and_stop_with_advice():
     assert optimizer.diagnostics()["basis_kept"] >= 3
 
 
-def test_a_failing_eigendecomposition_climbs_the_ladder_and_is_counted(monkeypatch):
+def test_a_failing_eigendecomposition_is_retried_and_counted(monkeypatch):
     plain, calls = torch.linalg.eigh, []
 
     def fails_twice(matrix):
@@ -258,7 +258,7 @@ def test_a_failing_eigendecomposition_climbs_the_ladder_and_is_counted(monkeypat
 
 
 @pytest.mark.parametrize("transport", ["overlap", "permute"])
-def test_momentum_turned_into_an_empty_direction_finds_a_second_moment_there(transport):
+def test_momentum_rotated_into_an_empty_direction_has_a_second_moment_there(transport):
     """Adam's ratio stays bounded; V kept as it was would make it 1e4 / √2."""
     modules = zeros((2, 2))
     optimizer = adamr(modules, transport=transport, basis_interval=2)
@@ -352,7 +352,7 @@ def test_a_layer_whose_features_never_come_uses_the_gradient():
     assert torch.equal(module.weight, plain.weight)
 
 
-def test_as_a_base_rule_it_keeps_its_own_fields():
+def test_as_a_fallback_it_keeps_its_own_fields():
     given = NKFACConfig(base="adamr", max_dim=8, stat_decay=0.5, state_dtype="bfloat16",
                         precision="tf32")
     fallback = make_fallback("adamr", given, FailureRecord(), lambda name, by: None)

@@ -10,7 +10,7 @@ from hf_precond.optimizers.adamr.tiling import Tiling, tile
 from tests.optimizers.adamr.cases import adamr, noise, run
 
 
-def plan(shape, module=None, groups=1, **fields):
+def tiling_of(shape, module=None, groups=1, **fields):
     matrix = None if module is None else LayerMatrix("x", module, groups=groups)
     return tile(shape, AdamRConfig.create(**fields), matrix)
 
@@ -38,26 +38,26 @@ def plan(shape, module=None, groups=1, **fields):
     ],
 )
 def test_sides(shape, fields, sides):
-    assert plan(shape, **fields).sides == sides
+    assert tiling_of(shape, **fields).sides == sides
 
 
 @pytest.mark.parametrize("shape", [(30522, 768), (512, 512), (100, 64)])
 def test_embeddings_rotate_the_hidden_side_only(shape):
-    assert plan(shape, nn.Embedding(2, 2)).sides == ("right",)
+    assert tiling_of(shape, nn.Embedding(2, 2)).sides == ("right",)
 
 
 def test_depthwise_convolutions_rotate_the_right_side_and_groups_stand_alone():
-    depthwise = plan((32, 1, 3, 3), nn.Conv2d(32, 32, 3, groups=32), groups=32)
+    depthwise = tiling_of((32, 1, 3, 3), nn.Conv2d(32, 32, 3, groups=32), groups=32)
     assert depthwise == Tiling(1, 32, 9, "columns", False, True)
-    grouped = plan((32, 4, 3, 3), nn.Conv2d(16, 32, 3, groups=4), groups=4)
+    grouped = tiling_of((32, 4, 3, 3), nn.Conv2d(16, 32, 3, groups=4), groups=4)
     assert grouped == Tiling(4, 8, 36, "rows", True, True)
 
 
 def test_a_matrix_wider_than_max_dim_on_both_sides_falls_into_blocks_of_the_smaller():
-    assert plan((5000, 3000), max_dim=2048) == Tiling(2, 5000, 1500, "columns", False, True)
-    assert plan((2050, 3000), max_dim=1024) == Tiling(5, 410, 3000, "rows", True, False)
+    assert tiling_of((5000, 3000), max_dim=2048) == Tiling(2, 5000, 1500, "columns", False, True)
+    assert tiling_of((2050, 3000), max_dim=1024) == Tiling(5, 410, 3000, "rows", True, False)
     # A prime side has no block but the single column, which is no rotation.
-    assert not plan((2053, 2053), max_dim=1024).sides
+    assert not tiling_of((2053, 2053), max_dim=1024).sides
 
 
 def test_every_expert_is_a_matrix_of_its_own():
