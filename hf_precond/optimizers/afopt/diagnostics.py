@@ -75,7 +75,7 @@ def last_steps(optimizer: AFOpt) -> dict[MatrixPlan, tuple[Tensor, Tensor]]:
         momentum = torch.stack(optimizer.tensors(batch, "momentum"))
         momentum /= largest_entry(momentum)
         directions = optimizer.directions(batch, momentum)
-        directions *= optimizer.lengths(batch, directions)
+        directions = directions * optimizer.lengths(batch, directions)
         for plan, before, after in zip(batch, momentum, directions, strict=True):
             steps[plan] = before, after * optimizer.rates[plan.bound.group]
     return steps
