@@ -12,19 +12,23 @@ from typing import TYPE_CHECKING, Any
 from hf_precond.integrations.registration import register_at_import
 
 if TYPE_CHECKING:
-    from hf_precond.architectures.attention_block import declare_attention
-    from hf_precond.config.base import OptimizerConfig, load_config
-    from hf_precond.integrations.registration import register
-    from hf_precond.integrations.trainer import PrecondSeq2SeqTrainer, PrecondTrainer
-    from hf_precond.optimizers.adamr.config import AdamRConfig
-    from hf_precond.optimizers.adamr.optimizer import AdamR
-    from hf_precond.optimizers.afopt.config import AFOptConfig
-    from hf_precond.optimizers.afopt.optimizer import AFOpt
-    from hf_precond.optimizers.nkfac.config import NKFACConfig
-    from hf_precond.optimizers.nkfac.optimizer import NKFAC
-    from hf_precond.optimizers.sgdph.config import SGDPHConfig
-    from hf_precond.optimizers.sgdph.optimizer import SGDPH
-    from hf_precond.registry import create_optimizer, list_optimizers, register_optimizer
+    from hf_precond.architectures.attention_block import declare_attention as declare_attention
+    from hf_precond.config.base import OptimizerConfig as OptimizerConfig
+    from hf_precond.config.base import load_config as load_config
+    from hf_precond.integrations.registration import register as register
+    from hf_precond.integrations.trainer import PrecondSeq2SeqTrainer as PrecondSeq2SeqTrainer
+    from hf_precond.integrations.trainer import PrecondTrainer as PrecondTrainer
+    from hf_precond.optimizers.adamr.config import AdamRConfig as AdamRConfig
+    from hf_precond.optimizers.adamr.optimizer import AdamR as AdamR
+    from hf_precond.optimizers.afopt.config import AFOptConfig as AFOptConfig
+    from hf_precond.optimizers.afopt.optimizer import AFOpt as AFOpt
+    from hf_precond.optimizers.nkfac.config import NKFACConfig as NKFACConfig
+    from hf_precond.optimizers.nkfac.optimizer import NKFAC as NKFAC
+    from hf_precond.optimizers.sgdph.config import SGDPHConfig as SGDPHConfig
+    from hf_precond.optimizers.sgdph.optimizer import SGDPH as SGDPH
+    from hf_precond.registry import create_optimizer as create_optimizer
+    from hf_precond.registry import list_optimizers as list_optimizers
+    from hf_precond.registry import register_optimizer as register_optimizer
 
 __version__ = "0.1.0"
 
@@ -48,25 +52,7 @@ _WHERE = {
     "register_optimizer": "registry",
 }
 
-__all__ = [
-    "NKFAC",
-    "SGDPH",
-    "AFOpt",
-    "AFOptConfig",
-    "AdamR",
-    "AdamRConfig",
-    "NKFACConfig",
-    "OptimizerConfig",
-    "PrecondSeq2SeqTrainer",
-    "PrecondTrainer",
-    "SGDPHConfig",
-    "create_optimizer",
-    "declare_attention",
-    "list_optimizers",
-    "load_config",
-    "register",
-    "register_optimizer",
-]
+__all__ = sorted(_WHERE)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Private names of accelerate, read in 1.7 to 1.15, and the wrapper of ``Accelerator.backward``.
+"""The wrapper of ``Accelerator.backward``, read in accelerate 1.7 to 1.15.
 
 ``Trainer``, its subclasses and plain Accelerate loops all hand the loss they
 really train to ``Accelerator.backward``, before the loss scaler. It is wrapped
@@ -8,25 +8,13 @@ while there are listeners.
 from __future__ import annotations
 
 import functools
-import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from hf_precond.compat.torch_internals import loss_scale
-
-
-def accelerator_state() -> Mapping[str, Any]:
-    """The state that every ``Accelerator`` of this process shares.
-
-    Returns:
-        ``AcceleratorState._shared_state``; empty where no Trainer or Accelerator has made one.
-        accelerate is not imported for it.
-    """
-    state = sys.modules.get("accelerate.state")
-    return {} if state is None else state.AcceleratorState._shared_state
 
 
 class Listener(Protocol):

@@ -1,4 +1,8 @@
-"""What runs a training in parallel, and which of it the optimizers of this package cannot serve."""
+"""What runs a training in parallel, and which of it the optimizers of this package cannot serve.
+
+Reads the state that accelerate's ``Accelerator`` objects share, ``AcceleratorState._shared_state``
+(accelerate 1.7 to 1.15); accelerate is not imported for it.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,6 @@ import sys
 from typing import Any
 
 from torch import Tensor, nn
-
-from hf_precond.compat.accelerate_internals import accelerator_state
 
 INSTEAD = (
     "use DDP (torchrun), or FSDP2 where the model does not fit (fully_shard; fsdp_version: 2 in "
@@ -57,7 +59,8 @@ def _whole_model_reason(model: nn.Module) -> str | None:
     """Why a model is refused that is copied, or whose parameters are flattened or partitioned."""
     if isinstance(model, nn.DataParallel):
         return DATA_PARALLEL
-    state = accelerator_state()
+    accelerate = sys.modules.get("accelerate.state")
+    state: Any = {} if accelerate is None else accelerate.AcceleratorState._shared_state
     kind = state.get("distributed_type")
     kind = str(getattr(kind, "value", kind))
     # ZeRO-3 marks the parameters that it partitions when they are made.
