@@ -105,7 +105,7 @@ def afopt(model: torch.nn.Module, timer: Timer) -> Callable[[], None]:
     for bound in optimizer.bound:
         optimizer.allocate(bound)
     for moment in optimizer.plan.moments:
-        held = moment.tensor(optimizer.state)
+        held = moment.stored(optimizer.state)
         full = moment.read(optimizer.state)
         size = full.shape[-1]
         blocks = torch.stack([covariance(size) for _ in range(full.numel() // size**2)])

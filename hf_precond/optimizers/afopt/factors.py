@@ -5,9 +5,7 @@ Left factors of a head h, in torch's layout (``Ŵ = [W | b]``, ``x̂ = (x, 1)``)
 - q: ``A_K,h = E[k kᵀ] = Ŵ_k,h A_X Ŵ_k,hᵀ`` (its key-value head's, under grouped queries)
 - k: ``A_Q,h = Ŵ_q,h A_X Ŵ_q,hᵀ``, summed over the query heads that share the key
 - v: ``W_o,hᵀ W_o,h``, summed likewise
-- LoRA's B: that of its role; LoRA's A: ``Σ_h B_hᵀ A_h B_h``
-- DoRA scales the rows of ``W + s B A`` by D = diag(m / norm), the norm held constant: its B has
-  ``D_h A_h D_h`` (o's B the identity all the same), its A ``Σ_h B_hᵀ D_h A_h D_h B_h``
+- adapters: :mod:`~hf_precond.optimizers.afopt.variants`
 
 Nothing is collected for A_K and A_Q unless queries and keys are rotated or normed on their way to
 the logits: then they are the moments of the vectors that the logits are made of, which under RoPE
@@ -207,16 +205,12 @@ class Factors:
         return moment, mean_eigenvalue(moment)
 
     def _input_moment(self, right: RightFactor) -> Tensor:
-        """A_X, or what a narrower matrix or LoRA's B sees of it, ``[blocks, n, n]``."""
+        """A_X, or the leading block of it that a narrower matrix reads, ``[blocks, n, n]``."""
         moment, columns = right.moment.read(self.state), right.columns
         if right.down is not None:
-            down = right.down.read().to(moment.dtype)
-            moment = quadratic(down[None], moment)
-            rank = moment.shape[-1]
-            moment = F.pad(moment, (0, columns - rank, 0, columns - rank))
-            # A bias of LoRA's B: the second moment of the constant 1 is 1.
-            moment.diagonal(dim1=-2, dim2=-1)[:, rank:] = 1.0
-            return moment
+            from hf_precond.optimizers.afopt.variants import up_input_moment
+
+            return up_input_moment(right.down, moment, columns)
         if moment.dim() == 2:
             return moment[None, :columns, :columns]
         block, last = divmod(columns, moment.shape[-1])
@@ -226,32 +220,14 @@ class Factors:
 
     def _left_moment(self, plan: MatrixPlan, damped: bool) -> Tensor:
         """The moments of a matrix's rows, ``[heads, rows, rows]``."""
-        block = plan.block
-        assert block is not None
-        if plan.side == "down":
-            return self._down_moment(block, plan, damped)
-        moment = self.output_moment(block, plan.role, damped)
-        assert moment is not None
-        scale = block.row_scale(plan.role) if plan.side == "up" else None
-        if scale is not None:
-            rows = heads_of(scale, len(moment)).to(moment.dtype)
-            moment = rows.unsqueeze(-1) * moment * rows.unsqueeze(-2)
-        return moment
+        if plan.side:
+            from hf_precond.optimizers.afopt.variants import adapter_left_moment
 
-    def _down_moment(self, block: AttentionBlock, plan: MatrixPlan, damped: bool) -> Tensor:
-        """``Σ_h B_hᵀ A_h B_h`` over the roles that share LoRA's A, ``[1, r, r]``."""
-        terms = []
-        for role, adapter in block.adapters.items():
-            if adapter.down is not plan.bound.matrix:
-                continue
-            up = adapter.up.read()[:, : adapter.up.shape[1]].to(plan.bound.dtype)
-            scale = block.row_scale(role)
-            up = up if scale is None else scale[:, None].to(up.dtype) * up
-            moment = self.output_moment(block, role, damped)
-            parts = heads_of(up, 1 if moment is None else len(moment))
-            weighed = parts if moment is None else torch.bmm(moment.to(up.dtype), parts)
-            terms.append(torch.bmm(parts.mT, weighed).sum(0))
-        return torch.stack(terms).sum(0, keepdim=True)
+            return adapter_left_moment(self, plan, damped)
+        assert plan.block is not None
+        moment = self.output_moment(plan.block, plan.role, damped)
+        assert moment is not None
+        return moment
 
     def output_moment(
         self, block: AttentionBlock, role: str, damped: bool = False

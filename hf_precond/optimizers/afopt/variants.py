@@ -1,4 +1,4 @@
-"""AFOpt's directions and scalings that are not the default.
+"""AFOpt beyond the default: other directions and scalings, frozen biases, adapters.
 
 Directions, per head, with ``P = (A + λ·tr(A)/n·I)⁻¹`` and N the momentum::
 
@@ -21,6 +21,12 @@ times::
 k counts the steps in a row without a gradient, β is the momentum's decay; c follows
 :func:`logit_change`, with A_K (A_Q) undamped and as of the last refresh, as the square root of the
 mean over query heads.
+
+Left factors of adapters:
+
+- LoRA's B: that of its role; LoRA's A: ``Σ_h B_hᵀ A_h B_h``
+- DoRA scales the rows of ``W + s B A`` by D = diag(m / norm), the norm held constant: its B has
+  ``D_h A_h D_h`` (o's B the identity all the same), its A ``Σ_h B_hᵀ D_h A_h D_h B_h``
 """
 
 from __future__ import annotations
@@ -29,12 +35,14 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from hf_precond.architectures.structure import LayerMatrix
 from hf_precond.linalg.inverses import root_without_last, without_last
 from hf_precond.linalg.matrix_functions import frobenius_norm, largest_entry
 from hf_precond.linalg.products import compute_dtype
-from hf_precond.optimizers.afopt.factors import heads_of, times_right
+from hf_precond.optimizers.afopt.factors import Factors, heads_of, quadratic, times_right
 from hf_precond.optimizers.afopt.plan import MatrixPlan, RightFactor
 from hf_precond.optimizers.base.fallback import AdamWFallback, FallbackOptimizer, SGDFallback
 from hf_precond.optimizers.base.parameters import ParamView, stacked_gradients
@@ -186,3 +194,57 @@ def fallback_step_norm(fallback: FallbackOptimizer, views: Sequence[ParamView]) 
 
 def _gradients(batch: Batch) -> Tensor:
     return stacked_gradients([plan.bound for plan in batch])
+
+
+# Adapters ------------------------------------------------------------------------------
+
+
+def up_input_moment(down: LayerMatrix, moment: Tensor, columns: int) -> Tensor:
+    """The second moment of the input ``A x`` of LoRA's B: ``A A_X Aᵀ``.
+
+    Args:
+        down: LoRA's A.
+        moment: A_X, ``[n, n]`` or diagonal blocks.
+        columns: columns of B, its bias included: the second moment of the constant 1 is 1.
+
+    Returns:
+        ``[1, columns, columns]``.
+    """
+    moment = quadratic(down.read().to(moment.dtype)[None], moment)
+    rank = moment.shape[-1]
+    moment = F.pad(moment, (0, columns - rank, 0, columns - rank))
+    moment.diagonal(dim1=-2, dim2=-1)[:, rank:] = 1.0
+    return moment
+
+
+def adapter_left_moment(factors: Factors, plan: MatrixPlan, damped: bool) -> Tensor:
+    """The moments of the rows of LoRA's A (for all roles that share it) or B.
+
+    Args:
+        factors: reads moments and weights.
+        plan: the adapter's plan.
+        damped: by the covariant damping.
+
+    Returns:
+        ``[heads, rows, rows]``.
+    """
+    block, terms = plan.block, []
+    assert block is not None
+    if plan.side == "up":
+        moment, scale = factors.output_moment(block, plan.role, damped), block.row_scale(plan.role)
+        assert moment is not None
+        if scale is None:
+            return moment
+        rows = heads_of(scale, len(moment)).to(moment.dtype)
+        return rows.unsqueeze(-1) * moment * rows.unsqueeze(-2)
+    for role, adapter in block.adapters.items():
+        if adapter.down is not plan.bound.matrix:
+            continue
+        up = adapter.up.read()[:, : adapter.up.shape[1]].to(plan.bound.dtype)
+        scale = block.row_scale(role)
+        up = up if scale is None else scale[:, None].to(up.dtype) * up
+        moment = factors.output_moment(block, role, damped)
+        parts = heads_of(up, 1 if moment is None else len(moment))
+        weighed = parts if moment is None else torch.bmm(moment.to(up.dtype), parts)
+        terms.append(torch.bmm(parts.mT, weighed).sum(0))
+    return torch.stack(terms).sum(0, keepdim=True)
