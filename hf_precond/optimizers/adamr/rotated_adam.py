@@ -102,6 +102,8 @@ class RotatedAdam:
                 view[name] = torch.zeros(shape, dtype=kept, device=device)
             else:
                 fit(view.state, view.prefix + name, shape, kept, device)
+        for side in () if new else tiling.sides:
+            fit(view.state, f"{view.prefix}{side}_energy", (), dtype, torch.device("cpu"))
         if new:
             view["step"] = view["observed"] = 0
             for side in tiling.sides:
