@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_precond.distributed.collectives import full, is_sharded, like
 from hf_precond.linalg.products import compute_dtype
-from hf_precond.optimizers.adamr.tiling import Tiling
+from hf_precond.optimizers.adamr.tiling import Tiling, is_embedding
 from hf_precond.optimizers.base.fallback import descend
 from hf_precond.optimizers.base.parameters import ParamView, grouped, in_batches
 
@@ -34,6 +34,7 @@ class Batch:
         collected: whether the gradient has been averaged into the factors at this step.
         norms: ``‖G‖²`` of each tile, ``[b, 1, 1]``, once it is collected.
         rotated_gradient: G in the present bases, ``[b, rows, columns]``, where it is held.
+        rows: the indices of its rows, where all others are zero and left out: of an embedding.
     """
 
     views: list[ParamView]
@@ -42,6 +43,7 @@ class Batch:
     collected: bool = False
     norms: Tensor | None = None
     rotated_gradient: Tensor | None = None
+    rows: Tensor | None = None
 
     @property
     def group(self) -> dict[str, Any]:
@@ -97,6 +99,20 @@ class Batch:
         """The gradient, ``[b, rows, columns]``, in the dtype of the state; not to be written to."""
         tiles = [self._tiled(full(view.grad)).to(self.dtype) for view in self.views]
         return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
+
+    def rows_read(self, gradient: Tensor) -> Tensor | None:
+        """The rows of an embedding that a step has read, where these are the minority.
+
+        On a GPU the host would wait for the answer.
+
+        Args:
+            gradient: see :meth:`gradient`.
+        """
+        matrix = self.views[0].matrix
+        if not gradient.is_cpu or len(self.views) > 1 or not (matrix and is_embedding(matrix)):
+            return None
+        rows = torch.linalg.vector_norm(gradient[0], dim=1).nonzero().squeeze(1)
+        return rows if 2 * len(rows) <= gradient.shape[1] else None
 
     def target(self) -> Tensor | None:
         """The one parameter like :meth:`gradient`, where a product can be added to it in place."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from hf_precond.linalg import eigenbasis
 from hf_precond.linalg.factorization import RETRIES
 from hf_precond.optimizers.adamr.batch import Batch
 from hf_precond.optimizers.adamr.config import AdamRConfig
-from hf_precond.optimizers.adamr.tiling import SIDES, Side, Tiling
+from hf_precond.optimizers.adamr.tiling import SIDES, Side
 from hf_precond.optimizers.base.parameters import ParamView, grouped
 from hf_precond.optimizers.base.refresh import FailureRecord, ShardedRefresh
 
@@ -30,31 +31,40 @@ UNSCHEDULED = -1
 
 
 @dataclass(frozen=True, eq=False)
-class DueBasis:
-    """One basis on its step of the interval.
+class Basis:
+    """One basis of a view.
+
+    Its own state stands in the view's, each name behind the side: ``left_phase``, the step of an
+    interval on which it is due; ``left_refreshed``, Adam's step at its last refresh;
+    ``left_energy``, the off-diagonal energy of its factor when it was last due.
 
     Args:
-        view: its parameter.
+        view: the view.
         side: ``left`` or ``right``.
         cost: of its refresh, any unit.
+        name: the matrix's, for messages.
     """
 
     view: ParamView
     side: Side
     cost: float
+    name: str = ""
+
+    def __getitem__(self, name: str) -> Any:
+        return self.view[f"{self.side}_{name}"]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.view[f"{self.side}_{name}"] = value
 
     @property
     def waited(self) -> int:
         """Steps since its last refresh."""
-        waited: int = self.view["step"] - self.view[f"{self.side}_refreshed"]
+        waited: int = self.view["step"] - self["refreshed"]
         return waited
 
 
 class RefreshSchedule:
     """Spreads the refreshes of bases over the steps of an interval, so that all cost the same.
-
-    The state of a view holds, for each rotated side, ``left_phase``, the step of the interval on
-    which the basis is due, and ``left_refreshed``, Adam's step at its last refresh.
 
     The phases are spread by cost at the first step. Bases that are left as they are make their
     steps cheap, and the others too costly by comparison; a step that has more to refresh than an
@@ -67,48 +77,44 @@ class RefreshSchedule:
     def __init__(self, interval: int) -> None:
         self.interval = interval
 
-    def spread(self, tiled: Sequence[tuple[ParamView, Tiling]]) -> None:
-        """Give every basis that has none a phase, the costliest first.
+    def spread(self, bases: Sequence[Basis]) -> None:
+        """Give a phase to every basis that has none, the costliest first.
 
         Args:
-            tiled: all views that take this step, each with its tiling.
+            bases: all of the views that take this step.
         """
-        bases = [(c, view, side) for view, t in tiled for side, c in t.refresh_cost.items()]
-        new = [basis for basis in bases if basis[1][f"{basis[2]}_phase"] == UNSCHEDULED]
+        new = [basis for basis in bases if basis["phase"] == UNSCHEDULED]
         if not new:
             return
         loads = [0.0] * min(self.interval, PHASES)
-        for cost, view, side in bases:
+        for basis in bases:
             # The steps of a new view are counted from the next one.
-            phase = (view[f"{side}_phase"] - view["step"] - 1) % self.interval
-            if view[f"{side}_phase"] != UNSCHEDULED and phase < len(loads):
-                loads[phase] += cost
-        for cost, view, side in sorted(new, key=lambda basis: -basis[0]):
-            phase = min(range(len(loads)), key=loads.__getitem__)
-            loads[phase] += cost
-            view[f"{side}_phase"] = phase
+            phase = (basis["phase"] - basis.view["step"] - 1) % self.interval
+            if basis["phase"] != UNSCHEDULED and phase < len(loads):
+                loads[phase] += basis.cost
+        for basis in sorted(new, key=lambda basis: -basis.cost):
+            basis["phase"] = phase = min(range(len(loads)), key=loads.__getitem__)
+            loads[phase] += basis.cost
 
-    def due(self, tiled: Sequence[tuple[ParamView, Tiling]]) -> list[DueBasis]:
-        """The bases on their step of the interval, of views past the first interval."""
-        return [
-            DueBasis(view, side, cost)
-            for view, tiling in tiled
-            if view["step"] >= self.interval
-            for side, cost in tiling.refresh_cost.items()
-            if view["step"] % self.interval == view[f"{side}_phase"]
-        ]
+    def due(self, bases: Sequence[Basis]) -> list[Basis]:
+        """The bases on their step of the interval, of views past the first interval.
 
-    def average(self, tiled: Sequence[tuple[ParamView, Tiling]]) -> float:
-        """Cost of an average step: all bases but those without a refresh for two intervals."""
-        costs = [
-            cost
-            for view, tiling in tiled
-            for side, cost in tiling.refresh_cost.items()
-            if view["step"] - view[f"{side}_refreshed"] < 2 * self.interval
-        ]
-        return sum(costs) / self.interval
+        Args:
+            bases: all of the views that take this step.
+        """
+        old = [basis for basis in bases if basis.view["step"] >= self.interval]
+        return [basis for basis in old if basis.view["step"] % self.interval == basis["phase"]]
 
-    def select(self, due: Sequence[DueBasis], average: float) -> list[DueBasis]:
+    def average(self, bases: Sequence[Basis]) -> float:
+        """The cost of an average step: all bases but those without a refresh for two intervals.
+
+        Args:
+            bases: all of the views that take this step.
+        """
+        recent = [basis.cost for basis in bases if basis.waited < 2 * self.interval]
+        return sum(recent) / self.interval
+
+    def select(self, due: Sequence[Basis], average: float) -> list[Basis]:
         """Choose the refreshes of this step; postpone the others to the next one.
 
         Those that have waited longest come first, one of them at least. A basis of cost c is
@@ -123,17 +129,16 @@ class RefreshSchedule:
         Returns:
             Those that are refreshed at this step.
         """
-        selected: list[DueBasis] = []
+        selected: list[Basis] = []
         load, rounding = 0.0, 1e-9 * average
         for basis in sorted(due, key=lambda basis: basis.waited, reverse=True):
             room = average - basis.cost / self.interval + rounding
-            view, side = basis.view, basis.side
             if self.interval == 1 or not selected or load <= room:
                 selected.append(basis)
                 load += basis.cost
-                view[f"{side}_refreshed"] = view["step"]
+                basis["refreshed"] = basis.view["step"]
             else:
-                view[f"{side}_phase"] = (view[f"{side}_phase"] + 1) % self.interval
+                basis["phase"] = (basis["phase"] + 1) % self.interval
         return selected
 
 
@@ -203,12 +208,16 @@ class BasisRefresh:
         Raises:
             RuntimeError: a factor was not finite at too many refreshes in a row.
         """
-        tiled = [(view, batch.tiling) for batch in batches for view in batch.views]
-        self.schedule.spread(tiled)
-        selected = self._select(tiled)
+        views = [(batch, index) for batch in batches for index in range(len(batch.views))]
+        bases = [
+            Basis(batch.views[index], side, cost, name_of(batch.views[index], number))
+            for number, (batch, index) in enumerate(views)
+            for side, cost in batch.tiling.refresh_cost.items()
+        ]
+        self.schedule.spread(bases)
+        selected = self._select(bases)
         items = []
-        places = ((batch, index) for batch in batches for index in range(len(batch.views)))
-        for number, (batch, index) in enumerate(places):
+        for number, (batch, index) in enumerate(views):
             view, step, sides = batch.views[index], batch.number("step"), batch.tiling.sides
             measured = [side for side in sides if (view, side) in selected]
             refreshed: Sequence[Side] = [side for side in measured if selected[view, side]]
@@ -218,30 +227,26 @@ class BasisRefresh:
                 items.append(RefreshItem(batch, index, number, measured, refreshed))
         return items
 
-    def _select(
-        self, tiled: Sequence[tuple[ParamView, Tiling]]
-    ) -> dict[tuple[ParamView, Side], bool]:
+    def _select(self, bases: Sequence[Basis]) -> dict[tuple[ParamView, Side], bool]:
         """The due bases, less those that are postponed; whether each is refreshed."""
-        due = self.schedule.due(tiled)
-        if not due:
-            return {}
+        due = self.schedule.due(bases)
         energies = {basis: self._energy(basis) for basis in due}
         good = [basis for basis in due if energies[basis] < self.config.basis_tolerance]
         poor = [basis for basis in due if basis not in good]
         self.count("basis_skipped", len(good))
-        refreshed = self.schedule.select(poor, self.schedule.average(tiled))
+        refreshed = self.schedule.select(poor, self.schedule.average(bases))
         for basis in (*good, *refreshed):
             failed = math.isnan(energies[basis])
             self.count("basis_kept", int(failed))
-            self.failures.note("factor", f"{name_of(basis.view)} ({basis.side} side)", failed)
+            self.failures.note("factor", f"{basis.name} ({basis.side} side)", failed)
         return {(b.view, b.side): b in refreshed for b in (*good, *refreshed)}
 
-    def _energy(self, basis: DueBasis) -> float:
+    def _energy(self, basis: Basis) -> float:
         """The off-diagonal energy measured last; NaN where the factor was not finite."""
-        energy, param = basis.view[f"{basis.side}_energy"], basis.view.param
-        if param.is_cuda and math.isnan(float(energy)):  # perhaps it is still being copied
+        param = basis.view.param
+        if param.is_cuda and math.isnan(basis["energy"]):  # perhaps it is still being copied
             torch.cuda.current_stream(param.device).synchronize()
-        return float(energy)
+        return float(basis["energy"])
 
     # How ----------------------------------------------------------------------------
 
@@ -272,7 +277,7 @@ class BasisRefresh:
         for item in items:
             for side in item.measured:
                 _set_energy(item.view, f"{side}_energy", sharded.number(SIDES.index(side), item))
-        sharded.report(self.failures, lambda item: name_of(item.view), self.count)
+        sharded.report(self.failures, lambda item: name_of(item.view, item.number), self.count)
 
     def _refresh(
         self, sharded: ShardedRefresh[RefreshItem], side: Side, items: Sequence[RefreshItem]
@@ -339,22 +344,19 @@ class BasisRefresh:
         """Raise V to where ``M̂² <= V̂``, after refreshes of bases that it did not follow.
 
         The momentum is rotated into directions that had none, where Adam's ratio would have no
-        bound. V stays where a view's only refresh was interrupted.
+        bound. V stays where the host knows that a view's only refresh was interrupted.
         """
-        interrupted = {
-            item: sharded.interrupted(item) if len(item.refreshed) == 1 else 0.0
-            for item in sharded.items
-            if item.refreshed and item.view["step"] > 0 and not self._spreads(item.view["step"])
-        }
-        known = [i for i, flag in interrupted.items() if isinstance(flag, Tensor) or not flag]
-        for items in grouped(known, lambda item: id(item.batch)):
+        raised = []
+        for item in sharded.items:
+            step, interrupted = item.view["step"], sharded.interrupted(item)
+            known = not isinstance(interrupted, Tensor) and interrupted > 0
+            kept = not item.refreshed or (known and len(item.refreshed) == 1)
+            if step > 0 and not kept and not self._spreads(step):
+                raised.append(item)
+        for items in grouped(raised, lambda item: id(item.batch)):
             batch = _part(items)
             step, (beta1, beta2) = batch.number("step"), batch.group["betas"]
             lowest = batch["exp_avg"].square() * ((1 - beta2**step) / (1 - beta1**step) ** 2)
-            flags = [interrupted[item] for item in items]
-            if any(isinstance(flag, Tensor) for flag in flags):  # only the device knows
-                done = torch.stack([lowest.new_ones(()) * (flag == 0) for flag in flags])
-                lowest *= done.repeat_interleave(batch.tiling.tiles)[:, None, None]
             second = torch.maximum(batch["exp_avg_sq"], lowest)
             batch.write("exp_avg_sq", second)
             batch.write("mean_sq", second.mean((1, 2), keepdim=True))
@@ -374,6 +376,12 @@ def _set_energy(view: ParamView, name: str, energy: float | Tensor) -> None:
         view[name].fill_(energy)
 
 
-def name_of(view: ParamView) -> str:
-    """The name of a view's matrix in messages."""
-    return view.matrix.name if view.matrix else f"weight {tuple(view.param.shape)}"
+def name_of(view: ParamView, number: int) -> str:
+    """The name of a view's matrix in messages.
+
+    Args:
+        view: the view.
+        number: its number among all views that take this step.
+    """
+    shape = tuple(view.param.shape)
+    return view.matrix.name if view.matrix else f"rotated matrix number {number}, {shape}"

@@ -177,8 +177,11 @@ class RotatedAdam:
             self.failures.watch("gradient", ["adamr"], dropped[None])
 
     def _rotate(self, batch: Batch) -> Tensor:
-        """``Q_Lᵀ G Q_R``; the gradient itself before there is a basis."""
+        """``Q_Lᵀ G Q_R`` (its rows that are not zero); G itself before there is a basis."""
         matrix, precision = batch.gradient(), self.config.precision
+        batch.rows = batch.rows_read(matrix)
+        if batch.rows is not None:
+            matrix = matrix.index_select(1, batch.rows)
         if batch.number("step") > 0:
             if batch.tiling.left:
                 matrix = matmul(batch["left_basis"].mT, matrix, precision)
@@ -236,13 +239,18 @@ class RotatedAdam:
         (beta1, beta2), step, tiling = batch.group["betas"], batch.number("step"), batch.tiling
         first, second, mean = batch["exp_avg"], batch["exp_avg_sq"], batch["mean_sq"]
         assert batch.norms is not None
-        first.lerp_(rotated, 1 - beta1)
-        second.mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
+        if batch.rows is None:
+            first.lerp_(rotated, 1 - beta1)
+            second.mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
+        else:
+            first.mul_(beta1).index_add_(1, batch.rows, rotated, alpha=1 - beta1)
+            second.mul_(beta2).index_add_(1, batch.rows, rotated.square(), alpha=1 - beta2)
         mean.mul_(beta2).add_(batch.norms, alpha=(1 - beta2) / (tiling.rows * tiling.columns))
         correction = math.sqrt(1 - beta2**step)
-        denominator = second.sqrt().clamp_min_(mean.sqrt().mul_(self.config.floor))
-        denominator.add_(batch.group["eps"] * correction)
-        return first / denominator, correction / (1 - beta1**step)
+        direction = second.sqrt().clamp_min_(mean.sqrt().mul_(self.config.floor))
+        direction.add_(batch.group["eps"] * correction)
+        torch.div(first, direction, out=direction)
+        return direction, correction / (1 - beta1**step)
 
     def _descend(self, batch: Batch, direction: Tensor, scale: float) -> None:
         """``p ← (1 - lr·wd) p - lr · scale · Q_L u Q_Rᵀ``; the scale goes into the last product."""

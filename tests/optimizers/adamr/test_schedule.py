@@ -5,59 +5,57 @@ from itertools import pairwise
 import pytest
 import torch
 
-from hf_precond.optimizers.adamr.refresh import UNSCHEDULED, DueBasis, RefreshSchedule
-from hf_precond.optimizers.adamr.tiling import SIDES, Tiling
+from hf_precond.optimizers.adamr.refresh import UNSCHEDULED, Basis, RefreshSchedule
+from hf_precond.optimizers.adamr.tiling import Tiling
 from hf_precond.optimizers.base.parameters import ParamView
 
 SQUARE = Tiling(1, 8, 8, "rows", True, True)
 LONG = Tiling(1, 32, 8, "rows", False, True)
-UNKNOWN = {
-    f"{side}_{name}": value
-    for side in SIDES
-    for name, value in (("phase", UNSCHEDULED), ("refreshed", 0))
-}
 
 
-def views(*tilings):
-    """Views without values: all that a schedule reads is their counters."""
-    nothing = torch.empty(0)
-    states = [{"step": 0} | UNKNOWN for _ in tilings]
-    made = [ParamView(nothing, nothing, state, "", {}) for state in states]
-    return list(zip(made, tilings, strict=True))
+def bases_of(*tilings):
+    """The bases of views without values: all that a schedule reads is their counters."""
+    nothing, bases = torch.empty(0), []
+    for tiling in tilings:
+        view = ParamView(nothing, nothing, {"step": 0}, "", {})
+        for side, cost in tiling.refresh_cost.items():
+            bases.append(Basis(view, side, cost))
+            bases[-1]["phase"], bases[-1]["refreshed"] = UNSCHEDULED, 0
+    return bases
 
 
-def simulate(schedule, tiled, steps, needs_refresh):
+def simulate(schedule, bases, steps, needs_refresh):
     """The cost of each step past the first interval, and the steps that refresh each basis."""
     loads, refreshed = [], {}
     for step in range(steps):
-        for view, _ in tiled:
-            view["step"] = step
-        poor = [due for due in schedule.due(tiled) if needs_refresh(due, step)]
-        selected = schedule.select(poor, schedule.average(tiled))
-        for due in selected:
-            refreshed.setdefault((id(due.view), due.side), []).append(step)
-        loads.append(sum(due.cost for due in selected))
+        for basis in bases:
+            basis.view["step"] = step
+        poor = [basis for basis in schedule.due(bases) if needs_refresh(basis, step)]
+        selected = schedule.select(poor, schedule.average(bases))
+        for basis in selected:
+            refreshed.setdefault(basis, []).append(step)
+        loads.append(sum(basis.cost for basis in selected))
     return loads[schedule.interval :], refreshed
 
 
 def test_equal_costs_are_spread_evenly_and_stay():
-    schedule, tiled = RefreshSchedule(4), views(*[SQUARE] * 8)
-    schedule.spread(tiled)
-    loads, refreshed = simulate(schedule, tiled, 60, lambda due, step: True)
+    schedule, bases = RefreshSchedule(4), bases_of(*[SQUARE] * 8)
+    schedule.spread(bases)
+    loads, refreshed = simulate(schedule, bases, 60, lambda basis, step: True)
     assert set(loads) == {4 * SQUARE.refresh_cost["left"]}
     for steps in refreshed.values():
         assert {late - early for early, late in pairwise(steps)} == {4}
 
 
 def test_steps_are_even_again_where_costly_bases_stay_as_they_are():
-    schedule, tiled = RefreshSchedule(3), views(LONG, LONG, *[SQUARE] * 4)
-    schedule.spread(tiled)
+    schedule, bases = RefreshSchedule(3), bases_of(LONG, LONG, *[SQUARE] * 4)
+    schedule.spread(bases)
     unit = SQUARE.refresh_cost["left"]
 
-    def square(due, step):
-        return due.cost == unit
+    def square(basis, step):
+        return basis.cost == unit
 
-    loads, refreshed = simulate(schedule, tiled, 90, square)
+    loads, refreshed = simulate(schedule, bases, 90, square)
     assert max(loads[:9]) > 3 * unit  # four of the eight bases began on the step without a LONG one
     assert max(loads[12:]) <= 3 * unit and min(loads[12:]) >= 2 * unit
     for steps in refreshed.values():
@@ -66,11 +64,11 @@ def test_steps_are_even_again_where_costly_bases_stay_as_they_are():
 
 
 def test_bases_that_come_and_go_keep_every_step_near_the_average():
-    schedule, tiled = RefreshSchedule(5), views(*[SQUARE] * 20)
-    schedule.spread(tiled)
+    schedule, bases = RefreshSchedule(5), bases_of(*[SQUARE] * 20)
+    schedule.spread(bases)
     generator = torch.Generator().manual_seed(0)
     loads, refreshed = simulate(
-        schedule, tiled, 400, lambda due, step: torch.rand((), generator=generator) < 0.7
+        schedule, bases, 400, lambda basis, step: torch.rand((), generator=generator) < 0.7
     )
     unit = SQUARE.refresh_cost["left"]
     assert max(loads) <= 8 * unit + unit / 2  # 40 bases in 5 steps
@@ -80,9 +78,9 @@ def test_bases_that_come_and_go_keep_every_step_near_the_average():
 
 @pytest.mark.parametrize(("interval", "count"), [(3, 2), (3, 5), (10, 7), (10, 12), (4, 9)])
 def test_equal_bases_keep_their_interval_however_they_divide(interval, count):
-    schedule, tiled = RefreshSchedule(interval), views(*[SQUARE] * count)
-    schedule.spread(tiled)
-    loads, refreshed = simulate(schedule, tiled, 12 * interval, lambda due, step: True)
+    schedule, bases = RefreshSchedule(interval), bases_of(*[SQUARE] * count)
+    schedule.spread(bases)
+    loads, refreshed = simulate(schedule, bases, 12 * interval, lambda basis, step: True)
     assert max(loads) - min(loads) <= SQUARE.refresh_cost["left"]
     for steps in refreshed.values():
         assert {late - early for early, late in pairwise(steps)} == {interval}
@@ -90,69 +88,62 @@ def test_equal_bases_keep_their_interval_however_they_divide(interval, count):
 
 def test_a_young_view_keeps_no_older_one_from_its_refresh():
     """Each view counts its own steps: what matters is how long a basis has waited."""
-    schedule, tiled = RefreshSchedule(3), views(LONG, SQUARE, SQUARE)
-    schedule.spread(tiled)
+    schedule, bases = RefreshSchedule(3), bases_of(LONG, SQUARE, SQUARE)
+    schedule.spread(bases)
     refreshed = {}
     for step in range(240):
-        for number, (view, _) in enumerate(tiled):
-            view["step"] = step + (1000 if number == 0 else 0)
-        for due in schedule.select(schedule.due(tiled), schedule.average(tiled)):
-            refreshed[id(due.view), due.side] = refreshed.get((id(due.view), due.side), 0) + 1
+        for number, basis in enumerate(bases):
+            basis.view["step"] = step + (1000 if number == 0 else 0)
+        for basis in schedule.select(schedule.due(bases), schedule.average(bases)):
+            refreshed[basis] = refreshed.get(basis, 0) + 1
     assert all(count >= 240 / 4 for count in refreshed.values()) and len(refreshed) == 5
 
 
 def test_new_views_take_the_steps_that_others_leave_free():
-    schedule, tiled = RefreshSchedule(4), views(SQUARE)
-    schedule.spread(tiled)
-    for side, phase in (("left", 0), ("right", 1)):
-        tiled[0][0][f"{side}_phase"] = phase
+    schedule, bases = RefreshSchedule(4), bases_of(SQUARE)
+    schedule.spread(bases)
+    for phase, basis in enumerate(bases):
+        basis["phase"] = phase
     # The first call of a new view, whose steps count from the next.
-    tiled[0][0]["step"] = 4 * 9 + 3
-    late = views(SQUARE)
-    schedule.spread([*tiled, *late])
-    assert {late[0][0]["left_phase"], late[0][0]["right_phase"]} == {2, 3}
+    bases[0].view["step"] = 4 * 9 + 3
+    late = bases_of(SQUARE)
+    schedule.spread([*bases, *late])
+    assert {basis["phase"] for basis in late} == {2, 3}
 
 
 def test_those_that_have_waited_longest_come_first():
-    schedule, tiled = RefreshSchedule(3), views(SQUARE, SQUARE)
-    schedule.spread(tiled)
-    poor = []
-    for number, (view, tiling) in enumerate(tiled):
-        view["step"] = 30
-        for place, side in enumerate(tiling.sides):
-            view[f"{side}_phase"], view[f"{side}_refreshed"] = 0, 28 - 2 * number - place
-            poor.append(DueBasis(view, side, 1.0))
-    selected = schedule.select(poor, average=2.0)
-    assert [(due.view, due.side) for due in selected] == [
-        (tiled[1][0], "right"), (tiled[1][0], "left"),
-    ]  # fmt: skip
-    assert [due.view[f"{due.side}_phase"] for due in poor] == [1, 1, 0, 0]
-    assert [due.view[f"{due.side}_refreshed"] for due in selected] == [30, 30]
+    schedule, bases = RefreshSchedule(3), bases_of(SQUARE, SQUARE)
+    schedule.spread(bases)
+    for number, basis in enumerate(bases):
+        basis.view["step"] = 30
+        basis["phase"], basis["refreshed"] = 0, 28 - number
+    assert schedule.select(bases, average=2 * bases[0].cost) == [bases[3], bases[2]]
+    assert [basis["phase"] for basis in bases] == [1, 1, 0, 0]
+    assert [basis["refreshed"] for basis in bases] == [28, 27, 30, 30]
 
 
 @pytest.mark.parametrize("interval", [1, 2, 7])
-def test_a_lone_matrix_is_never_postpone(interval):
-    schedule, tiled = RefreshSchedule(interval), views(SQUARE)
-    schedule.spread(tiled)
-    _, refreshed = simulate(schedule, tiled, 70, lambda due, step: True)
+def test_a_lone_matrix_is_never_postponed(interval):
+    schedule, bases = RefreshSchedule(interval), bases_of(SQUARE)
+    schedule.spread(bases)
+    _, refreshed = simulate(schedule, bases, 70, lambda basis, step: True)
     for steps in refreshed.values():
         assert len(steps) == len(range(interval, 70, interval))
 
 
 def test_an_interval_of_one_refreshes_everything_at_every_step():
-    schedule, tiled = RefreshSchedule(1), views(LONG, SQUARE, SQUARE)
-    schedule.spread(tiled)
+    schedule, bases = RefreshSchedule(1), bases_of(LONG, SQUARE, SQUARE)
+    schedule.spread(bases)
     # All were good for long, so that an average step refreshes nothing.
-    _, refreshed = simulate(schedule, tiled, 40, lambda due, step: step > 30)
+    _, refreshed = simulate(schedule, bases, 40, lambda basis, step: step > 30)
     assert all(steps == list(range(31, 40)) for steps in refreshed.values())
     assert len(refreshed) == 5
 
 
 def test_an_endless_interval_costs_nothing_at_its_start():
     """``basis_interval=10**9``: the bases of the first steps for good."""
-    schedule, tiled = RefreshSchedule(10**9), views(*[SQUARE] * 8, LONG)
-    schedule.spread(tiled[:6])
-    phases = [view[f"{side}_phase"] for view, tiling in tiled[:6] for side in tiling.sides]
-    assert sorted(phases) == list(range(12))
-    schedule.spread(tiled)
-    assert max(view[f"{side}_phase"] for view, tiling in tiled for side in tiling.sides) < 20
+    schedule, bases = RefreshSchedule(10**9), bases_of(*[SQUARE] * 8, LONG)
+    schedule.spread(bases[:12])
+    assert sorted(basis["phase"] for basis in bases[:12]) == list(range(12))
+    schedule.spread(bases)
+    assert max(basis["phase"] for basis in bases) < 20

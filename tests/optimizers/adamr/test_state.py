@@ -84,6 +84,21 @@ def test_a_matrix_without_a_gradient_waits_and_disturbs_no_other():
     torch.testing.assert_close(modules[0].weight, whole[0].weight, rtol=0, atol=1e-10)
 
 
+def test_rows_of_an_embedding_that_were_not_read_need_no_rotation(monkeypatch):
+    """A table of which a step reads few rows steps as any matrix with that gradient."""
+    gradients = noise((500, 8), steps=12)
+    for number, (gradient,) in enumerate(gradients):
+        unread = torch.ones(500, dtype=torch.bool)
+        unread[number % 3 :: 11] = False
+        gradient[unread] = 0.0
+    tables = [nn.Embedding(500, 8, dtype=torch.float64) for _ in range(2)]
+    tables[1].load_state_dict(tables[0].state_dict())
+    run(adamr(tables[:1], weight_decay=0.1), tables[:1], gradients)
+    monkeypatch.setattr(Batch, "rows_read", lambda self, gradient: None)
+    run(adamr(tables[1:], weight_decay=0.1), tables[1:], gradients)
+    torch.testing.assert_close(tables[0].weight, tables[1].weight, rtol=0, atol=1e-10)
+
+
 def test_a_convolution_equals_the_reshaped_matrix():
     convolution = nn.Conv2d(3, 6, 2, bias=False, dtype=torch.float64)
     (linear,) = layers(convolution.weight.detach().flatten(1))
