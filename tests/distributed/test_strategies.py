@@ -27,9 +27,9 @@ def through_the_trainer(model, name, **fields):
 each_way = pytest.mark.parametrize("build", [create_optimizer, through_the_trainer])
 
 
-def assert_says(error, name, engine):
+def assert_says(error, name, strategy):
     message = str(error.value)
-    assert message.startswith(f"{name}: {engine}")
+    assert message.startswith(f"{name}: {strategy}")
     assert "use DDP (torchrun), or FSDP2" in message and "fsdp_version: 2" in message
 
 
