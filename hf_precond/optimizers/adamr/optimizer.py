@@ -27,10 +27,14 @@ FEATURED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def every_matrix(model: nn.Module, config: Any) -> ModelStructure:
-    """For AdamR: every trainable parameter of two or more dimensions, whole, without bias.
+    """Returns every trainable parameter of two or more dimensions, whole, without its bias.
+
+    Args:
+        model: the model.
+        config: the fields that the routing shows.
 
     Raises:
-        ValueError: when there is none.
+        ValueError: there is none.
     """
     survey = ParameterSurvey(model)
     matrices, treated, reasons = [], {}, {}
@@ -177,7 +181,11 @@ class AdamR(PrecondOptimizer):
 
 
 def is_featured(matrix: LayerMatrix) -> bool:
-    """Whether a layer's inputs and output gradients can be observed."""
+    """Returns whether a layer's inputs and output gradients can be observed.
+
+    Args:
+        matrix: the layer's.
+    """
     whole = matrix.rows is None and matrix.groups == 1 and matrix.weight == "weight"
     hidden = type(matrix.module).__name__ == "NonDynamicallyQuantizableLinear"
     layered = isinstance(matrix.module, FEATURED) or matrix.layout == "transposed"

@@ -17,7 +17,7 @@ from hf_precond.optimizers.adamr.config import AdamRConfig
 from hf_precond.optimizers.adamr.refresh import UNSCHEDULED, BasisRefresh, Count
 from hf_precond.optimizers.adamr.tiling import Side, Tiling, tile
 from hf_precond.optimizers.base.fallback import AdamWFallback, FallbackOptimizer
-from hf_precond.optimizers.base.parameters import ParamView, fit
+from hf_precond.optimizers.base.parameters import ParamView, allocate
 from hf_precond.optimizers.base.refresh import FailureRecord
 
 HELD_ELEMENTS = 1 << 25
@@ -87,7 +87,8 @@ class RotatedAdam:
         tiling, param = self.tiling(view), view.param
         dtype, device = compute_dtype(param.dtype), param.device
         shape = (tiling.tiles, tiling.rows, tiling.columns)
-        if "exp_avg" in view:
+        new = "exp_avg" not in view
+        if not new:
             held = view["exp_avg"]
             if (held.shape, held.dtype, held.device) == (shape, dtype, device):
                 return
@@ -95,21 +96,16 @@ class RotatedAdam:
         for side in tiling.sides:
             size = tiling.rows if side == "left" else tiling.columns
             shapes |= dict.fromkeys((f"{side}_factor", f"{side}_basis"), (tiling.tiles, size, size))
-        new = "exp_avg" not in view
+            allocate(view.state, f"{view.prefix}{side}_energy", (), dtype, torch.device("cpu"))
         for name, shape in shapes.items():
             kept = self.config.factor_dtype(param.dtype) if name.endswith("factor") else dtype
-            if new:
-                view[name] = torch.zeros(shape, dtype=kept, device=device)
-            else:
-                fit(view.state, view.prefix + name, shape, kept, device)
-        for side in () if new else tiling.sides:
-            fit(view.state, f"{view.prefix}{side}_energy", (), dtype, torch.device("cpu"))
+            allocate(view.state, view.prefix + name, shape, kept, device)
         if new:
             view["step"] = view["observed"] = 0
             for side in tiling.sides:
                 view[f"{side}_updates"] = view[f"{side}_refreshed"] = 0
                 view[f"{side}_phase"] = UNSCHEDULED
-                view[f"{side}_energy"] = torch.full((), math.inf, dtype=dtype)
+                view[f"{side}_energy"].fill_(math.inf)
 
     def observe(self, view: ParamView, means: Mapping[Side, Tensor]) -> Tensor:
         """Average second moments of a layer's features into the factors, instead of the gradient's.
