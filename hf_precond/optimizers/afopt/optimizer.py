@@ -55,7 +55,7 @@ RMS = 0.2
     config=AFOptConfig,
     select=attention_matrices,
     description="attention's gradient step taken in logit space, from its features",
-    memory="mn; a layer's input n(n+1)/2 and a root, n(n+1)/2 or n²; its heads",
+    memory="mn momentum; n(n+1)/2 an input's moment, as much or n² its root; heads",
 )
 class AFOpt(PrecondOptimizer):
     """Descent along the gradient of attention in the space of its features.
