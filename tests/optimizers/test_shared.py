@@ -1,7 +1,9 @@
 """What every optimizer of the registry must do, whatever its mathematics."""
 
 import copy
+import gc
 import io
+import weakref
 
 import pytest
 import torch
@@ -359,3 +361,23 @@ def test_config_can_be_passed_whole(name):
     assert optimizer.config == config.replace(weight_decay=0.5)
     assert optimizer.param_groups[0]["lr"] == 0.02
     optimizer.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [*((name, {}) for name in NAMES), ("afopt", {"base": "adamr"}), ("nkfac", {"base": "adamr"}),
+     ("adamr", {"basis_source": "feature"})],
+    ids=str,
+)  # fmt: skip
+def test_a_dropped_optimizer_is_freed_at_once(name, fields):
+    """Without the garbage collector: until then its hooks would stay in the model."""
+    model = make("bert")
+    optimizer = create_optimizer(model, name, **fields)
+    train_step(model, optimizer, batch("bert"))
+    dropped = weakref.ref(optimizer)
+    gc.disable()
+    try:
+        del optimizer
+        assert dropped() is None
+    finally:
+        gc.enable()

@@ -97,7 +97,7 @@ class AdamR(PrecondOptimizer):
     @functools.cached_property
     def rotated(self) -> RotatedAdam:
         """The step in the eigenbases. Not copied with the optimizer: its state is that of views."""
-        return RotatedAdam(self.config, self.failures, self.count)
+        return RotatedAdam(self.config, self.failures, self.counters.add)
 
     def allocate(self, bound: BoundMatrix) -> None:
         """Make the state of a matrix that is rotated and has a gradient, where it is missing."""

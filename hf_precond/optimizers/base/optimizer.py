@@ -29,7 +29,7 @@ from hf_precond.optimizers.base.parameters import (
     ParamView,
     Preconditioned,
 )
-from hf_precond.optimizers.base.refresh import FailureRecord
+from hf_precond.optimizers.base.refresh import Counters, FailureRecord
 
 if TYPE_CHECKING:
     from hf_precond.statistics.requests import Request, Statistic, StatisticsSource
@@ -82,8 +82,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
         assert structure is not None and config is not None
         self.config = config
         self.structure = structure
-        self.counters: dict[str, int] = {}
-        self.device_counters: dict[str, Tensor] = {}
+        self.counters = Counters()
         self.failures = FailureRecord()
         self.fallback: FallbackOptimizer = self.make_fallback()
         super().__init__(param_groups, group_defaults(config))
@@ -95,7 +94,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
     def make_fallback(self) -> FallbackOptimizer:
         """The optimizer of the parameters without a preconditioner, and of gradients with one."""
         name = getattr(self.config, "base", "adamw")
-        return make_fallback(name, self.config, self.failures, self.count)
+        return make_fallback(name, self.config, self.failures, self.counters.add)
 
     def requests(self) -> Sequence[Request]:
         """The statistics this optimizer needs from the model."""
@@ -440,7 +439,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has its own statistics and counters, and no hooks until :meth:`attach`."""
-        own = ("config", "structure", "fallback", "counters", "device_counters", "failures")
+        own = ("config", "structure", "fallback", "counters", "failures")
         held = {name: self.__dict__[name] for name in (*own, "bound", "_remainders", "validator")}
         return super().__getstate__() | held
 
@@ -458,11 +457,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
             name: the counter's name.
             by: a number, or a tensor that is added on its device.
         """
-        if isinstance(by, Tensor):
-            held = self.device_counters.get(name)
-            self.device_counters[name] = by.clone() if held is None else held + by
-        else:
-            self.counters[name] = self.counters.get(name, 0) + by
+        self.counters.add(name, by)
 
     def count_dropped(self, counter: str, dropped: Mapping[str, Tensor]) -> None:
         """Count statistics that were not finite; too many in a row stop training.
@@ -480,6 +475,6 @@ class PrecondOptimizer(torch.optim.Optimizer):
     def diagnostics(self) -> dict[str, float]:
         """The counters and norms, as plain numbers. Reads from the device: call it when logging."""
         values = {name: float(value) for name, value in self.counters.items()}
-        for name, value in self.device_counters.items():
+        for name, value in self.counters.on_device.items():
             values[name] = values.get(name, 0.0) + float(value)
         return values | self.fallback.diagnostics()

@@ -25,6 +25,26 @@ MAX_DROPPED = 10
 LIMITS = {"statistic": MAX_DROPPED, "gradient": MAX_DROPPED, "step": MAX_DROPPED}
 
 
+class Counters(dict[str, int]):
+    """Counts by name; those that only a device knows are kept there, in :attr:`on_device`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on_device: dict[str, Tensor] = {}
+
+    def add(self, name: str, by: int | Tensor = 1) -> None:
+        """Add a number, or a tensor on its device, to a counter.
+
+        Args:
+            name: the counter's name.
+            by: what is added.
+        """
+        if isinstance(by, Tensor):
+            self.on_device[name] = by + self.on_device.get(name, 0)
+        else:
+            self[name] = self.get(name, 0) + by
+
+
 class FailureRecord:
     """Counts failures in a row by name, and stops training where there are too many.
 
