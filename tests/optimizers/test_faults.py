@@ -188,9 +188,11 @@ def test_all_finite_looks_at_every_dtype_and_at_nothing():
 
 # Solvers that fail, memory that runs out ------------------------------------------------
 
+# Made anew at every call: an exception that is raised again keeps the frames of all its raises,
+# and so the optimizers in them, alive.
 ERRORS = {
-    "solver": torch.linalg.LinAlgError("linalg: the algorithm failed to converge"),
-    "out_of_memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB"),
+    "solver": lambda: torch.linalg.LinAlgError("linalg: the algorithm failed to converge"),
+    "out_of_memory": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB"),
 }
 SOLVERS = ("eigh", "qr", "inv", "cholesky_ex", "solve_triangular")
 # The solver on which an optimizer's refreshes depend; the others it does without, or has
@@ -226,7 +228,7 @@ class Failing:
     def __call__(self, *args, **kwargs):
         self.calls += 1
         if self.calls <= self.times:
-            raise self.error
+            raise self.error()
         return self.plain(*args, **kwargs)
 
 
@@ -290,7 +292,7 @@ def test_without_the_solvers_that_are_not_needed_training_goes_on(name, kind, mo
 def test_an_error_of_another_kind_is_raised(name, solver, monkeypatch):
     model, optimizer = make_both(name)
     train("bert", model, optimizer, 2)
-    Failing(monkeypatch, solver, RuntimeError("expected scalar type Half"))
+    Failing(monkeypatch, solver, lambda: RuntimeError("expected scalar type Half"))
     with pytest.raises(RuntimeError, match="scalar type"):
         train("bert", model, optimizer, 3, start=2)
     optimizer.close()
@@ -311,7 +313,7 @@ def test_memory_that_runs_out_during_a_refresh_changes_nothing(transport, side, 
 
         def rotate(*args, calls=calls, attempts=attempts, number=number):
             if next(calls) >= number and next(attempts) < 2:
-                raise ERRORS["out_of_memory"]
+                raise ERRORS["out_of_memory"]()
             return plain(*args)
 
         monkeypatch.setattr(rotation_refresh.eigenbasis, "rotate", rotate)
