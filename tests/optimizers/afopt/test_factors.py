@@ -271,6 +271,7 @@ def test_cross_attention_takes_each_side_from_its_own_sequence():
     queries = torch.einsum("bhtd,bhte->hde", module.queries, module.queries).detach() / 12
     torch.testing.assert_close(optimizer.factors.vector_moment(block, "k"), keys)
     torch.testing.assert_close(optimizer.factors.vector_moment(block, "q"), queries)
+    optimizer.close()  # the module holds the graph of its keys, and so itself
 
 
 def test_zero_weights_have_identity_factors_and_are_counted():
