@@ -18,6 +18,19 @@ from hf_precond.optimizers.sgdph.config import SGDPHConfig
 CAP = 10.0
 """κ: the most that ``base="sgd"`` multiplies a momentum by, the authors' ``tau / eps``."""
 
+SLOWEST = 0.01
+"""The least share of AdamW's step that ``base="adamw"`` takes, entry by entry.
+
+Where a norm's input is (almost) constant, as with the zero queries that BLIP-2 starts from, H is
+singular: its size holds for no step, and a step by it would be none.
+"""
+
+FORGET = {"adamw": 1e2, "sgd": 1e4}
+"""By base: a probe that finds less than one part in so many of an average makes it anew.
+
+The thesis' base does so only for what is out of all proportion.
+"""
+
 
 def allocate(view: ParamView, base: str) -> None:
     """Make the state of a channel-wise parameter, where it is missing.
@@ -37,7 +50,11 @@ def allocate(view: ParamView, base: str) -> None:
 
 
 def average_probes(
-    views: Sequence[ParamView], estimates: Sequence[Tensor], present: Tensor, decay: float
+    views: Sequence[ParamView],
+    estimates: Sequence[Tensor],
+    present: Tensor,
+    decay: float,
+    forget: float = math.inf,
 ) -> Tensor:
     """``D ← b D + (1 - b) ĥ`` in place; an estimate that is absent or not finite changes nothing.
 
@@ -46,18 +63,26 @@ def average_probes(
         estimates: ĥ of each, shaped like the parameter.
         present: whether any rank has one, ``[len(views)]``.
         decay: b in [0, 1).
+        forget: an average whose largest entry is more than ``forget`` times the largest of ĥ is
+            of a point left behind, and begins again with ĥ; zeros say nothing.
 
     Returns:
         Per view 1 where a present estimate was dropped, else 0.
     """
     curvatures = [view["curvature"] for view in views]
-    finite = torch.isfinite(torch.stack(torch._foreach_norm(list(estimates), float("inf"))))
-    usable = finite & present
+    probes = [view["probes"] for view in views]
     averages = joined(views, "curvature")
+    size = torch.stack(torch._foreach_norm(list(estimates), float("inf"))).to(averages.dtype)
+    finite = torch.isfinite(size)
+    usable = finite & present
+    if forget < math.inf:
+        held = torch.stack(torch._foreach_norm(curvatures, float("inf")))
+        again = usable & (size > 0) & (held > forget * size * _corrections(views, decay, "probes"))
+        averages.masked_fill_(_spread(again, views), 0)
+        torch._foreach_mul_(probes, list((~again).to(probes[0].dtype).unbind()))
     new = torch.cat([e.reshape(-1) for e in estimates]).to(averages.dtype)
     averages.lerp_(torch.where(_spread(usable, views), new, averages), 1 - decay)
     torch._foreach_copy_(curvatures, split(averages, views))
-    probes = [view["probes"] for view in views]
     torch._foreach_add_(probes, list(usable.to(probes[0].dtype).unbind()))
     return (present & ~finite).to(torch.int64)
 
@@ -81,7 +106,9 @@ def update_moments(views: Sequence[ParamView], base: str) -> None:
 
 
 def adamw_directions(views: Sequence[ParamView], config: SGDPHConfig) -> tuple[Tensor, Tensor]:
-    """``u = clip(m̂ / (γ D̂ + ε), -1, 1)``; AdamW's ``m̂ / (√v̂ + ε)`` before the first probe.
+    """``u = clip(m̂ / min(γ D̂ + ε, 100 (√v̂ + ε)), -1, 1)``; AdamW's before the first probe.
+
+    AdamW's is ``m̂ / (√v̂ + ε)``.
 
     Args:
         views: of one parameter group and dtype, their moments up to date.
@@ -95,7 +122,9 @@ def adamw_directions(views: Sequence[ParamView], config: SGDPHConfig) -> tuple[T
     second = joined(views, "exp_avg_sq") / _bias(views, beta2, "step")
     plain = first / second.sqrt_().add_(eps)
     curvature = joined(views, "curvature").abs_() / _bias(views, config.stat_decay, "probes")
-    bounded = (first / curvature.mul_(config.gamma).add_(eps)).clamp_(-1, 1)
+    damped = curvature.mul_(config.gamma).add_(eps)
+    # Not a maximum of directions: a curvature that is NaN must be seen in the weights.
+    bounded = (first / torch.minimum(damped, second / SLOWEST)).clamp_(-1, 1)
     return torch.where(_probed(views), bounded, plain), plain
 
 
@@ -134,10 +163,15 @@ def _bias(views: Sequence[ParamView], decay: float, name: str) -> Tensor:
 
     Without the cancellation at decays near 1; 1 for decay 0.
     """
+    return _spread(_corrections(views, decay, name), views)
+
+
+def _corrections(views: Sequence[ParamView], decay: float, name: str) -> Tensor:
+    """``1 - decay ** n`` of each view, one number a view."""
     counts = torch.stack([view[name] for view in views]).to(views[0]["curvature"].dtype)
     if decay == 0:
-        return _spread(torch.ones_like(counts), views)
-    return _spread(torch.expm1(counts * math.log(decay)).neg_(), views)
+        return torch.ones_like(counts)
+    return torch.expm1(counts * math.log(decay)).neg_()
 
 
 def _probed(views: Sequence[ParamView]) -> Tensor:

@@ -79,13 +79,18 @@ class SGDPH(PrecondOptimizer):
 
     ``base="adamw"``, an extension for transformers::
 
-        u = clip(m̂ / (γ D̂ + ε), -1, 1)   AdamW's step before the first probe
+        u = clip(m̂ / min(γ D̂ + ε, 100 (√v̂ + ε)), -1, 1)   AdamW's before the first probe
         p ← p - lr (u + wd p)
 
     with AdamW's m̂, so the learning rate of AdamW serves all parameters: at the
     default γ = 0.1 between a tenth and a half of the entries are clipped, and
     u is once to three times AdamW's direction in rms. The clip is Sophia's
-    (Liu et al., 2023, arXiv 2305.14342).
+    (Liu et al., 2023, arXiv 2305.14342). The minimum keeps every entry at a
+    hundredth of AdamW's step or more: where a norm's input is almost constant,
+    as at the zero queries of a new BLIP-2, H is singular and D̂ without bound.
+    A probe that finds less than a hundredth of D̂ in a parameter (a ten
+    thousandth under ``base="sgd"``) starts its average anew: such a point is
+    forgotten when it is left.
 
     ``E[z ∘ Hz]`` is the diagonal of H, and every single z gives it exactly
     where H is diagonal; the variance of entry c is the sum of the squared
@@ -219,7 +224,8 @@ class SGDPH(PrecondOptimizer):
         Returns:
             1 where a present estimate was not finite and dropped, else 0, ``[len(views)]``.
         """
-        return directions.average_probes(views, estimates, present, self.config.stat_decay)
+        decay, forget = self.config.stat_decay, directions.FORGET[self.config.base]
+        return directions.average_probes(views, estimates, present, decay, forget)
 
     # Directions -------------------------------------------------------------------
 

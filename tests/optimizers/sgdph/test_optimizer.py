@@ -143,6 +143,40 @@ def test_the_sgd_rule_written_out():
         torch.testing.assert_close(weight.detach(), p, rtol=1e-12, atol=1e-14)
 
 
+def test_a_boundless_curvature_takes_a_hundredth_of_adamws_step():
+    """What the probe finds where the input of a norm is constant holds for no step."""
+    huge = torch.tensor([1e24, 1e24, 1.0, 1e9]).double()
+    config = SGDPHConfig(lr=0.1, weight_decay=0.0, probe_interval=9)
+    weight, optimizer = one_norm(config, {0: huge})
+    plain = weight.detach().clone().requires_grad_()
+    theirs = torch.optim.AdamW([plain], lr=0.1, weight_decay=0.0)
+    for step in range(4):
+        before, adamws = weight.detach().clone(), plain.detach().clone()
+        weight.grad = plain.grad = 1 + randn(4, seed=30 + step).abs()
+        optimizer.step()
+        theirs.step()
+        ratio = (weight.detach() - before) / (plain.detach() - adamws)
+        torch.testing.assert_close(ratio[[0, 1, 3]], torch.full((3,), 0.01).double())
+        assert ratio[2] >= 1
+
+
+@pytest.mark.parametrize(("base", "forgotten"), [("adamw", 1e2), ("sgd", 1e4)])
+def test_a_probe_out_of_all_proportion_is_forgotten_by_the_next(base, forgotten):
+    """Also one whose square has no float32; zeros, as of an expert without tokens, forget none."""
+    small, zero = 1 + randn(4).abs(), torch.zeros(4).double()
+    for size in (1e30, 2 * forgotten, 0.2 * forgotten):
+        start = torch.full((4,), size).double() * small.max()
+        config = SGDPHConfig(probe_interval=1, stat_decay=0.8, base=base)
+        weight, optimizer = one_norm(config, {0: start, 1: small, 2: zero})
+        for _ in range(3):
+            weight.grad = torch.ones(4).double()
+            optimizer.step()
+        kept = 0.8**2 * 0.2 * start if size < forgotten else 0.0
+        expected = kept + 0.8 * 0.2 * small
+        torch.testing.assert_close(optimizer.state[weight]["curvature"], expected)
+        assert optimizer.state[weight]["probes"] == (3 if size < forgotten else 2)
+
+
 @pytest.mark.parametrize("bad", [None, torch.full((4,), math.inf).double()], ids=["none", "inf"])
 def test_before_a_usable_probe_it_is_the_fallback(bad):
     for base, fallback in (
@@ -387,9 +421,7 @@ def test_steps_that_are_not_due_compute_no_product(monkeypatch):
     import hf_precond.statistics.hessian_probe as module
 
     original = module.GraphProduct
-    monkeypatch.setattr(
-        module, "GraphProduct", lambda *args: calls.append(step) or original(*args)
-    )
+    monkeypatch.setattr(module, "GraphProduct", lambda *args: calls.append(step) or original(*args))
     for step in range(7):
         train_step(model, optimizer, step)
     assert calls == [0, 3, 6]
