@@ -354,6 +354,8 @@ class MomentCollector(StatisticsSource):
         self.buffer = StatisticsBuffer()
         self.shared = SharedInputs()
         self.evaluated: dict[str, _HookedLayer] = {}  # had gradients in evaluation mode
+        self.called: set[nn.Module] = set()  # since the last statistics were taken
+        self.reasons: dict[str, str] = {}  # why a request had no answer
         self.tokens = TokenWeights(model)
         # Compiled code runs uncompiled on due steps: hooks that act would break its graphs.
         self.switch = EagerCode()
@@ -420,6 +422,7 @@ class MomentCollector(StatisticsSource):
     ) -> None:
         if not self.enabled or not torch.is_grad_enabled():
             return
+        self.called.add(module)
         result = output[0] if isinstance(output, (tuple, list)) else output
         if not isinstance(result, Tensor) or not result.requires_grad:
             return
@@ -556,10 +559,33 @@ class MomentCollector(StatisticsSource):
                     statistic = Statistic(statistic.sum[:size, :size], statistic.count)
             if statistic is not None:
                 taken[request.key] = statistic
+        unanswered = (r for r in self.requests if r.key not in taken)
+        self.reasons = {request.key: self._reason(request) for request in unanswered}
         self._warn_of_evaluation()
         self.drop()
+        self.called.clear()
         self.tokens.forget()
         return taken
+
+    def missing(self, key: str) -> str:
+        """Returns why a request had no answer the last time; an empty string if it had one.
+
+        Args:
+            key: the request's.
+        """
+        return self.reasons.get(key, "")
+
+    def _reason(self, request: MomentRequest) -> str:
+        """Why a request has no answer."""
+        if request.kind in HEAD_KINDS:
+            return "its attention did not call the kernel that transformers looks up"
+        path = str(self.served[request.key][0])  # type: ignore[index]
+        hooked = next(h for h in self.layers.values() if h.path == path)
+        if path in self.evaluated:
+            return "its passes ran in evaluation mode"
+        if hooked.module not in self.called:
+            return "its layer was not called: the weight is used some other way"
+        return "no gradient reached its layer's output"
 
     def _warn_of_evaluation(self) -> None:
         collected = self.buffer.statistics.keys()

@@ -135,6 +135,18 @@ class StatisticsSource(Protocol):
     def take(self) -> dict[str, Statistic]:
         """Returns what was collected since the last call, by request key, and forgets it."""
 
+    def missing(self, key: str) -> str:
+        """Returns why nothing was collected for a request the last time; empty if not known.
+
+        Args:
+            key: the request's.
+        """
+        return ""
+
+    def watch(self) -> None:
+        """Looks out, from the next statistics on, for what the calls of modules do not show."""
+        return
+
     def drop(self) -> None:
         """Forgets what was collected (a skipped step)."""
 

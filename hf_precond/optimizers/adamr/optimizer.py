@@ -93,6 +93,7 @@ class AdamR(PrecondOptimizer):
     """
 
     config: AdamRConfig
+    falls_back = False  # the gradient's moments are there
 
     @functools.cached_property
     def rotated(self) -> RotatedAdam:

@@ -69,8 +69,9 @@ def last_steps(optimizer: AFOpt) -> dict[MatrixPlan, tuple[Tensor, Tensor]]:
     steps: dict[MatrixPlan, tuple[Tensor, Tensor]] = {}
     if not optimizer.rates or optimizer.config.scaling in ("graft", "norm_recovery"):
         return steps
-    state = optimizer.state
-    moved = [p for p in optimizer.plan.matrices if f"{p.bound.prefix}fade" in state[p.bound.weight]]
+    state, others = optimizer.state, optimizer.coverage.without_preconditioner
+    plans = [plan for plan in optimizer.plan.matrices if plan.bound not in others]
+    moved = [plan for plan in plans if f"{plan.bound.prefix}fade" in state[plan.bound.weight]]
     for batch in optimizer.batches(moved):
         momentum = torch.stack(optimizer.tensors(batch, "momentum"))
         momentum /= largest_entry(momentum)

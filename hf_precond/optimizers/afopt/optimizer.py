@@ -127,6 +127,13 @@ class AFOpt(PrecondOptimizer):
         entropies = [] if self.entropy is None else self.entropy.requests()
         return [moment.request for moment in self.plan.moments] + entropies
 
+    def needs(self) -> Mapping[BoundMatrix, Sequence[str]]:
+        """The moments that the factors of each matrix are made of."""
+        return {
+            plan.bound: [moment.request.key for moment in plan.moments]
+            for plan in self.plan.matrices
+        }
+
     def due(self, step: int) -> bool:
         """Every ``stat_interval`` steps."""
         return step % self.config.stat_interval == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -287,6 +287,7 @@ class MatrixPlan:
         left: the factors of its rows; ``None`` for the identity.
         left_moment: the moments under ``left``, where changes of the logits are predicted.
         own: under ``joint``, the inverse moments of its own queries (q) or keys (k).
+        moments: what its factors are made of.
     """
 
     bound: BoundMatrix
@@ -298,6 +299,7 @@ class MatrixPlan:
     left: StateMatrix | None = None
     left_moment: StateMatrix | None = None
     own: StateMatrix | None = None
+    moments: list[Moment] = field(default_factory=list)
 
     @property
     def rows(self) -> int:
@@ -397,15 +399,17 @@ class AFOptPlan:
         if block is None:
             moment = self._add_moment(plan.bound, "input_moment", "input", plan.bound.matrix)
             plan.right = self._right(plan, moment)
+            plan.moments.append(moment)
             return
         plan.right = self._right(plan, self._moment(block, self.input_of(block, role)))
+        plan.moments.append(plan.right.moment)
         left_inputs = "qk" if config.joint and role in "qk" else {"q": "k", "k": "q"}.get(role, "")
         for other in left_inputs:
             # Covariant damping is in units of the input's moment.
             if not observes(block, config) or config.covariant_damping:
-                self._moment(block, self.input_of(block, other))
+                plan.moments.append(self._moment(block, self.input_of(block, other)))
             if observes(block, config):
-                self._moment(block, VECTORS[other])
+                plan.moments.append(self._moment(block, VECTORS[other]))
 
     def _right(self, plan: MatrixPlan, moment: Moment) -> RightFactor:
         """The right factor of a matrix: a sibling's, or a new one in its own state."""

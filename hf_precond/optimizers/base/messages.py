@@ -62,6 +62,16 @@ UNFROZEN = (
     "optimizer.add_param_group({{'params': […]}}) and then optimizer.attach(model), or make the "
     "optimizer before layers are frozen."
 )
+UNOBSERVED = (
+    "{name}: {count} matrices ({names}) had gradients at two steps that collect statistics and no "
+    "statistics{why}, so {fallback} steps them, as optimizer.routing says, until these come. Call "
+    "their layers as modules (switch off fused losses and kernels), or accept it."
+)
+UNOBSERVED_FEATURES = (
+    "{name}: {count} matrices ({names}) had gradients at two steps that collect statistics and no "
+    "statistics of features{why}: their bases stay those of the gradients. Call their layers as "
+    "modules (switch off fused losses and kernels), or accept it."
+)
 RESHAPED = (
     "the state {name!r} of a parameter has shape {held} and {wanted} is needed: the parameter was "
     "resized, tied or pruned after the optimizer's first step (resize_token_embeddings, "

@@ -15,6 +15,7 @@ from hf_precond.distributed import collectives
 from hf_precond.distributed.collectives import all_finite, like
 from hf_precond.linalg.products import compute_dtype, without_autocast
 from hf_precond.optimizers.base import checkpoint, messages, parameters
+from hf_precond.optimizers.base.coverage import StatisticsCoverage
 from hf_precond.optimizers.base.fallback import (
     FallbackOptimizer,
     descend,
@@ -64,6 +65,9 @@ class PrecondOptimizer(torch.optim.Optimizer):
     """
 
     registered_name = ""  # set by register_optimizer
+    coverage: StatisticsCoverage
+    falls_back = True
+    """Whether a matrix without statistics is stepped by the fallback optimizer."""
     statistics: StatisticsSource | None = None
     scaler: torch.amp.GradScaler | None = None
     rates: Sequence[Any] = ()  # of the last step, by group: a scheduler may have changed them since
@@ -99,6 +103,19 @@ class PrecondOptimizer(torch.optim.Optimizer):
     def requests(self) -> Sequence[Request]:
         """The statistics this optimizer needs from the model."""
         return ()
+
+    def needs(self) -> Mapping[BoundMatrix, Sequence[str]]:
+        """The keys of the requests whose statistics each matrix's preconditioner is made of.
+
+        Where these are missing although the matrix has gradients, a warning says so. By default
+        the requests that name the matrix.
+        """
+        keys: dict[Any, list[str]] = {}
+        for request in self.requests():
+            if hasattr(request, "matrix"):
+                keys.setdefault(request.matrix, []).append(request.key)
+        matrices = [bound for bound in self.bound if isinstance(bound, BoundMatrix)]
+        return {bound: keys.get(bound.matrix, []) for bound in matrices}
 
     def due(self, step: int) -> bool:
         """Whether statistics are collected in the passes before a step.
@@ -221,16 +238,26 @@ class PrecondOptimizer(torch.optim.Optimizer):
             shapes = {request.key: moments.request_shape(request) for request in self.requests()}
             dtype, device = compute_dtype(self._first.dtype), self._first.device
             collected = requests.all_reduce_statistics(collected, shapes, dtype, device)
+            if self.coverage.needs:  # what no rank has collected; waits for the device
+                counts = torch.stack([statistic.count for statistic in collected.values()])
+                numbers = zip(collected, counts.tolist(), strict=True)
+                collected = {key: collected[key] for key, number in numbers if number}
         if self.statistics.outdated:
             self.close()
             self._bind()
             for bound in self.bound:
                 self.allocate(bound)
             self._open()
+        else:
+            source = self.statistics
+            if self.coverage.judge(self.state, collected, source.missing, self.config.name):
+                source.watch()
         self.update_statistics(collected)
 
     def _apply(self) -> None:
         ready = [bound for bound in self.bound if bound.weight.grad is not None]
+        unobserved = self.coverage.without_preconditioner
+        ready = [bound for bound in ready if bound not in unobserved] if unobserved else ready
         handled: set[Bound] = set()
         directions: list[ParamView] = []
         gradients: list[ParamView] = []
@@ -314,6 +341,11 @@ class PrecondOptimizer(torch.optim.Optimizer):
 
     def _open(self) -> None:
         requests, structure = self.requests(), self.structure
+        if hasattr(self, "coverage"):
+            self.coverage.forget()
+        fallback = getattr(self.config, "base", "adamw") if self.falls_back else None
+        self.coverage = StatisticsCoverage(self.needs(), structure, fallback)
+        self.coverage.restore(self.state)
         if requests and structure.open_statistics is not None:
             self.statistics = structure.open_statistics(requests)
         elif requests and structure.model is not None:
@@ -433,13 +465,14 @@ class PrecondOptimizer(torch.optim.Optimizer):
         with checkpoint.restoring(self, own):
             super().load_state_dict(state_dict)
         checkpoint.forget_empty(self.state)
+        self.coverage.restore(self.state)
         if self.statistics is not None:
             self.statistics.drop()  # of a step that was given up
         self._enable_statistics()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has its own statistics and counters, and no hooks until :meth:`attach`."""
-        own = ("config", "structure", "fallback", "counters", "failures")
+        own = ("config", "structure", "fallback", "counters", "failures", "coverage")
         held = {name: self.__dict__[name] for name in (*own, "bound", "_remainders", "validator")}
         return super().__getstate__() | held
 
@@ -477,4 +510,6 @@ class PrecondOptimizer(torch.optim.Optimizer):
         values = {name: float(value) for name, value in self.counters.items()}
         for name, value in self.counters.on_device.items():
             values[name] = values.get(name, 0.0) + float(value)
+        if self.coverage.unobserved:
+            values["unobserved_matrices"] = float(len(self.coverage.unobserved))
         return values | self.fallback.diagnostics()
