@@ -22,6 +22,7 @@ from hf_precond.architectures.attention_block import (
 from hf_precond.architectures.modules import (
     class_names,
     has_adapters,
+    is_known,
     is_linear,
     is_readable,
     layer_matrix,
@@ -129,7 +130,7 @@ class _Candidate:
             from hf_precond.architectures.peft import unwrap
 
             layer, layer_name = unwrap(wrapper, full)
-        if not is_linear(layer) or not is_readable(layer):
+        if not is_linear(layer) or not is_known(layer):
             return None
         return _Projection(layer, layer_name, wrapper, full)
 
@@ -292,16 +293,16 @@ class _Candidate:
             return None
         width = module.embed_dim
         size = width // module.num_heads
-        fused = module.in_proj_weight is not None
+        fused = module.kdim == module.vdim == width
         matrices: dict[str, LayerMatrix] = {}
         for index, role in enumerate("qkv"):
             attribute = "in_proj_weight" if fused else f"{role}_proj_weight"
-            weight, bias = getattr(module, attribute), module.in_proj_bias
-            if refusal(weight):
+            weight, bias = module._parameters.get(attribute), module._parameters.get("in_proj_bias")
+            if weight is not None and refusal(weight):
                 return None
             matrix = matrices[role] = layer_matrix(module, self.path, weight=attribute)
             if fused:
-                joined = bias is not None and (bias.requires_grad or not weight.requires_grad)
+                joined = bias is not None and (bias.requires_grad or not matrix.trains)
                 matrix.name += f"[{role}]"
                 matrix.bias = "in_proj_bias" if joined else None
                 matrix.rows = RowSelection(1, (index * width, (index + 1) * width), 3 * width)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.weight_norm import WeightNorm
 
-from hf_precond.architectures.structure import LayerMatrix, Layout, NormParameter
+from hf_precond.architectures.structure import LayerMatrix, NormParameter
 from hf_precond.architectures.tables import NORM_CLASS
 
+ORIGINAL = "_orig"
+"""Behind the name of a parameter that was pruned."""
+PARAMETRISED = "parametrizations."
+"""In the path of what a parametrised tensor is computed from."""
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -47,34 +51,63 @@ def is_transposed_linear(module: nn.Module) -> bool:
     """Whether a module is ``transformers``' ``Conv1D``: linear, its weight stored ``[in, out]``."""
     if not any(cls.__name__ == "Conv1D" for cls in type(module).__mro__):
         return False
-    weight, outputs = getattr(module, "weight", None), getattr(module, "nf", None)
-    return isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[1] == outputs
+    weight: Tensor | None = module._parameters.get("weight")
+    outputs = getattr(module, "nf", None)
+    if weight is None:
+        from hf_precond.architectures.computed import effective_weight
+
+        weight = effective_weight(module)
+    return weight.dim() == 2 and weight.shape[1] == outputs
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a layer computes ``x Wᵀ + b``: ``nn.Linear``, a subclass of it, or ``Conv1D``."""
-    return isinstance(module, nn.Linear) or is_transposed_linear(module)
+    """Whether a layer computes ``x Wᵀ + b``: ``nn.Linear`` and its like, or ``Conv1D``."""
+    if isinstance(module, nn.Linear) or is_transposed_linear(module):
+        return True
+    if not isinstance(getattr(module, "in_features", None), int):
+        return False
+    from hf_precond.architectures.computed import is_quantised
+
+    return is_quantised(module)
 
 
 def refusal(weight: Tensor) -> str | None:
     """Why a weight cannot be stepped as a real dense matrix; ``None`` when it can."""
     if weight.is_complex():
         return "complex numbers"
-    if not weight.is_floating_point():
+    if not weight.is_floating_point() or weight.element_size() == 1:
         return "quantised"
     if weight.layout != torch.strided:
         return "sparse"
     return None if weight.numel() else "empty"
 
 
+def is_dense(weight: Tensor) -> bool:
+    """Whether a weight can be read entry by entry: it is neither packed nor quantised."""
+    return refusal(weight) is None and type(weight).dequantize is Tensor.dequantize
+
+
 def is_readable(module: nn.Module) -> bool:
     """Whether a linear layer's weight is there, dense and of the shape its sizes announce."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or refusal(weight):
+    weight = module._parameters.get("weight")
+    if weight is None or not is_dense(weight):
+        from hf_precond.architectures import computed
+
+        return computed.is_readable(module)
+    if weight.dim() != 2:
         return False
     if isinstance(module, nn.Linear):
         return tuple(weight.shape) == (module.out_features, module.in_features)
     return is_transposed_linear(module)
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether a linear layer's weight can be read: :func:`is_readable`, or quantised."""
+    if is_readable(module):
+        return True
+    from hf_precond.architectures.computed import is_quantised
+
+    return is_quantised(module)
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -118,12 +151,45 @@ def owned_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
                 yield path, module, attribute
 
 
+def layer_of(
+    modules: Mapping[str, nn.Module], path: str, attribute: str
+) -> tuple[str, nn.Module, str]:
+    """The layer whose matrix or vector a parameter is, and as which attribute of it.
+
+    Both are its owner's unless it was pruned or parametrised.
+
+    Args:
+        modules: path to module, for the whole model.
+        path: of the module that holds the parameter.
+        attribute: that holds it.
+    """
+    if PARAMETRISED in path or attribute.endswith(ORIGINAL):
+        from hf_precond.architectures.computed import layer_above, source
+
+        above = layer_above(modules, path, attribute)
+        if above is not None and source(*above[1:]) == (modules[path], attribute):
+            return above
+    return path, modules[path], attribute
+
+
+def stepped_weight(layer: nn.Module) -> Tensor | None:
+    """The parameter that is a layer's matrix; ``None`` where there is none."""
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        from hf_precond.architectures.computed import source
+
+        under = source(layer)
+        return None if under is None else getattr(*under)
+    return weight
+
+
 def find_norms(model: nn.Module) -> list[NormParameter]:
     """Every scale and shift of a model's norms, frozen ones too, tied ones once."""
+    modules = dict(model.named_modules())
     return [
         NormParameter(f"{path}.{attribute}".lstrip("."), module, attribute)
         for path, module, attribute in owned_parameters(model)
-        if is_norm(module) or attribute in weight_norm_scales(module)
+        if is_norm(layer_of(modules, path, attribute)[1]) or attribute in weight_norm_scales(module)
     ]
 
 
@@ -141,24 +207,39 @@ def layer_matrix(
         weight: the attribute that holds the weight.
         bias: whether a bias is joined at all.
     """
-    tensor = getattr(module, weight)
+    tensor, kind = module._parameters.get(weight), LayerMatrix
+    held: dict[str, Any] = {"weight": weight}
+    if tensor is None or not is_dense(tensor):
+        from hf_precond.architectures import computed
+
+        under = computed.source(module, weight)
+        if under is None:
+            kind, tensor = computed.ComputedMatrix, None
+        else:
+            held = {"weight": under[1], "holder": under[0], "effective": weight}
+            tensor = getattr(*under)
+    trains = tensor is not None and tensor.requires_grad
     vector = getattr(module, "bias", None) if weight == "weight" else None
     joined = (
         bias
         and isinstance(vector, Tensor)
         and vector.dim() == 1
-        and (vector.requires_grad or not tensor.requires_grad)
+        and ("bias" in module._parameters and vector.requires_grad if trains else True)
     )
-    layout: Layout = "conv" if tensor.dim() > 2 else "linear"
-    return LayerMatrix(
+    matrix = kind(
         name=name if weight == "weight" else f"{name}.{weight}".lstrip("."),
         module=module,
-        weight=weight,
         bias="bias" if joined else None,
-        layout="transposed" if is_transposed_linear(module) else layout,
         groups=module.groups if isinstance(module, CONVOLUTIONS) else 1,
-        stacked=tensor.dim() == 3 and getattr(module, "num_experts", None) == tensor.shape[0],
+        **held,
     )
+    shape = matrix.weight_shape
+    matrix.stacked = len(shape) == 3 and getattr(module, "num_experts", None) == shape[0]
+    if is_transposed_linear(module):
+        matrix.layout = "transposed"
+    elif len(shape) > 2:
+        matrix.layout = "conv"
+    return matrix
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -176,17 +257,19 @@ def find_matrices(model: nn.Module) -> list[LayerMatrix]:
     unless several of them share it: each would step it. Weights that
     :func:`refusal` names are left out.
     """
-    layers = [module for module in model.modules() if is_layer(module)]
-    uses = Counter(id(getattr(layer, "bias", None)) for layer in layers)
+    modules = dict(model.named_modules())
+    layers = [module for module in modules.values() if is_layer(module)]
+    uses = Counter(id(layer._parameters.get("bias")) for layer in layers)
     matrices = []
     for path, module, attribute in owned_parameters(model):
         parameter = getattr(module, attribute)
         if parameter.dim() < 2 or refusal(parameter) or not parameter.requires_grad:
             continue
+        path, module, attribute = layer_of(modules, path, attribute)
         bias = (
             attribute == "weight"
             and is_layer(module)
-            and uses[id(getattr(module, "bias", None))] == 1
+            and uses[id(module._parameters.get("bias"))] == 1
         )
         matrices.append(layer_matrix(module, path, weight=attribute, bias=bias))
     return matrices

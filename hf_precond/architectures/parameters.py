@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from hf_precond.architectures.modules import (
     CONVOLUTIONS,
     EMBEDDINGS,
+    PARAMETRISED,
     TRANSPOSED_CONVOLUTIONS,
     base_of,
     has_adapters,
     is_linear,
     is_norm,
+    layer_of,
     owned_parameters,
     weight_norm_scales,
 )
@@ -53,10 +55,17 @@ class ParameterSurvey:
         self.names = {id(parameter): name for name, parameter in self.parameters.items()}
         self.tied = tied_names(model)
         self.head = find_head(model) | _output_names(model)
-        self.owners = {
-            self.name_of(getattr(module, attribute)): (module, attribute)
-            for _, module, attribute in owned_parameters(model)
-        }
+        self.owners: dict[str, tuple[nn.Module, str]] = {}
+        self.layers: dict[str, tuple[nn.Module, str]] = {}
+        self.computed: dict[str, str] = {}
+        modules = dict(model.named_modules())
+        for path, module, attribute in owned_parameters(model):
+            name = self.name_of(getattr(module, attribute))
+            self.owners[name] = module, attribute
+            _, layer, tensor = layer_of(modules, path, attribute)
+            self.layers[name] = layer, tensor
+            if module is layer and (PARAMETRISED in path or attribute.endswith("_v")):
+                self.computed[name] = _computed(modules, path, attribute)
         self._refuse()
 
     def _refuse(self) -> None:
@@ -86,7 +95,7 @@ class ParameterSurvey:
 
     def describe(self, name: str) -> str:
         """What a parameter is, in a few words."""
-        module, attribute = self.owners[name]
+        module, attribute = self.layers[name]
         if name in self.tied:
             return f"tied to {', '.join(self.tied[name])}"
         if not self.parameters[name].numel():
@@ -97,6 +106,8 @@ class ParameterSurvey:
             return f"{'scale' if attribute == 'weight' else 'shift'} of {type(module).__name__}"
         if attribute in weight_norm_scales(module):
             return "weight-norm scale"
+        if self.computed.get(name):
+            return self.computed[name]
         if any(mark in name for mark in ADAPTER_MARKS):
             return "adapter"
         if name in self.head:
@@ -152,6 +163,17 @@ class ParameterSurvey:
             owners=[(name, *owner) for name, owner in self.owners.items()],
             model=self.model,
         )
+
+
+def _computed(modules: Mapping[str, nn.Module], path: str, attribute: str) -> str:
+    """What is computed from a parameter that is no matrix of its layer; empty where nothing is."""
+    from hf_precond.architectures.computed import computed_by, layer_above
+
+    above = layer_above(modules, path, attribute)
+    if above is None:
+        return ""
+    _, layer, name = above
+    return f"its layer's {name} is computed from it by {computed_by(layer, name)}"
 
 
 def add_reason(treated: dict[str, str], names: Iterable[str], reason: str) -> None:

@@ -85,6 +85,9 @@ class LayerMatrix:
         groups: groups of a grouped convolution (1 otherwise).
         stacked: whether a weight of three dimensions is a stack of matrices
             ``[count, rows, columns]``, as those of experts are.
+        holder: what holds the weight where ``module`` does not (its parametrisation).
+        effective: the attribute that the layer computes with where that is made of the weight
+            (pruned, spectrally normed); see :mod:`~hf_precond.architectures.computed`.
     """
 
     name: str
@@ -95,6 +98,8 @@ class LayerMatrix:
     rows: RowSelection | None = None
     groups: int = 1
     stacked: bool = False
+    holder: nn.Module | None = None
+    effective: str | None = None
 
     @property
     def part(self) -> str:
@@ -104,12 +109,32 @@ class LayerMatrix:
     @property
     def weight_parameter(self) -> Tensor:
         """The weight as the module holds it now."""
-        return getattr(self.module, self.weight)
+        held = (self.module if self.holder is None else self.holder)._parameters.get(self.weight)
+        if held is not None:
+            return held
+        from hf_precond.architectures.computed import moved_weight
+
+        return moved_weight(self)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """What the weight is multiplied with where it was pruned."""
+        return self.module._buffers.get(f"{self.effective}_mask")
+
+    @property
+    def of_layer(self) -> bool:
+        """Whether the layer computes its outputs with this weight, as linear layers do."""
+        return (self.effective or self.weight) == "weight"
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        return tuple(self.weight_parameter.shape)
 
     @property
     def bias_parameter(self) -> Tensor | None:
         """The bias as the module holds it now, where it is part of the matrix."""
-        return None if self.bias is None else getattr(self.module, self.bias)
+        return None if self.bias is None else self.module._parameters.get(self.bias)
 
     @property
     def trains(self) -> bool:
@@ -119,11 +144,11 @@ class LayerMatrix:
     @property
     def shape(self) -> tuple[int, int]:
         """``(out, in)`` of the weight alone."""
-        weight = self.weight_parameter
+        shape = self.weight_shape
         if self.layout == "transposed":
-            columns, out = weight.shape[0], weight.shape[1]
+            columns, out = shape[0], shape[1]
         else:
-            out, columns = weight.shape[0], math.prod(weight.shape[1:])
+            out, columns = shape[0], math.prod(shape[1:])
         return (self.rows.rows if self.rows else out, columns)
 
     @property
@@ -182,7 +207,7 @@ class LayerMatrix:
         out: tuple[int, ...] = (-1,)
         if self.rows is None:
             weight = weight.mT if self.layout == "transposed" else weight
-            weight = weight.reshape(self.weight_parameter.shape)
+            weight = weight.reshape(self.weight_shape)
         elif self.rows.groups > 1:
             out = (self.rows.groups, -1)
             weight = weight.reshape(*out, weight.shape[1])
@@ -191,11 +216,14 @@ class LayerMatrix:
         return weight.contiguous(), matrix[:, -1].reshape(out).contiguous()
 
     def read(self) -> Tensor:
-        """``[W | b]`` as it stands now, ``[out, in(+1)]``, detached, gathered if sharded."""
-        bias = self.bias_parameter
-        return self.join(
-            full(self.weight_parameter.detach()), None if bias is None else full(bias.detach())
-        )
+        """``[W | b]`` as the layer computes with it, ``[out, in(+1)]``, detached, gathered."""
+        weight = self.weight_parameter
+        bias = None if self.bias is None else getattr(self.module, self.bias)
+        if self.effective is not None:
+            from hf_precond.architectures.computed import effective_weight
+
+            weight = effective_weight(self.module, self.effective)
+        return self.join(full(weight.detach()), None if bias is None else full(bias.detach()))
 
 
 @dataclass(eq=False)
@@ -215,7 +243,12 @@ class NormParameter:
     @property
     def parameter(self) -> Tensor:
         """The parameter as the module holds it now."""
-        return getattr(self.module, self.attribute)
+        held = self.module._parameters.get(self.attribute)
+        if held is not None:
+            return held
+        from hf_precond.architectures.computed import successors
+
+        return next(iter(successors(self.module, self.attribute)))
 
 
 @dataclass(frozen=True)

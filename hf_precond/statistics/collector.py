@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_precond.architectures.modules import CONVOLUTIONS, has_adapters, is_linear
+from hf_precond.architectures.modules import (
+    CONVOLUTIONS,
+    has_adapters,
+    is_linear,
+    stepped_weight,
+)
 from hf_precond.architectures.structure import LayerMatrix
 from hf_precond.compat.torch_internals import (
     EagerCode,
@@ -111,7 +116,7 @@ class OutputGradAccumulator:
     """
 
     def __init__(self, layer: nn.Module, epoch: int) -> None:
-        self.node = _accumulating_node(getattr(layer, "weight", None))
+        self.node = _accumulating_node(stepped_weight(layer))
         self.epoch = epoch
         self.total: Tensor | None = None
         self.added = False
@@ -257,7 +262,7 @@ class InputCheck:
         seen = [self.differing.get(block) for block in blocks]
         flags = torch.tensor([[s is not None, "k" in (s or ()), "v" in (s or ())] for s in seen])
         if collectives.world_size() > 1:
-            flags = flags.to(blocks[0].q.weight_parameter.device, torch.int32)
+            flags = flags.to(next(blocks[0].q.module.parameters()).device, torch.int32)
             collectives.sum_over_ranks(flags)
         corrected: list[AttentionBlock] = []
         for block, (compared, *differs) in zip(blocks, flags.tolist(), strict=True):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_precond.architectures.attention_block import AttentionBlock
+from hf_precond.architectures.computed import effective_step
 from hf_precond.linalg.inverses import largest_eigenvalue
 from hf_precond.linalg.matrix_functions import largest_entry
 from hf_precond.optimizers.afopt.factors import Factors, heads_of, times_right
@@ -51,9 +52,12 @@ def report(optimizer: AFOpt) -> dict[str, float]:
             change = layer_change(factors, block, moved)
             values[f"logit_change/{block.name}"] = change.mean().sqrt()
             values[f"logit_change_max/{block.name}"] = change.max().sqrt()
+    whole = {item.block or item for item in steps}
+    rights = [r for r in plan.rights if (plan.of[r.bound].block or plan.of[r.bound]) in whole]
+    lefts = [item.left for item in steps if item.left is not None]
     for name, conditions in (
-        ("condition_input", [_input_condition(factors, right) for right in plan.rights]),
-        ("condition_head", [_head_condition(factors, p.left) for p in plan.matrices if p.left]),
+        ("condition_input", [_input_condition(factors, right) for right in rights]),
+        ("condition_head", [_head_condition(factors, left) for left in lefts]),
     ):
         if conditions:
             values[name] = torch.stack([value.double().cpu() for value in conditions]).max()
@@ -64,14 +68,21 @@ def last_steps(optimizer: AFOpt) -> dict[MatrixPlan, tuple[Tensor, Tensor]]:
     """Momentum (its largest entry 1) and ``lr·U`` of every matrix, from the state.
 
     Empty before the first step of this process, and under a scaling by the fallback optimizer's
-    gradient or step.
+    gradient or step. An attention (a linear layer outside) that was read anew since the last step,
+    as after :meth:`attach`, is left out until it has all its state.
     """
     steps: dict[MatrixPlan, tuple[Tensor, Tensor]] = {}
     if not optimizer.rates or optimizer.config.scaling in ("graft", "norm_recovery"):
         return steps
     state, others = optimizer.state, optimizer.coverage.without_preconditioner
     plans = [plan for plan in optimizer.plan.matrices if plan.bound not in others]
-    moved = [plan for plan in plans if f"{plan.bound.prefix}fade" in state[plan.bound.weight]]
+
+    def is_whole(plan: MatrixPlan) -> bool:
+        held, own = state[plan.bound.weight], optimizer.plan.stored[plan.bound]
+        return f"{plan.bound.prefix}fade" in held and all(item.key in held for item in own)
+
+    missing = {plan.block or plan for plan in optimizer.plan.matrices if not is_whole(plan)}
+    moved = [plan for plan in plans if (plan.block or plan) not in missing]
     for batch in optimizer.batches(moved):
         momentum = torch.stack(optimizer.tensors(batch, "momentum"))
         momentum /= largest_entry(momentum)
@@ -99,6 +110,8 @@ def layer_change(
     terms, cross = [], []
     for role, (plan, step) in roles.items():
         assert plan.right is not None
+        if plan.bound.matrix.effective is not None:
+            step = effective_step(plan.bound.matrix, step)
         moment = factors.moment(plan.right)[0].to(step.dtype)
         moved = heads_of(times_right(step[None], [moment])[0], plan.heads)
         parts = heads_of(step, plan.heads)

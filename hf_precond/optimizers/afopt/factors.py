@@ -23,7 +23,8 @@ are averaged, ``(1/n) Σ_i R_iᵀ C R_i`` over the positions (``rope="averaged"`
 All factors are recomputed at the steps 0, ``stat_interval`` and ``2 stat_interval``; from then on
 each attention (each linear layer outside) at a step of its own, ``t ≡ i·stat_interval`` modulo
 ``inverse_interval``, the layers numbered in model order, i their number modulo
-``inverse_interval // stat_interval``.
+``inverse_interval // stat_interval``. Those of a matrix that joins later (unfrozen during training)
+are recomputed at the first three steps with statistics from then on.
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ from hf_precond.statistics.requests import Statistic
 CHUNK = 1 << 25
 """Elements that are stepped, or averaged on a GPU, in one batch, to bound the temporaries."""
 COUNTERS = ("failed_refreshes", "identity_factors")
+START = "start"
+"""State of a matrix that joined after the first step: the number of its own first one."""
 JITTER = 8
 """Damping beside the covariant one, in units of rounding times the mean eigenvalue (1e-6)."""
 ROOT_COST = 60
@@ -134,10 +137,11 @@ class Factors:
             refresh.report(failures, _title, count, zeros=True)
 
     def _is_due(self, factor: StateMatrix, step: int) -> bool:
-        config = self.config
-        if step <= 2 * config.stat_interval and step % config.stat_interval == 0:
+        config, bound = self.config, factor.bound
+        since = step - self.state[bound.weight].get(f"{bound.prefix}{START}", 0)
+        if since < 3 * config.stat_interval and step % config.stat_interval == 0:
             return True
-        return step % config.inverse_interval == self.plan.phases[factor.bound]
+        return step % config.inverse_interval == self.plan.phases[bound]
 
     def _cost(self, factor: StateMatrix) -> float:
         """Multiplications of a refresh."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_precond.linalg.matrix_functions import (
     frobenius_norm,
@@ -19,7 +19,7 @@ from hf_precond.linalg.matrix_functions import (
 )
 from hf_precond.linalg.products import Precision
 from hf_precond.optimizers.afopt.config import AFOptConfig
-from hf_precond.optimizers.afopt.factors import CHUNK, Factors, times_right
+from hf_precond.optimizers.afopt.factors import CHUNK, START, Factors, times_right
 from hf_precond.optimizers.afopt.plan import (
     AFOptPlan,
     Form,
@@ -110,6 +110,21 @@ class AFOpt(PrecondOptimizer):
 
             self.entropy = EntropyMonitor(self.structure.attention)
 
+    def attach(self, model: nn.Module) -> None:
+        """Read ``model`` again; what several matrices share keeps its state.
+
+        Args:
+            model: the model, whose parameters this optimizer holds.
+
+        Raises:
+            RuntimeError: the optimizer was not built by ``create_optimizer``.
+        """
+        from hf_precond.optimizers.afopt.rebinding import carry_over
+
+        before = self.plan
+        super().attach(model)
+        carry_over(before, self.plan, self.state)
+
     @property
     def plan(self) -> AFOptPlan:
         """Which factors each matrix has; made anew for a copy of the optimizer."""
@@ -145,13 +160,16 @@ class AFOpt(PrecondOptimizer):
     def allocate(self, bound: BoundMatrix) -> None:
         """Makes momentum, moments (zeros) and factors (identities)."""
         state, device = self.state[bound.weight], bound.weight.device
+        stored = self.plan.stored[bound]
+        if self.steps and any(item.key not in state for item in stored):
+            state[f"{bound.prefix}{START}"] = self.steps
         if self.config.scaling != "norm_recovery":
             shape = (bound.matrix.shape[0], bound.matrix.columns)
             allocate(state, f"{bound.prefix}momentum", shape, bound.dtype, device)
             allocate(state, f"{bound.prefix}fade", (), bound.dtype, device)
         dtype = self.config.factor_dtype(bound.weight.dtype)
-        for stored in self.plan.stored[bound]:
-            stored.allocate(state, dtype)
+        for item in stored:
+            item.allocate(state, dtype)
 
     # The step, from statistics and gradients to directions ---------------------------------
 

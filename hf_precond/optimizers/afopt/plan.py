@@ -144,9 +144,12 @@ def _linears(survey: ParameterSurvey, attentions: Sequence[AttentionBlock]) -> l
             linears.append((gate, "gate"))
     chosen = []
     for matrix, what in linears:
+        layer = is_linear(matrix.module) and matrix.of_layer
+        if not layer or not matrix.trains or min(matrix.shape) == 1:
+            continue
         name = survey.name_of(matrix.weight_parameter)
         skipped = name in survey.tied or name in survey.head or survey.describe(name) == "adapter"
-        if is_linear(matrix.module) and matrix.trains and min(matrix.shape) > 1 and not skipped:
+        if not skipped:
             chosen.append((matrix, what))
     return chosen
 
@@ -447,7 +450,7 @@ class AFOptPlan:
             tensor = block.reads("k") if name == "centered" else name
             # v first: DeBERTa calls q and k with its relative positions too.
             readers = [block.roles()[role] for role in sorted(block.readers(tensor), reverse=True)]
-            matrix = max(readers, key=lambda m: (m.columns, m.weight_parameter.requires_grad))
+            matrix = max(readers, key=lambda m: (m.columns, m.trains))
         moments[name] = self._add_moment(
             next(plan.bound for plan in self.matrices if plan.block is block),
             {"x": "input", "o": "output"}.get(name, name) + "_moment",

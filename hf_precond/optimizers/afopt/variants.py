@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_precond.architectures.computed import effective_step
 from hf_precond.architectures.structure import LayerMatrix
 from hf_precond.linalg.inverses import root_without_last, without_last
 from hf_precond.linalg.matrix_functions import frobenius_norm, largest_entry
@@ -158,6 +159,9 @@ def logit_change(optimizer: AFOpt, batch: Batch, steps: Tensor) -> Tensor:
     """
     block, factors = batch[0].block, optimizer.factors
     assert block is not None
+    matrices = [plan.bound.matrix for plan in batch]
+    if any(matrix.effective is not None for matrix in matrices):
+        steps = torch.stack([effective_step(m, s) for m, s in zip(matrices, steps, strict=True)])
     left = torch.cat(optimizer.tensors(batch, "left_moment")).to(steps.dtype)
     moments = [factors.moment(plan.right)[0] for plan in batch if plan.right is not None]
     moved = times_right(steps, moments).view(len(left), -1, steps.shape[-1])

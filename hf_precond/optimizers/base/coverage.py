@@ -136,8 +136,9 @@ class StatisticsCoverage:
         rows: dict[str, list[BoundMatrix]] = {}
         for bound in self.needs:
             matrix = bound.matrix
-            for attribute in (matrix.weight, matrix.bias):
-                name = names.get((id(matrix.module), attribute or ""))
+            holder = matrix.module if matrix.holder is None else matrix.holder
+            for module, attribute in ((holder, matrix.weight), (matrix.module, matrix.bias)):
+                name = names.get((id(module), attribute or ""))
                 if name is not None:
                     rows.setdefault(name, []).append(bound)
         routes = self.structure.routing.routes

@@ -48,9 +48,13 @@ NOT_IN_GROUPS = (
 )
 REPLACED = (
     "{name}: its parameter is in none of the parameter groups any more. It was replaced since the "
-    "optimizer was made (by load_state_dict(assign=True), say, or fully_shard without "
+    "optimizer was made (by load_state_dict(assign=True), say, weight_norm, or fully_shard without "
     "accelerate's prepare): build the optimizer afterwards; or taken out of its group: freeze it "
     "with requires_grad_(False) instead."
+)
+PARAMETRISED = (
+    "{name}: {count} matrices ({first}, …) were parametrised during training and are stepped by "
+    "the fallback optimizer from now on: {reason}."
 )
 TIED = (
     "{name} has become {other} since the optimizer was made (tie_weights): a tied weight is "

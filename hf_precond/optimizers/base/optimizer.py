@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_precond.architectures.structure import ModelStructure, RoutingTable
+from hf_precond.architectures.structure import LayerMatrix, ModelStructure, RoutingTable
 from hf_precond.config.base import OptimizerConfig
 from hf_precond.distributed import collectives
 from hf_precond.distributed.collectives import all_finite, like
@@ -70,6 +71,8 @@ class PrecondOptimizer(torch.optim.Optimizer):
     """Whether a matrix without statistics is stepped by the fallback optimizer."""
     statistics: StatisticsSource | None = None
     scaler: torch.amp.GradScaler | None = None
+    _carried: dict[str, Statistic] | None = None  # from hooks that were replaced before the step
+    _pruned: Sequence[BoundMatrix] = ()
     rates: Sequence[Any] = ()  # of the last step, by group: a scheduler may have changed them since
 
     def __init__(
@@ -231,7 +234,8 @@ class PrecondOptimizer(torch.optim.Optimizer):
     def _update_statistics(self) -> None:
         if self.statistics is None or not self.due(self.steps):
             return
-        collected = self.statistics.take()
+        collected = self.statistics.take() if self._carried is None else self._carried
+        self._carried = None
         if collectives.world_size() > 1:
             from hf_precond.statistics import moments, requests
 
@@ -258,6 +262,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
         ready = [bound for bound in self.bound if bound.weight.grad is not None]
         unobserved = self.coverage.without_preconditioner
         ready = [bound for bound in ready if bound not in unobserved] if unobserved else ready
+        resting = [bound.weight.clone() for bound in self._pruned]
         handled: set[Bound] = set()
         directions: list[ParamView] = []
         gradients: list[ParamView] = []
@@ -277,6 +282,10 @@ class PrecondOptimizer(torch.optim.Optimizer):
             descend(directions)
         for parameter, whole in gathered.items():
             parameter.copy_(like(parameter, whole))
+        for bound, before in zip(self._pruned, resting, strict=True):
+            # No gradient says where a pruned entry should go: a preconditioner mixes in others'.
+            assert bound.matrix.mask is not None
+            bound.weight.copy_(torch.where(bound.matrix.mask.bool(), bound.weight, before))
 
     def _raw_views(
         self, handled: set[Bound], gathered: dict[Tensor, Tensor]
@@ -314,9 +323,50 @@ class PrecondOptimizer(torch.optim.Optimizer):
     def _locate(self) -> None:
         """Find what is preconditioned again in parameter groups that may have changed."""
         groups = self._group_numbers()
+        if self.validator.moved(groups) and self.structure.model is not None:
+            self._read_again(self.structure.model)
         for bound in (*self.bound, *self._remainders):
             bound.locate(groups)
         self.validator.check(groups, self.bound, self.config.name)
+
+    def _read_again(self, model: nn.Module) -> None:
+        """Go on with the parameters of layers that were pruned or parametrised since the last step.
+
+        They are the same ones. A layer whose weight is no longer a matrix that is stepped is left
+        to the fallback optimizer, which begins anew.
+        """
+        from hf_precond.architectures.computed import successors
+
+        before, collected = self.bound, None
+        if self.statistics is not None and self.due(self.steps):
+            collected = self.statistics.take()
+        self.attach(model)
+        if collected is not None:
+            from hf_precond.statistics.moments import request_shape
+
+            shapes = {request.key: tuple(request_shape(request)) for request in self.requests()}
+            self._carried = {
+                key: statistic
+                for key, statistic in collected.items()
+                if shapes.get(key) == tuple(statistic.sum.shape)
+            }
+        held = {id(bound.weight) for bound in self.bound}
+        lost: list[LayerMatrix] = []
+        for bound in before:
+            matrix = bound.matrix if isinstance(bound, BoundMatrix) else None
+            found = [] if matrix is None else successors(matrix.module, matrix.weight)
+            if matrix is not None and found and held.isdisjoint(map(id, found)):
+                lost.append(matrix)
+                for parameter in found:
+                    self.state.pop(parameter, None)
+        if lost:
+            first = lost[0].name.partition("[")[0]
+            reason = next(r.reason for r in self.routing if r.name.startswith(f"{first}.param"))
+            name, count = self.config.name, len(lost)
+            message = messages.PARAMETRISED.format(
+                name=name, count=count, first=first, reason=reason
+            )
+            warnings.warn(message, stacklevel=4)
 
     def _bind(self) -> None:
         """Find the parameter groups of everything that is preconditioned."""
@@ -333,6 +383,8 @@ class PrecondOptimizer(torch.optim.Optimizer):
                 group = self._group_at_start(norm.name, norm.parameter, groups)
                 self.bound.append(BoundNorm(norm, group))
         self._remainders = parameters.fused_remainders(self.bound)
+        matrices = [bound for bound in self.bound if isinstance(bound, BoundMatrix)]
+        self._pruned = [bound for bound in matrices if bound.matrix.mask is not None]
 
     def _group_at_start(self, name: str, parameter: Tensor, groups: Mapping[int, int]) -> int:
         if id(parameter) not in groups:

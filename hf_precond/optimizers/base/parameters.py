@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -429,7 +429,7 @@ def fused_remainders(bound: Sequence[Bound]) -> list[BoundMatrix]:
         for number, rows in enumerate(RowSelection.complement(selections)):
             owner = parts[0].matrix
             name = f"{owner.name.split('[')[0]}[rest{number}]"
-            matrix = LayerMatrix(name, owner.module, owner.weight, owner.bias, owner.layout, rows)
+            matrix = replace(owner, name=name, rows=rows)
             remainders.append(BoundMatrix(matrix, parts[0].group, parts[0].bias_group))
     return remainders
 
@@ -486,6 +486,30 @@ class ParamGroupValidator:
         self.stepped = [owner for owner, p in held if p is not None and id(p) in groups]
         self.frozen = [owner for owner, p in held if p is not None and not p.requires_grad]
         self.checksums: dict[str, list[tuple[float, float]]] = {}  # of unfrozen ones, by step
+
+    def moved(self, groups: Mapping[int, int]) -> list[Owner]:
+        """The parameters that their modules hold under another name now: pruned, parametrised.
+
+        Args:
+            groups: as they are now.
+
+        Raises:
+            RuntimeError: what stands in the place of one is in no group.
+        """
+        gone = [owner for owner in self.stepped if owner[2] not in owner[1]._parameters]
+        if not gone:
+            return gone
+        from hf_precond.architectures.computed import successors
+
+        moved = []
+        for owner in gone:
+            found = successors(*owner[1:])
+            for parameter in found:
+                if parameter.requires_grad:
+                    group_of(owner[0], parameter, groups)
+            moved += [owner] if found else []
+        self.stepped = [owner for owner in self.stepped if owner not in gone or owner in moved]
+        return moved
 
     def check(self, groups: Mapping[int, int], bound: Sequence[Bound], name: str) -> None:
         """Refuse parameters that were replaced or tied; warn once of those that were unfrozen.

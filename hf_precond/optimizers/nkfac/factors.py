@@ -89,6 +89,14 @@ class KroneckerFactor:
             self["inverse"].fill_diagonal_(1.0)
             self["refreshes"] = 0
 
+    def forget_other_size(self) -> None:
+        """Drop the state of a factor that had another size."""
+        state = self.states.get(self.bound.weight, {})
+        held = state.get(self._key("factor"))
+        if held is not None and held.shape[0] != self.size:
+            for name in ("factor", "inverse", "updates", "refreshes"):
+                state.pop(self._key(name), None)
+
     def __getitem__(self, name: str) -> Any:
         return self.states[self.bound.weight][self._key(name)]
 

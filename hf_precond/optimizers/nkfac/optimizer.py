@@ -69,7 +69,7 @@ def layer_matrices(model: nn.Module, config: NKFACConfig) -> ModelStructure:
     for matrix in find_matrices(model):
         name, module = survey.name_of(matrix.weight_parameter), matrix.module
         layer = is_linear(module) or isinstance(module, CONVOLUTIONS)
-        if not layer or matrix.weight != "weight" or name in survey.tied:
+        if not layer or not matrix.of_layer or name in survey.tied:
             continue
         wide = [side for side in matrix.shape if side > config.max_dim]
         if module in hidden:
@@ -184,6 +184,19 @@ class NKFAC(PrecondOptimizer):
     def due(self, step: int) -> bool:
         """Every ``stat_interval`` steps."""
         return step % self.config.stat_interval == 0
+
+    def attach(self, model: nn.Module) -> None:
+        """Read ``model`` again; the factor of an input that got or lost its bias starts anew.
+
+        Args:
+            model: the model, whose parameters this optimizer holds.
+
+        Raises:
+            RuntimeError: the optimizer was not built by ``create_optimizer``.
+        """
+        super().attach(model)
+        for factor in self.all_factors():
+            factor.forget_other_size()
 
     def allocate(self, bound: BoundMatrix) -> None:
         """Make the factors' state, where it is missing."""

@@ -1,0 +1,71 @@
+"""What becomes of AFOpt's state when a model is read again, as after layers were unfrozen."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_precond.linalg.matrix_functions import packed_size
+from hf_precond.optimizers.afopt.plan import (
+    AFOptPlan,
+    MatrixPlan,
+    Moment,
+    RightFactor,
+    State,
+    StateMatrix,
+)
+
+
+def carry_over(before: AFOptPlan, after: AFOptPlan, state: State) -> None:
+    """Gives moments and factors to the matrices that hold them now.
+
+    What the matrices of an attention share lies with the first that trains, which is another one
+    where that was unfrozen or frozen. A matrix that got or lost its bias keeps the momentum of its
+    weight; moments and factors of another size start anew.
+
+    Args:
+        before: the plan so far.
+        after: the plan from now on.
+        state: the optimizer's, changed in place.
+    """
+    weights = {item.matrix.name: item.weight for item in after.stored}
+    found: dict[Hashable, list[Tensor]] = {}
+    for bound, held in before.stored.items():
+        own = state.get(weights.get(bound.matrix.name, bound.weight), {})
+        for item in held:
+            names = [name for name in (item.key, f"{item.key}_updates") if name in own]
+            found[_identity(before, item)] = [own.pop(name) for name in names]
+    for bound, held in after.stored.items():
+        for item in held:
+            values = found.get(_identity(after, item))
+            if values and tuple(values[0].shape) == stored_shape(item):
+                keys = (item.key, f"{item.key}_updates")
+                state[bound.weight] |= zip(keys, values, strict=False)
+    for plan in after.matrices:
+        _fit_momentum(plan, state)
+
+
+def stored_shape(item: StateMatrix) -> tuple[int, ...]:
+    """The shape in which a moment or factor is kept."""
+    *first, size = item.shape[:-1]
+    return (*first, packed_size(size)) if item.packed else item.shape
+
+
+def _fit_momentum(plan: MatrixPlan, state: State) -> None:
+    bound = plan.bound
+    held, name = state.get(bound.weight, {}), f"{bound.prefix}momentum"
+    if name in held:
+        held[name] = F.pad(held[name], (0, bound.matrix.columns - held[name].shape[1]))
+
+
+def _identity(plan: AFOptPlan, item: StateMatrix) -> Hashable:
+    """What a moment or factor is, whichever matrix holds it."""
+    if isinstance(item, Moment):
+        block = plan.of[item.bound].block
+        return item.bound.matrix.name if block is None else block.name, item.name
+    if isinstance(item, RightFactor):
+        down = None if item.down is None else item.bound.matrix.name
+        return _identity(plan, item.moment), item.columns, item.kind, down
+    return item.bound.matrix.name, item.name
