@@ -408,9 +408,8 @@ class MomentCollector(StatisticsSource):
                 reader = self.tokens.reader(paths[module], memory=layer in self.tokens.memory)
                 self.layers[module] = _HookedLayer(module, layer, paths[module], reader)
             key = paths[module], *_variant(request, matrix)
-            new = Collection(
-                request.kind, matrix, False, request.center, request.blocks, request.rows
-            )
+            options = (request.center, request.blocks, request.rows, request.scale)
+            new = Collection(request.kind, matrix, False, *options)
             collection = self.layers[module].collections.setdefault(key, new)
             collection.constant |= request.kind == "input" and request.matrix.bias is not None
             self.served[request.key] = key
@@ -483,6 +482,7 @@ class MomentCollector(StatisticsSource):
             rows = output_rows(hooked.layer, gradient).to(hooked.dtype)
             scale = self.loss_scale() if callable(self.loss_scale) else self.loss_scale
             rows = rows if scale is None else rows / scale
+            rows = rows if collection.scale == 1 else rows * collection.scale
             return second_moment(collection, rows, weights, self.step)
 
     def _input_moment(
@@ -666,7 +666,7 @@ def _refuse(request: MomentRequest, matrix: LayerMatrix) -> None:
 def _variant(request: MomentRequest, matrix: LayerMatrix) -> tuple[Hashable, ...]:
     """What distinguishes the collections of one module."""
     if request.kind == "output_grad":
-        return request.kind, request.rows, matrix.rows
+        return request.kind, request.rows, matrix.rows, request.scale
     width = request.matrix.columns if request.blocks > 1 else 0
     role = multihead_role(matrix)
     return request.kind, request.rows, role, request.center, request.blocks, width

@@ -135,6 +135,7 @@ class Collection:
         center: each sequence's mean is subtracted first.
         blocks: number of diagonal blocks; 1 for the whole moment.
         rows: at most so many rows of a call enter; 0 for all.
+        scale: of output gradients.
     """
 
     kind: str
@@ -143,6 +144,7 @@ class Collection:
     center: bool = False
     blocks: int = 1
     rows: int = 0
+    scale: float = 1.0
 
     @property
     def variant(self) -> tuple[bool, bool, int, int]:

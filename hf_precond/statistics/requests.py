@@ -47,6 +47,8 @@ class MomentRequest:
         rows: for ``input`` and ``output_grad``: at most so many rows of a
             call enter (sum and count), evenly spaced; for ``entropy``, so many
             query positions of a sequence; 0 for all.
+        scale: for ``output_grad``: what gradients are multiplied by before
+            they are squared; the sum is ``scale²`` times its own.
     """
 
     key: str
@@ -57,6 +59,7 @@ class MomentRequest:
     center: bool = False
     blocks: int = 1
     rows: int = 0
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)

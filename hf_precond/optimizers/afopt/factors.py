@@ -20,18 +20,27 @@ are averaged, ``(1/n) Σ_i R_iᵀ C R_i`` over the positions (``rope="averaged"`
   the mean eigenvalue of all, here too
 - averages: ``A ← b A + (1 - b) E[·]``, ``b = min(stat_decay, 1 - 1/k)`` at the k-th statistic
 
+<<<<<<< HEAD
 All factors are recomputed at the steps 0, ``stat_interval`` and ``2 stat_interval``; from then on
 each attention (each linear layer outside) at a step of its own, ``t ≡ i·stat_interval`` modulo
 ``inverse_interval``, the layers numbered in model order, i their number modulo
 ``inverse_interval // stat_interval``. Those of a matrix that joins later (unfrozen during training)
 are recomputed at the first three steps with statistics from then on.
+=======
+All factors are recomputed at the steps 0, ``stat_interval`` and ``2 stat_interval``, and those
+whose moments come later (of a layer that was not used, or was frozen) with the first three
+statistics of these; from then on each attention (each linear layer outside) at a step of its own,
+``t ≡ i·stat_interval`` modulo ``inverse_interval``, the layers numbered in model order, i their
+number modulo ``inverse_interval // stat_interval``.
+>>>>>>> 2a96085 (First inverses come with the first statistics, also of tiny gradients)
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -66,8 +75,13 @@ from hf_precond.statistics.requests import Statistic
 CHUNK = 1 << 25
 """Elements that are stepped, or averaged on a GPU, in one batch, to bound the temporaries."""
 COUNTERS = ("failed_refreshes", "identity_factors")
+<<<<<<< HEAD
 START = "start"
 """State of a matrix that joined after the first step: the number of its own first one."""
+=======
+STARTS = 3
+"""Statistics of a moment at each of which its factors are recomputed."""
+>>>>>>> 2a96085 (First inverses come with the first statistics, also of tiny gradients)
 JITTER = 8
 """Damping beside the covariant one, in units of rounding times the mean eigenvalue (1e-6)."""
 ROOT_COST = 60
@@ -116,7 +130,11 @@ class Factors:
     # Refresh ---------------------------------------------------------------------
 
     def refresh(
-        self, step: int, failures: FailureRecord, count: Callable[[str, int | Tensor], None]
+        self,
+        step: int,
+        failures: FailureRecord,
+        count: Callable[[str, int | Tensor], None],
+        late: Collection[Moment] = (),
     ) -> None:
         """Recomputes the factors that are due, every rank its share, those of one shape together.
 
@@ -124,9 +142,10 @@ class Factors:
             step: number of the step.
             failures: the optimizer's record.
             count: the optimizer's counter.
+            late: moments whose first statistics come now, not at the first steps.
         """
         factors: list[StateMatrix] = [*self.plan.rights, *self.plan.lefts]
-        due = [factor for factor in factors if self._is_due(factor, step)]
+        due = [f for f in factors if self._is_due(f, step) or self._is_late(f, late)]
         for items in grouped(due, _gathers):
             costs, device = [self._cost(factor) for factor in items], items[0].bound.weight.device
             # Gathering a sharded weight takes all ranks.
@@ -142,6 +161,35 @@ class Factors:
         if since < 3 * config.stat_interval and step % config.stat_interval == 0:
             return True
         return step % config.inverse_interval == self.plan.phases[bound]
+
+    def late(self, step: int, keys: Collection[str], seen: Counter[str]) -> list[Moment]:
+        """The moments that have had :data:`STARTS` statistics or fewer, after the first steps.
+
+        Reads from the device at a moment's first statistics and once after a checkpoint is loaded.
+
+        Args:
+            step: number of the step.
+            keys: of the requests that were answered at this step.
+            seen: how often each was answered since the checkpoint; added to.
+        """
+        seen.update(keys)
+        if step <= (STARTS - 1) * self.config.stat_interval:
+            return []
+        moments = [m for m in self.plan.moments if 0 < seen[m.request.key] <= STARTS]
+        if not moments:
+            return moments
+        updates = torch.stack([moment.updates(self.state) for moment in moments]).tolist()
+        numbers = list(zip(moments, updates, strict=True))
+        for moment, number in numbers:
+            seen[moment.request.key] = max(seen[moment.request.key], number)
+        return [m for m, number in numbers if 0 < number <= STARTS and m.request.key in keys]
+
+    def _is_late(self, factor: StateMatrix, late: Collection[Moment]) -> bool:
+        if not late:
+            return False
+        if isinstance(factor, RightFactor):
+            return factor.moment in late
+        return any(moment in late for moment in self.plan.of[factor.bound].moments)
 
     def _cost(self, factor: StateMatrix) -> float:
         """Multiplications of a refresh."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from hf_precond.optimizers.afopt.plan import (
     AFOptPlan,
     Form,
     MatrixPlan,
+    Moment,
     RightFactor,
     attention_matrices,
     check_attention,
@@ -100,10 +102,12 @@ class AFOpt(PrecondOptimizer):
     config: AFOptConfig
     entropy: EntropyMonitor | None = None
     _plan: AFOptPlan | None = None
+    _late: Sequence[Moment] = ()
 
     def _bind(self) -> None:
         super()._bind()
         self._plan = None
+        self._seen: Counter[str] = Counter()  # statistics by key, since the state was loaded
         check_attention(self.structure.attention, self.config)
         if self.config.attention_entropy:
             from hf_precond.optimizers.afopt.diagnostics import EntropyMonitor
@@ -136,6 +140,11 @@ class AFOpt(PrecondOptimizer):
     def factors(self) -> Factors:
         """The object that computes moments and factors from the current state."""
         return Factors(self.plan, self.state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As :meth:`PrecondOptimizer.load_state_dict`."""
+        super().load_state_dict(state_dict)
+        self._seen.clear()
 
     def requests(self) -> Sequence[Request]:
         """One request for each moment, and those of the entropies."""
@@ -177,11 +186,14 @@ class AFOpt(PrecondOptimizer):
         """``A ← b A + (1 - b) E[·]``."""
         if self.entropy is not None:
             self.entropy.update(statistics)
-        self.count_dropped("statistics_dropped", self.factors.average(statistics))
+        factors = self.factors
+        self.count_dropped("statistics_dropped", factors.average(statistics))
+        self._late = factors.late(self.steps, statistics.keys(), self._seen)
 
     def refresh(self) -> None:
         """``W Wᵀ = (A + λ·tr(A)/n·I)⁻¹`` of the factors that are due."""
-        self.factors.refresh(self.steps, self.failures, self.count)
+        late, self._late = self._late, ()
+        self.factors.refresh(self.steps, self.failures, self.count, late)
 
     def precondition(self, ready: Sequence[BoundMatrix]) -> Iterable[Preconditioned]:
         """From Ĝ to the scaled direction U, matrices of one shape together."""

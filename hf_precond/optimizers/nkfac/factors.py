@@ -24,6 +24,10 @@ Count = Callable[[str, int], None]
 FLOOR = 1e-4
 """Smallest damping of a factor of unit Frobenius norm (the authors' value)."""
 
+GRADIENT_SCALE = 2.0**20
+"""What output gradients are multiplied by before they are squared, since the unit norm takes it out
+again: float32 then holds the squares of gradients from 1e-25 to 1e13."""
+
 TINY = 1e-12
 """Norms below this, or above its inverse, may have lost squares to float32's range."""
 
@@ -70,10 +74,16 @@ class KroneckerFactor:
         """Key of its statistic, and its name in messages."""
         return f"{self.bound.matrix.name}.{self.side}"
 
-    def request(self, rows: int) -> MomentRequest:
-        """The second moment that it averages, of at most ``rows`` rows a call (0 for all)."""
-        kind: Literal["input", "output_grad"] = "input" if self.side == "input" else "output_grad"
-        return MomentRequest(self.name, kind, self.bound.matrix, rows=rows)
+    def request(self, rows: int, scale: float = GRADIENT_SCALE) -> MomentRequest:
+        """The second moment that it averages.
+
+        Args:
+            rows: at most so many rows of a call enter; 0 for all.
+            scale: of output gradients.
+        """
+        if self.side == "input":
+            return MomentRequest(self.name, "input", self.bound.matrix, rows=rows)
+        return MomentRequest(self.name, "output_grad", self.bound.matrix, rows=rows, scale=scale)
 
     def allocate(self, dtype: torch.dtype) -> None:
         """Make the state where it is missing: a factor of zeros, the identity for its inverse.
@@ -114,7 +124,7 @@ def average_unit_moments(
 
     The average has no start-up bias. The unit norm takes out the loss's scale
     and the number of rows. A sum that is not finite, or zero (no rows, no
-    gradient), says nothing of A's shape: it changes and counts nothing. On a
+    gradient) or close to it, says nothing of A's shape: it changes and counts nothing. On a
     GPU a few kernels for all, and nothing is read from it.
 
     Args:
@@ -134,11 +144,12 @@ def _average_on_device(
     factors: Sequence[Tensor], updates: Sequence[Tensor], sums: Sequence[Tensor], decay: float
 ) -> Tensor:
     total = torch.stack(list(sums))
-    # No entry exceeds the diagonal's; divided by it, the squares stay within float32.
     largest = total.diagonal(dim1=-2, dim2=-1).amax(-1)
-    total /= largest[:, None, None]
+    empty = largest < _smallest(total)
+    total = _near_one(total, largest)
     total /= torch.linalg.vector_norm(total, dim=(-2, -1), keepdim=True)
-    return update_moments(factors, updates, total, decay) * (largest != 0)
+    total = total.masked_fill_(empty[:, None, None], torch.nan)
+    return update_moments(factors, updates, total, decay) * ~empty
 
 
 def _average_on_host(
@@ -148,16 +159,39 @@ def _average_on_host(
     dropped = torch.zeros(len(factors), dtype=torch.int64)
     for index, (factor, count, total) in enumerate(zip(factors, updates, sums, strict=True)):
         norm, largest = float(torch.linalg.vector_norm(total)), total.diagonal().amax()
+        if largest < _smallest(total):
+            continue
         if not TINY < norm < 1 / TINY:
-            total = total / largest
+            total = _near_one(total, largest)
             norm = float(torch.linalg.vector_norm(total))
         if not math.isfinite(norm):
-            dropped[index] = largest != 0
+            dropped[index] = 1
             continue
         count += 1
         keep = averaging_weight(int(count), decay)
         factor.copy_(factor.to(total.dtype).mul_(keep).add_(total, alpha=(1 - keep) / norm))
     return dropped
+
+
+def _smallest(total: Tensor) -> float:
+    """The largest entry below which digits of a sum are lost: subnormal numbers have few."""
+    return torch.finfo(total.dtype).tiny * 2.0**12
+
+
+def _near_one(total: Tensor, largest: Tensor) -> Tensor:
+    """Sums scaled by a power of two, so that the squares of their entries stay within float32.
+
+    No entry exceeds the diagonal's.
+
+    Args:
+        total: ``[…, n, n]``.
+        largest: entry of each diagonal, ``[…]``.
+    """
+    exponent = torch.frexp(largest).exponent
+    half = exponent // 2
+    for part in (half, exponent - half):
+        total = total * torch.exp2(-part.to(total.dtype))[..., None, None]
+    return total
 
 
 def damp(factors: Tensor, damping: float) -> Tensor:

@@ -104,8 +104,8 @@ class NKFAC(PrecondOptimizer):
 
         R ← EMA of  Σ a aᵀ / ‖Σ a aᵀ‖_F         every stat_interval steps
         L ← EMA of  Σ δ δᵀ / ‖Σ δ δᵀ‖_F
-        R̂ ≈ (R + λ_R I)⁻¹,  L̂ ≈ (L + λ_L I)⁻¹   every inverse_interval steps,
-            λ = max(1e-4, damping · λmax)
+        R̂ ≈ (R + λ_R I)⁻¹,  L̂ ≈ (L + λ_L I)⁻¹   with the first statistics, then every
+            inverse_interval steps, λ = max(1e-4, damping · λmax)
         Ĝ = L̂ [∇W | ∇b] R̂                        every step
         G̃ = Ĝ ‖G‖_F / ‖Ĝ‖_F                      jointly over weight and bias
 
@@ -147,6 +147,7 @@ class NKFAC(PrecondOptimizer):
     """
 
     config: NKFACConfig
+    arrived: Sequence[KroneckerFactor] = ()  # had a statistic at this step, and no inverse so far
 
     def __new__(
         cls, param_groups: Any = (), structure: Any = None, config: Any = None, **fields: Any
@@ -206,6 +207,7 @@ class NKFAC(PrecondOptimizer):
     def update_statistics(self, statistics: Mapping[str, Statistic]) -> None:
         """Average the new second moments into the factors that have one."""
         seen = [factor for factor in self.all_factors() if factor.name in statistics]
+        self.arrived = [factor for factor in seen if not factor["refreshes"]]
         dropped: dict[str, Tensor] = {}
         for alike in grouped(seen, lambda f: (f.size, f.bound.dtype, f.bound.weight.device)):
             limit = GPU_BATCH if alike[0].bound.weight.is_cuda else 0
@@ -236,10 +238,14 @@ class NKFAC(PrecondOptimizer):
     # Inverses ---------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """New inverses, every ``inverse_interval`` steps; each rank computes its share."""
-        if self.steps % self.config.inverse_interval:
-            return
-        due = self.factors_to_invert()
+        """New inverses, every ``inverse_interval`` steps; each rank computes its share.
+
+        A factor whose first statistics come later (of a layer behind a gate that was zero, say)
+        gets its first inverse with them.
+        """
+        regular = self.steps % self.config.inverse_interval == 0
+        due = self.factors_to_invert(self.all_factors() if regular else self.arrived)
+        self.arrived = ()
         if not due:
             return
 
@@ -259,9 +265,12 @@ class NKFAC(PrecondOptimizer):
         for factor in due:
             factor["refreshes"] += 1
 
-    def factors_to_invert(self) -> list[KroneckerFactor]:
-        """The factors that have had a statistic: the device is read while any has had none."""
-        factors = self.all_factors()
+    def factors_to_invert(self, factors: Sequence[KroneckerFactor]) -> Sequence[KroneckerFactor]:
+        """The factors that have had a statistic: the device is read while any has had none.
+
+        Args:
+            factors: those to be refreshed.
+        """
         new = [factor for factor in factors if not factor["refreshes"]]
         if not new:
             return factors

@@ -22,7 +22,7 @@ from hf_precond.optimizers.base.fallback import (
 from hf_precond.optimizers.base.parameters import ParamView
 from hf_precond.optimizers.nkfac.factors import FLOOR, Count, KroneckerFactor
 from hf_precond.optimizers.nkfac.optimizer import NKFAC
-from hf_precond.statistics.requests import Statistic
+from hf_precond.statistics.requests import MomentRequest, Statistic
 
 NORM_EPS = 1e-12
 
@@ -37,6 +37,10 @@ class NKFACReference(NKFAC):
         """The authors' SGD or Adam."""
         return CoupledSGD() if self.config.base == "sgd" else AdaNKFACAdam()
 
+    def requests(self) -> Sequence[MomentRequest]:
+        """Those of NKFAC, whose sums are as they are."""
+        return [factor.request(self.config.stat_rows, 1.0) for factor in self.all_factors()]
+
     def average(
         self, factors: Sequence[KroneckerFactor], statistics: Sequence[Statistic]
     ) -> Tensor:
@@ -49,9 +53,9 @@ class NKFACReference(NKFAC):
             flags.append(average_moment(moment, updates, mean, self.config.stat_decay))
         return torch.stack(flags)
 
-    def factors_to_invert(self) -> list[KroneckerFactor]:
-        """All of them."""
-        return self.all_factors()
+    def factors_to_invert(self, factors: Sequence[KroneckerFactor]) -> Sequence[KroneckerFactor]:
+        """All that are due."""
+        return factors
 
     def newton_steps(self, factor: KroneckerFactor) -> int:
         """0 at the first three refreshes and at every ``exact_interval``-th."""

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_precond.linalg.matrix_functions import newton_schulz
@@ -126,3 +127,45 @@ def test_other_fallback_optimizers_train(base):
 def test_joint_is_refused_for_rotated_and_grouped_attention():
     with pytest.raises(ValueError, match="joint"):
         create_optimizer(make("llama"), "afopt", joint=True, direction="inverse")
+
+
+class Branches(nn.Module):
+    """A layer that some passes leave out."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.late = nn.Linear(4, 6), nn.Linear(6, 6)
+        self.used = False
+
+    def forward(self, x):
+        x = torch.tanh(self.body(x))
+        return x + self.late(x) if self.used else x
+
+
+@pytest.mark.filterwarnings("ignore:afopt. no attention")
+def test_a_layer_first_used_late_has_its_factor_with_its_first_three_statistics():
+    torch.manual_seed(0)
+    model = Branches().double()
+    fields = {"stat_interval": 2, "inverse_interval": 100, "direction": "inverse"}
+    optimizer = create_optimizer(model, "afopt", lr=0.01, **fields)
+    inputs = []
+    hook = model.late.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+    moment, changed = torch.zeros(7, 7, dtype=torch.float64), []
+    (plan,) = [p for p in optimizer.plan.matrices if p.bound.matrix.module is model.late]
+    before = None
+    for step in range(17):
+        model.used = step >= 7
+        optimizer.zero_grad()
+        model(torch.randn(9, 4, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+        factor = plan.right.read(optimizer.state).clone()
+        if before is not None and not torch.equal(factor, before):
+            changed.append(step)
+            rows = torch.cat([inputs[-1], torch.ones(9, 1, dtype=torch.float64)], 1)
+            moment += (rows.mT @ rows / 9 - moment) / len(changed)
+            shift = optimizer.config.damping * moment.trace() / 7 * torch.eye(7).double()
+            torch.testing.assert_close(factor, torch.linalg.inv(moment + shift))
+        before = factor
+    hook.remove()
+    assert changed == [8, 10, 12]
+    optimizer.close()
