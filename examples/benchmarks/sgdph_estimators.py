@@ -3,7 +3,7 @@
     python examples/benchmarks/sgdph_estimators.py
 
 Three networks in float64, at their initial weights and after 100 steps of
-training: BatchNorm (the residual network of ``sgdph_tasks.py`` at width 4, on
+training: BatchNorm (the residual network of ``tasks.py`` at width 4, on
 images), LayerNorm (a ViT of 2 layers, width 16, on images), RMSNorm (a Llama
 of 2 layers, width 16, on the characters of BANKING77). One batch of 32. All
 norm parameters are probed together, as in training; the full Hessian in them
@@ -22,22 +22,25 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
-from sgdph_tasks import DATA, ResNet, images
+from tasks import ResNet
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 from hf_precond.architectures.modules import find_norms
+from hf_precond.bench.tasks import fashion_mnist
 from hf_precond.statistics.hessian_probe import DoubleBackward
 from hf_precond.statistics.hessian_products import GraphProduct, diagonal_estimates, probe_vectors
 
+DATA = Path(__file__).resolve().parents[1] / "data"
 Loss = Callable[[Tensor], Tensor]
 PROBES, DECAY = 64, 0.9
 
 
 def batch_norm() -> tuple[nn.Module, Loss, int]:
-    model, data = ResNet(width=4).double(), images("train")
+    model, data = ResNet(width=4).double(), fashion_mnist(str(DATA))[0]
     pixels = data["pixel_values"].double()
 
     def loss(rows: Tensor) -> Tensor:
@@ -52,7 +55,7 @@ def layer_norm() -> tuple[nn.Module, Loss, int]:
         image_size=28, patch_size=7, num_channels=1, hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0, num_labels=10,
     )  # fmt: skip
-    model, data = ViTForImageClassification(config).double(), images("train")
+    model, data = ViTForImageClassification(config).double(), fashion_mnist(str(DATA))[0]
     pixels = data["pixel_values"].double()
 
     def loss(rows: Tensor) -> Tensor:

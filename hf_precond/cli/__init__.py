@@ -1,1 +1,1 @@
-"""The commands: run, list, explain."""
+"""The commands: run, list, explain, bench."""

@@ -8,10 +8,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from hf_precond.cli import explain, run
+from hf_precond.cli import bench, explain, run
 from hf_precond.config.hub import version
 
-COMMANDS = ("run", "list", "explain")
+COMMANDS = ("run", "list", "explain", "bench")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,4 +70,5 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run.add_command(commands)
     explain.add_commands(commands)
+    bench.add_command(commands)
     return parser

@@ -39,8 +39,16 @@ def test_no_text_in_both_splits():
     assert not texts[0] & texts[1]
 
 
-def test_at_most_four_megabytes_and_licences_named():
-    assert sum(file.stat().st_size for file in DATA.rglob("*") if file.is_file()) <= 4_000_000
+def test_tinyshakespeare_is_cut_after_nine_tenths():
+    train, held = (
+        (DATA / "tinyshakespeare" / f"{n}.txt").read_text() for n in ("train", "validation")
+    )
+    assert (len(train), len(held)) == (1003854, 111540)
+    assert train.startswith("First Citizen:\n") and set(held) <= set(train)
+
+
+def test_at_most_five_megabytes_and_licences_named():
+    assert sum(file.stat().st_size for file in DATA.rglob("*") if file.is_file()) <= 5_100_000
     assert "MIT" in (DATA / "fashion_mnist" / "LICENSE").read_text()
     readme = (DATA / "README.md").read_text()
-    assert "CC BY 4.0" in readme and "MIT" in readme
+    assert "CC BY 4.0" in readme and "MIT" in readme and "public domain" in readme

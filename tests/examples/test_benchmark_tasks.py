@@ -1,19 +1,22 @@
-"""The benchmark's associative recall: what its batches ask, and that an optimizer trains on it."""
+"""The tasks and files of the benchmarks: what recall asks, and that they train."""
 
-import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from tests.examples.scripts import EXAMPLES, run_example
+from hf_precond.bench import spec
+from hf_precond.bench import tasks as bench_tasks
+from hf_precond.bench.training import train
+from tests.examples.scripts import EXAMPLES
 
 
 @pytest.fixture
 def tasks(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
-    yield __import__("afopt_tasks")
-    sys.modules.pop("afopt_tasks", None)
+    yield __import__("tasks")
+    sys.modules.pop("tasks", None)
 
 
 def test_every_key_is_asked_once_and_only_its_value_is_a_label(tasks):
@@ -55,20 +58,27 @@ def test_accuracy_counts_the_asked_values_alone(tasks):
 
     held = [tasks.recall_batch(8, torch.Generator().manual_seed(0)) for _ in range(2)]
     for wrong, accuracy in ((0, 1.0), (2, 0.75)):
-        found = tasks.Task(Oracle(wrong), lambda: held[0], held, (0.9, 0.95)).evaluate()
-        assert found == {"loss": 1.5, "accuracy": accuracy}
+        oracle = Oracle(wrong)
+        oracle.scale = torch.nn.Parameter(torch.ones(()))
+        assert tasks.next_tokens(oracle, held) == {"loss": 1.5, "accuracy": accuracy}
+
+
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "benchmarks").glob("*.toml")), ids=str)
+def test_the_shipped_files_are_legal(path):
+    found = spec.load(path)
+    assert f"hf-precond bench examples/benchmarks/{path.name}" in found.text
+    for task, entries in found.entries.items():
+        function = found.tasks[task].function
+        assert function and callable(bench_tasks.find(function)), task
+        assert entries
 
 
 @pytest.mark.slow
-def test_every_optimizer_runs_on_recall(tmp_path):
-    specs = ("adamw:lr=4e-3,beta2=0.99", "muon:lr=4e-3,scope=attention", "afopt:lr=1e-3")
-    runs = [part for spec in specs for part in ("--run", spec)]
-    run_example(
-        "benchmarks/afopt.py",
-        *("--data", str(tmp_path), "--task", "recall", "--steps", "4", *runs),
-        folder=tmp_path,
-    )
-    records = [json.loads(line) for line in (tmp_path / "afopt.jsonl").read_text().splitlines()]
-    assert [record["run"] for record in records] == list(specs)
-    assert all(record["evaluations"][-1]["step"] == 4 for record in records)
-    assert all(record["train_loss"] < 6 for record in records)
+@pytest.mark.parametrize(("name", "task"), [("recall", "recall"), ("sgdph", "resnet")])
+def test_every_optimizer_runs_on_them(name, task, tmp_path):
+    found = spec.load(EXAMPLES / "benchmarks" / f"{name}.toml")
+    for entry in found.entries[task].values():
+        (run,) = spec.runs_of(found, entry, task, entry.start, [1], False)
+        training = replace(run.task.training, steps=4)
+        result = train(replace(run, task=replace(run.task, training=training)))
+        assert result["steps"] == 4 and not result["diverged"]

@@ -1,0 +1,1 @@
+"""``hf-precond bench``: optimizers tuned alike on tasks, and compared on fresh seeds."""

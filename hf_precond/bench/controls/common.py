@@ -1,0 +1,89 @@
+"""What the controls share: their configs, hidden matrices, the length of a step."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hf_precond.architectures.parameters import ParameterSurvey, add_reason, parameter_groups
+from hf_precond.architectures.structure import ModelStructure
+from hf_precond.config.base import OptimizerConfig
+from hf_precond.linalg.matrix_functions import largest_entry, newton_schulz
+from hf_precond.optimizers.afopt.config import AFOptConfig
+from hf_precond.optimizers.afopt.plan import attention_matrices
+
+RMS = 0.2
+"""Root mean square of a step's entries per unit of learning rate, as AdamW's usually is."""
+
+
+@dataclass(frozen=True)
+class ControlConfig(OptimizerConfig):
+    """The fields of a control; those without effect are refused, not ignored.
+
+    Raises:
+        ValueError: naming a field that has no effect here.
+    """
+
+    unused: ClassVar[tuple[str, ...]] = ("state_dtype", "skip_nonfinite")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.unused:
+            if getattr(self, name) != self._fields()[name].default:
+                raise ValueError(f"{name}: it has no effect under {self.name}; leave it out.")
+
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Parameter groups by the Trainer's rule: no decay of biases and norms.
+
+        Args:
+            model: the model.
+        """
+        groups, _ = parameter_groups(model, self.lr, self.weight_decay, self.head_lr_scale)
+        return groups
+
+    def build(self, model: nn.Module, warmup: int) -> Any:
+        """The optimizer of a model.
+
+        Args:
+            model: the model.
+            warmup: steps of warm-up, where the optimizer has its own schedule.
+        """
+        raise NotImplementedError
+
+
+def hidden_matrices(model: nn.Module, config: OptimizerConfig) -> ModelStructure:
+    """The matrices that Muon steps: every linear layer but heads and tied ones; q, k, v apart.
+
+    Args:
+        model: the model.
+        config: the config that the routing shows.
+
+    Raises:
+        ValueError: there is none.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "afopt: no attention was found")
+        found = attention_matrices(model, AFOptConfig(scope="all_linear"))
+    survey = ParameterSurvey(model)
+    treated: dict[str, str] = {}
+    for matrix in found.matrices:
+        matrix.bias = None
+        add_reason(treated, survey.matrix_names(matrix), "linear layer")
+    return survey.structure(config, treated, matrices=found.matrices)
+
+
+def orthogonalised(matrices: Tensor, scale: float = 1.0) -> Tensor:
+    """``scale · 0.2 · √max(m, n) · msign(Z)`` of a batch, in bfloat16 on a GPU.
+
+    Args:
+        matrices: Z, ``[…, m, n]``.
+        scale: multiplier.
+    """
+    x = matrices / largest_entry(matrices)
+    sign = newton_schulz(x.bfloat16() if x.is_cuda and x.dtype != torch.float64 else x)
+    return sign.to(matrices.dtype) * (scale * RMS * math.sqrt(max(matrices.shape[-2:])))
