@@ -20,19 +20,11 @@ are averaged, ``(1/n) Σ_i R_iᵀ C R_i`` over the positions (``rope="averaged"`
   the mean eigenvalue of all, here too
 - averages: ``A ← b A + (1 - b) E[·]``, ``b = min(stat_decay, 1 - 1/k)`` at the k-th statistic
 
-<<<<<<< HEAD
-All factors are recomputed at the steps 0, ``stat_interval`` and ``2 stat_interval``; from then on
-each attention (each linear layer outside) at a step of its own, ``t ≡ i·stat_interval`` modulo
-``inverse_interval``, the layers numbered in model order, i their number modulo
-``inverse_interval // stat_interval``. Those of a matrix that joins later (unfrozen during training)
-are recomputed at the first three steps with statistics from then on.
-=======
 All factors are recomputed at the steps 0, ``stat_interval`` and ``2 stat_interval``, and those
 whose moments come later (of a layer that was not used, or was frozen) with the first three
 statistics of these; from then on each attention (each linear layer outside) at a step of its own,
 ``t ≡ i·stat_interval`` modulo ``inverse_interval``, the layers numbered in model order, i their
 number modulo ``inverse_interval // stat_interval``.
->>>>>>> 2a96085 (First inverses come with the first statistics, also of tiny gradients)
 """
 
 from __future__ import annotations
@@ -75,13 +67,10 @@ from hf_precond.statistics.requests import Statistic
 CHUNK = 1 << 25
 """Elements that are stepped, or averaged on a GPU, in one batch, to bound the temporaries."""
 COUNTERS = ("failed_refreshes", "identity_factors")
-<<<<<<< HEAD
 START = "start"
 """State of a matrix that joined after the first step: the number of its own first one."""
-=======
 STARTS = 3
 """Statistics of a moment at each of which its factors are recomputed."""
->>>>>>> 2a96085 (First inverses come with the first statistics, also of tiny gradients)
 JITTER = 8
 """Damping beside the covariant one, in units of rounding times the mean eigenvalue (1e-6)."""
 ROOT_COST = 60
