@@ -190,6 +190,10 @@ class OptimizerConfig:
             Such steps are counted as ``skipped_steps``; ten in a row stop
             training. Costs one pass over the gradients and one read from the
             device per step. Default ``False``.
+        diagnostics: what the Trainer's logs show of the optimizer: ``auto``,
+            the counters in every log, and once in 100 steps what must be
+            computed for it; ``full``, all of it in every log; ``off``,
+            nothing, and nothing is computed. Default ``auto``.
 
     Raises:
         ValueError: naming the field, its legal range and its default.
@@ -206,6 +210,7 @@ class OptimizerConfig:
     eps: float = bounded(1e-8, 0.0)
     state_dtype: str | None = one_of("float32", "float64", "bfloat16", "float16")
     skip_nonfinite: bool = False
+    diagnostics: Literal["auto", "full", "off"] = "auto"
 
     def __post_init__(self) -> None:
         for name, item in self._fields().items():

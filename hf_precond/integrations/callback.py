@@ -35,13 +35,28 @@ def logged_diagnostics(optimizer: Any) -> dict[str, float]:
     if own is None:
         return {}
     by_kind: dict[str, list[float]] = {}
-    for name, value in own.diagnostics().items():
+    for name, value in own.logged().items():
         by_kind.setdefault(name.partition("/")[0], []).append(value)
     worst = {}
     for kind, values in by_kind.items():
         extreme = min if kind.startswith("entropy") else max
         worst[PREFIX + kind] = math.nan if any(map(math.isnan, values)) else extreme(values)
     return worst
+
+
+def is_logged(args: Any, state: Any, step: int) -> bool:
+    """Whether a step will be logged; the log at the end of an epoch is not foreseen.
+
+    Args:
+        args: the training arguments.
+        state: the Trainer's state.
+        step: the step's number, from 1.
+    """
+    if step == 1 and getattr(args, "logging_first_step", False):
+        return True
+    every = int(getattr(state, "logging_steps", 0) or 0)
+    strategy = getattr(args, "logging_strategy", "steps")
+    return strategy == "steps" and every > 0 and step % every == 0
 
 
 def restored_settings(own: Any) -> dict[str, Any]:
@@ -120,6 +135,8 @@ class PrecondCallback(TrainerCallback):
         from hf_precond.compat.torch_internals import loss_scale
 
         own = own_optimizer(optimizer)
+        if own is not None and is_logged(args, state, state.global_step + 1):
+            own.expect_log()
         if own is not None and own.statistics is not None:
             own.statistics.loss_scale = loss_scale(getattr(optimizer, "scaler", None))
 

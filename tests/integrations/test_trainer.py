@@ -7,12 +7,14 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
-from hf_precond import PrecondSeq2SeqTrainer, PrecondTrainer, load_config
+from hf_precond import AFOpt, PrecondSeq2SeqTrainer, PrecondTrainer, load_config
 from hf_precond.config.hub import CONFIG_FILE
 from hf_precond.integrations.arguments import own_optimizer
 from hf_precond.integrations.callback import logged_diagnostics
+from hf_precond.optimizers.base.optimizer import REPORT_INTERVAL
 from hf_precond.registry import list_optimizers
 from tests.integrations.tiny import bart, bert, llama, sequence_data, t5, text_data
 
@@ -157,7 +159,8 @@ def test_diagnostics_are_in_the_logs_once_and_reach_other_callbacks(name, cls, t
         def on_log(self, args, state, control, logs=None, **kwargs):
             seen.append(dict(logs))
 
-    trainer = make(name, tmp_path, cls=cls, max_steps=3)
+    args = OFTEN[name] + ",diagnostics=full"
+    trainer = make(name, tmp_path, cls=cls, max_steps=3, optim_args=args)
     trainer.add_callback(Reporter())
     trainer.train()
     diagnostics = own_optimizer(trainer.optimizer).diagnostics()
@@ -170,11 +173,13 @@ def test_diagnostics_are_in_the_logs_once_and_reach_other_callbacks(name, cls, t
     assert not any(k.startswith("optim_") for k in trainer.state.log_history[-1])
 
 
-def test_the_logs_show_the_worst_layer(tmp_path):
-    args = OFTEN["afopt"] + ",attention_entropy=true"
+def test_the_logs_show_the_worst_layer(tmp_path, monkeypatch):
+    args = OFTEN["afopt"] + ",attention_entropy=true,diagnostics=full"
     trainer = make("afopt", tmp_path, max_steps=3, optim_args=args)
+    seen, report = [], AFOpt.logged
+    monkeypatch.setattr(AFOpt, "logged", lambda own: seen.append(report(own)) or seen[-1])
     trainer.train()
-    diagnostics = own_optimizer(trainer.optimizer).diagnostics()
+    diagnostics = seen[-1]
     logged = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
     for kind, worst in (
         ("logit_change", max), ("logit_change_max", max), ("entropy", min), ("entropy_min", min)
@@ -187,8 +192,67 @@ def test_a_layer_that_is_nan_is_the_worst(tmp_path):
     trainer = make("afopt", tmp_path, max_steps=1)
     trainer.train()
     own = own_optimizer(trainer.optimizer)
-    own.diagnostics = lambda: {"entropy/a": 1.0, "entropy/b": math.nan, "x/b": math.nan, "x/a": 2.0}
+    own.logged = lambda: {"entropy/a": 1.0, "entropy/b": math.nan, "x/b": math.nan, "x/a": 2.0}
     assert all(map(math.isnan, logged_diagnostics(own).values()))
+
+
+COMPUTED = {
+    "afopt": {"optim_cosine", "optim_logit_change", "optim_condition_input"},
+    "sgdph": {"optim_norm_curvature_rms", "optim_norm_clipped"},
+}
+
+
+def logged_keys(trainer):
+    """The optimizer's keys in every training log."""
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return [{key for key in entry if key.startswith("optim_")} for entry in logs]
+
+
+@each_name
+@pytest.mark.parametrize("choice", ["auto", "full", "off"])
+def test_diagnostics_by_choice(name, choice, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_precond.optimizers.base.optimizer.REPORT_INTERVAL", 3)
+    args = f"{OFTEN[name]},diagnostics={choice}"
+    trainer = make(name, tmp_path, max_steps=5, optim_args=args)
+    trainer.train()
+    first, *between, fourth, last = logged_keys(trainer)
+    if choice == "off":
+        assert not first | fourth | last and not any(between)
+        return
+    computed = COMPUTED.get(name, set())
+    assert computed <= first and computed <= fourth and first, "the first log, and three steps on"
+    for keys in (*between, last):
+        assert keys and (computed <= keys if choice == "full" else not computed & keys)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that reach the kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@each_name
+def test_logging_every_step_adds_at_most_two_percent_of_the_work(name, tmp_path):
+    counts, steps = {}, 10
+    for choice in ("off", "auto"):
+        trainer = make(name, tmp_path, max_steps=steps, optim_args=f"diagnostics={choice}")
+        with Operations() as operations:
+            trainer.train()
+        counts[choice] = operations.count
+    with Operations() as counting:
+        own_optimizer(trainer.optimizer).counted()
+    report = counts["auto"] - counts["off"] - steps * counting.count  # at the first log alone
+    assert report >= 0
+    added = report / REPORT_INTERVAL + counting.count
+    assert added <= 0.02 * counts["off"] / steps, (
+        f"{report} a report, {counts['off']} {steps} steps"
+    )
 
 
 @each_name

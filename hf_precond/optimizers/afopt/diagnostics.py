@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,68 +14,104 @@ from hf_precond.architectures.attention_block import AttentionBlock
 from hf_precond.architectures.computed import effective_step
 from hf_precond.linalg.inverses import largest_eigenvalue
 from hf_precond.linalg.matrix_functions import largest_entry
-from hf_precond.optimizers.afopt.factors import Factors, heads_of, times_right
+from hf_precond.optimizers.afopt.factors import CHUNK, Factors, heads_of, times_right
 from hf_precond.optimizers.afopt.plan import MatrixPlan, RightFactor, StateMatrix
+from hf_precond.optimizers.base.parameters import grouped, in_batches
 from hf_precond.statistics.moments import mean_of
 from hf_precond.statistics.requests import MomentRequest, Statistic
 
 if TYPE_CHECKING:
     from hf_precond.optimizers.afopt.optimizer import AFOpt
 
+ROUNDS = 10
+"""Power iterations of an estimated condition number."""
 QUERIES = 8
 """Query positions of a sequence whose attention weights enter the entropy."""
 
 
+class ObservedStep:
+    """What :func:`report` needs of a step, kept while the step computes it.
+
+    Args:
+        optimizer: the optimizer whose step it is.
+        number: the step's, from 1.
+    """
+
+    def __init__(self, optimizer: AFOpt, number: int) -> None:
+        self.number = number
+        self.rates = optimizer.rates
+        self.plan = optimizer.plan
+        self.plans: list[MatrixPlan] = []
+        self.cosines: list[Tensor] = []
+        self.logits: dict[AttentionBlock, dict[str, tuple[MatrixPlan, Tensor]]] = {}
+
+    def add(self, batch: Sequence[MatrixPlan], momenta: Tensor, directions: Tensor) -> None:
+        """Keep the cosines of a batch, and the steps ``lr·U`` of its queries and keys.
+
+        Args:
+            batch: matrices that are stepped alike.
+            momenta: what the directions were computed from, ``[n, out, in(+1)]``.
+            directions: U of each, scaled, ``[n, out, in(+1)]``.
+        """
+        self.plans.extend(batch)
+        pair = momenta.flatten(1), directions.flatten(1)
+        self.cosines.append(torch.cosine_similarity(*pair, dim=1, eps=1e-30))
+        for plan, direction in zip(batch, directions, strict=True):
+            if plan.block in self.plan.moments_of and plan.role in ("q", "k") and not plan.side:
+                step = direction * self.rates[plan.bound.group]
+                self.logits.setdefault(plan.block, {})[plan.role] = plan, step
+
+
 def report(optimizer: AFOpt) -> dict[str, float]:
-    """Diagnostics of the directions that the momentum gives now.
+    """Diagnostics of the last step, and of the factors as they stand.
 
     ``logit_change/{attention}``: predicted root mean square change of its logits by one step of q
     and k together (first order); ``logit_change_max``: that of the head that moves most.
     ``cosine``: between momentum and direction, mean over the matrices. ``condition_input`` and
     ``condition_head``: largest condition numbers of the damped factors, the former estimated by
-    power iterations. With ``attention_entropy``, those of :class:`EntropyMonitor`.
+    power iterations. Nothing before the first step of this process, and under a scaling by the
+    fallback optimizer's gradient or step. A step that was not observed is computed again, from the
+    momentum as it stands.
     """
-    entropies = {} if optimizer.entropy is None else optimizer.entropy.values()
-    steps = last_steps(optimizer)
-    if not steps:
-        return entropies
-    pairs = [(momentum.flatten(), step.flatten()) for momentum, step in steps.values()]
-    cosines = [torch.cosine_similarity(*pair, dim=0, eps=1e-30) for pair in pairs]
-    values = {"cosine": torch.stack([cosine.double().cpu() for cosine in cosines]).mean()}
+    observed, optimizer.observed = optimizer.observed, None
+    if not optimizer.rates or optimizer.config.scaling in ("graft", "norm_recovery"):
+        return {}
+    now = optimizer.plan, optimizer.steps
+    if observed is None or (observed.plan, observed.number) != now or not observed.cosines:
+        observed = last_step(optimizer)
+    if not observed.cosines:
+        return {}
+    cosines = [cosines.double().cpu() for cosines in observed.cosines]
+    values = {"cosine": torch.cat(cosines).mean()}
     factors, plan = optimizer.factors, optimizer.plan
     for block in plan.moments_of:
-        moved = {
-            item.role: (item, step)
-            for item, (_, step) in steps.items()
-            if item.block is block and item.role in "qk" and not item.side
-        }
-        if moved:
-            change = layer_change(factors, block, moved)
+        if block in observed.logits:
+            change = layer_change(factors, block, observed.logits[block])
             values[f"logit_change/{block.name}"] = change.mean().sqrt()
             values[f"logit_change_max/{block.name}"] = change.max().sqrt()
-    whole = {item.block or item for item in steps}
+    whole = {item.block or item for item in observed.plans}
     rights = [r for r in plan.rights if (plan.of[r.bound].block or plan.of[r.bound]) in whole]
-    lefts = [item.left for item in steps if item.left is not None]
+    lefts = [item.left for item in observed.plans if item.left is not None]
     for name, conditions in (
-        ("condition_input", [_input_condition(factors, right) for right in rights]),
-        ("condition_head", [_head_condition(factors, left) for left in lefts]),
+        ("condition_input", _input_conditions(factors, rights)),
+        ("condition_head", _head_conditions(factors, lefts)),
     ):
         if conditions:
-            values[name] = torch.stack([value.double().cpu() for value in conditions]).max()
-    return {name: float(value) for name, value in values.items()} | entropies
+            values[name] = torch.cat([value.double().cpu() for value in conditions]).max()
+    return {name: float(value) for name, value in values.items()}
 
 
-def last_steps(optimizer: AFOpt) -> dict[MatrixPlan, tuple[Tensor, Tensor]]:
-    """Momentum (its largest entry 1) and ``lr·U`` of every matrix, from the state.
+def last_step(optimizer: AFOpt) -> ObservedStep:
+    """The last step computed again from the momentum in the state.
 
-    Empty before the first step of this process, and under a scaling by the fallback optimizer's
-    gradient or step. An attention (a linear layer outside) that was read anew since the last step,
-    as after :meth:`attach`, is left out until it has all its state.
+    An attention (a linear layer outside) that was read anew since that step, as after
+    :meth:`attach`, is left out until it has all its state.
+
+    Args:
+        optimizer: the optimizer.
     """
-    steps: dict[MatrixPlan, tuple[Tensor, Tensor]] = {}
-    if not optimizer.rates or optimizer.config.scaling in ("graft", "norm_recovery"):
-        return steps
-    state, others = optimizer.state, optimizer.coverage.without_preconditioner
+    observed, state = ObservedStep(optimizer, optimizer.steps), optimizer.state
+    others = optimizer.coverage.without_preconditioner
     plans = [plan for plan in optimizer.plan.matrices if plan.bound not in others]
 
     def is_whole(plan: MatrixPlan) -> bool:
@@ -84,13 +121,11 @@ def last_steps(optimizer: AFOpt) -> dict[MatrixPlan, tuple[Tensor, Tensor]]:
     missing = {plan.block or plan for plan in optimizer.plan.matrices if not is_whole(plan)}
     moved = [plan for plan in plans if (plan.block or plan) not in missing]
     for batch in optimizer.batches(moved):
-        momentum = torch.stack(optimizer.tensors(batch, "momentum"))
-        momentum /= largest_entry(momentum)
-        directions = optimizer.directions(batch, momentum)
-        directions = directions * optimizer.lengths(batch, directions)
-        for plan, before, after in zip(batch, momentum, directions, strict=True):
-            steps[plan] = before, after * optimizer.rates[plan.bound.group]
-    return steps
+        momenta = torch.stack(optimizer.tensors(batch, "momentum"))
+        momenta /= largest_entry(momenta)
+        directions = optimizer.directions(batch, momenta)
+        observed.add(batch, momenta, directions * optimizer.lengths(batch, directions))
+    return observed
 
 
 def layer_change(
@@ -129,23 +164,44 @@ def layer_change(
     return torch.stack(terms).sum(0).clamp(min=0) * block.logit_scale**2
 
 
-def _input_condition(factors: Factors, right: RightFactor) -> Tensor:
-    """``(λ_max(A) + λ)·λ_max(P)`` with P the inverse, for the largest of the blocks."""
-    moment, mean = factors.moment(right)
-    factor = right.read(factors.state)
-    inverse = factor if right.kind == "inverse" else factor @ factor.mT
-    damped = largest_eigenvalue(moment) + mean * factors.damping(right)
-    return (damped * largest_eigenvalue(inverse)).max()
+def _input_conditions(factors: Factors, rights: Sequence[RightFactor]) -> list[Tensor]:
+    """``(λ_max(A) + λ)·λ_max(P)`` with P the inverse, of every block."""
+
+    def kind(right: RightFactor) -> tuple[Any, ...]:
+        return right.shape, right.kind, right.bound.dtype, right.bound.weight.device
+
+    conditions = []
+    for alike in grouped(rights, kind):
+        for batch in in_batches(alike, math.prod(alike[0].shape), CHUNK):
+            moments, means = zip(*(factors.moment(right) for right in batch), strict=True)
+            moment = torch.stack(moments)
+            inverse = torch.stack([r.read(factors.state) for r in batch]).view_as(moment)
+            if batch[0].kind != "inverse":
+                inverse = inverse @ inverse.mT
+            damping = torch.stack(means) * factors.damping(batch[0])
+            largest = largest_eigenvalue(torch.stack([moment, inverse]), rounds=ROUNDS)
+            conditions.append(((largest[0] + damping) * largest[1]).flatten())
+    return conditions
 
 
-def _head_condition(factors: Factors, left: StateMatrix) -> Tensor:
-    moment, mean = factors.moment(left)
-    # A weight that is lost has no condition number; eigvalsh would raise.
-    finite = torch.isfinite(moment).all(-1).all(-1)
-    values = torch.linalg.eigvalsh(torch.where(finite[..., None, None], moment, 0.0).double())
-    shift = mean.double() * factors.damping(left) + torch.finfo(torch.float64).tiny
-    condition = (values[..., -1] + shift) / (values[..., 0].clamp(min=0) + shift)
-    return torch.where(finite, condition, torch.nan).max()
+def _head_conditions(factors: Factors, lefts: Sequence[StateMatrix]) -> list[Tensor]:
+    """The same of the factors of heads, from their eigenvalues."""
+
+    def kind(left: StateMatrix) -> tuple[Any, ...]:
+        return left.shape[-1], left.bound.dtype, left.bound.weight.device
+
+    conditions = []
+    for alike in grouped(lefts, kind):
+        moments, means = zip(*(factors.moment(left) for left in alike), strict=True)
+        moment = torch.cat(moments)
+        # A weight that is lost has no condition number; eigvalsh would raise.
+        finite = torch.isfinite(moment).all(-1).all(-1)
+        values = torch.linalg.eigvalsh(torch.where(finite[..., None, None], moment, 0.0).double())
+        damping = torch.cat(means).double() * factors.damping(alike[0])
+        shift = damping + torch.finfo(torch.float64).tiny
+        condition = (values[..., -1] + shift) / (values[..., 0].clamp(min=0) + shift)
+        conditions.append(torch.where(finite, condition, torch.nan))
+    return conditions
 
 
 class EntropyMonitor:
@@ -181,6 +237,10 @@ class EntropyMonitor:
 
     def values(self) -> dict[str, float]:
         """``entropy/{attention}``, the mean over heads, and ``entropy_min``, of the sharpest."""
-        values = {f"entropy/{name}": float(mean.mean()) for name, mean in self.means.items()}
-        least = {f"entropy_min/{name}": float(mean.min()) for name, mean in self.means.items()}
-        return values | least
+        if not self.means:
+            return {}
+        pairs = [torch.stack([mean.mean(), mean.min()]).double() for mean in self.means.values()]
+        means, least = torch.stack([pair.to(pairs[0].device) for pair in pairs]).mT.tolist()
+        values = {f"entropy/{name}": value for name, value in zip(self.means, means, strict=True)}
+        names = [f"entropy_min/{name}" for name in self.means]
+        return values | dict(zip(names, least, strict=True))

@@ -46,7 +46,7 @@ from hf_precond.registry import register_optimizer
 from hf_precond.statistics.requests import Request, Statistic
 
 if TYPE_CHECKING:
-    from hf_precond.optimizers.afopt.diagnostics import EntropyMonitor
+    from hf_precond.optimizers.afopt.diagnostics import EntropyMonitor, ObservedStep
 
 RMS = 0.2
 """Root mean square of a step's entries per unit of learning rate: what AdamW's usually is."""
@@ -101,6 +101,7 @@ class AFOpt(PrecondOptimizer):
 
     config: AFOptConfig
     entropy: EntropyMonitor | None = None
+    observed: ObservedStep | None = None
     _plan: AFOptPlan | None = None
     _late: Sequence[Moment] = ()
 
@@ -198,6 +199,7 @@ class AFOpt(PrecondOptimizer):
     def precondition(self, ready: Sequence[BoundMatrix]) -> Iterable[Preconditioned]:
         """From Ĝ to the scaled direction U, matrices of one shape together."""
         kind: Kind = "gradient" if self.config.scaling == "norm_recovery" else "direction"
+        observed = self._observed_step() if self.observing else None
         for batch in self.batches([self.plan.of[bound] for bound in ready]):
             bound = [plan.bound for plan in batch]
             gradients = stacked_gradients(bound)
@@ -206,6 +208,8 @@ class AFOpt(PrecondOptimizer):
             # The length is set below: with entries near 1 no square vanishes or overflows.
             directions = self.directions(batch, gradients.div_(largest_entry(gradients)))
             directions *= self.lengths(batch, directions)
+            if observed is not None:
+                observed.add(batch, gradients, directions)
             parts = split_stack(bound, directions)
             for item, direction, part in zip(bound, directions, parts, strict=True):
                 yield Preconditioned(item, direction, kind, part)
@@ -332,15 +336,23 @@ class AFOpt(PrecondOptimizer):
 
     # ------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def diagnostics(self) -> dict[str, float]:
-        """The counters, and what :func:`~hf_precond.optimizers.afopt.diagnostics.report` adds.
+    def counted(self) -> dict[str, float]:
+        """The counters, and the entropies under ``attention_entropy``."""
+        return super().counted() | ({} if self.entropy is None else self.entropy.values())
 
-        Costs about as much as a step: call it when logging.
-        """
+    @torch.no_grad()
+    def report(self) -> dict[str, float]:
+        """See :func:`~hf_precond.optimizers.afopt.diagnostics.report`."""
         from hf_precond.optimizers.afopt.diagnostics import report
 
-        return super().diagnostics() | report(self)
+        return report(self)
+
+    def _observed_step(self) -> ObservedStep:
+        from hf_precond.optimizers.afopt.diagnostics import ObservedStep
+
+        self.observing = False
+        self.observed = ObservedStep(self, self.steps + 1)
+        return self.observed
 
 
 @dataclass

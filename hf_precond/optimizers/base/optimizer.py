@@ -36,6 +36,9 @@ from hf_precond.optimizers.base.refresh import Counters, FailureRecord
 if TYPE_CHECKING:
     from hf_precond.statistics.requests import Request, Statistic, StatisticsSource
 
+REPORT_INTERVAL = 100
+"""Steps between two reports in the logs under ``diagnostics="auto"``."""
+
 
 class PrecondOptimizer(torch.optim.Optimizer):
     """A template: update statistics, refresh preconditioners, precondition, step, count.
@@ -74,6 +77,8 @@ class PrecondOptimizer(torch.optim.Optimizer):
     _carried: dict[str, Statistic] | None = None  # from hooks that were replaced before the step
     _pruned: Sequence[BoundMatrix] = ()
     rates: Sequence[Any] = ()  # of the last step, by group: a scheduler may have changed them since
+    observing = False  # whether the next step keeps what :meth:`report` needs
+    _reported_at: int | None = None
 
     def __init__(
         self,
@@ -558,10 +563,44 @@ class PrecondOptimizer(torch.optim.Optimizer):
             self.failures.watch("statistic", list(dropped), flags)
 
     def diagnostics(self) -> dict[str, float]:
-        """The counters and norms, as plain numbers. Reads from the device: call it when logging."""
+        """The counters and :meth:`report`, as plain numbers; the counters alone if ``off``.
+
+        Reads from the device, and may cost about as much as a step: call it when logging.
+        """
+        reported = {} if self.config.diagnostics == "off" else self.report()
+        return self.counted() | reported
+
+    def counted(self) -> dict[str, float]:
+        """The counters and what else is at hand, as plain numbers; one read from the device."""
         values = {name: float(value) for name, value in self.counters.items()}
-        for name, value in self.counters.on_device.items():
-            values[name] = values.get(name, 0.0) + float(value)
+        known = self.counters.on_device
+        if known:
+            device = next(iter(known.values())).device
+            numbers = torch.stack([value.to(device, torch.float64) for value in known.values()])
+            for name, value in zip(known, numbers.tolist(), strict=True):
+                values[name] = values.get(name, 0.0) + value
         if self.coverage.unobserved:
             values["unobserved_matrices"] = float(len(self.coverage.unobserved))
         return values | self.fallback.diagnostics()
+
+    def report(self) -> dict[str, float]:
+        """The diagnostics that must be computed, as plain numbers."""
+        return {}
+
+    def expect_log(self) -> None:
+        """Say that the next step will be logged: it keeps what :meth:`report` needs."""
+        self.observing = self._report_is_due(self.steps + 1)
+
+    def logged(self) -> dict[str, float]:
+        """The diagnostics for a log, as the field ``diagnostics`` asks; see the config."""
+        if self.config.diagnostics == "off":
+            return {}
+        if not self._report_is_due(self.steps):
+            return self.counted()
+        self._reported_at = self.steps
+        return self.counted() | self.report()
+
+    def _report_is_due(self, step: int) -> bool:
+        if self.config.diagnostics != "auto" or self._reported_at is None:
+            return self.config.diagnostics != "off"
+        return not 0 <= step - self._reported_at < REPORT_INTERVAL

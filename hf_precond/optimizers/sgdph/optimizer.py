@@ -276,8 +276,8 @@ class SGDPH(PrecondOptimizer):
         group = self.param_groups[bound.group]
         return ParamView(parameter, grad, self.state[parameter], "", group)
 
-    def diagnostics(self) -> dict[str, float]:
-        """The counters, and what the last step of the norm parameters was.
+    def report(self) -> dict[str, float]:
+        """What the last step of the norm parameters was.
 
         ``norm_curvature_rms``, of D. For ``base="adamw"``: ``norm_update_rms``,
         of u; ``norm_update_over_adamw``, its ratio to AdamW's; and
@@ -285,7 +285,7 @@ class SGDPH(PrecondOptimizer):
         ``norm_multiplier`` of the momentum, mean, and ``norm_capped``, the
         share of entries at the cap.
         """
-        values = super().diagnostics()
+        values: dict[str, float] = {}
         batches = by_group([v for bound in self.bound if "curvature" in (v := self.view(bound))])
         if not batches:
             return values

@@ -85,3 +85,30 @@ def test_reported_change_of_a_layer_is_the_one_really_seen():
     )
     assert predicted["logit_change_max/"] == pytest.approx(change.max().item(), rel=1e-3)
     assert 0 < predicted["cosine"] < 1
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "bart"])
+def test_an_observed_step_is_reported_like_one_computed_again(name):
+    """Without momentum the step computed again from the state is the step that was taken."""
+    model = build(name, torch.float64)
+    optimizer = create_optimizer(model, "afopt", stat_interval=1, momentum=0.0, lr=1e-3)
+    reports = []
+    for observed in (True, False):
+        optimizer.zero_grad()
+        torch.manual_seed(0)  # for dropout
+        loss_of(model, FAMILIES[name].batch()).backward()
+        twin = copy.deepcopy(optimizer.state_dict())
+        weights = copy.deepcopy(model.state_dict())
+        if observed:
+            optimizer.expect_log()
+        optimizer.step()
+        assert (optimizer.observed is not None) == observed
+        reports.append(optimizer.report())
+        assert optimizer.observed is None and not optimizer.observing
+        reports.append(optimizer.report())
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(twin)
+    for other in reports[1:]:
+        assert other == pytest.approx(reports[0], rel=1e-9)
+    assert any(key.startswith("logit_change/") for key in reports[0])
+    optimizer.close()
