@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from hf_precond.optimizers.adamr.optimizer import AdamR as AdamR
     from hf_precond.optimizers.afopt.config import AFOptConfig as AFOptConfig
     from hf_precond.optimizers.afopt.optimizer import AFOpt as AFOpt
+    from hf_precond.optimizers.muon.config import MuonConfig as MuonConfig
+    from hf_precond.optimizers.muon.optimizer import Muon as Muon
     from hf_precond.optimizers.nkfac.config import NKFACConfig as NKFACConfig
     from hf_precond.optimizers.nkfac.optimizer import NKFAC as NKFAC
     from hf_precond.optimizers.sgdph.config import SGDPHConfig as SGDPHConfig
@@ -37,6 +39,8 @@ _WHERE = {
     "AFOptConfig": "optimizers.afopt.config",
     "AdamR": "optimizers.adamr.optimizer",
     "AdamRConfig": "optimizers.adamr.config",
+    "Muon": "optimizers.muon.optimizer",
+    "MuonConfig": "optimizers.muon.config",
     "NKFAC": "optimizers.nkfac.optimizer",
     "NKFACConfig": "optimizers.nkfac.config",
     "OptimizerConfig": "config.base",

@@ -28,7 +28,7 @@ def test_what_is_no_model_is_refused_with_the_right_call(given, said):
 
 @pytest.mark.parametrize("name", ["afop", 3, None, ["afopt"], {"optimizer": "afopt"}, AFOptConfig])
 def test_what_is_no_name_is_refused_with_the_names(name):
-    with pytest.raises(ValueError, match=r"is unknown.* The names are adamr, afopt, nkfac, sgdph"):
+    with pytest.raises(ValueError, match=r"is unknown.* The names are adamr, afopt, muon, n"):
         create_optimizer(nn.Linear(2, 2), name)
 
 
@@ -74,7 +74,7 @@ def install(monkeypatch, tmp_path):
 
 def test_a_package_is_listed_and_imported_when_it_is_used(install):
     install("package_a", "mine")
-    assert list_optimizers() == ["adamr", "afopt", "mine", "nkfac", "sgdph"]
+    assert list_optimizers() == ["adamr", "afopt", "mine", "muon", "nkfac", "sgdph"]
     assert "package_a" not in sys.modules
     info = get_info("mine")
     assert (info.title, info.package, info.description) == ("Mine", "package_a", "of package_a")

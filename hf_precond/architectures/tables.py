@@ -156,6 +156,9 @@ LORA_MARK = ".lora_"
 ADAPTER_MARKS = (LORA_MARK, ".adapter")
 """In the name of a parameter of any adapter."""
 
+TRANSPOSED_EXPERTS = "is_transposed"
+"""Attribute that is true in stacks of experts whose matrices are ``[in, out]``."""
+
 # Masks -------------------------------------------------------------------------------
 
 MASKS = ("attention_mask", "encoder_attention_mask", "decoder_attention_mask", "labels")

@@ -20,7 +20,7 @@ Steep at zero: five steps bring every singular value above about 1/500 of the Fr
 STEPS = 5
 
 
-def newton_schulz(matrix: Tensor, steps: int = STEPS) -> Tensor:
+def newton_schulz(matrix: Tensor, steps: int = STEPS, eps: float | None = None) -> Tensor:
     """Approximates the matrix sign ``msign(Z) = U Vᵀ`` (``Z = U Σ Vᵀ``) of every matrix of a batch.
 
     ``X ← a X + (b XXᵀ + c (XXᵀ)²) X``, from ``X = Z / ‖Z‖_F``. Three products a step; for matrices
@@ -29,6 +29,8 @@ def newton_schulz(matrix: Tensor, steps: int = STEPS) -> Tensor:
     Args:
         matrix: Z, ``[…, m, n]``; computed in its dtype.
         steps: number of steps, >= 1.
+        eps: smallest norm that Z is divided by, as in ``torch.optim.Muon``, whose numbers come
+            out bit for bit in bfloat16. Default ``None``: none, Z may be as small as it likes.
 
     Returns:
         ``[…, m, n]``; zeros stay zeros.
@@ -37,8 +39,11 @@ def newton_schulz(matrix: Tensor, steps: int = STEPS) -> Tensor:
     tall = matrix.shape[-2] > matrix.shape[-1]
     shape = matrix.shape
     x = (matrix.mT if tall else matrix).reshape(-1, min(shape[-2:]), max(shape[-2:]))
-    x = x / largest_entry(x)  # the squares of entries below 1e-22 are nothing in float32
-    x = x / frobenius_norm(x)
+    if eps is None:
+        x = x / largest_entry(x)  # the squares of entries below 1e-22 are nothing in float32
+        x = x / frobenius_norm(x)
+    else:
+        x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = torch.bmm(x, x.mT)
         update = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)

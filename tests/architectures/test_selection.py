@@ -12,6 +12,8 @@ from hf_precond.optimizers.adamr.config import AdamRConfig
 from hf_precond.optimizers.adamr.optimizer import every_matrix
 from hf_precond.optimizers.afopt.config import AFOptConfig
 from hf_precond.optimizers.afopt.plan import attention_matrices
+from hf_precond.optimizers.muon.config import MuonConfig
+from hf_precond.optimizers.muon.optimizer import hidden_matrices
 from hf_precond.optimizers.nkfac.config import NKFACConfig
 from hf_precond.optimizers.nkfac.optimizer import layer_matrices
 from hf_precond.optimizers.sgdph.config import SGDPHConfig
@@ -20,6 +22,7 @@ from tests.architectures.families import FAMILIES, build
 
 SELECTIONS = {
     "adamr": (every_matrix, AdamRConfig()),
+    "muon": (hidden_matrices, MuonConfig()),
     "nkfac": (layer_matrices, NKFACConfig(base="sgd")),
     "query_key": (attention_matrices, AFOptConfig(scope="query_key")),
     "attention": (attention_matrices, AFOptConfig(scope="attention")),

@@ -17,6 +17,7 @@ SCRIPT = Path(__file__).parent / "scripts" / "train.py"
 OFTEN = {
     "adamr": "basis_interval=5",
     "afopt": "stat_interval=2,inverse_interval=5",
+    "muon": "variant=normuon",
     "nkfac": "base=adamw,stat_interval=2,inverse_interval=5",
     "sgdph": "base=adamw,probe_interval=5",
 }

@@ -98,7 +98,7 @@ def test_a_bad_file_is_refused_with_a_sentence(text, message, tmp_path):
 @pytest.mark.parametrize("name", ["lion", None, ["afopt"]])
 def test_a_file_of_no_known_optimizer_is_refused(name, tmp_path):
     (tmp_path / CONFIG_FILE).write_text(json.dumps({"optimizer": name, "lr": 1.0}))
-    message = f"optimizer={name!r}: hf_precond knows adamr, afopt, nkfac, sgdph"
+    message = f"optimizer={name!r}: hf_precond knows adamr, afopt, muon, nkfac, sgdph"
     with pytest.raises(ValueError, match=re.escape(message)):
         load(tmp_path)
 

@@ -19,6 +19,7 @@ STEPS = 50
 SPARSE = {
     "afopt": {"scope": "all_linear", "stat_interval": 3, "inverse_interval": 6},
     "adamr": {"basis_source": "feature", "stat_interval": 3, "basis_interval": 6},
+    "muon": {},
     "nkfac": {"stat_interval": 3, "inverse_interval": 6},
     "sgdph": {"probe_interval": 3},
 }
@@ -26,6 +27,7 @@ COLLECTED = {
     name: [step for step in range(STEPS) if step % 3 == 0 or (name == "adamr" and step == 1)]
     for name in SPARSE
 }
+COLLECTED["muon"] = []
 
 
 def flat_state(optimizer):
@@ -102,7 +104,8 @@ def around_a_layer():
     for name in list_optimizers():
         model = make("bert", dtype=torch.float64)
         around = model.bert.encoder.layer[1] = Sometimes(model.bert.encoder.layer[1])
-        fields = SPARSE[name] | {"probe_interval" if name == "sgdph" else "stat_interval": 1}
+        every = {"muon": {}, "sgdph": {"probe_interval": 1}}.get(name, {"stat_interval": 1})
+        fields = SPARSE[name] | every
         optimizer = create_optimizer(model, name, lr=1e-3, **fields)
         wrapped = model
         if world > 1:

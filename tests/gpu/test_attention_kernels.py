@@ -13,6 +13,7 @@ pytestmark = pytest.mark.gpu
 WITH_STATISTICS = {
     "afopt": {"scope": "all_linear", "stat_interval": 1},
     "adamr": {"basis_source": "feature"},
+    "muon": {},
     "nkfac": {"stat_interval": 1},
     "sgdph": {"probe_interval": 1},
 }

@@ -19,6 +19,7 @@ each_name = pytest.mark.parametrize("name", list_optimizers())
 WITH_STATISTICS = {
     "afopt": {"scope": "all_linear", "stat_interval": 1},
     "adamr": {"basis_source": "feature"},
+    "muon": {"variant": "normuon"},
     "nkfac": {"stat_interval": 1},
     "sgdph": {"probe_interval": 1},
 }

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.gpu
 RARELY = {
     "afopt": {"scope": "all_linear", "stat_interval": 1, "inverse_interval": 100},
     "adamr": {"basis_interval": 64},
+    "muon": {},
     "nkfac": {"stat_interval": 1, "inverse_interval": 100},
     "sgdph": {"probe_interval": 100},
 }

@@ -16,6 +16,7 @@ each_name = pytest.mark.parametrize("name", NAMES)
 EVERY_FOUR = {
     "afopt": {"scope": "all_linear", "stat_interval": 4, "inverse_interval": 4},
     "adamr": {"basis_source": "feature", "stat_interval": 4},
+    "muon": {"variant": "normuon"},
     "nkfac": {"stat_interval": 4, "inverse_interval": 4},
     "sgdph": {"probe_interval": 4},
 }

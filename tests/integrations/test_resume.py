@@ -20,6 +20,7 @@ SAVED, LAST = 3, 6
 MIDWAY = {
     "adamr": "basis_source=feature,stat_interval=2,basis_interval=4",
     "afopt": "scope=all_linear,stat_interval=2,inverse_interval=4",
+    "muon": "variant=normuon",
     "nkfac": "stat_interval=2,inverse_interval=4",
     "sgdph": "probe_interval=2",
 }

@@ -15,7 +15,7 @@ from hf_precond.config.hub import CONFIG_FILE
 from hf_precond.integrations.arguments import own_optimizer
 from hf_precond.integrations.callback import logged_diagnostics
 from hf_precond.optimizers.base.optimizer import REPORT_INTERVAL
-from hf_precond.registry import list_optimizers
+from hf_precond.registry import get_info, list_optimizers
 from tests.integrations.tiny import bart, bert, llama, sequence_data, t5, text_data
 
 NAMES = list_optimizers()
@@ -23,6 +23,7 @@ each_name = pytest.mark.parametrize("name", NAMES)
 OFTEN = {
     "adamr": "basis_interval=2",
     "afopt": "stat_interval=1,inverse_interval=2",
+    "muon": "variant=normuon",
     "nkfac": "stat_interval=1,inverse_interval=2",
     "sgdph": "probe_interval=2",
 }
@@ -406,7 +407,7 @@ def test_the_model_card_says_the_optimizer_right(name, tmp_path):
     for _ in range(2):
         trainer.create_model_card(tags="mine")
     card = (tmp_path / "README.md").read_text()
-    title = {"adamr": "AdamR", "afopt": "AFOpt", "nkfac": "NKFAC", "sgdph": "SGD-PH"}[name]
+    title = get_info(name).title
     line = next(line for line in card.splitlines() if line.startswith("- optimizer:"))
     assert line.startswith(f"- optimizer: {title} (hf_precond, --optim {name}) with")
     assert "weight_decay=0.02" in line and OFTEN[name].split(",")[0] in line

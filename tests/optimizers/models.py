@@ -17,7 +17,7 @@ from transformers import (
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
-NO_STATISTICS: frozenset[str] = frozenset()
+NO_STATISTICS: frozenset[str] = frozenset({"muon"})
 """Optimizers that keep no statistics and no factors, which tests of these leave out."""
 
 

@@ -15,10 +15,11 @@ from tests.optimizers.test_shared import QUICK
 RARELY = {
     "afopt": {"scope": "all_linear", "stat_interval": 1, "inverse_interval": 100},
     "adamr": {"basis_interval": 64},
+    "muon": {},
     "nkfac": {"stat_interval": 1, "inverse_interval": 100},
     "sgdph": {"probe_interval": 100},
 }
-QUIET = {"afopt": 3, "adamr": 4, "nkfac": 1, "sgdph": 1}
+QUIET = {"afopt": 3, "adamr": 4, "muon": 1, "nkfac": 1, "sgdph": 1}
 CASES = [(name, {}) for name in list_optimizers()]
 CASES += [("afopt", {"scope": scope}) for scope in ("query_key", "attention")]
 CASES += [("afopt", {"direction": direction}) for direction in ("inverse", "inverse_sqrt")]
@@ -45,6 +46,7 @@ CASES += [
     ("adamr", {"max_dim": 10}),
     ("adamr", {"state_dtype": "bfloat16"}),
 ]
+CASES += [("muon", {"variant": "normuon"}), ("muon", {"adjust_lr_fn": "original"})]
 CASES += [("nkfac", {"solver": solver}) for solver in ("newton", "exact")]
 CASES += [("nkfac", {"base": base}) for base in ("sgd", "adamr")]
 CASES += [("nkfac", {"precision": precision}) for precision in ("tf32", "bf16")]

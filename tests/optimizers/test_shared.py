@@ -18,6 +18,7 @@ NAMES = list_optimizers()
 QUICK = {
     "afopt": {"scope": "all_linear", "stat_interval": 1, "inverse_interval": 2},
     "adamr": {"basis_interval": 2},
+    "muon": {"variant": "normuon"},
     "nkfac": {"stat_interval": 1, "inverse_interval": 2},
     "sgdph": {"probe_interval": 2},
 }

@@ -52,8 +52,8 @@ def test_the_launcher_trains_with_it(python, tmp_path):
 def test_its_name_is_listed_without_importing_it_or_torch(python):
     code = "import sys, hf_precond; print(*hf_precond.list_optimizers()); "
     code += "print({'torch', 'transformers', 'toy_optimizer'} & set(sys.modules))"
-    assert python("-c", code) == "adamr afopt nkfac sgdph toy\nset()\n"
-    assert "--optim adamr, afopt, nkfac, sgdph, toy" in python("-m", "hf_precond", "--help")
+    assert python("-c", code) == "adamr afopt muon nkfac sgdph toy\nset()\n"
+    assert "--optim adamr, afopt, muon, nkfac, sgdph, toy" in python("-m", "hf_precond", "--help")
 
 
 def test_commands_arguments_and_saved_configs_know_it(python, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from hf_precond.architectures.attention import find_attention
 from hf_precond.architectures.attention_block import AttentionBlock
-from hf_precond.architectures.modules import find_matrices, is_linear
+from hf_precond.architectures.hidden import ROLES, Candidate, in_attention, outside_attention
 from hf_precond.architectures.parameters import ParameterSurvey, add_reason
-from hf_precond.architectures.structure import LayerMatrix, ModelStructure, RowSelection
+from hf_precond.architectures.structure import LayerMatrix, ModelStructure
 from hf_precond.architectures.tables import HOW_TO_DECLARE
 from hf_precond.linalg.matrix_functions import pack, packed_size, unpack
 from hf_precond.optimizers.afopt.config import AFOptConfig
@@ -28,7 +28,6 @@ Form = Literal["rows", "columns", "square"]
 Side = Literal["", "down", "up"]
 
 SCOPES = {"query_key": "qk", "attention": "qkvo", "all_linear": "qkvo"}
-ROLES = {"q": "queries", "k": "keys", "v": "values", "o": "attention output"}
 VECTORS = {"q": "query", "k": "key"}
 SPECTRAL_KINDS: dict[Form, tuple[Kind, Kind]] = {
     "rows": ("factor", "inverse"),
@@ -36,9 +35,6 @@ SPECTRAL_KINDS: dict[Form, tuple[Kind, Kind]] = {
     "square": ("factor", "factor"),
 }
 """Kinds of the left and right factors, by the form of the matrix sign."""
-
-Candidate = tuple[LayerMatrix, str]
-"""A matrix that can be preconditioned, and what it is."""
 
 # Which matrices ----------------------------------------------------------------------
 
@@ -66,12 +62,12 @@ def attention_matrices(model: nn.Module, config: AFOptConfig) -> ModelStructure:
     def is_tied(matrix: LayerMatrix) -> bool:
         return survey.name_of(matrix.weight_parameter) in survey.tied
 
-    linears = _linears(survey, attentions)
+    linears = outside_attention(survey, attentions)
     chosen: list[Candidate] = []
     left: list[Candidate] = []
     blocks: list[AttentionBlock] = []
     for block in attentions:
-        candidates = _in_scope(block, SCOPES[scope])
+        candidates = in_attention(block, SCOPES[scope])
         if candidates and not any(is_tied(matrix) for matrix, _ in candidates):
             blocks.append(block)
             chosen += candidates
@@ -115,43 +111,6 @@ def attention_matrices(model: nn.Module, config: AFOptConfig) -> ModelStructure:
     return survey.structure(
         config, treated, outside, matrices=matrices, hidden=hidden, attention=blocks
     )
-
-
-def _in_scope(block: AttentionBlock, roles: str) -> list[Candidate]:
-    """The matrices and adapters of an attention that are stepped."""
-    chosen: list[Candidate] = []
-    note = f" ({block.note})" if block.note else ""
-    for role, matrix in block.roles().items():
-        if role in roles and role in block.trainable:
-            chosen.append((matrix, ROLES[role] + note))
-        if role in roles and role in block.adapters:
-            pair = (block.adapters[role].down, block.adapters[role].up)
-            chosen += [(m, f"adapter of {ROLES[role]}{note}") for m in pair if m.trains]
-    return chosen
-
-
-def _linears(survey: ParameterSurvey, attentions: Sequence[AttentionBlock]) -> list[Candidate]:
-    """The linear layers outside attention, and gates that share a weight with queries."""
-    roles: dict[nn.Module, set[str]] = {}
-    for block in attentions:
-        for role, matrix in block.roles().items():
-            roles.setdefault(matrix.module, set()).add(role)
-    linears = [(m, "linear layer") for m in find_matrices(survey.model) if m.module not in roles]
-    for query in {block.q.module: block.q for block in attentions}.values():
-        if query.rows is not None and roles[query.module] == {"q"}:
-            (rest,) = RowSelection.complement([query.rows])
-            gate = replace(query, name=query.name[:-3] + "[gate]", rows=rest)
-            linears.append((gate, "gate"))
-    chosen = []
-    for matrix, what in linears:
-        layer = is_linear(matrix.module) and matrix.of_layer
-        if not layer or not matrix.trains or min(matrix.shape) == 1:
-            continue
-        name = survey.name_of(matrix.weight_parameter)
-        skipped = name in survey.tied or name in survey.head or survey.describe(name) == "adapter"
-        if not skipped:
-            chosen.append((matrix, what))
-    return chosen
 
 
 def check_attention(attentions: Sequence[AttentionBlock], config: AFOptConfig) -> None:

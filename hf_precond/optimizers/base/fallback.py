@@ -61,7 +61,7 @@ def make_fallback(
 
         return RotatedAdamFallback.under(config, failures, count)
     if name == "muon":
-        from hf_precond.optimizers.base.muon import MuonFallback
+        from hf_precond.optimizers.muon.step import MuonFallback
 
         return MuonFallback(config.lr_scale, config.nesterov)
     raise ValueError(NO_FALLBACK.format(name=name))

@@ -7,9 +7,9 @@ import torch
 
 from hf_precond.optimizers.adamr.config import AdamRConfig
 from hf_precond.optimizers.adamr.rotated_adam import RotatedAdamFallback
-from hf_precond.optimizers.base.muon import MuonFallback
 from hf_precond.optimizers.base.parameters import ParamView
 from hf_precond.optimizers.base.refresh import FailureRecord
+from hf_precond.optimizers.muon.step import MuonFallback
 from hf_precond.registry import create_optimizer
 from tests.architectures.families import FAMILIES, build
 from tests.optimizers.models import batch, make, train_step, weights

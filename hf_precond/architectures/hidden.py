@@ -1,0 +1,69 @@
+"""The matrices of hidden layers: what attentions and other linear layers multiply with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from hf_precond.architectures.attention_block import AttentionBlock
+from hf_precond.architectures.modules import find_matrices, is_linear
+from hf_precond.architectures.parameters import ParameterSurvey
+from hf_precond.architectures.structure import LayerMatrix, RowSelection
+
+ROLES = {"q": "queries", "k": "keys", "v": "values", "o": "attention output"}
+
+Candidate = tuple[LayerMatrix, str]
+"""A matrix that can be preconditioned, and what it is."""
+
+
+def in_attention(block: AttentionBlock, roles: str = "qkvo") -> list[Candidate]:
+    """The matrices and adapters of an attention that train.
+
+    Args:
+        block: the attention.
+        roles: which of q, k, v and o.
+    """
+    chosen: list[Candidate] = []
+    note = f" ({block.note})" if block.note else ""
+    for role, matrix in block.roles().items():
+        if role in roles and role in block.trainable:
+            chosen.append((matrix, ROLES[role] + note))
+        if role in roles and role in block.adapters:
+            pair = (block.adapters[role].down, block.adapters[role].up)
+            chosen += [(m, f"adapter of {ROLES[role]}{note}") for m in pair if m.trains]
+    return chosen
+
+
+def outside_attention(
+    survey: ParameterSurvey, attentions: Sequence[AttentionBlock]
+) -> list[Candidate]:
+    """The linear layers outside attention that train, and gates that share a weight with queries.
+
+    Without output heads, tied weights, adapters, and weights of a single row or column.
+
+    Args:
+        survey: of the model.
+        attentions: all of the model's.
+    """
+    roles: dict[nn.Module, set[str]] = {}
+    for block in attentions:
+        for role, matrix in block.roles().items():
+            roles.setdefault(matrix.module, set()).add(role)
+    linears = [(m, "linear layer") for m in find_matrices(survey.model) if m.module not in roles]
+    for query in {block.q.module: block.q for block in attentions}.values():
+        if query.rows is not None and roles[query.module] == {"q"}:
+            (rest,) = RowSelection.complement([query.rows])
+            gate = replace(query, name=query.name[:-3] + "[gate]", rows=rest)
+            linears.append((gate, "gate"))
+    chosen = []
+    for matrix, what in linears:
+        layer = is_linear(matrix.module) and matrix.of_layer
+        if not layer or not matrix.trains or min(matrix.shape) == 1:
+            continue
+        name = survey.name_of(matrix.weight_parameter)
+        skipped = name in survey.tied or name in survey.head or survey.describe(name) == "adapter"
+        if not skipped:
+            chosen.append((matrix, what))
+    return chosen

@@ -1,0 +1,1 @@
+"""Muon: the matrix sign of the momentum."""

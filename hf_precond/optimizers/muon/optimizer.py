@@ -1,0 +1,176 @@
+"""Muon: matrices of hidden layers stepped by the sign of their momentum."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from hf_precond.architectures.attention import find_attention
+from hf_precond.architectures.hidden import in_attention, outside_attention
+from hf_precond.architectures.modules import find_matrices, is_layer
+from hf_precond.architectures.parameters import ParameterSurvey, add_reason
+from hf_precond.architectures.structure import LayerMatrix, ModelStructure, RowSelection
+from hf_precond.distributed.collectives import like
+from hf_precond.optimizers.base.optimizer import PrecondOptimizer
+from hf_precond.optimizers.base.parameters import (
+    Bound,
+    BoundMatrix,
+    ParamView,
+    Preconditioned,
+    allocate,
+)
+from hf_precond.optimizers.muon.config import MuonConfig
+from hf_precond.optimizers.muon.step import MOMENTUM, ROWS, MuonStep, holds_transposes, stack_shape
+from hf_precond.registry import register_optimizer
+
+
+def hidden_matrices(model: nn.Module, config: MuonConfig) -> ModelStructure:
+    """Finds the matrices of hidden layers, without biases: q, k, v and o, linear layers and others.
+
+    Those are convolutions, stacks of experts, and the A and B of LoRA. Embeddings, output heads,
+    tied weights, single rows and columns, and parameters of no layer are AdamW's.
+
+    Args:
+        model: the model.
+        config: the config.
+
+    Raises:
+        ValueError: there is none.
+    """
+    survey, attentions = ParameterSurvey(model), find_attention(model)
+    chosen = [found for b in attentions for found in in_attention(replace(b, note=""))]
+    chosen += outside_attention(survey, attentions)
+    inside = {id(matrix.weight_parameter) for matrix, _ in chosen}
+    others = [m for m in find_matrices(model) if id(m.weight_parameter) not in inside]
+    chosen += [(m, what) for m in others if (what := _kind(survey, m)) is not None]
+    order = {name: place for place, name in enumerate(survey.parameters)}
+    named = [(survey.name_of(m.weight_parameter), m, what) for m, what in chosen]
+    matrices: dict[tuple[str, RowSelection | None], LayerMatrix] = {}
+    treated: dict[str, str] = {}
+    reasons: dict[str, str] = {}
+    for name, matrix, what in sorted(named, key=lambda found: order[found[0]]):
+        if name in survey.head:
+            reasons[name] = f"output head ({what})"
+        elif min(stack_shape(matrix)[1:]) == 1:
+            reasons[name] = f"{what} of a single row or column"
+        elif name not in survey.tied:
+            matrices.setdefault((name, matrix.rows), replace(matrix, bias=None))
+            add_reason(treated, [name], what)
+    if not matrices:
+        raise ValueError(
+            "muon: no matrix of a hidden layer of this model trains, so nothing would be "
+            "orthogonalised; unfreeze a linear layer, or use --optim adamw_torch."
+        )
+    return survey.structure(config, treated, reasons, matrices=list(matrices.values()))
+
+
+def _kind(survey: ParameterSurvey, matrix: LayerMatrix) -> str | None:
+    """What a matrix of a hidden layer is that no attention and no linear layer holds."""
+    if matrix.stacked:
+        return f"{len(matrix.weight_parameter)} experts"
+    if not matrix.of_layer or not is_layer(matrix.module):
+        return None
+    what = survey.describe(survey.name_of(matrix.weight_parameter))
+    return what if what in ("adapter", "convolution") else None
+
+
+@register_optimizer(
+    "muon",
+    config=MuonConfig,
+    select=hidden_matrices,
+    description="the matrix sign of the momentum for hidden layers, AdamW for the rest",
+    memory="mn momentum, and m under variant=normuon",
+)
+class Muon(PrecondOptimizer):
+    """The matrix sign of the momentum, for every matrix of a hidden layer.
+
+    For a matrix W, ``[m, n]``, with gradient G, ``torch.optim.Muon``'s step::
+
+        M ← μ M + (1-μ) G ;  N = μ M + (1-μ) G       (Nesterov; else N = M)
+        U = msign(N)                                  Newton–Schulz in bfloat16
+        W ← (1 - lr·wd) W - lr · lr_scale · 0.2·√max(m, n) · U
+
+    so that the entries of a step have AdamW's usual root mean square; with
+    ``adjust_lr_fn="original"`` it is ``√max(1, m/n)`` in the place of
+    ``0.2·√max(m, n)``. Under ``variant="normuon"`` rows of U that have been
+    large are made smaller, at the same norm of the whole::
+
+        v ← β₂ v + (1-β₂) mean_j U_ij²                one number a row
+        U ← Û · ‖U‖_F/‖Û‖_F ,  Û_i = U_i / (√v_i + 1e-8)
+
+    q, k and v are matrices of their own where their weight is fused, and so is
+    each expert of a stack and each group of a convolution, whose weight is read
+    as ``[out, in·k…]``; of LoRA it is A and B. AdamW steps everything else, at
+    the group's learning rate: embeddings, output heads, biases, norms.
+
+    The sign is computed in bfloat16 on CPUs too, as torch does, matrices of one
+    shape together; the rest is float32, parameters of lower precision are
+    rounded once. Ranks share the signs of large matrices. Kept per matrix: M in
+    float32, half of AdamW's state, sharded as the weight is.
+
+    Diagnostics, of the step that the momentum gives now: ``update_ratio/{matrix}``,
+    its root mean square over the weight's (in the logs the largest; above about
+    1e-2 in a pretrained model the rate is high), ``cosine``, of momentum and
+    step, mean over the matrices, and under ``normuon`` ``row_ratio/{matrix}``,
+    the root mean square of its largest row over that of all.
+
+    An expert without tokens goes on along its momentum, as under torch's.
+
+    Args:
+        param_groups: as for any torch optimizer.
+        structure: what was found in the model.
+        config: the fields.
+
+    Source: Jordan et al., "Muon: an optimizer for hidden layers in neural
+    networks", 2024; Liu et al., "Muon is scalable for LLM training", 2025,
+    arXiv 2502.16982; Li et al., "NorMuon", 2025, arXiv 2510.05491.
+    """
+
+    config: MuonConfig
+
+    @functools.cached_property
+    def rule(self) -> MuonStep:
+        """The step of the matrices. Not copied with the optimizer: its state is that of views."""
+        config = self.config
+        return MuonStep(
+            config.lr_scale, config.nesterov, config.ns_steps,
+            config.adjust_lr_fn, config.variant, config.normuon_beta2,
+        )  # fmt: skip
+
+    def allocate(self, bound: BoundMatrix) -> None:
+        """Make the momentum, and under ``normuon`` the rows' mean squares, where missing."""
+        state, weight, matrix = self.state[bound.weight], bound.weight, bound.matrix
+        shape, whole = (matrix.shape, None) if bound.fused else (weight.shape, weight)
+        allocate(state, bound.prefix + MOMENTUM, shape, bound.dtype, weight.device, whole)
+        if self.config.variant == "normuon":
+            count, *sides = stack_shape(matrix)
+            outputs = count * sides[1 if holds_transposes(matrix) else 0]
+            allocate(state, bound.prefix + ROWS, (outputs,), bound.dtype, weight.device)
+
+    def uses_fallback(self, bound: Bound) -> bool:
+        """No: AdamW keeps no state of the matrices."""
+        return False
+
+    def precondition(self, ready: Sequence[BoundMatrix]) -> Iterable[Preconditioned]:
+        """Step the matrices in place."""
+        gathered: dict[Tensor, Tensor] = {}
+        self.rule.update([self._view(bound, gathered) for bound in ready])
+        for parameter, whole in gathered.items():
+            parameter.copy_(like(parameter, whole))
+        return [Preconditioned(bound, None, "applied") for bound in ready]
+
+    def _view(self, bound: BoundMatrix, gathered: dict[Tensor, Tensor]) -> ParamView:
+        """A matrix with its gradient, to be stepped; rows of sharded weights in ``gathered``."""
+        weight, group = bound.weight, self.param_groups[bound.group]
+        if bound.fused:
+            gradient = bound.gradient()
+            assert gradient is not None
+            (view,) = bound.views(gradient, self.param_groups, self.state, gathered)
+        else:
+            assert weight.grad is not None
+            view = ParamView(weight, weight.grad, self.state[weight], "", group)
+        view.matrix = bound.matrix
+        return view

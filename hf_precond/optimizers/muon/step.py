@@ -1,0 +1,238 @@
+"""Muon's step: the matrix sign of the momentum, matrices of one shape together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_precond.architectures.structure import LayerMatrix
+from hf_precond.architectures.tables import TRANSPOSED_EXPERTS
+from hf_precond.distributed import collectives
+from hf_precond.distributed.collectives import full, like
+from hf_precond.linalg.matrix_functions import STEPS, frobenius_norm, newton_schulz
+from hf_precond.linalg.products import compute_dtype
+from hf_precond.optimizers.base.fallback import AdamWFallback, descend
+from hf_precond.optimizers.base.parameters import ParamView, grouped, in_batches
+
+MOMENTUM, ROWS = "momentum_buffer", "row_second_moment"
+
+EPS = 1e-7
+"""Smallest Frobenius norm that a momentum is divided by: torch's."""
+ROW_EPS = 1e-8
+"""Added to the root of a row's mean square."""
+CHUNK = {"cpu": 2**20, "cuda": 2**25}
+"""Entries stepped in one batch: bounds the memory of temporaries."""
+SHARED = 256
+"""Smaller side from which a sign costs more than sending it: ranks share these."""
+
+
+@dataclass(eq=False)
+class MuonStep:
+    """Steps matrices in place by the sign of their momentum.
+
+    The formula is :class:`~hf_precond.optimizers.muon.optimizer.Muon`'s. Views of one shape and
+    parameter group are one batch of products; with several ranks, each computes its share of
+    large batches, and all get the same bits. The rest is elementwise, of sharded parameters on
+    the shards.
+
+    Args:
+        lr_scale: learning rate of the matrices over the group's, > 0.
+        nesterov: Nesterov's form of the momentum.
+        ns_steps: Newton–Schulz steps.
+        adjust_lr_fn: ``match_rms_adamw`` or ``original``.
+        variant: ``muon`` or ``normuon``.
+        normuon_beta2: decay of the rows' running mean square.
+    """
+
+    lr_scale: float = 1.0
+    nesterov: bool = True
+    ns_steps: int = STEPS
+    adjust_lr_fn: str = "match_rms_adamw"
+    variant: str = "muon"
+    normuon_beta2: float = 0.95
+
+    def update(self, views: Sequence[ParamView]) -> None:
+        """Step every view by its gradient; its state has been made."""
+        for batch in batches(views):
+            directions = self.directions(batch, self._advance(batch))
+            parts = directions.split(len(directions) // len(batch))
+            steps = [_as_parameter(v, part) for v, part in zip(batch, parts, strict=True)]
+            descend([
+                ParamView(view.param, step, {}, "", view.group)
+                for view, step in zip(batch, steps, strict=True)
+            ])  # fmt: skip
+
+    def _advance(self, batch: Sequence[ParamView]) -> list[Tensor]:
+        """``M ← μ M + (1-μ) G``; returns N, ``μ M + (1-μ) G`` once more under Nesterov, else M."""
+        momenta = [view[MOMENTUM] for view in batch]
+        pairs = zip(batch, momenta, strict=True)
+        grads = [view.grad.to(m.dtype).reshape(m.shape) for view, m in pairs]
+        decay = batch[0].group["momentum"]
+        torch._foreach_lerp_(momenta, grads, 1 - decay)
+        return list(torch._foreach_lerp(grads, momenta, decay)) if self.nesterov else momenta
+
+    def directions(
+        self, batch: Sequence[ParamView], momenta: Sequence[Tensor], advance: bool = True
+    ) -> Tensor:
+        """What a step subtracts, per unit of the group's learning rate.
+
+        Args:
+            batch: views of one shape.
+            momenta: N of each, shaped like its state.
+            advance: average the rows' mean squares first, under ``normuon``.
+
+        Returns:
+            ``[n, m, k]``, every expert and every group of a convolution a matrix of its own.
+        """
+        # Rounded before they are gathered and stacked: half the traffic.
+        rounded = [full(momentum.bfloat16()) for momentum in momenta]
+        stack = torch.cat([as_matrices(v, m) for v, m in zip(batch, rounded, strict=True)])
+        directions = self._signs(stack).to(compute_dtype(batch[0].param.dtype))
+        if self.variant == "normuon":
+            directions = self._even_rows(batch, directions, advance)
+        rows, columns = stack.mT.shape[1:] if _is_transposed(batch[0]) else stack.shape[1:]
+        matched = self.adjust_lr_fn == "match_rms_adamw"
+        ratio = (
+            0.2 * math.sqrt(max(rows, columns)) if matched else math.sqrt(max(1, rows / columns))
+        )
+        return directions.mul_(self.lr_scale * ratio)
+
+    def _signs(self, stack: Tensor) -> Tensor:
+        """``msign`` of each matrix, in bfloat16; shared out where that pays."""
+        ranks, count = collectives.world_size(), len(stack)
+        if ranks == 1 or count == 1 or min(stack.shape[1:]) < SHARED:
+            return self._own_signs(stack)
+        owners = [place * ranks // count for place in range(count)]
+        mine = [place for place, owner in enumerate(owners) if owner == collectives.rank()]
+        signs = torch.empty_like(stack)
+        if mine:
+            own = slice(mine[0], mine[-1] + 1)
+            signs[own] = self._own_signs(stack[own])
+        collectives.broadcast_results([[sign] for sign in signs.unbind()], owners)
+        return signs
+
+    def _own_signs(self, stack: Tensor) -> Tensor:
+        """In one batch on an accelerator; on a CPU one by one, which rounds as torch's Muon does.
+
+        A batch may add up the products of its matrices in another order.
+        """
+        batches = stack.split(1) if stack.is_cpu else [stack]
+        return torch.cat([newton_schulz(part, self.ns_steps, EPS) for part in batches])
+
+    def _even_rows(self, batch: Sequence[ParamView], signs: Tensor, advance: bool) -> Tensor:
+        """NorMuon: rows over the root of their running mean square, each matrix's norm kept."""
+        moments = [view[ROWS] for view in batch]
+        inputs = -2 if _is_transposed(batch[0]) else -1
+        if advance:
+            squares = signs.square().mean(inputs).view(len(batch), -1)
+            torch._foreach_lerp_(moments, list(squares.unbind()), 1 - self.normuon_beta2)
+        roots = torch.stack(moments).view(len(signs), -1).sqrt().unsqueeze(inputs)
+        even = signs / (roots + ROW_EPS)
+        return even.mul_(frobenius_norm(signs) / frobenius_norm(even))
+
+
+def batches(views: Sequence[ParamView]) -> Iterator[Sequence[ParamView]]:
+    """Views of one shape, parameter group, dtype and device, at most :data:`CHUNK` entries a rank.
+
+    Args:
+        views: of matrices.
+    """
+
+    def key(view: ParamView) -> tuple[Any, ...]:
+        param = view.param
+        mesh = getattr(param, "device_mesh", None)
+        layout = _shape(view), _is_transposed(view)
+        return id(view.group), layout, param.dtype, param.device, mesh
+
+    for alike in grouped(views, key):
+        limit = CHUNK.get(alike[0].param.device.type, CHUNK["cuda"])
+        size = math.prod(_shape(alike[0]))
+        yield from in_batches(alike, size, limit * collectives.world_size())
+
+
+def stack_shape(matrix: LayerMatrix) -> tuple[int, int, int]:
+    """``(count, out, in)``: a weight's experts, or the groups of a convolution, one by one.
+
+    As they are stored: ``(count, in, out)`` where :func:`holds_transposes`.
+
+    Args:
+        matrix: the weight.
+    """
+    if matrix.stacked:
+        count, rows, columns = matrix.weight_parameter.shape
+        return count, rows, columns
+    rows, columns = matrix.shape
+    if matrix.layout == "transposed":
+        return 1, columns, rows
+    return matrix.groups, rows // matrix.groups, columns
+
+
+def holds_transposes(matrix: LayerMatrix) -> bool:
+    """Whether a weight is stored ``[in, out]``, as ``Conv1D`` and some experts are.
+
+    Args:
+        matrix: the weight.
+    """
+    experts = matrix.stacked and getattr(matrix.module, TRANSPOSED_EXPERTS, False)
+    return bool(experts) or matrix.layout == "transposed"
+
+
+def as_matrices(view: ParamView, tensor: Tensor) -> Tensor:
+    """A view's parameter, or a tensor of its shape, as its matrices, :func:`stack_shape`.
+
+    Args:
+        view: of a matrix.
+        tensor: shaped like its parameter, or ``[out, in]`` where that is rows of a fused one.
+    """
+    return (tensor.mT if _is_turned(view) else tensor).reshape(_shape(view))
+
+
+def _as_parameter(view: ParamView, matrices: Tensor) -> Tensor:
+    """The inverse of :func:`as_matrices`, sharded as the parameter is."""
+    matrices = matrices.mT if _is_turned(view) else matrices
+    return like(view.param, matrices.reshape(view.param.shape))
+
+
+def _shape(view: ParamView) -> tuple[int, ...]:
+    return (1, *view.shape) if view.matrix is None else stack_shape(view.matrix)
+
+
+def _is_transposed(view: ParamView) -> bool:
+    return view.matrix is not None and holds_transposes(view.matrix)
+
+
+def _is_turned(view: ParamView) -> bool:
+    """Whether a view is ``[out, in]`` though it is stored otherwise: rows of a fused ``Conv1D``."""
+    return view.matrix_shape is not None and _is_transposed(view)
+
+
+class MuonFallback(AdamWFallback):
+    """Muon for the views that are marked ``hidden``, AdamW for all others.
+
+    Args:
+        lr_scale: learning rate of the matrices over the group's, > 0.
+        nesterov: Nesterov's form of the momentum.
+    """
+
+    def __init__(self, lr_scale: float = 1.0, nesterov: bool = True) -> None:
+        super().__init__()
+        self.step = MuonStep(lr_scale, nesterov)
+
+    def allocate(self, views: Sequence[ParamView]) -> None:
+        """Makes the momentum of hidden matrices, and AdamW's moments of all others."""
+        for view in views:
+            if view.hidden:
+                view.zeros(MOMENTUM)
+        super().allocate([view for view in views if not view.hidden])
+
+    def update(self, views: Sequence[ParamView]) -> None:
+        """Steps hidden matrices by Muon and all others by AdamW."""
+        super().update([view for view in views if not view.hidden])
+        hidden = [view for view in views if view.hidden]
+        self.allocate(hidden)
+        self.step.update(hidden)
