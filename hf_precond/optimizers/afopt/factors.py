@@ -67,8 +67,6 @@ from hf_precond.statistics.requests import Statistic
 CHUNK = 1 << 25
 """Elements that are stepped, or averaged on a GPU, in one batch, to bound the temporaries."""
 COUNTERS = ("failed_refreshes", "identity_factors")
-START = "start"
-"""State of a matrix that joined after the first step: the number of its own first one."""
 STARTS = 3
 """Statistics of a moment at each of which its factors are recomputed."""
 JITTER = 8
@@ -145,11 +143,10 @@ class Factors:
             refresh.report(failures, _title, count, zeros=True)
 
     def _is_due(self, factor: StateMatrix, step: int) -> bool:
-        config, bound = self.config, factor.bound
-        since = step - self.state[bound.weight].get(f"{bound.prefix}{START}", 0)
-        if since < 3 * config.stat_interval and step % config.stat_interval == 0:
+        config = self.config
+        if step <= 2 * config.stat_interval and step % config.stat_interval == 0:
             return True
-        return step % config.inverse_interval == self.plan.phases[bound]
+        return step % config.inverse_interval == self.plan.phases[factor.bound]
 
     def late(self, step: int, keys: Collection[str], seen: Counter[str]) -> list[Moment]:
         """The moments that have had :data:`STARTS` statistics or fewer, after the first steps.

@@ -20,7 +20,7 @@ from hf_precond.linalg.matrix_functions import (
 )
 from hf_precond.linalg.products import Precision
 from hf_precond.optimizers.afopt.config import AFOptConfig
-from hf_precond.optimizers.afopt.factors import CHUNK, START, Factors, times_right
+from hf_precond.optimizers.afopt.factors import CHUNK, Factors, times_right
 from hf_precond.optimizers.afopt.plan import (
     AFOptPlan,
     Form,
@@ -170,16 +170,13 @@ class AFOpt(PrecondOptimizer):
     def allocate(self, bound: BoundMatrix) -> None:
         """Makes momentum, moments (zeros) and factors (identities)."""
         state, device = self.state[bound.weight], bound.weight.device
-        stored = self.plan.stored[bound]
-        if self.steps and any(item.key not in state for item in stored):
-            state[f"{bound.prefix}{START}"] = self.steps
         if self.config.scaling != "norm_recovery":
             shape = (bound.matrix.shape[0], bound.matrix.columns)
             allocate(state, f"{bound.prefix}momentum", shape, bound.dtype, device)
             allocate(state, f"{bound.prefix}fade", (), bound.dtype, device)
         dtype = self.config.factor_dtype(bound.weight.dtype)
-        for item in stored:
-            item.allocate(state, dtype)
+        for stored in self.plan.stored[bound]:
+            stored.allocate(state, dtype)
 
     # The step, from statistics and gradients to directions ---------------------------------
 
