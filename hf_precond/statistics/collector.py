@@ -323,6 +323,14 @@ class _HookedLayer:
         """float64 where the layer's weight is, float32 elsewhere."""
         return compute_dtype(next((p.dtype for p in self.layer.parameters()), torch.float32))
 
+    def fits(self, output: Tensor) -> bool:
+        """Whether an output is as wide as the layer's weight makes it; of linear layers alone."""
+        if not is_linear(self.layer):
+            return True
+        matrix = next(iter(self.collections.values())).matrix
+        rows = matrix.shape[0] if matrix.rows is None else matrix.rows.total
+        return output.shape[-1] == rows
+
 
 class MomentCollector(StatisticsSource):
     """The source of second moments.
@@ -360,6 +368,7 @@ class MomentCollector(StatisticsSource):
         self.shared = SharedInputs()
         self.evaluated: dict[str, _HookedLayer] = {}  # had gradients in evaluation mode
         self.called: set[nn.Module] = set()  # since the last statistics were taken
+        self.unlike: set[nn.Module] = set()  # those that are no linear layers, by what they return
         self.reasons: dict[str, str] = {}  # why a request had no answer
         self.tokens = TokenWeights(model)
         # Compiled code runs uncompiled on due steps: hooks that act would break its graphs.
@@ -429,6 +438,9 @@ class MomentCollector(StatisticsSource):
         self.called.add(module)
         result = output[0] if isinstance(output, (tuple, list)) else output
         if not isinstance(result, Tensor) or not result.requires_grad:
+            return
+        if not hooked.fits(result):
+            self.unlike.add(module)
             return
         if module.training:
             self._observe(hooked, args, kwargs, result)
@@ -590,6 +602,8 @@ class MomentCollector(StatisticsSource):
             return "its passes ran in evaluation mode"
         if hooked.module not in self.called:
             return "its layer was not called: the weight is used some other way"
+        if hooked.module in self.unlike:
+            return "its layer computes something else than x Wᵀ"
         return "no gradient reached its layer's output"
 
     def _warn_of_evaluation(self) -> None:

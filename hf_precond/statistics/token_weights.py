@@ -195,7 +195,7 @@ class Reader:
             dtype: of the weights.
 
         Returns:
-            ``[B, T]`` for ``[B, T, …]``, ``[B · T]`` for the flattened ``[B · T, d]``;
+            ``[B, T, …]`` for ``[B, T, …, d]``, ``[B · T]`` for the flattened ``[B · T, d]``;
             ``[T, B]`` in modules that work on ``[T, B, d]``.
         """
         if len(shape) < 2:
@@ -206,7 +206,9 @@ class Reader:
             for masks in reversed(passes):
                 mask = self._fit(masks[name], shape, masked) if name in masks else None
                 if mask is not None:
-                    return mask.ne(0).to(dtype)
+                    weights = mask.ne(0).to(dtype)
+                    several = shape[2:-1]  # streams or heads of one token: all weigh the same
+                    return weights[(..., *[None] * len(several))].expand(*weights.shape, *several)
         return None
 
     def _fit(self, mask: Tensor, shape: tuple[int, ...], masked: _MaskedModel) -> Tensor | None:

@@ -157,6 +157,23 @@ def test_cross_attention_reads_the_masks_of_its_two_sequences(name: str) -> None
     collector.close()
 
 
+def test_a_linear_layer_that_computes_something_else_has_no_statistics() -> None:
+    """As DeepSeek V4's: the weight of each group of inputs is a part of one matrix."""
+
+    class Grouped(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            weight = self.weight.view(2, -1, self.in_features)
+            return torch.einsum("bgi,goi->bgo", input, weight)
+
+    layer = Grouped(3, 8, bias=False)
+    (matrix,) = find_matrices(layer)
+    collector = opened(layer, requests_for([matrix]))
+    layer(torch.randn(4, 2, 3)).square().sum().backward()
+    assert collector.take() == {}
+    for request in collector.requests:
+        assert "something else" in collector.missing(request.key)
+
+
 def test_flattened_sequences_keep_their_mask() -> None:
     class Flat(nn.Module):
         def __init__(self) -> None:

@@ -90,6 +90,29 @@ def checkpointed(reentrant: bool | None) -> nn.Module:
     return model
 
 
+def test_vectors_of_one_token_weigh_alike() -> None:
+    """A layer on ``[B, T, streams, d]``, as of DeepSeek V4's streams or of heads."""
+
+    class Streams(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 5, bias=False).double()
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.layer(x).square().sum()
+
+    model, mask = Streams(), masks(7, 3, 2)
+    (matrix,) = find_matrices(model)
+    kinds = ("input", "output_grad")
+    OPEN.append(MomentCollector(model, [MomentRequest(kind, kind, matrix) for kind in kinds]))  # type: ignore[arg-type]
+    OPEN[-1].enable(True, 0)
+    x = torch.randn(3, 7, 2, 4, dtype=torch.float64)
+    model(x, attention_mask=mask).backward()
+    found, real = OPEN[-1].take(), x[mask.bool()].flatten(0, 1)
+    assert found["input"].count == found["output_grad"].count == 24
+    torch.testing.assert_close(found["input"].sum, real.mT @ real)
+
+
 @pytest.mark.parametrize("reentrant", [None, True, False])
 def test_two_forwards_before_a_backward_keep_their_masks(reentrant: bool | None) -> None:
     """A query and a passage, as contrastive training has them."""
