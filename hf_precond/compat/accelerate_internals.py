@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_precond.compat.torch_internals import loss_scale
 
@@ -63,6 +64,24 @@ def listen(listener: Listener) -> Callable[[], None]:
             accelerator.backward = _WRAPPERS.pop().__wrapped__
 
     return stop
+
+
+@contextmanager
+def outside_autocast(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Runs modules without the autocast that ``Accelerator.prepare`` wraps their forward in.
+
+    Args:
+        modules: the modules, wrapped or not.
+    """
+    wrapped = [m for m in modules if {"forward", "_original_forward"} <= vars(m).keys()]
+    forwards = [module.forward for module in wrapped]
+    for module in wrapped:
+        vars(module)["forward"] = module._original_forward
+    try:
+        yield
+    finally:
+        for module, forward in zip(wrapped, forwards, strict=True):
+            vars(module)["forward"] = forward
 
 
 def _accelerator() -> Any:

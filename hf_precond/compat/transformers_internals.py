@@ -8,6 +8,8 @@ changed from outside:
 - ``Trainer.get_optimizer_cls_and_kwargs`` is wrapped. That works whatever it
   looks up (a table of handlers since 5.2), and comes before its parsing of
   ``--optim_args``, whose errors are obscure;
+- ``trainer.Trainer.train`` is wrapped, so that the calls of ``compute_loss``
+  are seen;
 - ``trainer.DEFAULT_CALLBACKS`` gets a callback;
 - ``modelcard.extract_hyperparameters_from_trainer`` is wrapped, because it
   describes every optimizer with "adam" in its name as Adam.
@@ -19,6 +21,7 @@ import functools
 import re
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from importlib import metadata
 from types import ModuleType
 from typing import Any
@@ -114,6 +117,28 @@ def wrap_lookup(
 
     setattr(get_optimizer_cls_and_kwargs, _MARK, True)
     trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
+
+
+def wrap_training(
+    module: ModuleType, during: Callable[[Any], AbstractContextManager[None]]
+) -> None:
+    """Run ``Trainer.train`` inside a context.
+
+    Args:
+        module: ``transformers.trainer``.
+        during: takes the Trainer, returns the context.
+    """
+    original = module.Trainer.train
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with during(self):
+            return original(self, *args, **kwargs)
+
+    setattr(train, _MARK, True)
+    module.Trainer.train = train
 
 
 def add_default_callback(module: ModuleType, callback: type) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.trainer_callback import TrainerCallback
 
 from hf_precond.compat.transformers_internals import is_added
@@ -88,6 +92,32 @@ def restored_settings(own: Any) -> dict[str, Any]:
         for key, value in restored.items()
         if hasattr(own.config, key) and getattr(own.config, key) != value
     }
+
+
+@contextmanager
+def recorded_losses(trainer: Any) -> Iterator[None]:
+    """Show an optimizer that needs the loss every call of ``compute_loss``, subclasses' too.
+
+    Args:
+        trainer: the Trainer; its method is restored at the end.
+    """
+    original, own = trainer.compute_loss, vars(trainer)
+    before = {name: own[name] for name in ("compute_loss",) if name in own}
+
+    @functools.wraps(original)
+    def compute_loss(*args: Any, **kwargs: Any) -> Any:
+        optimizer = own_optimizer(trainer.optimizer)
+        record = getattr(getattr(optimizer, "statistics", None), "record", None)
+        if record is None or not torch.is_grad_enabled():
+            return original(*args, **kwargs)
+        return record(trainer, original, args, kwargs)
+
+    trainer.compute_loss = compute_loss
+    try:
+        yield
+    finally:
+        del trainer.compute_loss
+        own.update(before)
 
 
 class PrecondCallback(TrainerCallback):

@@ -127,7 +127,8 @@ def _correct_model_card(module: ModuleType) -> None:
 
 
 def _extend_trainer(module: ModuleType) -> None:
-    from hf_precond.integrations.callback import PrecondCallback
+    from hf_precond.integrations.callback import PrecondCallback, recorded_losses
 
     internals.wrap_lookup(module, look_up)
+    internals.wrap_training(module, recorded_losses)
     internals.add_default_callback(module, PrecondCallback)

@@ -7,10 +7,12 @@ reentrant checkpointing none either; so the passes that are probed run without.
 from __future__ import annotations
 
 import functools
+import os
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +26,7 @@ from hf_precond.statistics.hessian_products import (
     GraphProduct,
     depends_on,
     diagonal_estimates,
+    made_of,
     probe_vectors,
     recomputes,
 )
@@ -31,20 +34,36 @@ from hf_precond.statistics.requests import CurvatureRequest, CurvatureSource, St
 
 if TYPE_CHECKING:
     from hf_precond.statistics.finite_differences import DifferenceProduct
+    from hf_precond.statistics.recorded_losses import RecordedLoss
 
 NO_LOSS = (
     "sgdph: step {step} is due for a Hessian-vector product, and no loss of this model was seen "
     "since the last step. In a plain loop run forward and backward inside "
     "`with optimizer.curvature_context():` and call optimizer.probe(loss) before loss.backward(); "
     "zero_grad() must not come between probe and step. With Accelerate call "
-    "accelerator.backward(loss)."
+    "accelerator.backward(loss). Where that loss reaches the model by hooks alone (GradCache), "
+    "call optimizer.probe(lambda: loss_function(model(x), y)) before the backward pass, or choose "
+    "adamr or afopt."
 )
 NOT_TWICE = (
     "sgdph: the training graph cannot be differentiated twice ({error}). Fused attention: load the "
     "model with attn_implementation='sdpa' or 'eager', and run the forward pass inside "
     "optimizer.curvature_context(). Reentrant checkpointing: pass use_reentrant=False. Compiled or "
-    "fused kernels: switch them off, or in a plain loop give optimizer.probe a function that "
-    "returns the loss: optimizer.probe(lambda: loss_function(model(x), y))."
+    "fused kernels: switch them off. A loss that has no second derivative: give optimizer.probe a "
+    "function that returns the loss, optimizer.probe(lambda: loss_function(model(x), y)), before "
+    "the backward pass; a Trainer does so by itself where all of the loss comes from its "
+    "compute_loss. Otherwise choose adamr or afopt."
+)
+SWITCHED = (
+    "sgdph: the loss of {name} cannot be differentiated twice ({error}); on the steps that are "
+    "probed its compute_loss is run again, and curvature is taken from differences of gradients."
+)
+HIDDEN = "no graph was seen to lead from the loss to the norms"
+NOT_AGAIN = (
+    "sgdph: {name}.compute_loss returned {first:.8g} and then {second:.8g} for one batch and the "
+    "same random numbers, and its loss cannot be differentiated twice ({error}), so there is no "
+    "curvature to be had: something in it is random beyond the generators of Python, numpy and "
+    "torch. Choose adamr or afopt."
 )
 SHARDED = (
     "sgdph: the model is sharded (FSDP2, or parameters that are DTensors), and its backward pass "
@@ -164,6 +183,7 @@ class FullPrecision:
             self.left.pop()[1].__exit__(None, None, None)
 
     def _is_full(self) -> bool:
+        """Whether every weight is float32 or float64."""
         if self._full is None:
             allowed = (torch.float32, torch.float64)
             self._full = all(weight.dtype in allowed for weight in self.model.parameters())
@@ -178,6 +198,10 @@ class CurvatureProbe(CurvatureSource):
     kernel that can be differentiated twice, until the backward pass is done,
     and runs outside autocast unless the requests allow it.
 
+    Under a Trainer :meth:`record` sees the calls of ``compute_loss`` too. Once
+    a graph could not be differentiated twice, these are made again when the
+    gradients are complete, and the products are differences of gradients.
+
     Args:
         model: the root of what is trained, inside any wrapper.
         requests: what to probe; one estimator for all.
@@ -189,6 +213,10 @@ class CurvatureProbe(CurvatureSource):
         self.due = False
         self.step = 0
         self.vectors: dict[str, Tensor] = {}
+        self.reason = ""  # why the graph of the loss that is trained was of no use
+        self.once = False  # that loss has one derivative alone
+        self.again = False  # the calls that made it are being made again
+        self.recorded: list[RecordedLoss] = []
         self.drop()
         self.switches = DoubleBackward(model)
         self.precision = FullPrecision(model)
@@ -225,6 +253,9 @@ class CurvatureProbe(CurvatureSource):
             RuntimeError: products were due and no loss of this model was observed.
         """
         self.switches.release()
+        recorded = [call for call in self.recorded if call.factor is not None]
+        if self.due and recorded:
+            self._make_again(recorded)
         observed = self.losses or self.by_differences
         if self.due and not observed and self._requests():
             raise RuntimeError(NO_LOSS.format(step=self.step))
@@ -238,6 +269,9 @@ class CurvatureProbe(CurvatureSource):
         self.losses: list[weakref.ref[Tensor]] = []
         self.by_differences = False
         self.versions: list[int] = []
+        for call in self.recorded:
+            call.node = None  # which holds the call by its hook
+        self.recorded = []
 
     def close(self) -> None:
         """Removes every hook."""
@@ -262,9 +296,10 @@ class CurvatureProbe(CurvatureSource):
     def _before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not (self.due and torch.is_grad_enabled()):
+        if not (self.due and torch.is_grad_enabled()) or (self.once and not self.again):
             return None
-        self.switches.acquire()
+        if not self.again:
+            self.switches.acquire()
         # Children too: accelerate enters autocast inside the forward pass of the root.
         return None if self.requests[0].autocast else self.precision.enter(module, args, kwargs)
 
@@ -274,6 +309,35 @@ class CurvatureProbe(CurvatureSource):
     def release(self) -> None:
         """Undoes the switches: the backward pass is done."""
         self.switches.expect(self.due)
+
+    def record(
+        self,
+        owner: Any,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Makes a call of a Trainer's ``compute_loss`` and, where due, keeps how to make it again.
+
+        Args:
+            owner: the Trainer.
+            function: its bound method.
+            args: of the call.
+            kwargs: of the call.
+
+        Returns:
+            What the call returned; the loss is a copy that is watched.
+        """
+        requests = self._requests() if self.due else []
+        if not requests or self._rests(requests):
+            return function(*args, **kwargs)
+        from hf_precond.statistics.recorded_losses import RecordedLoss
+
+        call = RecordedLoss(owner, function, args, kwargs, self.model)
+        returned = call.watched(function(*args, **kwargs))
+        if call.node is not None:
+            self.recorded.append(call)
+        return returned
 
     def observe(
         self,
@@ -299,28 +363,106 @@ class CurvatureProbe(CurvatureSource):
         if not requests:
             return False
         self._refuse_sharded(requests)
-        if self._stepped_by_another(requests):
-            self.enable(False, self.step)
-            self.drop()
+        if self._rests(requests):
             return False
         if not isinstance(loss, Tensor):
-            from hf_precond.statistics.finite_differences import DifferenceProduct
-
-            parameters = [request.norm.parameter for request in requests]
-            self._add(DifferenceProduct(loss, self.model, parameters), requests, weight)
+            function = loss
+            product = self._differences(lambda: function().backward(), [self.model], requests)
+            self._add(product, requests, weight)
             self.by_differences = True
+            self.recorded.clear()
             return True
         if self.by_differences or any(known() is loss for known in self.losses):
             return True
         if not loss.requires_grad:
             return False
-        with torch.autocast(loss.device.type, enabled=False):
-            ours = self._add_products(loss, requests, weight, scale)
-        if not ours:
+        if self.once and self._comes_again(loss, requests):
+            return True
+        heard = [(call, call.node, call.factor) for call in self.recorded]
+        try:
+            with torch.autocast(loss.device.type, enabled=False):
+                ours = self._add_products(loss, requests, weight, scale)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.reason = str(error).splitlines()[0].rstrip(".")
+            for call, node, factor in heard:  # the products' own pass is not the training's
+                call.node, call.factor = node, factor
+            if self._comes_again(loss, requests):
+                return True
+            raise RuntimeError(NOT_TWICE.format(error=self.reason)) from error
+        if ours:
+            self.recorded.clear()
+        else:
             ours = depends_on(loss, self.model.parameters())
         if ours:
             self.losses.append(weakref.ref(loss))
         return ours
+
+    # Losses with one derivative alone -----------------------------------------------
+
+    def _comes_again(self, loss: Tensor, requests: Sequence[CurvatureRequest]) -> bool:
+        """Whether recorded calls made a loss, so that :meth:`take` will serve it."""
+        made = [call.node for call in self.recorded]
+        return made_of(loss, made, [request.norm.parameter for request in requests])
+
+    def _make_again(self, calls: Sequence[RecordedLoss]) -> None:
+        """Adds the differences of gradients of recorded calls, whose backward passes are done."""
+        from hf_precond.statistics.recorded_losses import modules_of
+
+        owner, requests = calls[0].owner, self._requests()
+        modules = [self.model, *modules_of(owner)]
+        precise = not requests[0].autocast and self.precision._is_full()
+        scale = self.loss_scale() if callable(self.loss_scale) else self.loss_scale
+
+        def run() -> None:
+            for call in calls:
+                assert call.factor is not None
+                (call.loss(precise) * call.factor).backward()
+
+        with accelerate_internals.outside_autocast(modules) if precise else nullcontext():
+            self.again = True
+            try:
+                low = None if precise else calls[0].autocast
+                product = self._differences(run, modules, requests, owner, low)
+                if not self.once:
+                    self._refuse_unrepeatable(product, calls[0], precise)
+                self._add(product, requests, 1.0 if scale is None else 1.0 / scale)
+            finally:
+                self.again = False
+        self.by_differences = True
+
+    def _refuse_unrepeatable(
+        self, product: DifferenceProduct, call: RecordedLoss, precise: bool
+    ) -> None:
+        """Says once that differences are taken, of a loss that is the same when made again."""
+        name, reason = type(call.owner).__name__, self.reason or HIDDEN
+        values = []
+        for _ in range(2):
+            with product.undisturbed(), torch.enable_grad():
+                values.append(float(call.loss(precise).detach()))
+        first, second = values
+        bound = product.epsilon ** (2 / 3) * max(abs(first), abs(second), 1.0)
+        if abs(first - second) > bound:
+            error = NOT_AGAIN.format(name=name, first=first, second=second, error=reason)
+            raise RuntimeError(error)
+        self.once = True
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            warnings.warn(SWITCHED.format(error=reason, name=name), stacklevel=2)
+
+    def _differences(
+        self,
+        run: Callable[[], None],
+        modules: Sequence[nn.Module],
+        requests: Sequence[CurvatureRequest],
+        owner: Any = None,
+        autocast: torch.dtype | None = None,
+    ) -> DifferenceProduct:
+        from hf_precond.statistics import finite_differences
+
+        epsilon = finite_differences.machine_epsilon(modules, autocast)
+        parameters = [request.norm.parameter for request in requests]
+        return finite_differences.DifferenceProduct(run, modules, parameters, epsilon, owner)
 
     def _requests(self) -> list[CurvatureRequest]:
         """The requests that are due, without those for frozen parameters."""
@@ -339,25 +481,20 @@ class CurvatureProbe(CurvatureSource):
     ) -> bool:
         """Adds products by the loss's graph; returns whether it reaches any of the parameters."""
         parameters = [request.norm.parameter for request in requests]
-        try:
-            product = GraphProduct(loss, parameters, scale)
-            hidden = not all(product.reached) and recomputes(loss)
-            if hidden and (any(product.reached) or depends_on(loss, self.model.parameters())):
-                raise RuntimeError("reentrant checkpointing hides norms from it")
-            if not any(product.reached):
-                return False
-            self._add(product, requests, weight)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise RuntimeError(NOT_TWICE.format(error=str(error).splitlines()[0])) from error
+        product = GraphProduct(loss, parameters, scale)
+        hidden = not all(product.reached) and recomputes(loss)
+        if hidden and (any(product.reached) or depends_on(loss, self.model.parameters())):
+            raise RuntimeError("reentrant checkpointing hides norms from it")
+        if not any(product.reached):
+            return False
+        self._add(product, requests, weight)
         return True
 
     def _add(
         self,
         product: GraphProduct | DifferenceProduct,
         requests: Sequence[CurvatureRequest],
-        weight: float,
+        weight: float | Tensor,
     ) -> None:
         vectors = self._vectors(requests)
         estimates = diagonal_estimates(product, requests[0].probe, vectors)
@@ -375,14 +512,17 @@ class CurvatureProbe(CurvatureSource):
             self.vectors = {r.key: z for r, z in zip(self.requests, drawn, strict=True)}
         return [self.vectors[request.key] for request in requests]
 
-    def _stepped_by_another(self, requests: Sequence[CurvatureRequest]) -> bool:
-        """Whether the parameters changed since the first loss of this step.
+    def _rests(self, requests: Sequence[CurvatureRequest]) -> bool:
+        """Stops if the parameters changed since the first loss of this step, and says whether.
 
         Then another optimizer trains this model, and this one's will not step.
         """
         versions = [request.norm.parameter._version for request in requests]
         changed = bool(self.versions) and versions != self.versions
         self.versions = versions
+        if changed:
+            self.enable(False, self.step)
+            self.drop()
         return changed
 
     def _refuse_sharded(self, requests: Sequence[CurvatureRequest]) -> None:

@@ -138,9 +138,9 @@ class GraphProduct:
         return product if self.scale is None else product / self.scale
 
 
-def _nodes(loss: Tensor) -> Iterator[Any]:
-    """Every node of a loss's graph."""
-    pending, known = [loss.grad_fn], set()
+def _nodes(loss: Tensor, ends: Iterable[Any] = ()) -> Iterator[Any]:
+    """Every node of a loss's graph, but those of ``ends`` and what lies behind these alone."""
+    pending, known = [loss.grad_fn], set(ends)
     while pending:
         node = pending.pop()
         if node is not None and node not in known:
@@ -158,6 +158,23 @@ def depends_on(loss: Tensor, parameters: Iterable[Tensor]) -> bool:
     """
     wanted = {id(parameter) for parameter in parameters}
     return any(id(getattr(node, "variable", None)) in wanted for node in _nodes(loss))
+
+
+def made_of(loss: Tensor, results: Sequence[Any], parameters: Iterable[Tensor]) -> bool:
+    """Whether a loss depends on parameters through some results alone; nothing is computed.
+
+    Args:
+        loss: with its graph.
+        results: nodes; one of them at least must be in the graph.
+        parameters: the parameters.
+    """
+    wanted = {id(parameter) for parameter in parameters}
+    found = loss.grad_fn in results
+    for node in _nodes(loss, results):
+        if id(getattr(node, "variable", None)) in wanted:
+            return False
+        found = found or any(function in results for function, _ in node.next_functions)
+    return found
 
 
 def recomputes(loss: Tensor) -> bool:

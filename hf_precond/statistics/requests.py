@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -163,6 +163,25 @@ class CurvatureSource(StatisticsSource, Protocol):
 
     def context(self) -> AbstractContextManager[None]:
         """Returns a context inside which forward and backward can be differentiated twice."""
+
+    def record(
+        self,
+        owner: Any,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Makes a call of a Trainer's ``compute_loss`` and, where due, keeps how to make it again.
+
+        Args:
+            owner: the Trainer.
+            function: its bound method.
+            args: of the call.
+            kwargs: of the call.
+
+        Returns:
+            What the call returned.
+        """
 
     def observe(
         self,

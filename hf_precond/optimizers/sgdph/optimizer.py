@@ -111,6 +111,11 @@ class SGDPH(PrecondOptimizer):
         optimizer.step()
         optimizer.zero_grad()
 
+    A loss without a second derivative (TRL's fused log-probabilities, CTC,
+    GradCache, fused kernels) is probed by differences of gradients: under a
+    Trainer by itself, where ``compute_loss`` is run again, two passes a product;
+    elsewhere ``optimizer.probe(function)`` takes the place of ``probe(loss)``.
+
     Under autocast the forward passes of the steps that are probed run in
     float32 (``probe_autocast`` leaves them). Weights kept in bfloat16 or
     float16 are probed in their own precision; averages are float32 always.
