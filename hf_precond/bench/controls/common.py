@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,8 +13,8 @@ from hf_precond.architectures.parameters import ParameterSurvey, add_reason, par
 from hf_precond.architectures.structure import ModelStructure
 from hf_precond.config.base import OptimizerConfig
 from hf_precond.linalg.matrix_functions import largest_entry, newton_schulz
-from hf_precond.optimizers.afopt.config import AFOptConfig
-from hf_precond.optimizers.afopt.plan import attention_matrices
+from hf_precond.optimizers.muon.config import MuonConfig
+from hf_precond.optimizers.muon.optimizer import hidden_matrices as muon_matrices
 
 RMS = 0.2
 """Root mean square of a step's entries per unit of learning rate, as AdamW's usually is."""
@@ -57,7 +56,7 @@ class ControlConfig(OptimizerConfig):
 
 
 def hidden_matrices(model: nn.Module, config: OptimizerConfig) -> ModelStructure:
-    """The matrices that Muon steps: every linear layer but heads and tied ones; q, k, v apart.
+    """The matrices that ``--optim muon`` steps, q, k and v apart; stacks of experts left out.
 
     Args:
         model: the model.
@@ -66,15 +65,13 @@ def hidden_matrices(model: nn.Module, config: OptimizerConfig) -> ModelStructure
     Raises:
         ValueError: there is none.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "afopt: no attention was found")
-        found = attention_matrices(model, AFOptConfig(scope="all_linear"))
+    found = muon_matrices(model, MuonConfig())
     survey = ParameterSurvey(model)
     treated: dict[str, str] = {}
-    for matrix in found.matrices:
-        matrix.bias = None
-        add_reason(treated, survey.matrix_names(matrix), "linear layer")
-    return survey.structure(config, treated, matrices=found.matrices)
+    matrices = [matrix for matrix in found.matrices if not matrix.stacked]
+    for matrix in matrices:
+        add_reason(treated, survey.matrix_names(matrix), "hidden layer")
+    return survey.structure(config, treated, matrices=matrices)
 
 
 def orthogonalised(matrices: Tensor, scale: float = 1.0) -> Tensor:

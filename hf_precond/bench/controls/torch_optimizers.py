@@ -51,7 +51,8 @@ class TorchMuonConfig(ControlConfig):
     """``torch.optim.Muon`` on hidden matrices, fused ``torch.optim.AdamW`` on the rest.
 
     Muon (Jordan et al., 2024) with ``match_rms_adamw`` (Liu et al., 2025). A
-    fused weight (q, k and v in one) is one matrix to it.
+    fused weight (q, k and v in one) is one matrix to it, and convolutions are
+    AdamW's, both unlike ``--optim muon``.
 
     Args:
         momentum: of the matrices, in [0, 1). Default 0.95.
