@@ -12,8 +12,8 @@ from __future__ import annotations
 import difflib
 import functools
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -38,7 +38,7 @@ class OptimizerInfo:
         name: what ``--optim`` and :func:`create_optimizer` take.
         title: the name in prose.
         config_cls: the config class.
-        optimizer_cls: built as ``optimizer_cls(param_groups, structure, config)``.
+        optimizer_cls: built as ``optimizer_cls(params, attach_to=model, config=config)``.
         select: ``select(model, config)`` returns which parameters of a model
             are preconditioned.
         description: a line for ``hf-precond list``.
@@ -213,20 +213,42 @@ def make_config(name_or_config: str | OptimizerConfig, **values: Any) -> Optimiz
 
 
 def create_optimizer(
-    model: nn.Module, name_or_config: str | OptimizerConfig, **values: Any
+    model: nn.Module,
+    name_or_config: str | OptimizerConfig,
+    params: Iterable[Any] | None = None,
+    **values: Any,
 ) -> PrecondOptimizer:
     """Build an optimizer for a model.
 
-    Weight decay applies by the Trainer's rule: not to biases and norms. With
-    ``head_lr_scale`` other than 1 the newly initialised head has groups of its
-    own. The routing table (``print(optimizer.routing)``) shows how every
-    parameter is updated.
+    Without ``params`` weight decay applies by the Trainer's rule: not to biases
+    and norms. With ``head_lr_scale`` other than 1 the newly initialised head
+    has groups of its own, with ``layer_lr_decay`` every layer. The routing
+    table (``print(optimizer.routing)``) shows how every parameter is updated.
+
+    Groups of your own are taken as they are::
+
+        groups = [
+            {"params": model.bert.parameters(), "lr": 1e-5},
+            {"params": model.classifier.parameters(), "lr": 1e-3, "weight_decay": 0.0},
+        ]
+        create_optimizer(model, "afopt", params=groups, weight_decay=0.01)
+
+    A matrix is preconditioned whichever groups hold it and its bias. Parameters
+    outside ``model`` (of a loss, say) are stepped by the fallback optimizer.
+    Parameters of ``model`` in no group are not stepped; a warning names them
+    when they get gradients.
 
     Args:
         model: any ``nn.Module``; attention is found in the model families of
             transformers, or declared with :func:`hf_precond.declare_attention`.
         name_or_config: one of :func:`list_optimizers`, such as ``"afopt"``, or
             a config, such as ``AFOptConfig(lr=1e-3)``.
+        params: what torch's optimizers take: parameters, ``named_parameters()``,
+            or dictionaries with ``params`` and, where they differ from the
+            config's, ``lr``, ``weight_decay``, ``betas``, ``eps`` and
+            ``momentum``. ``head_lr_scale`` and ``layer_lr_decay`` scale the
+            rates of groups without an ``lr`` of their own. By default, every
+            parameter that trains.
         **values: fields of the config.
 
     Returns:
@@ -235,15 +257,13 @@ def create_optimizer(
 
     Raises:
         TypeError: ``model`` is no module (parameters alone do not show in which
-            layers they are).
+            layers they are), or ``params`` are not what torch's optimizers take.
         ValueError: an unknown name or field, a value out of range, complex
-            parameters, a model in which nothing would be preconditioned, or a
-            training under DeepSpeed, FSDP1, Megatron-LM or tensor parallelism.
+            parameters, a parameter given twice, a model in which nothing would
+            be preconditioned, or a training under DeepSpeed, FSDP1, Megatron-LM
+            or tensor parallelism.
     """
     from torch import nn
-
-    from hf_precond.architectures.parameters import parameter_groups
-    from hf_precond.architectures.structure import RoutingTable
 
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -251,14 +271,7 @@ def create_optimizer(
             "model (an nn.Module), not its name or parameters: create_optimizer(model, 'afopt')."
         )
     config = make_config(name_or_config, **values)
-    structure = read_model(model, config)
-    groups, labels = parameter_groups(
-        model, config.lr, config.weight_decay, config.head_lr_scale, config.decays_everything
-    )
-    structure.routing = RoutingTable(
-        [replace(route, group=labels.get(route.name, "")) for route in structure.routing]
-    )
-    return get_info(config.name).optimizer_cls(groups, structure, config)
+    return get_info(config.name).optimizer_cls(params, attach_to=model, config=config)
 
 
 def read_model(model: nn.Module, config: OptimizerConfig) -> ModelStructure:

@@ -30,8 +30,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import BertConfig, BertForSequenceClassification
 
-from hf_precond import create_optimizer
-from hf_precond.architectures.parameters import parameter_groups
+from hf_precond import SGDPHConfig, create_optimizer
+from hf_precond.architectures.groups import parameter_groups
 
 Step = Callable[[], None]
 
@@ -46,7 +46,7 @@ def model_of(layers: int) -> nn.Module:
 
 
 def plain_optimizer(model: nn.Module, base: str) -> torch.optim.Optimizer:
-    groups, _ = parameter_groups(model, 1e-5, 0.01)
+    groups = parameter_groups(model, SGDPHConfig(lr=1e-5, weight_decay=0.01))
     if base == "adamw":
         return torch.optim.AdamW(groups, fused=True)
     return torch.optim.SGD(groups, momentum=0.9, fused=True)

@@ -1,4 +1,4 @@
-"""What each parameter of a model is: the routing table, the head, the parameter groups."""
+"""What each parameter of a model is: the routing table, the head."""
 
 from __future__ import annotations
 
@@ -27,13 +27,12 @@ from hf_precond.architectures.structure import (
     Route,
     RoutingTable,
 )
-from hf_precond.architectures.tables import ADAPTER_MARKS, HEAD_CHILDREN, LORA_MARK, UNDECAYED
+from hf_precond.architectures.tables import ADAPTER_MARKS, HEAD_CHILDREN, LORA_MARK
 
 if TYPE_CHECKING:
     from hf_precond.architectures.attention_block import AttentionBlock
 
 PRECONDITIONED, FROZEN = "preconditioned", "frozen"
-DECAY, NO_DECAY, ALSO_DECAY = "decay", "no decay", "bias and norm decay"
 
 
 class ParameterSurvey:
@@ -244,83 +243,3 @@ def _output_names(model: nn.Module) -> set[str]:
         ends += [child for name, child in inner.named_children() if name in HEAD_CHILDREN]
     own = {id(p) for end in ends if isinstance(end, nn.Module) for p in end.parameters()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in own}
-
-
-def undecayed_names(model: nn.Module) -> set[str]:
-    """Names of the parameters without weight decay, by the Trainer's rule.
-
-    Those are parameters inside an ``nn.LayerNorm``, and those whose name has
-    ``bias``, ``layernorm``, ``rmsnorm``, or a part ``norm`` or ``…_norm``.
-    The Trainer states the patterns inside one of its methods
-    (``get_decay_parameter_names``), so that nobody else can read them, and
-    importing it would take seconds that a loop without it does not spend.
-    """
-    inside = tuple(
-        f"{path}."
-        for path, module in model.named_modules()
-        if path and isinstance(module, nn.LayerNorm)
-    )
-    return {
-        name
-        for name, _ in model.named_parameters(remove_duplicate=False)
-        if UNDECAYED.search(name.lower()) or name.startswith(inside)
-    }
-
-
-def parameter_groups(
-    model: nn.Module,
-    lr: float,
-    weight_decay: float,
-    head_lr_scale: float = 1.0,
-    decay_all: bool = False,
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Parameter groups of the trainable parameters.
-
-    Args:
-        model: the model.
-        lr: learning rate of the body.
-        weight_decay: weight decay of the groups that decay.
-        head_lr_scale: learning rate of the head over the body's; at 1 the
-            head has no groups of its own.
-        decay_all: the second group, of biases and norms, decays too.
-
-    Returns:
-        The groups (``decay``, ``no decay``, and with a head of its own
-        ``head decay``, ``head no decay``; empty ones left out; under
-        ``decay_all`` the second is ``bias and norm decay``), each with
-        ``params``, ``lr``, ``weight_decay`` and ``name``, and the group name
-        of every trainable parameter.
-
-    Raises:
-        ValueError: when nothing trains, or ``head_lr_scale`` is not 1 and the
-            model has no head that is known.
-    """
-    undecayed = undecayed_names(model)
-    second = ALSO_DECAY if decay_all else NO_DECAY
-    head = find_head(model) if head_lr_scale != 1.0 else set()
-    if head_lr_scale != 1.0 and not head:
-        raise ValueError(
-            f"head_lr_scale={head_lr_scale}: this model has no newly initialised head that could "
-            "be told from its body; leave head_lr_scale at 1, or pass parameter groups with the "
-            "learning rates you want."
-        )
-    labels: dict[str, str] = {}
-    members: dict[str, list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            label = second if name in undecayed else DECAY
-            labels[name] = f"head {label}" if name in head else label
-            members.setdefault(labels[name], []).append(parameter)
-    if not members:
-        raise ValueError("the model has no trainable parameter; unfreeze something to train.")
-    groups = [
-        {
-            "params": members[label],
-            "lr": lr * head_lr_scale if label.startswith("head") else lr,
-            "weight_decay": 0.0 if label.endswith(NO_DECAY) else weight_decay,
-            "name": label,
-        }
-        for label in (DECAY, second, f"head {DECAY}", f"head {second}")
-        if label in members
-    ]
-    return groups, labels

@@ -150,6 +150,21 @@ HEAD_CHILDREN = (
 )
 """Children that make the outputs of a model which is not one of transformers'."""
 
+EMBEDDED = re.compile(
+    r"(?<!class_)(?<!bbox_)(?<!box_)embed|(?:^|[._])emb(?:$|[._])|(?:^|[._])stem|patch|"
+    r"cls_token|mask_token|feature_extractor|feature_projection"
+)
+"""In the name of a parameter below the first layer: it makes the vectors that the layers read."""
+
+ABOVE_LAYERS = re.compile(
+    r"rel(?:ative)?_(?:pos|position|attention)_bias|(?:^|[._])final_|project_out"
+)
+"""In the name of a parameter above the last layer, wherever it is registered. As in BEiT's scheme,
+a relative position bias that the layers share is one."""
+
+PARALLEL_TOWERS = ("text_model", "vision_model", "image_model", "audio_model")
+"""Encoders side by side, whose outputs meet (CLIP and its like)."""
+
 LORA_MARK = ".lora_"
 """In the name of a parameter of LoRA or DoRA."""
 

@@ -5,6 +5,7 @@ No other module imports ``torch._C``, ``torch._dynamo`` or ``torch.utils._pytree
 
 from __future__ import annotations
 
+import re
 import sys
 import weakref
 from collections.abc import Callable
@@ -17,6 +18,11 @@ from torch._C import _functorch
 from torch.utils._pytree import tree_leaves, tree_map
 
 T = TypeVar("T")
+
+WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_checkpoint_wrapped_module)\.")
+"""What ``torch.compile`` and checkpointing put into the names of a module's parameters."""
+REPLICA = "module."
+"""What DDP and DataParallel put before the names of a module's parameters."""
 
 
 def loss_scale(scaler: torch.amp.GradScaler | None) -> Tensor | float | None:

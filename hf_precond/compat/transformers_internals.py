@@ -97,14 +97,14 @@ def is_added(member: Any) -> bool:
 
 
 def wrap_lookup(
-    module: ModuleType, look_up: Callable[[Any], tuple[Any, dict[str, Any]]]
+    module: ModuleType, look_up: Callable[[Any, Any], tuple[Any, dict[str, Any]]]
 ) -> None:
     """Let ``look_up`` answer ``Trainer.get_optimizer_cls_and_kwargs`` for added names.
 
     Args:
         module: ``transformers.trainer``.
-        look_up: takes the training arguments, returns a factory and its
-            keyword arguments.
+        look_up: takes the training arguments and the model or ``None``, returns
+            an optimizer class and its keyword arguments.
     """
     trainer = module.Trainer
     original = trainer.get_optimizer_cls_and_kwargs
@@ -113,7 +113,7 @@ def wrap_lookup(
 
     @functools.wraps(original)
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
-        return look_up(args) if is_added(args.optim) else original(args, model)
+        return look_up(args, model) if is_added(args.optim) else original(args, model)
 
     setattr(get_optimizer_cls_and_kwargs, _MARK, True)
     trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)

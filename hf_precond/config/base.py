@@ -178,6 +178,11 @@ class OptimizerConfig:
             Default 0.
         head_lr_scale: learning rate of a newly initialised head over the
             body's, > 0. Default 1.
+        layer_lr_decay: learning rate of a layer over that of the layer above
+            it, in (0, 1]: with L layers, layer i (from 0) gets
+            ``lr · decay^(L - i)``, embeddings ``lr · decay^(L + 1)``, and what
+            stands above the layers, heads too, ``lr``. As BEiT and ELECTRA are
+            fine-tuned. Default 1.
         betas: AdamW's decay rates of the first and second moment, each in
             [0, 1). Default 0.9 and 0.999.
         eps: AdamW's epsilon, >= 0. Default 1e-8.
@@ -206,6 +211,7 @@ class OptimizerConfig:
     lr: float = bounded(1e-3, 0.0)
     weight_decay: float = bounded(0.0, 0.0)
     head_lr_scale: float = positive(1.0)
+    layer_lr_decay: float = bounded(1.0, 0.0, 1.0, open_low=True)
     betas: tuple[float, float] = decay((0.9, 0.999))
     eps: float = bounded(1e-8, 0.0)
     state_dtype: str | None = one_of("float32", "float64", "bfloat16", "float16")

@@ -75,7 +75,7 @@ def restored_settings(own: Any) -> dict[str, Any]:
     Returns:
         Field to restored value, where the config has another value.
     """
-    from hf_precond.architectures.parameters import DECAY, NO_DECAY
+    from hf_precond.architectures.groups import DECAY, NO_DECAY
 
     restored: dict[str, Any] = {}
     for group in own.param_groups:
@@ -139,12 +139,16 @@ class PrecondCallback(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None,
         **kwargs: Any,
     ) -> None:  # fmt: skip
-        """Install the hooks that an earlier ``train()`` removed; write the config in use."""
+        """Attach an optimizer that was made without a model; write the config in use.
+
+        Hooks that an earlier ``train()`` removed are installed again.
+        """
         own = own_optimizer(optimizer)
         if own is None:
             return
-        if own.statistics is None and own.requests():
-            own.attach(model)
+        if not own.attached or (own.statistics is None and own.requests()):
+            # It may know more than the Trainer's model: a loss with parameters around it.
+            own.attach(model if own.structure.model is None else own.structure.model)
         restored = restored_settings(own) if state.global_step else {}
         if restored:
             own.config = own.config.replace(**restored)

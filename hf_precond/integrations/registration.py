@@ -6,17 +6,21 @@ as a script imports that module.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
 import warnings
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import wrapt
 
 from hf_precond.compat import transformers_internals as internals
-from hf_precond.registry import create_optimizer, list_optimizers
+from hf_precond.registry import get_info, list_optimizers
+
+if TYPE_CHECKING:
+    from hf_precond.optimizers.base.optimizer import PrecondOptimizer
 
 
 def register() -> None:
@@ -75,45 +79,45 @@ def optimizer_name(value: str) -> Any:
     return OptimizerNames(value)
 
 
-class OptimizerFactory:
-    """What the Trainer calls instead of an optimizer class: ``OptimizerFactory()(model, …)``."""
-
-    def __call__(self, model: Any, *, args: Any, config: Any) -> Any:
-        """Build the optimizer of a model, with parameter groups by the Trainer's rule.
-
-        Args:
-            model: the model as the Trainer has it before ``accelerator.prepare``.
-            args: the training arguments.
-            config: the config.
-
-        Returns:
-            The optimizer.
-
-        Raises:
-            ValueError: under DeepSpeed, with several GPUs in one process
-                (``nn.DataParallel``), and where ``create_optimizer`` raises it.
-        """
-        from hf_precond.distributed import strategies
-
-        if internals.uses_deepspeed(args):
-            raise ValueError(f"{config.name}: {strategies.DEEPSPEED}{strategies.INSTEAD}")
-        if getattr(args, "n_gpu", 1) > 1:
-            raise ValueError(f"{config.name}: {strategies.DATA_PARALLEL}{strategies.INSTEAD}")
-        return create_optimizer(model, config)
-
-
-def look_up(args: Any) -> tuple[type[OptimizerFactory], dict[str, Any]]:
+def look_up(args: Any, model: Any = None) -> tuple[type[PrecondOptimizer], dict[str, Any]]:
     """What ``Trainer.get_optimizer_cls_and_kwargs`` returns for one of the names.
 
     Args:
         args: the training arguments.
+        model: the model that the optimizer is made for, if the caller names it.
 
     Returns:
-        The factory and its keyword arguments.
-    """
-    from hf_precond.integrations.arguments import config_from_arguments
+        The class, which makes the optimizer from any parameter groups, and its
+        keyword arguments: ``lr``, ``weight_decay``, ``betas``, ``eps``, the
+        other fields that are not at their defaults, and ``attach_to``, the
+        model. Without a model the optimizer is attached when training begins.
+        Under ``reference=True``, whose biases and norms decay too, also
+        ``optimizer_dict``, groups that do so.
 
-    return OptimizerFactory, {"args": args, "config": config_from_arguments(args, warn=True)}
+    Raises:
+        ValueError: under DeepSpeed, with several GPUs in one process
+            (``nn.DataParallel``), and for bad ``--optim_args``.
+    """
+    from hf_precond.distributed import strategies
+    from hf_precond.integrations.arguments import FOLLOWS, config_from_arguments
+
+    config = config_from_arguments(args, warn=True)
+    if internals.uses_deepspeed(args):
+        raise ValueError(f"{config.name}: {strategies.DEEPSPEED}{strategies.INSTEAD}")
+    if getattr(args, "n_gpu", 1) > 1:
+        raise ValueError(f"{config.name}: {strategies.DATA_PARALLEL}{strategies.INSTEAD}")
+    values: dict[str, Any] = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name in FOLLOWS or getattr(config, field.name) != field.default
+    }
+    if model is not None:
+        values["attach_to"] = model
+        if config.decays_everything:
+            from hf_precond.architectures.groups import parameter_groups
+
+            values["optimizer_dict"] = parameter_groups(model, config)
+    return get_info(config.name).optimizer_cls, values
 
 
 def _extend_enum(module: ModuleType) -> None:

@@ -10,8 +10,9 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers.training_args import OptimizerNames
 
-from hf_precond.integrations.registration import OptimizerFactory
-from hf_precond.registry import create_optimizer, get_info, list_optimizers
+from hf_precond.integrations.arguments import FOLLOWS
+from hf_precond.integrations.registration import look_up
+from hf_precond.registry import create_optimizer, list_optimizers
 from tests.optimizers.models import make
 
 NAMES = list_optimizers()
@@ -20,8 +21,13 @@ each_name = pytest.mark.parametrize("name", NAMES)
 
 def through_the_trainer(model, name, **fields):
     """What the Trainer calls, with training arguments that have ``fields``."""
-    args = types.SimpleNamespace(optim=OptimizerNames(name), deepspeed=None, **fields)
-    return OptimizerFactory()(model, args=args, config=get_info(name).config_cls())
+    defaults = {field: 0.5 for names in FOLLOWS.values() for field in names}
+    args = types.SimpleNamespace(
+        optim=OptimizerNames(name), deepspeed=None, optim_args=None, process_index=1,
+        **defaults | fields,
+    )  # fmt: skip
+    kind, values = look_up(args, model)
+    return kind(model.parameters(), **values)
 
 
 each_way = pytest.mark.parametrize("build", [create_optimizer, through_the_trainer])

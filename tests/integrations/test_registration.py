@@ -15,8 +15,8 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments, Trainer, Tr
 from transformers.training_args import OptimizerNames
 
 from hf_precond.compat import transformers_internals as internals
-from hf_precond.integrations.registration import OptimizerFactory, register
-from hf_precond.registry import list_optimizers
+from hf_precond.integrations.registration import register
+from hf_precond.registry import get_info, list_optimizers
 
 NAMES = list_optimizers()
 ROOT = Path(__file__).parents[2]
@@ -112,11 +112,19 @@ def test_a_process_that_did_not_import_the_package_opens_pickled_arguments(tmp_p
 
 
 @each_name
-def test_the_trainer_gets_a_factory(name):
-    args = TrainingArguments("out", optim=name, optim_args="lr=0.5", use_cpu=True)
-    factory, values = Trainer.get_optimizer_cls_and_kwargs(args)
-    assert factory is OptimizerFactory
-    assert values["config"].name == name and values["config"].lr == 0.5
+def test_the_trainer_gets_an_optimizer_class_and_fields(name):
+    text = "lr=0.5,state_dtype=float64"
+    args = TrainingArguments(
+        "out", optim=name, optim_args=text, weight_decay=0.25, adam_beta1=0.5, use_cpu=True
+    )
+    kind, values = Trainer.get_optimizer_cls_and_kwargs(args)
+    assert kind is get_info(name).optimizer_cls and issubclass(kind, torch.optim.Optimizer)
+    assert values == {
+        "lr": 0.5, "weight_decay": 0.25, "betas": (0.5, 0.999), "eps": 1e-8,
+        "state_dtype": "float64",
+    }  # fmt: skip
+    model = torch.nn.Linear(2, 2)
+    assert Trainer.get_optimizer_cls_and_kwargs(args, model)[1] == values | {"attach_to": model}
 
 
 def test_other_optimizers_are_looked_up_as_before():
@@ -131,8 +139,8 @@ def test_the_lookup_is_wrapped_once_and_for_the_added_names_alone():
             return "the stock way", {}
 
     module = types.SimpleNamespace(Trainer=OldTrainer)
-    internals.wrap_lookup(module, lambda args: ("ours", {}))
-    internals.wrap_lookup(module, lambda args: ("ours twice", {}))
+    internals.wrap_lookup(module, lambda args, model: ("ours", {}))
+    internals.wrap_lookup(module, lambda args, model: ("ours twice", {}))
     ask = OldTrainer.get_optimizer_cls_and_kwargs
     assert ask(types.SimpleNamespace(optim=OptimizerNames("afopt")), None) == ("ours", {})
     assert ask(types.SimpleNamespace(optim=OptimizerNames("sgd"))) == ("the stock way", {})
@@ -156,7 +164,7 @@ class Mine(PrecondOptimizer):
 
 hf_precond.register()
 args = TrainingArguments("out", use_cpu=True, optim="mine", optim_args="lr=0.5")
-print(Trainer.get_optimizer_cls_and_kwargs(args)[1]["config"].lr, repr(args.optim))
+print(Trainer.get_optimizer_cls_and_kwargs(args)[1]["lr"], repr(args.optim))
 """
     assert python(code) == "0.5 <OptimizerNames.MINE: 'mine'>\n"
 
@@ -181,7 +189,7 @@ Trainer(bert(), args)
 print(type(hf_precond.create_optimizer(bert(), "afopt")).__name__)
 """
     assert python(code) == (
-        "OptimizerFactory\n"
+        "NKFAC\n"
         "Trainer cannot instantiate unsupported optimizer: OptimizerNames.AFOPT\n"
         "AFOpt\n"
     )

@@ -91,9 +91,15 @@ class AFOpt(PrecondOptimizer):
     :meth:`diagnostics`.
 
     Args:
-        param_groups: as for any torch optimizer.
-        structure: what was found in the model.
-        config: the validated config.
+        params: parameters, pairs of names and parameters, or groups, as for any
+            torch optimizer.
+        structure: what was found in the model, where it was read already (then
+            with ``config``); by default it is read off the model.
+        config: a config, in the place of fields, or changed by them.
+        optimizer_dict: what some trainers call ``params``.
+        attach_to: the model; without it, call :meth:`attach` before the first
+            step. ``hf_precond.create_optimizer`` makes groups too.
+        **fields: of the config.
 
     Raises:
         ValueError: for fields that contradict each other or the model.

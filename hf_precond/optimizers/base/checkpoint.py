@@ -6,16 +6,18 @@ The one place that knows checkpoint layouts. A state dict holds tensors and plai
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hf_precond.architectures.structure import Route, RoutingTable
+from hf_precond.architectures.structure import Owner
+from hf_precond.compat.torch_internals import REPLICA, WRAPPERS
 from hf_precond.config.base import OptimizerConfig
+from hf_precond.optimizers.base.groups import Groups, parameter_names
 
 KEY = "hf_precond"
 """Where a state dict holds :func:`identity`."""
@@ -27,64 +29,50 @@ DROPPED = {"updates", "left_clean", "right_clean", "left_strikes", "right_strike
 """Names of states in release 0.1 that are no longer kept."""
 SHOWN = 3
 """Differences that a message names."""
+UNKNOWN = re.compile(r"parameter \d+")
+"""What stands for the name of a parameter that is not known."""
 
-Groups = Sequence[Mapping[str, Any]]
 
-
-def identity(config: OptimizerConfig, groups: Groups, routing: RoutingTable) -> dict[str, Any]:
+def identity(config: OptimizerConfig, groups: Groups, owners: Sequence[Owner]) -> dict[str, Any]:
     """What must be equal where a state is loaded.
 
     Args:
         config: the optimizer's.
         groups: its parameter groups.
-        routing: the names of the parameters, where the groups are its own.
+        owners: name, module and attribute of the model's parameters.
 
     Returns:
         ``optimizer``, its name; ``layout``, the fields that decide which
         tensors the state has; ``parameters``, a list of ``[name, [sizes]]``
-        for every group. Plain values, so that ``weights_only`` loads it.
+        for every group. Plain values, so that ``weights_only`` loads it. Names
+        are those in the model without its wrappers (compilation, DDP), or
+        ``parameter 3`` where they are not known.
     """
+    names = parameter_names(owners)
+
+    def name_of(group: Mapping[str, Any], place: int, parameter: Tensor) -> str:
+        given = group.get("param_names", {place: f"parameter {place}"})
+        return names.get(id(parameter)) or given[place]
+
+    parameters = [
+        [[name_of(group, place, p), list(p.shape)] for place, p in enumerate(group["params"])]
+        for group in groups
+    ]
     return {
         "optimizer": config.name,
         "layout": {name: getattr(config, name) for name in config.layout},
-        "parameters": [_described(group, routing) for group in groups],
+        "parameters": _unwrapped(parameters),
     }
 
 
-def _described(group: Mapping[str, Any], routing: RoutingTable) -> list[list[Any]]:
-    parameters: list[Tensor] = group["params"]
-    routes = [route for route in routing if route.group and route.group == group.get("name")]
-    shapes = [list(parameter.shape) for parameter in parameters]
-    # A vocabulary may have been resized since: its parameter is the same one.
-    if [len(route.shape) for route in routes] != [len(shape) for shape in shapes]:
-        return [[f"parameter {index}", shape] for index, shape in enumerate(shapes)]
-    return [[route.name, shape] for route, shape in zip(routes, shapes, strict=True)]
-
-
-def added_route(number: int, parameter: Tensor) -> Route:
-    """The row of a parameter that joined group ``number`` after the optimizer was made."""
-    name = f"(added) group {number}"
-    return Route(name, tuple(parameter.shape), "base", "added after creation")
-
-
-def relabelled(routing: RoutingTable, model: nn.Module, groups: Groups) -> RoutingTable:
-    """The routing of a model that was read again, with the groups that hold its parameters.
-
-    Args:
-        routing: of ``model``, its parameters in no group yet.
-        model: the model.
-        groups: the optimizer's; parameters that are not the model's are listed too.
-    """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    labels, added = {}, []
-    for number, group in enumerate(groups):
-        for parameter in group["params"]:
-            if id(parameter) in names:
-                labels[names[id(parameter)]] = group.get("name", "")
-            else:
-                added.append(added_route(number, parameter))
-    routes = [replace(route, group=labels.get(route.name, "")) for route in routing]
-    return RoutingTable(routes + added)
+def _unwrapped(parameters: Sequence[Sequence[Sequence[Any]]]) -> list[list[list[Any]]]:
+    """Descriptions whose names are those in the model without its wrappers."""
+    kept = [[[WRAPPERS.sub("", name), shape] for name, shape in group] for group in parameters]
+    entries = [entry for group in kept for entry in group if not UNKNOWN.fullmatch(entry[0])]
+    while entries and all(entry[0].startswith(REPLICA) for entry in entries):
+        for entry in entries:
+            entry[0] = entry[0].removeprefix(REPLICA)
+    return kept
 
 
 def complete(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -226,14 +214,34 @@ def refuse_other(state_dict: Mapping[str, Any], own: Mapping[str, Any]) -> None:
             f"{name}: this state was saved by {saved['optimizer']}; resume with --optim "
             f"{saved['optimizer']}, or load the weights only and start {name} anew."
         )
-    _refuse_other_model(name, saved["parameters"], own["parameters"])
+    refuse_other_model(name, saved["parameters"], own["parameters"])
     _refuse_other_layout(name, saved["layout"], own["layout"])
     _refuse_parts(name, state_dict, own["parameters"])
 
 
-def _refuse_other_model(
+def refuse_other_model(
     name: str, saved: Sequence[Sequence[Any]], own: Sequence[Sequence[Any]]
 ) -> None:
+    """Refuse a state whose parameters are others, or stand in other groups or another order.
+
+    A name that one side does not know is taken from the other, where the shapes
+    are equal: releases before 0.2 did not know those of added groups, and an
+    optimizer that is not attached to a model knows none.
+
+    Args:
+        name: the optimizer's.
+        saved: ``parameters`` of the :func:`identity` in the state.
+        own: the same of the optimizer that loads it.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    saved, own = _unwrapped(saved), _unwrapped(own)
+    for part, other in zip(saved, own, strict=False):
+        for entry, peer in zip(part, other, strict=False):
+            if UNKNOWN.fullmatch(entry[0]) or UNKNOWN.fullmatch(peer[0]):
+                known = peer[0] if UNKNOWN.fullmatch(entry[0]) else entry[0]
+                entry[0] = peer[0] = known
     if saved == own:
         return
     there = {(g, entry[0]): tuple(entry[1]) for g, part in enumerate(saved) for entry in part}

@@ -34,17 +34,37 @@ IN_A_ROW = {
 }
 """Too many failures in a row, by what failed."""
 
-NEEDS_MODEL = (
-    "{name}(param_groups, structure, config) needs what was found in the model; build it with "
-    "hf_precond.create_optimizer(model, {optimizer!r}, lr=…)."
+WRONG_ARGUMENTS = (
+    "{name} takes parameters or groups first and everything else by name: "
+    "hf_precond.create_optimizer(model, {optimizer!r}, params=groups, lr=…), or {name}(groups, "
+    "lr=…) and then optimizer.attach(model)."
+)
+NOT_ATTACHED = (
+    "{name}: step() before the optimizer knows in which layers its parameters are; call "
+    "optimizer.attach(model) before training (a Trainer does so when training begins), or build it "
+    "with hf_precond.create_optimizer(model, {name!r}, params=groups)."
+)
+RATES_NEED_MODEL = (
+    "{field}={value}: which parameters it scales is read off the model, and {name} was made from "
+    "parameters alone; use hf_precond.create_optimizer(model, {name!r}, params=groups, {field}=…), "
+    "or give groups an lr of their own."
+)
+NOT_PER_GROUP = (
+    "{field} in a parameter group: under {name} it holds for all groups alike; pass it to the "
+    "optimizer. A group may set {legal}."
+)
+TWICE = (
+    "{name}: a parameter stands twice in a parameter group, and would be stepped twice; give each "
+    "once (model.parameters() does, tied ones too)."
 )
 HAND_MADE = (
     "attach: this optimizer's model structure was made by hand; build the optimizer with "
     "create_optimizer(model, …) instead."
 )
 NOT_IN_GROUPS = (
-    "{name}: it is in none of the parameter groups; pass every trainable parameter of the model, "
-    "freeze it, or build with create_optimizer(model, …)."
+    "{name}: it is in none of the parameter groups, as nothing is that {optimizer} would "
+    "precondition; pass a matrix of the model's layers too, those of the very model that the "
+    "optimizer is made for or attached to, or build with create_optimizer(model, {optimizer!r})."
 )
 REPLACED = (
     "{name}: its parameter is in none of the parameter groups any more. It was replaced since the "

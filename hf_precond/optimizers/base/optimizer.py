@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hf_precond.architectures.groups import given_groups, parameter_groups
 from hf_precond.architectures.structure import LayerMatrix, ModelStructure, RoutingTable
 from hf_precond.config.base import OptimizerConfig
 from hf_precond.distributed import collectives
@@ -23,6 +24,7 @@ from hf_precond.optimizers.base.fallback import (
     group_defaults,
     make_fallback,
 )
+from hf_precond.optimizers.base.groups import added_route, check_group, routed
 from hf_precond.optimizers.base.parameters import (
     Bound,
     BoundMatrix,
@@ -32,6 +34,7 @@ from hf_precond.optimizers.base.parameters import (
     Preconditioned,
 )
 from hf_precond.optimizers.base.refresh import Counters, FailureRecord
+from hf_precond.registry import make_config, read_model
 
 if TYPE_CHECKING:
     from hf_precond.statistics.requests import Request, Statistic, StatisticsSource
@@ -55,17 +58,27 @@ class PrecondOptimizer(torch.optim.Optimizer):
     enters the weights and the fallback optimizer's moments as in torch's optimizers, and no
     preconditioner; with ``skip_nonfinite=True`` the whole step is skipped.
 
+    The class is called as torch's are, ``AFOpt(groups, lr=1e-3)``, and binds to the model at
+    :meth:`attach`; under a Trainer this happens by itself, at the latest when training begins.
+    :func:`hf_precond.create_optimizer` does both, and has defaults for the groups.
+
     Args:
-        param_groups: as for any torch optimizer.
-        structure: what was found in the model.
-        config: the validated config.
+        params: parameters, pairs of names and parameters, or groups, as for any torch optimizer.
+        structure: what was found in the model, where it was read already; then ``config`` is
+            needed too.
+        config: a config in the place of fields, or changed by them.
+        optimizer_dict: what some trainers call ``params``.
+        attach_to: the model, to bind to at once.
+        **fields: of the config.
 
     Raises:
-        TypeError: built from parameters and fields alone, as torch's optimizers are.
-        ValueError: for complex parameters, and where a matrix to be preconditioned is in none of
-            the parameter groups.
-        RuntimeError: at a step, for sparse gradients and for too many failures in a row, with
-            advice.
+        TypeError: ``params`` are not what torch's optimizers take, or an argument was given by
+            position.
+        ValueError: for complex parameters, a parameter given twice, a field or value that is not
+            legal, where nothing is preconditioned, and for ``head_lr_scale`` and
+            ``layer_lr_decay`` without a model.
+        RuntimeError: at a step, before the optimizer was attached to a model, for sparse gradients
+            and for too many failures in a row, with advice.
     """
 
     registered_name = ""  # set by register_optimizer
@@ -74,6 +87,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
     """Whether a matrix without statistics is stepped by the fallback optimizer."""
     statistics: StatisticsSource | None = None
     scaler: torch.amp.GradScaler | None = None
+    loaded: Any = None  # what a state that came before attach() says of its model
     _carried: dict[str, Statistic] | None = None  # from hooks that were replaced before the step
     _pruned: Sequence[BoundMatrix] = ()
     rates: Sequence[Any] = ()  # of the last step, by group: a scheduler may have changed them since
@@ -82,24 +96,49 @@ class PrecondOptimizer(torch.optim.Optimizer):
 
     def __init__(
         self,
-        param_groups: Iterable[Any],
+        params: Iterable[Any] | None = None,
         structure: ModelStructure | None = None,
         config: OptimizerConfig | None = None,
+        *,
+        optimizer_dict: Iterable[Any] | None = None,
+        attach_to: nn.Module | None = None,
         **fields: Any,
     ) -> None:
-        usable = isinstance(structure, ModelStructure) and isinstance(config, OptimizerConfig)
-        if fields or not usable:
+        params = optimizer_dict if params is None else params
+        if structure is None:
+            config = make_config(config or self.registered_name, **fields)
+            structure, params = self._read(attach_to, config, params)
+        elif not isinstance(structure, ModelStructure) or config is None or fields or attach_to:
             name = type(self).__name__
-            raise TypeError(messages.NEEDS_MODEL.format(name=name, optimizer=self.registered_name))
-        assert structure is not None and config is not None
+            raise TypeError(
+                messages.WRONG_ARGUMENTS.format(name=name, optimizer=self.registered_name)
+            )
         self.config = config
         self.structure = structure
         self.counters = Counters()
         self.failures = FailureRecord()
         self.fallback: FallbackOptimizer = self.make_fallback()
-        super().__init__(param_groups, group_defaults(config))
+        super().__init__(() if params is None else params, group_defaults(config))
+        self.given = len(self.param_groups)
         self._bind()
+        self._route()
         self._open()
+
+    @staticmethod
+    def _read(
+        model: nn.Module | None, config: OptimizerConfig, params: Iterable[Any] | None
+    ) -> tuple[ModelStructure, list[dict[str, Any]]]:
+        """What is in a model, nothing where there is none yet, and the parameter groups."""
+        if model is not None:
+            return read_model(model, config), parameter_groups(model, config, params)
+        for field in ("head_lr_scale", "layer_lr_decay"):
+            value = getattr(config, field)
+            if value != 1.0:
+                raise ValueError(
+                    messages.RATES_NEED_MODEL.format(field=field, value=value, name=config.name)
+                )
+        groups = given_groups(() if params is None else params)
+        return ModelStructure(reread=partial(read_model, config=config)), groups
 
     # What a subclass fills in -----------------------------------------------------
 
@@ -194,6 +233,8 @@ class PrecondOptimizer(torch.optim.Optimizer):
         return loss
 
     def _step(self) -> None:
+        if not self.attached:
+            raise RuntimeError(messages.NOT_ATTACHED.format(name=self.config.name))
         parameters.refuse_sparse(self.param_groups, self.config.name)
         self._locate()
         for bound in self.bound:
@@ -317,6 +358,11 @@ class PrecondOptimizer(torch.optim.Optimizer):
     # Binding to parameter groups and to the model --------------------------------------
 
     @property
+    def attached(self) -> bool:
+        """Whether the optimizer knows in which layers its parameters are; see :meth:`attach`."""
+        return bool(self.structure.owners) or self.structure.reread is None
+
+    @property
     def _first(self) -> Tensor:
         return next(parameter for group in self.param_groups for parameter in group["params"])
 
@@ -375,26 +421,27 @@ class PrecondOptimizer(torch.optim.Optimizer):
 
     def _bind(self) -> None:
         """Find the parameter groups of everything that is preconditioned."""
-        groups = self._group_numbers()
-        self.validator = ParamGroupValidator(self.structure.owners, groups)
+        groups, structure = self._group_numbers(), self.structure
+        self.validator = ParamGroupValidator(structure.owners, groups)
         self.bound: list[Any] = []
-        for matrix in self.structure.matrices:
+        for matrix in structure.matrices:
             bias = matrix.bias_parameter
             bias_group = None if bias is None else groups.get(id(bias))
-            group = self._group_at_start(matrix.name, matrix.weight_parameter, groups)
-            self.bound.append(BoundMatrix(matrix, group, bias_group))
-        for norm in self.structure.norms:
-            if norm.parameter.requires_grad or id(norm.parameter) in groups:
-                group = self._group_at_start(norm.name, norm.parameter, groups)
+            group = groups.get(id(matrix.weight_parameter))
+            if group is not None:
+                self.bound.append(BoundMatrix(matrix, group, bias_group))
+        for norm in structure.norms:
+            group = groups.get(id(norm.parameter))
+            if group is not None:
                 self.bound.append(BoundNorm(norm, group))
+        names = [matrix.name for matrix in structure.matrices]
+        names += [norm.name for norm in structure.norms]
+        if names and not self.bound:
+            name, optimizer = names[0], self.config.name
+            raise ValueError(messages.NOT_IN_GROUPS.format(name=name, optimizer=optimizer))
         self._remainders = parameters.fused_remainders(self.bound)
         matrices = [bound for bound in self.bound if isinstance(bound, BoundMatrix)]
         self._pruned = [bound for bound in matrices if bound.matrix.mask is not None]
-
-    def _group_at_start(self, name: str, parameter: Tensor, groups: Mapping[int, int]) -> int:
-        if id(parameter) not in groups:
-            raise ValueError(messages.NOT_IN_GROUPS.format(name=name))
-        return groups[id(parameter)]
 
     def _open(self) -> None:
         requests, structure = self.requests(), self.structure
@@ -446,21 +493,35 @@ class PrecondOptimizer(torch.optim.Optimizer):
     def attach(self, model: nn.Module) -> None:
         """Read ``model`` (whose parameters this optimizer holds) and install the hooks.
 
-        A deep copy of an optimizer has none until this is called.
+        An optimizer made without a model cannot step until this is called, and
+        a deep copy has no hooks until then. A state may be loaded before.
 
         Args:
             model: the model.
 
         Raises:
-            RuntimeError: the optimizer was not built by ``create_optimizer``.
+            RuntimeError: the optimizer was made with a structure by hand.
+            ValueError: nothing of ``model`` would be preconditioned, or a state
+                that was loaded before is of another model.
         """
         if self.structure.reread is None:
             raise RuntimeError(messages.HAND_MADE)
         self.close()
-        self.structure = self.structure.reread(model)
-        self.structure.routing = checkpoint.relabelled(self.routing, model, self.param_groups)
+        structure = self.structure.reread(model)
+        if self.loaded is not None:
+            own = checkpoint.identity(self.config, self.param_groups, structure.owners)
+            checkpoint.refuse_other_model(self.config.name, self.loaded, own["parameters"])
+            self.loaded = None
+        self.structure = structure
         self._bind()
+        self._route()
         self._open()
+
+    def _route(self) -> None:
+        """Note the parameter groups in the routing table of a model that was just read."""
+        if self.structure.reread is not None:
+            routing = routed(self.structure, self.param_groups, self.config, self.given)
+            self.structure.routing = routing
 
     def close(self) -> None:
         """Remove every hook. The optimizer can still step, with the preconditioners it has."""
@@ -477,15 +538,21 @@ class PrecondOptimizer(torch.optim.Optimizer):
             param_group: as for any torch optimizer.
 
         Raises:
-            ValueError: for complex parameters.
+            ValueError: for complex parameters, a parameter that stands twice, a value out of
+                range, and a field that holds for all groups alike.
         """
         param_group.setdefault("step", self.steps if self.param_groups else 0)
         super().add_param_group(param_group)
         added = self.param_groups[-1]["params"]
-        parameters.refuse_complex(added, self.config.name)
+        try:
+            parameters.refuse_complex(added, self.config.name)
+            check_group(self.param_groups[-1], self.config)
+        except ValueError:
+            del self.param_groups[-1]
+            raise
         if hasattr(self, "bound"):
             number = len(self.param_groups) - 1
-            self.routing.routes.extend(checkpoint.added_route(number, p) for p in added)
+            self.routing.routes.extend(added_route(number, p) for p in added)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and the statistics collected for a step that did not come.
@@ -504,7 +571,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
             Plain values and tensors, which ``weights_only`` loads. Once there
             is state, every parameter has an entry.
         """
-        own = checkpoint.identity(self.config, self.param_groups, self.routing)
+        own = checkpoint.identity(self.config, self.param_groups, self.structure.owners)
         checkpoint.forget_empty(self.state)
         return checkpoint.complete(super().state_dict()) | {checkpoint.KEY: own}
 
@@ -518,9 +585,11 @@ class PrecondOptimizer(torch.optim.Optimizer):
             ValueError: the state is of another model or optimizer, was saved
                 with other fields, or is not whole; nothing has been loaded.
         """
-        own = checkpoint.identity(self.config, self.param_groups, self.routing)
+        own = checkpoint.identity(self.config, self.param_groups, self.structure.owners)
         with checkpoint.restoring(self, own):
             super().load_state_dict(state_dict)
+        if not self.attached:
+            self.loaded = state_dict.get(checkpoint.KEY, own)["parameters"]
         checkpoint.forget_empty(self.state)
         self.coverage.restore(self.state)
         if self.statistics is not None:
@@ -530,8 +599,8 @@ class PrecondOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """A copy has its own statistics and counters, and no hooks until :meth:`attach`."""
         own = ("config", "structure", "fallback", "counters", "failures", "coverage")
-        held = {name: self.__dict__[name] for name in (*own, "bound", "_remainders", "validator")}
-        return super().__getstate__() | held
+        names = (*own, "given", "loaded", "bound", "_remainders", "validator")
+        return super().__getstate__() | {name: getattr(self, name) for name in names}
 
     # What a person sees --------------------------------------------------------------------
 

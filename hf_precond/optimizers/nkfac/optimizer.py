@@ -137,9 +137,15 @@ class NKFAC(PrecondOptimizer):
     growing (activations or gradients overflow).
 
     Args:
-        param_groups: as for any torch optimizer.
-        structure: ``matrices`` are linear layers and convolutions.
-        config: the fields.
+        params: parameters, pairs of names and parameters, or groups, as for any
+            torch optimizer.
+        structure: ``matrices`` are linear layers and convolutions, where it was read already (then
+            with ``config``); by default it is read off the model.
+        config: a config, in the place of fields, or changed by them.
+        optimizer_dict: what some trainers call ``params``.
+        attach_to: the model; without it, call :meth:`attach` before the first
+            step. ``hf_precond.create_optimizer`` makes groups too.
+        **fields: of the config.
 
     Source: Ying Sun, "Designing effective preconditioned optimizers for deep
     neural network training", PolyU 2024; Martens and Grosse, "Optimizing
@@ -150,10 +156,10 @@ class NKFAC(PrecondOptimizer):
     arrived: Sequence[KroneckerFactor] = ()  # had a statistic at this step, and no inverse so far
 
     def __new__(
-        cls, param_groups: Any = (), structure: Any = None, config: Any = None, **fields: Any
+        cls, params: Any = None, structure: Any = None, config: Any = None, **fields: Any
     ) -> NKFAC:
         """Choose ``NKFACReference`` for a config with ``reference=True``."""
-        if cls is NKFAC and getattr(config, "reference", False):
+        if cls is NKFAC and fields.get("reference", getattr(config, "reference", False)):
             from hf_precond.optimizers.nkfac.reference import NKFACReference
 
             return super().__new__(NKFACReference)

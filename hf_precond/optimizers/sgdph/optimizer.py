@@ -126,9 +126,15 @@ class SGDPH(PrecondOptimizer):
     overflow).
 
     Args:
-        param_groups: as for any torch optimizer.
-        structure: ``norms`` are the channel-wise parameters.
-        config: the validated config.
+        params: parameters, pairs of names and parameters, or groups, as for any
+            torch optimizer.
+        structure: ``norms`` are the channel-wise parameters, where it was read already (then
+            with ``config``); by default it is read off the model.
+        config: a config, in the place of fields, or changed by them.
+        optimizer_dict: what some trainers call ``params``.
+        attach_to: the model; without it, call :meth:`attach` before the first
+            step. ``hf_precond.create_optimizer`` makes groups too.
+        **fields: of the config.
 
     Raises:
         ValueError: a trainable norm parameter is in no parameter group.
@@ -142,10 +148,10 @@ class SGDPH(PrecondOptimizer):
     config: SGDPHConfig
 
     def __new__(
-        cls, param_groups: Any = (), structure: Any = None, config: Any = None, **fields: Any
+        cls, params: Any = None, structure: Any = None, config: Any = None, **fields: Any
     ) -> SGDPH:
         """Choose ``SGDPHReference`` for a config with ``reference=True``."""
-        if cls is SGDPH and getattr(config, "reference", False):
+        if cls is SGDPH and fields.get("reference", getattr(config, "reference", False)):
             from hf_precond.optimizers.sgdph.reference import SGDPHReference
 
             return super().__new__(SGDPHReference)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from hf_precond.architectures.attention_block import AttentionBlock, Heads
-from hf_precond.architectures.parameters import parameter_groups
+from hf_precond.architectures.groups import parameter_groups
 from hf_precond.architectures.structure import LayerMatrix, ModelStructure, RowSelection
 from hf_precond.optimizers.afopt.config import AFOptConfig
 from hf_precond.optimizers.afopt.optimizer import AFOpt
@@ -125,8 +125,7 @@ def create(model, **fields):
     """AFOpt on a model of transformers."""
     config = AFOptConfig.create(**fields)
     structure = attention_matrices(model, config)
-    groups, _ = parameter_groups(model, config.lr, config.weight_decay, config.head_lr_scale)
-    return AFOpt(groups, structure, config)
+    return AFOpt(parameter_groups(model, config), structure, config)
 
 
 def directions(optimizer):

@@ -1,0 +1,120 @@
+"""The parameter groups of an optimizer: what may stand in them, and how the routing shows them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from hf_precond.architectures.parameters import FROZEN
+from hf_precond.architectures.structure import ModelStructure, Owner, Route, RoutingTable
+from hf_precond.config.base import OptimizerConfig
+from hf_precond.optimizers.base import messages
+
+Groups = Sequence[Mapping[str, Any]]
+
+PER_GROUP = ("lr", "weight_decay", "betas", "eps", "momentum")
+"""Fields of a config that a parameter group may set for itself."""
+NOT_STEPPED = "not stepped"
+"""The treatment of a parameter that trains and is in no group."""
+
+
+def check_group(group: Mapping[str, Any], config: OptimizerConfig) -> None:
+    """Refuse a parameter group that could not be followed.
+
+    Args:
+        group: its ``params`` are a list.
+        config: the optimizer's.
+
+    Raises:
+        ValueError: a field of the config that holds for all groups alike, a
+            value out of range, or a parameter that stands in the group twice.
+    """
+    fields = {field.name for field in dataclasses.fields(config)} & group.keys()
+    others = sorted(fields - set(PER_GROUP))
+    if others:
+        legal = ", ".join(PER_GROUP)
+        raise ValueError(
+            messages.NOT_PER_GROUP.format(name=config.name, field=others[0], legal=legal)
+        )
+    # A rate may be a tensor, whose value is not looked at: that would wait for a GPU.
+    config.replace(**{key: group[key] for key in fields if not isinstance(group[key], Tensor)})
+    params: Sequence[Tensor] = group["params"]
+    if len({id(parameter) for parameter in params}) < len(params):
+        raise ValueError(messages.TWICE.format(name=config.name))
+
+
+def parameter_names(owners: Sequence[Owner]) -> dict[int, str]:
+    """``id`` of every parameter that the model holds now to its name; not to be kept.
+
+    Args:
+        owners: name, module and attribute of the model's parameters.
+    """
+    held = ((name, module._parameters.get(attribute)) for name, module, attribute in owners)
+    return {id(parameter): name for name, parameter in held if parameter is not None}
+
+
+def label(number: int, group: Mapping[str, Any]) -> str:
+    """What the routing table calls a group.
+
+    Args:
+        number: of the group.
+        group: the group.
+    """
+    return str(group.get("name", f"group {number}"))
+
+
+def routed(
+    structure: ModelStructure, groups: Groups, config: Any, given: int | None = None
+) -> RoutingTable:
+    """The routing table of a model that was read, with the groups that hold its parameters.
+
+    Parameters that are not the model's are listed too, and those of the model
+    that train and are in no group are not stepped.
+
+    Args:
+        structure: what was found in the model.
+        groups: the optimizer's.
+        config: the optimizer's.
+        given: how many groups it was made with; ``None`` for all.
+    """
+    names, labels, others = parameter_names(structure.owners), dict[str, str](), []
+    treatment = getattr(config, "base", "adamw")
+    for number, group in enumerate(groups):
+        for place, parameter in enumerate(group["params"]):
+            if id(parameter) in names:
+                labels[names[id(parameter)]] = label(number, group)
+                continue
+            if given is not None and number >= given:
+                others.append(added_route(number, parameter))
+                continue
+            name = f"(outside) group {number}, parameter {place}"
+            if "param_names" in group:
+                name = group["param_names"][place]
+            reason = "outside the model" if structure.owners else "no model is attached yet"
+            held = treatment if parameter.requires_grad else FROZEN
+            shape = tuple(parameter.shape)
+            others.append(Route(name, shape, held, reason, label(number, group)))
+    routes = []
+    for route in structure.routing:
+        if route.name in labels:
+            route = replace(route, group=labels[route.name])
+        elif route.treatment != FROZEN:
+            reason = f"{route.reason}; in no parameter group"
+            route = replace(route, treatment=NOT_STEPPED, reason=reason)
+        routes.append(route)
+    return RoutingTable(routes + others)
+
+
+def added_route(number: int, parameter: Tensor) -> Route:
+    """The row of a parameter that joined a group after the optimizer was made.
+
+    Args:
+        number: of the group.
+        parameter: the parameter.
+    """
+    name = f"(added) group {number}"
+    return Route(name, tuple(parameter.shape), "base", "added after creation", f"group {number}")
