@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hf_precond.architectures.parameters import ParameterSurvey, add_reason, parameter_groups
+from hf_precond.architectures.groups import parameter_groups
+from hf_precond.architectures.parameters import ParameterSurvey, add_reason
 from hf_precond.architectures.structure import ModelStructure
 from hf_precond.config.base import OptimizerConfig
 from hf_precond.linalg.matrix_functions import largest_entry, newton_schulz
@@ -42,8 +43,7 @@ class ControlConfig(OptimizerConfig):
         Args:
             model: the model.
         """
-        groups, _ = parameter_groups(model, self.lr, self.weight_decay, self.head_lr_scale)
-        return groups
+        return parameter_groups(model, self)
 
     def build(self, model: nn.Module, warmup: int) -> Any:
         """The optimizer of a model.
