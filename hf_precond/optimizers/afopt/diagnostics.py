@@ -105,7 +105,7 @@ def last_step(optimizer: AFOpt) -> ObservedStep:
     """The last step computed again from the momentum in the state.
 
     An attention (a linear layer outside) that was read anew since that step, as after
-    :meth:`attach`, is left out until it has all its state.
+    ``attach``, is left out until it has all its state.
 
     Args:
         optimizer: the optimizer.
