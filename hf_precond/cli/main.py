@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from hf_precond.cli import bench, explain, run
+from hf_precond.cli import bench, explain, mistakes, run
 from hf_precond.config.hub import version
 
 COMMANDS = ("run", "list", "explain", "bench")
@@ -53,7 +53,7 @@ def launch(argv: Sequence[str]) -> int:
     if words[:1] == ["--version"]:
         return main(words)
     if not words or words[0] in ("-h", "--help"):
-        print("usage: python -m hf_precond SCRIPT.py [the script's arguments]\n")
+        print("usage: python -m hf_precond (SCRIPT.py | -m MODULE | PROGRAM) [its own arguments]\n")
         _parser().print_help()
         return 0 if words else 2
     if words[0] in COMMANDS and not os.path.exists(words[0]):
@@ -62,7 +62,7 @@ def launch(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = mistakes.Parser(
         prog="hf-precond",
         description="Preconditioned optimizers for Hugging Face Transformers, by --optim NAME.",
     )

@@ -1,10 +1,12 @@
-"""``hf-precond run SCRIPT.py …``: the script as Python would run it, with the names registered."""
+"""``hf-precond run …``: a script or module as Python would run it, with the names registered."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import runpy
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +14,15 @@ from types import TracebackType
 from typing import Any
 
 from hf_precond.registry import list_optimizers
+
+EXAMPLES = """examples:
+  hf-precond run run_glue.py --optim afopt --learning_rate 1e-3 ...
+  hf-precond run -m trl.scripts.sft --optim adamr ...
+  hf-precond run trl sft --optim afopt --optim_args "lr_scale=3" ...
+  torchrun --nproc_per_node 2 -m hf_precond run_glue.py --optim nkfac ...
+
+Processes that the script starts know the names too; HF_PRECOND=0 keeps them
+out of those."""
 
 
 def add_command(commands: Any) -> None:
@@ -21,51 +32,133 @@ def add_command(commands: Any) -> None:
         commands: the parser's subparsers.
     """
     names = ", ".join(list_optimizers())
-    parser = commands.add_parser("run", help=f"run a training script with --optim {names}")
-    parser.add_argument("script", help="the script's path")
-    parser.add_argument("args", nargs=argparse.REMAINDER, help="the script's own arguments")
+    parser = commands.add_parser(
+        "run",
+        help=f"run a training script with --optim {names}",
+        usage="hf-precond run (SCRIPT.py | -m MODULE | PROGRAM) [its own arguments]",
+        description="Run a training script, module or Python program, unmodified, with the "
+        f"optimizers {names} registered.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("script", help="a script's path, `-m MODULE`, or a program such as trl")
+    parser.add_argument("args", nargs=argparse.REMAINDER, help="its own arguments")
     parser.set_defaults(act=lambda arguments: run([arguments.script, *arguments.args]))
 
 
 def run(words: Sequence[str]) -> int:
-    """Run a script in this process, as ``python SCRIPT.py …`` would.
+    """Run a script in this process, as ``python SCRIPT.py …`` or ``python -m MODULE …`` would.
 
-    The script's folder comes first on ``sys.path``, and ``sys.argv`` is the
-    script's. Its exceptions are shown without the frames of this package, and
-    its exit codes are returned.
+    ``sys.path`` and ``sys.argv`` are the script's. Its exceptions are shown
+    without the frames of this package, and its exit codes are returned. A
+    mistake in ``--optim`` or ``--optim_args`` is one sentence. Python processes
+    that it starts have the names too: ``PYTHONPATH`` gets the folder
+    ``cli/startup``, unless ``HF_PRECOND`` is 0.
 
     Args:
         words: the script's path (or a folder or archive with a
-            ``__main__.py``) and its arguments.
+            ``__main__.py``), or ``-m`` and a module, or the name of a Python
+            program on ``PATH``; then its arguments.
 
     Returns:
         0 when the script ends without an error; 2 when there is no such
-        script, or transformers cannot take the names.
+        script, for a mistake in the optimizer's arguments, or when
+        transformers cannot take the names.
     """
-    if not words:
-        return _refuse("no script was given; write `python -m hf_precond SCRIPT.py …`.")
-    path = os.path.abspath(words[0])
-    if words[0].startswith("-") and not os.path.exists(path):
-        return _refuse(f"{words[0]} stands before the script; write SCRIPT.py first, then options.")
-    if not os.path.exists(path):
-        return _refuse(f"there is no script at {words[0]!r} (looked for {path}).")
-    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "__main__.py")):
-        return _refuse(f"{words[0]!r} is a folder without a __main__.py; give a script's path.")
+    from hf_precond.cli import mistakes
+
+    is_module = words[:1] == ["-m"]
+    try:
+        path = _origin(words[1:]) if is_module else _script(words)
+    except LookupError as error:
+        return _refuse(str(error.args[0]))
     from hf_precond.integrations.registration import register
 
     try:
         register()
     except RuntimeError as error:
         return _refuse(str(error))
-    sys.argv = [path, *words[1:]]
-    _take_first_place(os.path.dirname(path))
+    _share_with_children()
+    mistakes.watch_arguments()
+    sys.argv = [path, *words[1 + is_module :]]
     try:
-        runpy.run_path(path, run_name="__main__")
-    except (Exception, KeyboardInterrupt):
+        if is_module:
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            _take_first_place(os.path.dirname(path))
+            runpy.run_path(path, run_name="__main__")
+    except (Exception, KeyboardInterrupt) as error:
+        sentence = mistakes.explained(error)
+        if sentence is not None:
+            mistakes.tell(sentence)
+            return 2
         sys.excepthook = _without_frames_before(path, sys.excepthook)
         raise
     _leave_process_group()
     return 0
+
+
+def _script(words: Sequence[str]) -> str:
+    """The path of a script or Python program.
+
+    Raises:
+        LookupError: there is none.
+    """
+    if not words:
+        raise LookupError("no script was given; write `python -m hf_precond SCRIPT.py …`.")
+    path = os.path.abspath(words[0])
+    if not os.path.exists(path) and words[0].startswith("-"):
+        raise LookupError(
+            f"{words[0]} stands before the script; write SCRIPT.py first, then options."
+        )
+    if not os.path.exists(path) and os.path.basename(words[0]) == words[0]:
+        beside = os.path.dirname(sys.executable)
+        path = shutil.which(words[0]) or shutil.which(words[0], path=beside) or path
+        if os.path.exists(path) and not _is_python(path):
+            raise LookupError(f"{words[0]!r} ({path}) is no Python program; give a script's path.")
+    if not os.path.exists(path):
+        raise LookupError(f"there is no script at {words[0]!r} (looked for {path}).")
+    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "__main__.py")):
+        raise LookupError(f"{words[0]!r} is a folder without a __main__.py; give a script's path.")
+    return path
+
+
+def _is_python(path: str) -> bool:
+    with open(path, "rb") as file:
+        line = file.readline(200)
+    return line.startswith(b"#!") and b"python" in line
+
+
+def _origin(words: Sequence[str]) -> str:
+    """The file of a module, with the working directory first on ``sys.path``, as ``-m`` puts it.
+
+    Raises:
+        LookupError: there is no such module, or it cannot be run.
+    """
+    if not words or words[0].startswith("-"):
+        raise LookupError("no module was given; write `python -m hf_precond -m MODULE …`.")
+    _take_first_place(os.getcwd())
+    name = words[0]
+    try:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations is not None:
+            name = f"{name}.__main__"
+            spec = importlib.util.find_spec(name)
+    except ModuleNotFoundError as error:
+        raise LookupError(f"-m {words[0]}: there is no module {error.name!r}.") from error
+    if spec is None or spec.origin is None:
+        raise LookupError(f"-m {words[0]}: there is no module {name!r} that could be run.")
+    return spec.origin
+
+
+def _share_with_children() -> None:
+    """Let Python processes that the script starts register the names too."""
+    if os.environ.setdefault("HF_PRECOND", "1") in ("", "0"):
+        return
+    startup = str(Path(__file__).resolve().parent / "startup")
+    entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if startup not in entries:
+        os.environ["PYTHONPATH"] = os.pathsep.join([startup, *filter(None, entries)])
 
 
 def _leave_process_group() -> None:

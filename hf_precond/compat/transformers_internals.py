@@ -17,6 +17,7 @@ changed from outside:
 
 from __future__ import annotations
 
+import difflib
 import functools
 import re
 import sys
@@ -67,6 +68,7 @@ def extend_enum(module: ModuleType, names: Iterable[str], restore: Callable[[str
             this package.
     """
     enum = module.OptimizerNames
+    names = list(names)
     for value in names:
         if value in enum._value2member_map_:
             continue
@@ -81,6 +83,26 @@ def extend_enum(module: ModuleType, names: Iterable[str], restore: Callable[[str
         enum._member_map_[member._name_] = member
         enum._value2member_map_[value] = member
         type.__setattr__(enum, member._name_, member)
+    _suggest(enum, names)
+
+
+def _suggest(enum: Any, names: Iterable[str]) -> None:
+    """Let the error for an unknown value name the added one that is nearest."""
+    original = enum._missing_
+    if hasattr(original, _MARK):
+        return
+
+    def _missing_(cls: Any, value: Any) -> Any:
+        near = difflib.get_close_matches(str(value).lower(), names, n=1)
+        if near:
+            raise ValueError(
+                f"{value} is not a valid {cls.__name__}: --optim has no such name; did you mean "
+                f"{near[0]!r}?"
+            )
+        return original(value)
+
+    setattr(_missing_, _MARK, True)
+    enum._missing_ = classmethod(_missing_)
 
 
 def _reduce(restore: Callable[[str], Any], value: str, protocol: int) -> tuple[Any, tuple[str]]:

@@ -177,6 +177,6 @@ def config_in_use(trainer: Any) -> OptimizerConfig | None:
     own = own_optimizer(trainer.optimizer)
     if own is not None:
         return own.config
-    if trainer.optimizer is None and is_added(trainer.args.optim):
+    if trainer.optimizer is None and is_added(getattr(trainer.args, "optim", None)):
         return config_from_arguments(trainer.args)
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import math
@@ -15,6 +16,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from hf_precond.compat.transformers_internals import is_added
 from hf_precond.integrations.arguments import config_from_arguments, own_optimizer
+from hf_precond.registry import get_info, list_optimizers
 
 # Prefix of the optimizer's diagnostics among the Trainer's logs.
 PREFIX = "optim_"
@@ -120,6 +122,31 @@ def recorded_losses(trainer: Any) -> Iterator[None]:
         own.update(before)
 
 
+def _warn_of_fields_of_ours(optim: Any, args: Any) -> None:
+    """Warn of ``--optim_args`` that another package's optimizer cannot know, and ours do."""
+    text = args.optim_args
+    if not isinstance(text, str) or getattr(args, "process_index", False):
+        return
+    keys = {piece.partition("=")[0].strip() for piece in text.split(",")}
+    owners = {name: _own_fields(name) & keys for name in list_optimizers()}
+    known = [name for name, fields in owners.items() if fields]
+    if known:
+        optim = getattr(optim, "value", optim)
+        logger.warning(
+            "--optim_args %s: %s does not take %s; write --optim %s, which does.",
+            text, optim, ", ".join(sorted(set().union(*owners.values()))), " or ".join(known),
+        )  # fmt: skip
+
+
+def _own_fields(name: str) -> set[str]:
+    """The fields that an optimizer has beside those that any optimizer may have."""
+    shared = {"lr", "weight_decay", "betas", "eps", "momentum", "nesterov"}
+    try:
+        return {field.name for field in dataclasses.fields(get_info(name).config_cls)} - shared
+    except Exception:  # a plugin that does not import is no reason to stop another optimizer
+        return set()
+
+
 class PrecondCallback(TrainerCallback):
     """Connect an optimizer of this package with the training loop.
 
@@ -132,8 +159,11 @@ class PrecondCallback(TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse bad ``--optim_args`` when the Trainer is made, not when training starts."""
-        if is_added(args.optim):
+        optim = getattr(args, "optim", None)  # other packages' arguments may have none
+        if is_added(optim):
             config_from_arguments(args)
+        elif getattr(args, "optim_args", None):
+            _warn_of_fields_of_ours(optim, args)
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None,

@@ -56,6 +56,40 @@ def test_a_script_sees_what_it_sees_under_python(tmp_path):
     assert seen[4] == "beside the script"
 
 
+@pytest.mark.parametrize("name", ["package.script", "package"])
+def test_a_module_sees_what_it_sees_under_python(name, tmp_path):
+    text = (
+        "import json, sys\n"
+        "from package import VALUE\n"
+        "print(json.dumps([sys.argv, __name__, __file__, sys.path[0], VALUE, __spec__.name,\n"
+        "    __package__, sys.modules['__main__'].__dict__ is globals()]))\n"
+    )
+    write(tmp_path, "VALUE = 7", "package/__init__.py")
+    write(tmp_path, text, "package/script.py")
+    write(tmp_path, text, "package/__main__.py")
+    words = ["-m", name, "--lr", "1e-3", "-m", "run"]
+    plain, launched = both(*words, folder=tmp_path)
+    assert launched.returncode == plain.returncode == 0, launched.stderr
+    assert json.loads(launched.stdout) == json.loads(plain.stdout)
+    write(tmp_path, "def f():\n    1 / 0\nf()", "package/script.py")
+    plain, launched = both("-m", "package.script", folder=tmp_path)
+    assert launched.returncode == plain.returncode == 1
+    own = plain.stderr.index('  File "' + str(tmp_path))
+    assert launched.stderr.endswith(plain.stderr[own:]) and "hf_precond" not in launched.stderr
+
+
+def test_a_program_on_the_path_runs(tmp_path, capsys, monkeypatch):
+    program = write(tmp_path, f"#!{sys.executable}\nimport sys\nprint('ran', sys.argv)", "train-it")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "argv", ["hf-precond"])
+    monkeypatch.setattr(sys, "path", ["bin", *sys.path])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("HF_PRECOND", "0")
+    monkeypatch.chdir("/")
+    assert main(["run", "train-it", "sft", "--optim", "afopt"]) == 0
+    assert capsys.readouterr().out == f"ran ['{program}', 'sft', '--optim', 'afopt']\n"
+
+
 def test_a_script_that_loads_no_torch_gets_none(tmp_path):
     code = "import sys\nprint('torch' in sys.modules, 'hf_precond' in sys.modules)"
     script = write(tmp_path, code)
