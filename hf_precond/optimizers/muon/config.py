@@ -32,7 +32,7 @@ class MuonConfig(OptimizerConfig):
     """
 
     name: ClassVar[str] = "muon"
-    layout: ClassVar[tuple[str, ...]] = ("variant",)
+    layout: ClassVar[tuple[str, ...]] = ("state_dtype", "variant")
 
     momentum: float = decay(0.95)
     nesterov: bool = True

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from hf_precond.architectures.attention import find_attention
@@ -13,7 +14,7 @@ from hf_precond.architectures.hidden import in_attention, outside_attention
 from hf_precond.architectures.modules import find_matrices, is_layer
 from hf_precond.architectures.parameters import ParameterSurvey, add_reason
 from hf_precond.architectures.structure import LayerMatrix, ModelStructure, RowSelection
-from hf_precond.distributed.collectives import like
+from hf_precond.distributed.collectives import full, like
 from hf_precond.optimizers.base.optimizer import PrecondOptimizer
 from hf_precond.optimizers.base.parameters import (
     Bound,
@@ -23,7 +24,15 @@ from hf_precond.optimizers.base.parameters import (
     allocate,
 )
 from hf_precond.optimizers.muon.config import MuonConfig
-from hf_precond.optimizers.muon.step import MOMENTUM, ROWS, MuonStep, holds_transposes, stack_shape
+from hf_precond.optimizers.muon.step import (
+    MOMENTUM,
+    ROWS,
+    MuonStep,
+    as_matrices,
+    batches,
+    holds_transposes,
+    stack_shape,
+)
 from hf_precond.registry import register_optimizer
 
 
@@ -174,3 +183,36 @@ class Muon(PrecondOptimizer):
             view = ParamView(weight, weight.grad, self.state[weight], "", group)
         view.matrix = bound.matrix
         return view
+
+    # ------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def report(self) -> dict[str, float]:
+        """Size and direction of the steps, see the class; costs about as much as a step."""
+        held: dict[int, BoundMatrix] = {}
+        views: list[ParamView] = []
+        for bound in self.bound if self.rates else ():
+            state, shape = self.state[bound.weight], bound.matrix.shape if bound.fused else None
+            momentum, group = state.get(bound.prefix + MOMENTUM), self.param_groups[bound.group]
+            if momentum is not None:
+                view = ParamView(bound.weight, momentum, state, bound.prefix, group, shape)
+                view.matrix = bound.matrix
+                held[id(view)] = bound
+                views.append(view)
+        values: dict[str, Tensor] = {}
+        cosines: list[Tensor] = []
+        for batch in batches(views):
+            directions = self.rule.directions(batch, [view.grad for view in batch], False)
+            for view, step in zip(batch, directions.chunk(len(batch)), strict=True):
+                bound = held[id(view)]
+                name, rate = bound.matrix.name, self.rates[bound.group]
+                momentum = as_matrices(view, full(view.grad)).flatten()
+                cosines.append(torch.cosine_similarity(momentum, step.flatten(), dim=0, eps=1e-30))
+                length = torch.linalg.vector_norm(bound.matrix.read().to(step.dtype))
+                values[f"update_ratio/{name}"] = rate * torch.linalg.vector_norm(step) / length
+                if ROWS in view:
+                    values[f"row_ratio/{name}"] = (view[ROWS].max() / view[ROWS].mean()).sqrt()
+        if not cosines:
+            return {}
+        values["cosine"] = torch.stack([cosine.double().cpu() for cosine in cosines]).mean()
+        return {name: float(value) for name, value in values.items()}

@@ -126,13 +126,16 @@ class MuonStep:
 
     def _even_rows(self, batch: Sequence[ParamView], signs: Tensor, advance: bool) -> Tensor:
         """NorMuon: rows over the root of their running mean square, each matrix's norm kept."""
-        moments = [view[ROWS] for view in batch]
         inputs = -2 if _is_transposed(batch[0]) else -1
+        moments = torch.stack([view[ROWS] for view in batch]).view(len(signs), -1)
         if advance:
-            squares = signs.square().mean(inputs).view(len(batch), -1)
-            torch._foreach_lerp_(moments, list(squares.unbind()), 1 - self.normuon_beta2)
-        roots = torch.stack(moments).view(len(signs), -1).sqrt().unsqueeze(inputs)
-        even = signs / (roots + ROW_EPS)
+            squares = signs.square().mean(inputs)
+            # A gradient that is not finite shows in the weights, as everywhere, and not here.
+            squares = torch.where(squares.isfinite(), squares, moments)
+            moments.lerp_(squares, 1 - self.normuon_beta2)
+            parts = moments.view(len(batch), -1).unbind()
+            torch._foreach_copy_([view[ROWS] for view in batch], parts)
+        even = signs / (moments.sqrt() + ROW_EPS).unsqueeze(inputs)
         return even.mul_(frobenius_norm(signs) / frobenius_norm(even))
 
 

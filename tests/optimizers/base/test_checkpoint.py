@@ -16,7 +16,7 @@ each_name = pytest.mark.parametrize("name", list_optimizers())
 OTHER = {
     "adamr": {"basis": "one_sided"},
     "afopt": {"scope": "attention"},
-    "muon": {"variant": "normuon"},
+    "muon": {"variant": "muon"},
     "nkfac": {"max_dim": 20},
     "sgdph": {"include_bias": True},
 }

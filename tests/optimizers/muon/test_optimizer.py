@@ -229,6 +229,11 @@ def test_the_batched_sign_points_where_float64_does(shape):
 # NorMuon ------------------------------------------------------------------------------
 
 
+def sign(matrix):
+    coefficients = (DEFAULT_A, DEFAULT_B, DEFAULT_C)
+    return _zeropower_via_newtonschulz(matrix, coefficients, 5, EPS).double()
+
+
 class RowNormalised(torch.optim.Optimizer):
     """NorMuon by its formula, one matrix at a time, in float64 but for the sign.
 
@@ -249,17 +254,15 @@ class RowNormalised(torch.optim.Optimizer):
             gradient, state = parameter.grad, self.state[parameter]
             momentum = state["momentum"] = 0.95 * state.get("momentum", 0) + 0.05 * gradient
             ahead = 0.95 * momentum + 0.05 * gradient
-            coefficients = (DEFAULT_A, DEFAULT_B, DEFAULT_C)
-            sign = _zeropower_via_newtonschulz(ahead, coefficients, 5, EPS).double()
-            sign = sign.T if self.transposed else sign
-            rows, columns = sign.shape
-            even, squares = torch.zeros_like(sign), state.get("squares", [0.0] * rows)
+            found = sign(ahead).T if self.transposed else sign(ahead)
+            rows, columns = found.shape
+            even, squares = torch.zeros_like(found), state.get("squares", [0.0] * rows)
             for i in range(rows):
-                mean = sum(float(x) ** 2 for x in sign[i]) / columns
+                mean = sum(float(x) ** 2 for x in found[i]) / columns
                 squares[i] = self.beta2 * squares[i] + (1 - self.beta2) * mean
-                even[i] = sign[i] / (squares[i] ** 0.5 + 1e-8)
+                even[i] = found[i] / (squares[i] ** 0.5 + 1e-8)
             state["squares"] = squares
-            even *= sign.norm() / even.norm()
+            even *= found.norm() / even.norm()
             length = 0.2 * max(rows, columns) ** 0.5
             weight.copy_((1 - LR * DECAY) * weight - LR * length * even)
 
@@ -328,3 +331,43 @@ def test_a_matrix_without_gradient_is_left_out_and_one_of_zeros_only_decays():
     optimizer.step()
     assert torch.equal(model[1].weight, before[1].weight)
     torch.testing.assert_close(model[2].weight, (1 - LR * DECAY) * before[2].weight)
+
+
+def test_the_report_is_of_the_last_step_where_the_momentum_is_the_gradients():
+    """Without momentum the step that it gives now is the one that was taken."""
+    model = network(torch.float64)
+    fields = {"momentum": 0.0, "variant": "normuon", "normuon_beta2": 0.0}
+    optimizer = create_optimizer(model, "muon", lr=LR, **fields)
+    assert optimizer.report() == {}
+    before = copy.deepcopy(model)
+    next(regressions(torch.float64))(model).backward()
+    optimizer.step()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # a scheduler comes after the step
+    found, cosines = optimizer.diagnostics(), []
+    for name in ("1", "2", "3", "4", "6"):
+        step = before[int(name)].weight - model[int(name)].weight
+        ratio = float(step.norm() / model[int(name)].weight.norm())
+        assert found[f"update_ratio/{name}"] == pytest.approx(ratio, rel=1e-9)
+        gradient = model[int(name)].weight.grad.flatten()
+        cosines.append(float(torch.cosine_similarity(step.flatten(), gradient, dim=0)))
+        sign_rows = sign(model[int(name)].weight.grad).square().mean(1)
+        expected = float((sign_rows.max() / sign_rows.mean()).sqrt())
+        assert found[f"row_ratio/{name}"] == pytest.approx(expected, rel=1e-9)
+    assert found["cosine"] == pytest.approx(sum(cosines) / 5, rel=1e-9)
+    assert all(value == value and value > 0 for value in found.values())
+
+
+def test_the_report_of_fused_projections_is_one_value_each():
+    model = make("gpt2")
+    optimizer = create_optimizer(model, "muon")
+    train_step(model, optimizer, batch("gpt2"))
+    names = {name for name in optimizer.diagnostics() if "c_attn" in name}
+    assert names == {
+        f"update_ratio/transformer.h.{layer}.attn.c_attn[{part}]"
+        for layer in (0, 1)
+        for part in "qkv"
+    }
+    optimizer = create_optimizer(model, "muon", diagnostics="off")
+    train_step(model, optimizer, batch("gpt2"))
+    assert optimizer.diagnostics() == {}
