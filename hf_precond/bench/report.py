@@ -141,10 +141,12 @@ class Report:
     # Text -----------------------------------------------------------------------------
 
     def text(self) -> str:
-        """All tables, in 80 columns."""
-        return "\n\n".join(
-            [*(self.quality(task) for task in self.rows), *map(self.cost, self.rows)]
-        )
+        """The tables of losses, in 80 columns; no clock enters them."""
+        return "\n\n".join(map(self.quality, self.rows))
+
+    def costs(self) -> str:
+        """The tables of seconds and memory, in 80 columns."""
+        return "\n\n".join(map(self.cost, self.rows))
 
     def quality(self, task: str) -> str:
         """Losses, steps and settings on a task; the same however often the runs were interrupted.
@@ -326,7 +328,7 @@ def _mebibytes(results: Any, name: str) -> str:
 
 
 def save(report: Report, output: Path) -> None:
-    """Write ``results.json`` and ``table.txt``.
+    """Write ``results.json``, ``table.txt`` and ``cost.txt``.
 
     Args:
         report: the tables.
@@ -334,3 +336,4 @@ def save(report: Report, output: Path) -> None:
     """
     write(output / "results.json", report.to_dict())
     (output / "table.txt").write_text(report.text() + "\n")
+    (output / "cost.txt").write_text(report.costs() + "\n")

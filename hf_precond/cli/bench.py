@@ -71,7 +71,7 @@ def add_command(commands: Any) -> None:
 
 
 def bench_command(arguments: argparse.Namespace) -> int:
-    """Run what is missing of a comparison; write JSON, table and picture, print the table.
+    """Run what is missing of a comparison; write JSON, tables and picture, print the table.
 
     Args:
         arguments: ``file``, ``jobs``, ``output``, ``data``, ``no_plot``, ``quiet``, ``table``.
@@ -105,6 +105,8 @@ def bench_command(arguments: argparse.Namespace) -> int:
     if not arguments.no_plot:
         plot.draw(report, output / "loss.png")
     print(report.text())
+    if not arguments.quiet:  # not into the table, which the clock does not change
+        print(f"\n{report.costs()}", file=sys.stderr)
     for failure in comparison.failed.values():
         print(f"hf_precond: {failure}", file=sys.stderr)
     return 1 if comparison.failed else 0
