@@ -5,8 +5,10 @@ No other module imports ``torch._C``, ``torch._dynamo`` or ``torch.utils._pytree
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
+import types
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -15,6 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch
+from torch.overrides import TorchFunctionMode, _len_torch_function_stack, _pop_mode, _push_mode
+from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_leaves, tree_map
 
 T = TypeVar("T")
@@ -150,6 +154,81 @@ def will_run(node: torch.autograd.graph.Node) -> bool | None:
         return None
 
 
+VIEWS = {"ViewBackward0", "SqueezeBackward0", "SqueezeBackward1", "UnsqueezeBackward0"}
+FLIPS = {"TBackward0", "TransposeBackward0", "PermuteBackward0"}
+COPIES = {"ToCopyBackward0", "CloneBackward0", "AliasBackward0"}
+
+
+def source_of(weight: Tensor) -> tuple[Tensor, bool] | None:
+    """The parameter that a tensor is, or is a view, cast or transpose of.
+
+    Args:
+        weight: with its graph.
+
+    Returns:
+        The parameter, and whether ``weight`` is it transposed; ``None`` where ``weight`` has other
+        numbers or another shape.
+    """
+    node, names = weight.grad_fn, []
+    while node is not None and not hasattr(node, "variable"):
+        names.append(node.name())
+        if names[-1] not in VIEWS | FLIPS | COPIES:
+            return None
+        node = node.next_functions[0][0]
+    leaf = weight if node is None else node.variable
+    if not isinstance(leaf, Tensor):
+        return None
+    flips = sum(name in FLIPS for name in names)
+    if flips and (weight.dim() != 2 or not VIEWS.isdisjoint(names)):
+        return None
+    flipped = flips % 2 == 1
+    shape = tuple(reversed(leaf.shape)) if flipped else tuple(leaf.shape)
+    return (leaf, flipped) if tuple(weight.shape) == shape else None
+
+
+# Functions --------------------------------------------------------------------
+
+
+def watch_functions(mode: TorchFunctionMode) -> None:
+    """Puts a mode under those that are active, so that they end in their own order.
+
+    Args:
+        mode: sees every function of torch that this thread calls from now on.
+    """
+    above = [_pop_mode() for _ in range(_len_torch_function_stack())]
+    if above and isinstance(above[-1], DeviceContext):  # must be the lowest
+        _push_mode(above.pop())
+    _push_mode(mode)
+    for other in reversed(above):
+        _push_mode(other)
+
+
+def stop_watching(mode: TorchFunctionMode) -> None:
+    """Takes a mode out of those that are active in this thread.
+
+    Args:
+        mode: see :func:`watch_functions`.
+    """
+    active = [_pop_mode() for _ in range(_len_torch_function_stack())]
+    for other in reversed(active):
+        if other is not mode:
+            _push_mode(other)
+
+
+@functools.cache
+def opened(function: types.FunctionType) -> Callable[..., Any]:
+    """A function written in Python that does not hide from a mode what it calls.
+
+    Args:
+        function: one that hands itself to the mode as a whole.
+    """
+    checks = ("has_torch_function", "has_torch_function_unary")
+    names = function.__globals__ | dict.fromkeys(checks, lambda tensors: False)
+    copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
 # Modules ----------------------------------------------------------------------
 
 
@@ -160,6 +239,27 @@ def padding_for_pad(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
         layer: the convolution.
     """
     return list(layer._reversed_padding_repeated_twice)
+
+
+def convolution_as_called(
+    layer: nn.Module, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> nn.Module:
+    """A convolution with the weight of another and options of a call.
+
+    Args:
+        layer: whose weight the function was called with.
+        stride: as ``torch.nn.functional.conv1d`` takes it.
+        padding: the same.
+        dilation: the same.
+        groups: the same.
+    """
+    weight: Any = layer.weight
+    out, columns, *kernel = weight.shape
+    kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(kernel) - 1]
+    options = (stride, padding, dilation, groups, False)
+    called = kind(columns * groups, out, kernel, *options, device="meta")
+    called.weight = weight
+    return called
 
 
 def in_float32(tree: T, low: torch.dtype) -> T | None:

@@ -21,11 +21,16 @@ from torch import Tensor, nn
 from hf_precond.architectures.attention_block import AttentionBlock
 from hf_precond.linalg.products import compute_dtype, without_autocast
 from hf_precond.statistics.moments import centred, count_of, weighted
+from hf_precond.statistics.passes import (
+    OutputGradAccumulator,
+    PassKind,
+    StatisticsBuffer,
+    on_gradient,
+)
 from hf_precond.statistics.requests import MomentRequest, Statistic
 from hf_precond.statistics.token_weights import Reader, TokenWeights
 
 if TYPE_CHECKING:
-    from hf_precond.statistics.collector import StatisticsBuffer
     from hf_precond.statistics.rope import RopeReader
 
 
@@ -188,11 +193,15 @@ class HeadMoments:
         with torch.no_grad(), without_autocast(call.output.device):
             moments = self._moments(self.attentions[module], call)
 
-        def add(gradient: Tensor) -> None:
-            while moments:  # once, however many backward passes go through the call
-                self.buffer.add(*moments.popitem())
+        accumulator = OutputGradAccumulator(PassKind(None, module))
 
-        call.output.register_hook(add)
+        def add(gradient: Tensor) -> None:
+            changed = accumulator.add(gradient.new_zeros(()), self.buffer.epoch)
+            if changed is not None and changed[2] is None:  # once, however many passes there are
+                for key, moment in moments.items():
+                    self.buffer.add(key, moment, changed[0])
+
+        on_gradient(call.output, add)
 
     def _moments(self, attention: _ObservedAttention, call: Call) -> dict[Hashable, Statistic]:
         heads, moments = attention.block.heads, {}

@@ -12,24 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_precond.architectures.modules import (
-    CONVOLUTIONS,
-    has_adapters,
-    is_linear,
-    stepped_weight,
-)
+from hf_precond.architectures.modules import CONVOLUTIONS, has_adapters, is_linear
 from hf_precond.architectures.structure import LayerMatrix
-from hf_precond.compat.torch_internals import (
-    EagerCode,
-    Hook,
-    is_transformed,
-    keeps_graph,
-    transforming,
-    untransformed,
-    will_run,
-)
+from hf_precond.compat.torch_internals import EagerCode, Hook, transforming
 from hf_precond.distributed import collectives
 from hf_precond.linalg.products import compute_dtype, without_autocast
+from hf_precond.statistics.functional import FixedWeights, FunctionalCalls
 from hf_precond.statistics.moments import (
     Collection,
     multihead_input,
@@ -37,6 +25,12 @@ from hf_precond.statistics.moments import (
     output_rows,
     patch_moment,
     second_moment,
+)
+from hf_precond.statistics.passes import (
+    OutputGradAccumulator,
+    PassKind,
+    StatisticsBuffer,
+    on_gradient,
 )
 from hf_precond.statistics.requests import HEAD_KINDS, MomentRequest, Statistic, StatisticsSource
 from hf_precond.statistics.token_weights import Reader, TokenWeights
@@ -60,102 +54,6 @@ SEPARATE = (
     "it from the start, pass separate_inputs={roles} to hf_precond.declare_attention({kind!r}, …) "
     "before the optimizer is created."
 )
-
-
-class StatisticsBuffer:
-    """Sums and counts by key, until the optimizer's step takes them.
-
-    Attributes:
-        statistics: by key.
-        epoch: how often the buffer was emptied.
-    """
-
-    def __init__(self) -> None:
-        self.statistics: dict[Hashable, Statistic] = {}
-        self.epoch = 0
-
-    def add(self, key: Hashable, statistic: Statistic) -> None:
-        """Adds to a sum and its count; the first statistic of a key becomes the buffer's own.
-
-        Args:
-            key: of the sum.
-            statistic: what is added.
-        """
-        if is_transformed(statistic.sum):
-            statistic = Statistic(*untransformed(statistic.sum, statistic.count))
-        held = self.statistics.setdefault(key, statistic)
-        if held is not statistic:
-            held.sum.add_(statistic.sum)
-            held.count.add_(statistic.count)
-
-    def get(self, key: Hashable) -> Statistic | None:
-        """Returns what was added, or ``None`` when nothing was.
-
-        Args:
-            key: of the sum.
-        """
-        return self.statistics.get(key)
-
-    def clear(self) -> None:
-        """Forgets everything."""
-        self.epoch += 1
-        self.statistics.clear()
-
-
-class OutputGradAccumulator:
-    """The part of a call's output gradient that trains its layer, over several backward passes.
-
-    A graph that is kept may be run backward several times. Two losses whose
-    backward passes follow each other are one loss; ``torch.autograd.grad`` of
-    something else (a gradient penalty, the norm of a task's gradient) trains
-    nothing.
-
-    Args:
-        layer: the layer.
-        epoch: of the buffer; what was added in an earlier epoch is gone.
-    """
-
-    def __init__(self, layer: nn.Module, epoch: int) -> None:
-        self.node = _accumulating_node(stepped_weight(layer))
-        self.epoch = epoch
-        self.total: Tensor | None = None
-        self.added = False
-        self.returned_only = False  # so far every pass was autograd.grad of the weight
-
-    def add(self, gradient: Tensor, epoch: int) -> tuple[Tensor, Tensor | None] | None:
-        """Adds the output gradient of one backward pass.
-
-        Args:
-            gradient: of the output.
-            epoch: of the buffer, now.
-
-        Returns:
-            The gradient that counts now and the one that it replaces;
-            ``None`` where this pass changes nothing.
-        """
-        trains = True if self.node is None else will_run(self.node)
-        before = self.total
-        if trains is False:
-            return None
-        if self.added:
-            if before is None or epoch != self.epoch or (trains is None and not self.returned_only):
-                return None
-            if not (self.returned_only and trains):
-                gradient = before + gradient
-        self.returned_only = trains is None
-        self.added, self.epoch = True, epoch
-        # Only where the graph is kept can another pass come.
-        self.total = gradient if keeps_graph() else None
-        return gradient, before
-
-
-def _accumulating_node(weight: Any) -> torch.autograd.graph.Node | None:
-    """The node that adds to a weight's gradient; ``None`` where there is none."""
-    if not isinstance(weight, Tensor) or not weight.requires_grad or not weight.is_leaf:
-        return None
-    if transforming():  # inside torch.func no node adds to weights outside
-        return None
-    return torch.autograd.graph.get_gradient_edge(weight).node
 
 
 class SharedInputs:
@@ -241,7 +139,7 @@ class InputCheck:
         """Notes a layer's first input, and compares when every layer has one."""
         inputs = args[0] if args else next(iter(kwargs.values()), None)
         collecting = self.tokens.enabled and module.training and block not in self.differing
-        if not collecting or not isinstance(inputs, Tensor):
+        if not collecting or transforming() or not isinstance(inputs, Tensor):
             return
         calls = self.calls.setdefault(block, {})
         calls.setdefault(role, (inputs, inputs._version))
@@ -301,7 +199,7 @@ def _is_same(one: tuple[Tensor, int], other: tuple[Tensor, int]) -> bool:
 
 
 @dataclass
-class _HookedLayer:
+class HookedLayer:
     """A module that is hooked, and what is collected from its calls.
 
     Args:
@@ -309,13 +207,15 @@ class _HookedLayer:
         layer: the layer.
         path: of the module.
         reader: of the token weights.
+        attention: the attention around it, where one is known.
         collections: by key.
     """
 
     module: nn.Module
     layer: nn.Module
     path: str
-    reader: Reader
+    reader: Reader | FixedWeights
+    attention: nn.Module | None = None
     collections: dict[Hashable, Collection] = field(default_factory=dict)
 
     @property
@@ -366,14 +266,14 @@ class MomentCollector(StatisticsSource):
         self.step = -1
         self.buffer = StatisticsBuffer()
         self.shared = SharedInputs()
-        self.evaluated: dict[str, _HookedLayer] = {}  # had gradients in evaluation mode
+        self.evaluated: dict[str, HookedLayer] = {}  # had gradients in evaluation mode
         self.called: set[nn.Module] = set()  # since the last statistics were taken
         self.unlike: set[nn.Module] = set()  # those that are no linear layers, by what they return
         self.reasons: dict[str, str] = {}  # why a request had no answer
         self.tokens = TokenWeights(model)
         # Compiled code runs uncompiled on due steps: hooks that act would break its graphs.
         self.switch = EagerCode()
-        self.layers: dict[nn.Module, _HookedLayer] = {}
+        self.layers: dict[nn.Module, HookedLayer] = {}
         self.served: dict[str, Hashable] = {}
         self.heads = None
         # The model holds its hooks, they hold the collector weakly: it ends with its optimizer.
@@ -395,6 +295,9 @@ class MomentCollector(StatisticsSource):
             leave.callback(handle.remove)
         self.inputs = InputCheck(self.requests, wrappers, self.tokens)
         leave.callback(self.inputs.close)
+        self.functions = FunctionalCalls(self.layers, self._observe_function, self.switch)
+        self.watching = True  # the first time, and while there is something to see
+        leave.callback(self.functions.leave)
         self._leave = weakref.finalize(self, leave.close)
         self._leave.atexit = False
 
@@ -415,7 +318,9 @@ class MomentCollector(StatisticsSource):
                 raise ValueError(f"{request.key}: {matrix.name} is not a layer of this model.")
             if module not in self.layers:
                 reader = self.tokens.reader(paths[module], memory=layer in self.tokens.memory)
-                self.layers[module] = _HookedLayer(module, layer, paths[module], reader)
+                block = request.attention
+                around = None if block is None else block.module
+                self.layers[module] = HookedLayer(module, layer, paths[module], reader, around)
             key = paths[module], *_variant(request, matrix)
             options = (request.center, request.blocks, request.rows, request.scale)
             new = Collection(request.kind, matrix, False, *options)
@@ -427,7 +332,7 @@ class MomentCollector(StatisticsSource):
 
     def _after_forward(
         self,
-        hooked: _HookedLayer,
+        hooked: HookedLayer,
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -436,19 +341,31 @@ class MomentCollector(StatisticsSource):
         if not self.enabled or not torch.is_grad_enabled():
             return
         self.called.add(module)
+        self.functions.inside.discard(module)
         result = output[0] if isinstance(output, (tuple, list)) else output
         if not isinstance(result, Tensor) or not result.requires_grad:
             return
-        if not hooked.fits(result):
+        if hooked.fits(result):
+            self._observe_call(hooked, args, kwargs, result)
+        else:
             self.unlike.add(module)
-            return
-        if module.training:
+
+    def _observe_function(self, hooked: HookedLayer, inputs: Tensor, result: Tensor) -> None:
+        """Collects from a function that was given a layer's weight."""
+        if self.enabled and result.requires_grad:
+            self.called.add(hooked.module)
+            self._observe_call(hooked, (inputs,), {}, result)
+
+    def _observe_call(
+        self, hooked: HookedLayer, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor
+    ) -> None:
+        if hooked.module.training:
             self._observe(hooked, args, kwargs, result)
         else:
-            result.register_hook(lambda _: self.evaluated.__setitem__(hooked.path, hooked))
+            on_gradient(result, lambda _: self.evaluated.__setitem__(hooked.path, hooked))
 
     def _observe(
-        self, hooked: _HookedLayer, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor
+        self, hooked: HookedLayer, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor
     ) -> None:
         """Computes the input moments of a call, and adds them when its gradient comes."""
         gradients: dict[Hashable, Collection] = {}
@@ -464,28 +381,30 @@ class MomentCollector(StatisticsSource):
                     moments[key] = moment
             if gradients and not isinstance(hooked.layer, CONVOLUTIONS):
                 weights = hooked.reader.read(tuple(result.shape), hooked.dtype)
-        accumulator = OutputGradAccumulator(hooked.layer, self.buffer.epoch)
+        around = hooked.attention or hooked.module
+        accumulator = OutputGradAccumulator(PassKind(hooked.layer, around))
 
         def add(gradient: Tensor) -> None:
             changed = accumulator.add(gradient.detach(), self.buffer.epoch)
             if changed is None:
                 return
-            total, before = changed
+            kind, total, before = changed
             self.shared.forget()
             if before is None:
                 for key, moment in moments.items():
-                    self.buffer.add(key, moment)
+                    self.buffer.add(key, moment, kind)
             for key, collection in gradients.items():
-                self.buffer.add(key, self._output_moment(hooked, collection, total, weights))
+                moment = self._output_moment(hooked, collection, total, weights)
+                self.buffer.add(key, moment, kind)
                 if before is not None:
                     replaced = self._output_moment(hooked, collection, before, weights)
-                    self.buffer.add(key, Statistic(-replaced.sum, -replaced.count))
+                    self.buffer.add(key, Statistic(-replaced.sum, -replaced.count), kind)
 
-        result.register_hook(add)
+        on_gradient(result, add)
 
     def _output_moment(
         self,
-        hooked: _HookedLayer,
+        hooked: HookedLayer,
         collection: Collection,
         gradient: Tensor,
         weights: Tensor | None,
@@ -499,7 +418,7 @@ class MomentCollector(StatisticsSource):
 
     def _input_moment(
         self,
-        hooked: _HookedLayer,
+        hooked: HookedLayer,
         collection: Collection,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -545,6 +464,8 @@ class MomentCollector(StatisticsSource):
         self.step = step
         self.evaluated.clear()
         self.enabled = self.tokens.enabled = due
+        self.functions.leave()
+        self.tokens.on_pass = self.functions.enter if due and self.watching else None
         if self.heads is not None:
             self.heads.enable(due)
         self.switch.expect(due)
@@ -562,6 +483,9 @@ class MomentCollector(StatisticsSource):
         """
         corrected = self.inputs.settle()
         self.outdated = bool(corrected)
+        if self.functions.entered:
+            self.functions.leave()
+            self.watching = self.functions.found
         taken: dict[str, Statistic] = {}
         for request in self.requests:
             if request.kind == "input" and request.attention in corrected:
@@ -583,6 +507,10 @@ class MomentCollector(StatisticsSource):
         self.called.clear()
         self.tokens.forget()
         return taken
+
+    def watch(self) -> None:
+        """Looks, when statistics are next collected, for weights that are given to functions."""
+        self.watching = True
 
     def missing(self, key: str) -> str:
         """Returns why a request had no answer the last time; an empty string if it had one.
@@ -607,7 +535,7 @@ class MomentCollector(StatisticsSource):
         return "no gradient reached its layer's output"
 
     def _warn_of_evaluation(self) -> None:
-        collected = self.buffer.statistics.keys()
+        collected = self.buffer.answers.keys()
         missed = [
             path
             for path, hooked in self.evaluated.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,10 +64,12 @@ class TokenWeights:
 
     Attributes:
         memory: layers that read the other sequence of a cross-attention.
+        on_pass: called with a model whose forward pass with gradients begins.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.enabled = False
+        self.on_pass: Callable[[nn.Module], None] | None = None
         self.models: list[_MaskedModel] = []
         self.hooks = ExitStack()
         self.time_first: set[str] = set()
@@ -113,6 +116,8 @@ class TokenWeights:
         # model's logits) must not give its masks to what the backward pass recomputes.
         if not self.enabled or not torch.is_grad_enabled():
             return
+        if self.on_pass is not None:
+            self.on_pass(module)
         given = {name: args[i] for i, name in masked.names.items() if i < len(args)}
         given |= {name: kwargs[name] for name in MASKS if name in kwargs}
         if masked.padding is not None and given.get("attention_mask") is None:

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from hf_precond.architectures.structure import LayerMatrix
 from hf_precond.statistics.attention_heads import Call, entropies, spaced
-from hf_precond.statistics.collector import SharedInputs, StatisticsBuffer
+from hf_precond.statistics.collector import SharedInputs
 from hf_precond.statistics.hessian_products import diagonal_estimates, probe_vectors
 from hf_precond.statistics.moments import (
     Collection,
@@ -15,6 +15,7 @@ from hf_precond.statistics.moments import (
     patch_moment,
     second_moment,
 )
+from hf_precond.statistics.passes import StatisticsBuffer
 from hf_precond.statistics.rope import average, half_split, tables
 from hf_precond.statistics.token_weights import TokenWeights
 from tests.fake_cuda import GPU, Watch, on_gpu, pretended

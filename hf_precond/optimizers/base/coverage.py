@@ -51,6 +51,7 @@ class StatisticsCoverage:
         self.structure, self.fallback = structure, fallback
         self.known: dict[str, Route] = {}  # rows of the routing table that were changed
         self.unobserved: set[BoundMatrix] = set()
+        self.lacking: set[BoundMatrix] = set()  # and those that lacked statistics once
 
     @property
     def without_preconditioner(self) -> Collection[BoundMatrix]:
@@ -63,7 +64,8 @@ class StatisticsCoverage:
         Args:
             states: the optimizer's state.
         """
-        lost = {bound for bound in self.needs if _strikes(bound, states) >= STRIKES}
+        self.lacking = {bound for bound in self.needs if _strikes(bound, states)}
+        lost = {bound for bound in self.lacking if _strikes(bound, states) >= STRIKES}
         if lost != self.unobserved:
             self._note(lost, lambda bound: "")
 
@@ -77,7 +79,7 @@ class StatisticsCoverage:
         collected: Collection[str],
         why: Callable[[str], str],
         name: str,
-    ) -> Sequence[BoundMatrix]:
+    ) -> bool:
         """Take note of what was collected for one step, on every rank alike.
 
         Waits for the device where statistics of a matrix with a gradient are missing.
@@ -89,19 +91,20 @@ class StatisticsCoverage:
             name: the optimizer's.
 
         Returns:
-            The matrices that lack a statistic.
+            Whether a matrix lacked statistics that did not before, or not for long.
         """
         missing = [b for b, keys in self.needs.items() if any(k not in collected for k in keys)]
-        if not missing and not self.unobserved:
-            return missing
-        unobserved = set(self.unobserved) & set(missing)
-        for bound in set(self.needs).difference(missing):
-            states.get(bound.weight, {}).pop(_name(bound), None)
-        for bound, trains in zip(missing, have_gradients(missing), strict=True):
-            if trains and bound not in unobserved:
-                strikes = states[bound.weight][_name(bound)] = _strikes(bound, states) + 1
-                if strikes >= STRIKES:
-                    unobserved.add(bound)
+        unobserved = self.unobserved.intersection(missing)
+        for bound in self.lacking.difference(missing):
+            self.lacking.remove(bound)
+            states[bound.weight].pop(_name(bound), None)
+        others = [bound for bound in missing if bound not in unobserved]
+        struck = [b for b, trains in zip(others, have_gradients(others), strict=True) if trains]
+        for bound in struck:
+            self.lacking.add(bound)
+            strikes = states[bound.weight][_name(bound)] = _strikes(bound, states) + 1
+            if strikes >= STRIKES:
+                unobserved.add(bound)
         new = [bound for bound in missing if bound in unobserved - self.unobserved]
 
         def reason(bound: BoundMatrix) -> str:
@@ -111,7 +114,7 @@ class StatisticsCoverage:
             self._note(unobserved, reason)
         if new:
             self._warn(new, reason(new[0]), name)
-        return missing
+        return bool(struck)
 
     def _warn(self, new: Sequence[BoundMatrix], why: str, name: str) -> None:
         names = [bound.matrix.name for bound in new[:SHOWN]]
