@@ -384,8 +384,8 @@ class CurvatureProbe(CurvatureSource):
                 ours = self._add_products(loss, requests, weight, scale)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:
-            self.reason = str(error).splitlines()[0].rstrip(".")
+        except Exception as error:  # whatever a function says that is not made for a second one
+            self.reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             for call, node, factor in heard:  # the products' own pass is not the training's
                 call.node, call.factor = node, factor
             if self._comes_again(loss, requests):

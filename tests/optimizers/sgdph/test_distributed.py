@@ -13,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_precond.registry import create_optimizer
 from tests.optimizers.models import batch, make
+from tests.optimizers.sgdph.test_differences import FusedLoss, Model, curvature, train
+from tests.ranks import run as on_ranks
 
 STEPS = 5
 
@@ -85,3 +87,38 @@ def test_two_ranks_take_the_path_of_one(how, tmp_path):
         apart += (parameter - two["weights"][name]).square().sum().item()
     assert apart**0.5 < 1e-3 * sum(m.square().sum().item() for m in moved) ** 0.5
     optimizer.close()
+
+
+def differences(fused, unused, folder):
+    """Three steps of two micro-batches under the Trainer, of which the first and last probe."""
+    made = train(
+        folder,
+        Model(),
+        loss=FusedLoss.apply if fused else nn.functional.cross_entropy,
+        optim_args="probe_interval=2",
+        max_steps=3,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        ddp_find_unused_parameters=unused,
+    )
+    assert isinstance(made.model_wrapped, DistributedDataParallel)
+    assert made.model_wrapped.require_forward_param_sync
+    grads = [parameter.grad is None for parameter in made.model.parameters()]
+    weights = torch.cat(
+        [parameter.detach().flatten() for parameter in made.model.head.parameters()]
+    )
+    return {"curvature": curvature(made), "weights": weights, "cleared": all(grads)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unused", [False, True])
+def test_differences_on_two_ranks_are_those_of_the_graph(unused, tmp_path):
+    """DDP's reducer takes no notice of the passes that are made again."""
+    exact = on_ranks(differences, False, unused, str(tmp_path))
+    found = on_ranks(differences, True, unused, str(tmp_path))
+    assert torch.equal(found[0]["curvature"], found[1]["curvature"])
+    assert torch.equal(found[0]["weights"], found[1]["weights"])
+    wanted = exact[0]["curvature"]
+    assert (found[0]["curvature"] - wanted).norm() / wanted.norm() < 3e-3
+    torch.testing.assert_close(found[0]["weights"], exact[0]["weights"], rtol=1e-4, atol=1e-5)
+    assert found[0]["cleared"] == exact[0]["cleared"]
