@@ -334,9 +334,12 @@ def structure_of(
         if name in names and parameter.requires_grad
     ]
     if not norms:
+        frozen = sorted({name.split(".")[-2] for name in names if "." in name})
+        saved = f" (with peft: modules_to_save={frozen})" if frozen else ""
         raise ValueError(
-            "sgdph: this model has no norm layer with parameters that train; unfreeze them, or set "
-            "include_bias=True to treat biases as channel-wise parameters."
+            "sgdph: this model has no norm layer with parameters that train; unfreeze them"
+            f"{saved}, set include_bias=True to treat biases as channel-wise parameters, or choose "
+            "afopt, adamr or nkfac."
         )
     reasons = {norm.name: survey.describe(norm.name) for norm in norms}
     return survey.structure(config, reasons, norms=norms)
