@@ -357,11 +357,13 @@ def _add_adapter(
     adapter = find_adapter(projection.wrapper, projection.wrapper_name, rows)
     if adapter is None:
         return
-    for other in adapters.values():
-        if other.down.module is adapter.down.module:
-            adapter.down = other.down
-    if rows is not None:
-        adapter.up.name += f"[{role}]"
+    known = [pair for first in adapters.values() for pair in (first, *first.beside)]
+    for pair in (adapter, *adapter.beside):
+        for other in known:
+            if other.down.module is pair.down.module:
+                pair.down = other.down
+        if rows is not None:
+            pair.up.name += f"[{role}]"
     adapters[role] = adapter
 
 

@@ -51,12 +51,14 @@ class LowRankAdapter:
         magnitude: the module whose ``weight`` (``[out]``) are the norms that
             DoRA gives the rows of the sum of weight and update; ``None``
             without DoRA.
+        beside: the pairs of further adapters of the same layer that are active.
     """
 
     down: LayerMatrix
     up: LayerMatrix
     scaling: float
     magnitude: nn.Module | None = None
+    beside: tuple[LowRankAdapter, ...] = ()
 
     def update(self) -> Tensor:
         """``scaling · B A``, ``[out, in]``."""
@@ -86,7 +88,8 @@ class AttentionBlock:
             implies the former.
         observed: ``query`` and ``key`` moments can be asked for: the module
             calls ``transformers``' attention look-up.
-        adapters: role to its LoRA pair, where it has one that trains.
+        adapters: role to its LoRA pair, where it has one that trains; :meth:`pairs` names those
+            of all adapters.
         scale: what its logits are multiplied with; ``None``: ``1/√d_h``.
         note: what the routing table should say of this block (an
             approximation, say), or the empty string.
@@ -131,31 +134,43 @@ class AttentionBlock:
         """The roles whose layers a tensor (as :meth:`reads` names it) enters."""
         return [role for role in self.roles() if self.reads(role) == tensor]
 
-    def effective(self, role: str) -> Tensor:
-        """``[W | b]`` of a role as the forward pass sees it: with its adapter, if any, merged."""
-        matrix = self.roles()[role].read()
-        adapter = self.adapters.get(role)
-        if adapter is None:
-            return matrix
-        update = adapter.update().to(matrix.dtype)
-        scale = self.row_scale(role)
-        merged = matrix[:, : update.shape[1]] + update
-        if scale is not None:
-            merged = scale[:, None] * merged
-        return torch.cat([merged, matrix[:, update.shape[1] :]], dim=1)
+    def pairs(self, role: str) -> tuple[LowRankAdapter, ...]:
+        """The LoRA pairs of a role, one for each active adapter, where one trains."""
+        first = self.adapters.get(role)
+        return () if first is None else (first, *first.beside)
 
-    def row_scale(self, role: str) -> Tensor | None:
+    def effective(self, role: str) -> Tensor:
+        """``[W | b]`` of a role as the forward pass sees it: with its adapters merged."""
+        matrix, pairs = self.roles()[role].read(), self.pairs(role)
+        if not pairs:
+            return matrix
+        weight = matrix[:, : pairs[0].down.shape[1]]
+        merged = weight
+        for pair in pairs:
+            update, scale = pair.update().to(matrix.dtype), self.row_scale(role, pair)
+            # DoRA's m/‖W + scaling·B A‖ scales the weight too: W + Σ (m (W + U) - W).
+            if scale is not None:
+                update = scale[:, None] * (weight + update) - weight
+            merged = merged + update
+        return torch.cat([merged, matrix[:, weight.shape[1] :]], dim=1)
+
+    def row_scale(self, role: str, pair: LowRankAdapter | None = None) -> Tensor | None:
         """What DoRA multiplies the rows of ``W + scaling · B A`` by: ``m / norm``, ``[out]``.
 
-        ``None`` for a role without DoRA.
+        Args:
+            role: of the weight.
+            pair: one of :meth:`pairs`; the first by default.
+
+        Returns:
+            ``None`` without DoRA.
         """
-        adapter = self.adapters.get(role)
-        if adapter is None or adapter.magnitude is None:
+        pair = self.adapters.get(role) if pair is None else pair
+        if pair is None or pair.magnitude is None:
             return None
-        update = adapter.update()
+        update = pair.update()
         matrix = self.roles()[role].read()[:, : update.shape[1]] + update
-        magnitude = full(cast(Tensor, adapter.magnitude.weight).detach())
-        rows = adapter.up.bias_view(magnitude).reshape(-1)
+        magnitude = full(cast(Tensor, pair.magnitude.weight).detach())
+        rows = pair.up.bias_view(magnitude).reshape(-1)
         return rows.to(matrix.dtype) / torch.linalg.vector_norm(matrix, dim=1)
 
 

@@ -30,8 +30,8 @@ def in_attention(block: AttentionBlock, roles: str = "qkvo") -> list[Candidate]:
     for role, matrix in block.roles().items():
         if role in roles and role in block.trainable:
             chosen.append((matrix, ROLES[role] + note))
-        if role in roles and role in block.adapters:
-            pair = (block.adapters[role].down, block.adapters[role].up)
+        for adapter in block.pairs(role) if role in roles else ():
+            pair = (adapter.down, adapter.up)
             chosen += [(m, f"adapter of {ROLES[role]}{note}") for m in pair if m.trains]
     return chosen
 

@@ -69,7 +69,7 @@ def saved_names(model: nn.Module, vocabulary: nn.Module | None) -> set[str]:
 def find_adapter(
     wrapper: nn.Module, name: str, rows: RowSelection | None = None
 ) -> LowRankAdapter | None:
-    """The LoRA pair of a tuner layer that trains.
+    """The LoRA pairs of a tuner layer that train.
 
     The plain form ``W + scaling · B A`` counts, and DoRA's; a pair of another
     form is not one.
@@ -80,30 +80,36 @@ def find_adapter(
         rows: the rows of B, where the wrapped weight is fused.
 
     Returns:
-        The pair of the first active adapter that has one; ``None`` where there is none.
+        The pair of the first active adapter that trains, those of other active ones beside it;
+        ``None`` where none trains.
     """
     downs, ups = getattr(wrapper, "lora_A", None), getattr(wrapper, "lora_B", None)
     if not isinstance(downs, nn.ModuleDict) or not isinstance(ups, nn.ModuleDict):
         return None
-    for key in _active(wrapper, downs):
+    pairs: list[LowRankAdapter] = []
+    for key in dict.fromkeys(_active(wrapper, downs)):
         magnitude = _magnitude(wrapper, key)
         if key not in downs or key not in ups or (magnitude is None and _is_varied(wrapper, key)):
             continue
         down, up = downs[key], ups[key]
         if not (is_linear(down) and is_linear(up) and is_readable(down) and is_readable(up)):
             continue
-        if not (down.weight.requires_grad or up.weight.requires_grad):
-            continue
         upper = layer_matrix(up, f"{name}.lora_B.{key}")
         if rows is not None:
             upper.rows = rows
-        return LowRankAdapter(
-            down=layer_matrix(down, f"{name}.lora_A.{key}", bias=False),
-            up=upper,
-            scaling=float(getattr(wrapper, "scaling", {}).get(key, 1.0)),
-            magnitude=magnitude,
+        pairs.append(
+            LowRankAdapter(
+                down=layer_matrix(down, f"{name}.lora_A.{key}", bias=False),
+                up=upper,
+                scaling=float(getattr(wrapper, "scaling", {}).get(key, 1.0)),
+                magnitude=magnitude,
+            )
         )
-    return None
+    pairs.sort(key=lambda pair: not (pair.down.trains or pair.up.trains))
+    if not pairs or not (pairs[0].down.trains or pairs[0].up.trains):
+        return None
+    pairs[0].beside = tuple(pairs[1:])
+    return pairs[0]
 
 
 def _active(wrapper: nn.Module, choices: nn.ModuleDict) -> list[str]:

@@ -284,9 +284,9 @@ def _members(
     members: dict[LayerMatrix, tuple[str, Side]] = {}
     for role, matrix in block.roles().items():
         members[matrix] = role, ""
-        if role in block.adapters:
-            members[block.adapters[role].up] = role, "up"
-            members.setdefault(block.adapters[role].down, (role, "down"))
+        for pair in block.pairs(role):
+            members[pair.up] = role, "up"
+            members.setdefault(pair.down, (role, "down"))
     heads = {"q": block.heads.query, "k": block.heads.key_value, "v": block.heads.key_value}
     return [
         MatrixPlan(bound[matrix], role, side, block, 1 if side == "down" else heads.get(role, 1))
@@ -377,7 +377,8 @@ class AFOptPlan:
         """The right factor of a matrix: a sibling's, or a new one in its own state."""
         columns, kind, down = plan.bound.matrix.columns, self._kinds(plan)[1], None
         if plan.block is not None and plan.side == "up":
-            down = plan.block.adapters[plan.role].down
+            pairs = plan.block.pairs(plan.role)
+            down = next(pair.down for pair in pairs if pair.up is plan.bound.matrix)
         for known in self.rights:
             alike = (known.moment, known.columns, known.kind) == (moment, columns, kind)
             if alike and known.down is down is None:

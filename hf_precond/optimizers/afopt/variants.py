@@ -235,17 +235,20 @@ def adapter_left_moment(factors: Factors, plan: MatrixPlan, damped: bool) -> Ten
     block, terms = plan.block, []
     assert block is not None
     if plan.side == "up":
-        moment, scale = factors.output_moment(block, plan.role, damped), block.row_scale(plan.role)
+        moment = factors.output_moment(block, plan.role, damped)
+        pair = next(p for p in block.pairs(plan.role) if p.up is plan.bound.matrix)
+        scale = block.row_scale(plan.role, pair)
         assert moment is not None
         if scale is None:
             return moment
         rows = heads_of(scale, len(moment)).to(moment.dtype)
         return rows.unsqueeze(-1) * moment * rows.unsqueeze(-2)
-    for role, adapter in block.adapters.items():
+    pairs = [(role, pair) for role in block.adapters for pair in block.pairs(role)]
+    for role, adapter in pairs:
         if adapter.down is not plan.bound.matrix:
             continue
         up = adapter.up.read()[:, : adapter.up.shape[1]].to(plan.bound.dtype)
-        scale = block.row_scale(role)
+        scale = block.row_scale(role, adapter)
         up = up if scale is None else scale[:, None].to(up.dtype) * up
         moment = factors.output_moment(block, role, damped)
         parts = heads_of(up, 1 if moment is None else len(moment))
