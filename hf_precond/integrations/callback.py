@@ -172,10 +172,14 @@ class PrecondCallback(TrainerCallback):
         """Attach an optimizer that was made without a model; write the config in use.
 
         Hooks that an earlier ``train()`` removed are installed again.
+
+        Raises:
+            ValueError: parameters train that did not when the optimizer was made.
         """
         own = own_optimizer(optimizer)
         if own is None:
             return
+        own.refuse_joined()
         if not own.attached or (own.statistics is None and own.requests()):
             # It may know more than the Trainer's model: a loss with parameters around it.
             own.attach(model if own.structure.model is None else own.structure.model)

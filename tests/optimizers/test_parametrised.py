@@ -70,7 +70,7 @@ def test_trains_and_every_parameter_moves(name):
     assert losses[-1] < losses[0] - 0.01
     for key, value in weights(model).items():
         assert not torch.equal(value, before[key]), key
-    if name in ("afopt", "nkfac"):
+    if name in ("afopt", "muon", "nkfac"):
         matrices = {bound.matrix.module for bound in optimizer.bound}
         for kind, layer in places(model, KINDS).items():
             assert (layer in matrices) == (kind not in REPLACED + FALLEN), kind
@@ -143,7 +143,7 @@ def test_what_is_parametrised_during_training_goes_on(name):
     for key, value in weights(model).items():
         assert not torch.equal(value, before[key]), key
     ours = [str(w.message) for w in said if "during training" in str(w.message)]
-    assert len(ours) == (name in ("afopt", "nkfac")), ours
+    assert len(ours) == (name in ("afopt", "muon", "nkfac")), ours
     assert all("2 matrices" in text and "is computed from it by" in text for text in ours)
     for kind, layer in places(model, PRUNED).items():
         prune.remove(layer, "bias" if kind == "bias" else "weight")

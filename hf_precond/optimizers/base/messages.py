@@ -86,6 +86,12 @@ UNFROZEN = (
     "optimizer.add_param_group({{'params': […]}}) and then optimizer.attach(model), or make the "
     "optimizer before layers are frozen."
 )
+JOINED = (
+    "{name}: {count} parameters ({first}, …) train now, did not when the optimizer was made "
+    "(set_adapter, add_adapter, requires_grad_), and are in none of its parameter groups. For a "
+    "train() with them, set trainer.optimizer = trainer.lr_scheduler = None before it, so that the "
+    "Trainer makes a new optimizer."
+)
 UNOBSERVED = (
     "{name}: {count} matrices ({names}) had gradients at two steps that collect statistics and no "
     "statistics{why}, so {fallback} steps them, as optimizer.routing says, until these come. Call "

@@ -523,6 +523,18 @@ class PrecondOptimizer(torch.optim.Optimizer):
             routing = routed(self.structure, self.param_groups, self.config, self.given)
             self.structure.routing = routing
 
+    def refuse_joined(self) -> None:
+        """Refuse to train a model of which other parameters train than when this was made.
+
+        Raises:
+            ValueError: one is in none of the parameter groups; with what to do under a Trainer.
+        """
+        model, groups = self.structure.model, self._group_numbers()
+        joined = [] if model is None else self.validator.joined(model, groups)
+        if joined:
+            name, count = self.config.name, len(joined)
+            raise ValueError(messages.JOINED.format(name=name, count=count, first=joined[0]))
+
     def close(self) -> None:
         """Remove every hook. The optimizer can still step, with the preconditioners it has."""
         if self.statistics is not None:

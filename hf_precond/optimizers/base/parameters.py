@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_precond.architectures.structure import LayerMatrix, NormParameter, Owner, RowSelection
 from hf_precond.distributed.collectives import full, is_sharded, like
@@ -485,7 +485,20 @@ class ParamGroupValidator:
         held = [(owner, _parameter(owner)) for owner in owners]
         self.stepped = [owner for owner, p in held if p is not None and id(p) in groups]
         self.frozen = [owner for owner, p in held if p is not None and not p.requires_grad]
+        known = {owner[0] for owner in (*self.stepped, *self.frozen)}
+        self.left_out = [owner for owner in owners if owner[0] not in known]
         self.checksums: dict[str, list[tuple[float, float]]] = {}  # of unfrozen ones, by step
+
+    def joined(self, model: nn.Module, groups: Mapping[int, int]) -> list[str]:
+        """The parameters that train now, did not when the optimizer was made, and are in no group.
+
+        Args:
+            model: the model.
+            groups: as they are now.
+        """
+        others = {id(_parameter(owner)) for owner in self.left_out} | groups.keys()
+        held = model.named_parameters()
+        return [name for name, p in held if p.requires_grad and id(p) not in others]
 
     def moved(self, groups: Mapping[int, int]) -> list[Owner]:
         """The parameters that their modules hold under another name now: pruned, parametrised.
