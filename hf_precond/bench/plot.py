@@ -75,5 +75,5 @@ def draw(report: Report, path: Path) -> None:
 
 def _curves(row: Row) -> list[list[dict[str, Any]]]:
     """The evaluations that all seeds reached: one list a step, of one a seed."""
-    runs = [result["evaluations"] for result in row.results.values()]
+    runs = [result["evaluations"] for result in row.results.values() if not result["diverged"]]
     return [list(points) for points in zip(*runs, strict=False)] if runs else []

@@ -79,6 +79,8 @@ def steps_to(loss: float, evaluations: Sequence[Mapping[str, Any]]) -> float | N
     """
     before: Mapping[str, Any] | None = None
     for now in evaluations:
+        if now["loss"] is None:  # not finite: the run ended there
+            break
         if now["loss"] <= loss:
             if before is None or before["loss"] == now["loss"]:
                 return float(now["step"])
@@ -244,11 +246,11 @@ class Report:
         """
         rows = [row for row in self.rows[task] if row.results]
         lines = [f"{task}: seconds of a training step, evaluations left out; memory", ""]
+        gpu = any("peak_bytes" in result for row in rows for result in row.results.values())
         if any("state_bytes" not in r for row in rows for r in row.results.values()):
             lines[0] = f"{task}: seconds of a step, loading and evaluations of the script included"
-        lines.append(
-            f"{'optimizer':<16}{'processor':>12}{'clock':>12}{'state MiB':>12}{'peak MiB':>12}"
-        )
+        head = f"{'optimizer':<16}{'processor':>12}{'clock':>12}{'state MiB':>12}"
+        lines.append(head + f"{'peak MiB':>12}" * gpu)
         for row in rows:
             processor, clock = (
                 f"{seconds_per_step(row.results.values(), name):.4f}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import platform
 from collections.abc import Callable
@@ -36,15 +37,23 @@ def write(path: Path, values: Any) -> None:
 
     Args:
         path: the file; its folder is made.
-        values: plain values.
+        values: plain values; numbers that are not finite become ``null``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
     with draft.open("w") as file:
-        json.dump(values, file)
+        json.dump(_plain(values), file, allow_nan=False)
         file.flush()
         os.fsync(file.fileno())
     os.replace(draft, path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read(path: Path) -> dict[str, Any] | None:

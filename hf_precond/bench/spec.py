@@ -255,6 +255,11 @@ class _Reader:
         self._check(spec)
         return spec
 
+    def _path(self, name: str) -> Path:
+        """A path beside the file, else in the working directory."""
+        beside = (self.folder / name).resolve()
+        return beside if beside.exists() or not Path(name).exists() else Path(name).resolve()
+
     def _tables(self, name: str) -> dict[str, dict[str, Any]]:
         tables = self.values.get(name)
         if not isinstance(tables, dict) or not tables:
@@ -293,9 +298,9 @@ class _Reader:
             )
         data = self.data or table.get("data", self.values.get("data"))
         if data is not None:
-            data = str(Path(data).resolve() if self.data else (self.folder / data).resolve())
+            data = str(Path(data).resolve() if self.data else self._path(data))
         if script:
-            script = str((self.folder / script).resolve())
+            script = str(self._path(script))
             if not Path(script).is_file():
                 raise ValueError(f"[tasks.{name}] script: there is no {script}.")
         else:
@@ -319,7 +324,7 @@ class _Reader:
                 "or module:function, or file.py:function."
             )
         if place.endswith(".py"):
-            path = (self.folder / place).resolve()
+            path = self._path(place)
             if not path.is_file():
                 raise ValueError(f"[tasks.{name}] function: there is no {path}.")
             return f"{path}:{attribute}"

@@ -29,7 +29,7 @@ class Task:
     Args:
         model: any module; on the CPU, the bench moves it.
         batches: ``batches(step)`` is the batch of a step, from 0; or an
-            iterable of at least as many batches as steps.
+            iterable, read again from its start when it has come to an end.
         evaluate: ``evaluate(model)`` is the evaluation loss, or a mapping that
             holds it under ``loss`` with other figures beside it.
         loss: ``loss(model, batch)``; by default ``model(**batch).loss`` of a
@@ -43,14 +43,39 @@ class Task:
     loss: Callable[[nn.Module, Any], Tensor] | None = None
 
     def draw(self) -> Iterator[Any]:
-        """The batches, one a step."""
-        if not callable(self.batches):
-            yield from self.batches
-            return
+        """The batches, one a step.
+
+        Raises:
+            ValueError: they have come to an end and cannot be read again.
+        """
         step = 0
+        if callable(self.batches):
+            while True:
+                yield _call(self.batches, step)
+                step += 1
         while True:
-            yield self.batches(step)
-            step += 1
+            before = step
+            for batch in self.batches:
+                yield batch
+                step += 1
+            if step == before:
+                raise ValueError(
+                    f"the task's batches end after {step} steps; hand over more, a list or a "
+                    "DataLoader (read again and again), or a function of the step."
+                )
+
+    def figures(self) -> dict[str, float]:
+        """What ``evaluate`` returns, as plain numbers with a ``loss``.
+
+        Raises:
+            ValueError: there is no loss among them.
+        """
+        found = _call(self.evaluate, self.model)
+        if not isinstance(found, Mapping):
+            found = {"loss": found}
+        if "loss" not in found:
+            raise ValueError(f"evaluate returned {', '.join(found)}; it must return a loss too.")
+        return {name: float(value) for name, value in found.items()}
 
     def loss_of(self, batch: Any) -> Tensor:
         """The training loss of a batch, with its graph.
@@ -78,12 +103,23 @@ class Task:
         return found
 
 
+def _call(function: Callable[..., Any], value: Any) -> Any:
+    """Call a function with a value, or with none where it takes none."""
+    try:
+        takes = inspect.signature(function).parameters.values()
+    except ValueError:  # written in C
+        return function(value)
+    open_ = [p for p in takes if p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD)]
+    return function(value) if open_ else function()
+
+
 def make(function: str, seed: int, data: str | None, args: Mapping[str, Any]) -> Task:
     """Make a task.
 
     Args:
         function: one of :data:`TASKS`, ``module:function`` or ``path.py:function``.
-        seed: of weights and batches.
+        seed: of weights and batches, for functions that take ``seed``; torch's,
+            numpy's and Python's generators start from it in any case.
         data: the data folder, for functions that take ``data``.
         args: further keyword arguments.
 
@@ -95,8 +131,9 @@ def make(function: str, seed: int, data: str | None, args: Mapping[str, Any]) ->
     """
     call = find(function)
     takes = inspect.signature(call).parameters
-    given = {"data": data} if "data" in takes and data is not None else {}
-    made = call(seed=seed, **given, **args)
+    given: dict[str, Any] = {"data": data} if "data" in takes and data is not None else {}
+    given |= {"seed": seed} if "seed" in takes else {}
+    made = call(**given, **args)
     if isinstance(made, tuple) and len(made) in (3, 4):
         made = Task(*made)
     if not isinstance(made, Task) or not isinstance(made.model, nn.Module):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-import resource
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -92,7 +91,7 @@ def train(run: Run, progress: Progress = lambda step: None) -> dict[str, Any]:
         What is written as JSON: ``final`` (the last evaluation), ``train_loss``
         (mean of the last tenth), ``diverged``, ``evaluations`` with the seconds
         of training until each, ``losses`` of every step, ``wall_seconds`` and
-        ``processor_seconds`` of training, ``state_bytes``, ``peak_bytes``.
+        ``processor_seconds`` of training, ``state_bytes``, on a GPU ``peak_bytes``.
     """
     if run.task.script is not None:
         from hf_precond.bench.trainer_script import train_script
@@ -148,6 +147,9 @@ def _loop(
     losses = torch.stack(held).tolist()
     tail = losses[-max(1, training.steps // 10) :]
     known = ("step", "wall_seconds", "processor_seconds", "diagnostics")
+    memory = {"state_bytes": optimizers.state_bytes(optimizer)}
+    if device.type == "cuda":
+        memory["peak_bytes"] = torch.cuda.max_memory_allocated(device)
     return {
         "diverged": diverged,
         "final": {} if diverged else {k: v for k, v in evaluations[-1].items() if k not in known},
@@ -155,12 +157,7 @@ def _loop(
         "steps": len(losses),
         "wall_seconds": clock.wall,
         "processor_seconds": clock.processor,
-        "state_bytes": optimizers.state_bytes(optimizer),
-        "peak_bytes": (
-            torch.cuda.max_memory_allocated(device)
-            if device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        ),
+        **memory,
         "evaluations": evaluations,
         "losses": losses,
     }
@@ -189,14 +186,10 @@ def _evaluate(task: tasks.Task, optimizer: Any, training: Training) -> dict[str,
     """The task's figures as plain numbers."""
     optimizers.switch(optimizer, training=False)
     was_training = task.model.training
-    found = task.evaluate(task.model)
+    found = task.figures()
     task.model.train(was_training)
     optimizers.switch(optimizer, training=True)
-    if not isinstance(found, Mapping):
-        found = {"loss": found}
-    if "loss" not in found:
-        raise ValueError(f"evaluate returned {', '.join(found)}; it must return a loss too.")
-    return {name: float(value) for name, value in found.items()}
+    return found
 
 
 def _diagnostics(optimizer: Any) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """One run against a loop written out here; determinism, divergence, the schedule."""
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from hf_precond.bench import optimizers, tasks
+from hf_precond.bench import optimizers, results, tasks
+from hf_precond.bench.report import steps_to
 from hf_precond.bench.spec import Run, TaskSpec, Training
 from hf_precond.bench.training import rate, train
 from tests.bench import tiny
@@ -80,6 +82,14 @@ def test_trials_are_evaluated_at_the_end_alone_and_train_the_same():
 def test_a_loss_that_is_not_finite_ends_the_run():
     found = train(run("sgd", {"lr": 1e30}, steps=40, clip=0.0))
     assert found["diverged"] and found["final"] == {} and found["steps"] == 5
+
+
+def test_what_is_not_finite_is_written_as_null(tmp_path):
+    results.perform(run("sgd", {"lr": 1e30}, steps=40, clip=0.0), tmp_path / "a.json", print)
+    found = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
+    assert found["diverged"] and None in found["losses"]
+    assert results.read(tmp_path / "a.json") == found
+    assert steps_to(0.0, found["evaluations"]) is None
 
 
 def test_progress_is_told():

@@ -43,7 +43,8 @@ class ControlConfig(OptimizerConfig):
         Args:
             model: the model.
         """
-        return parameter_groups(model, self)
+        own = {"lr": self.lr, "weight_decay": self.weight_decay}
+        return [own | group for group in parameter_groups(model, self)]
 
     def build(self, model: nn.Module, warmup: int) -> Any:
         """The optimizer of a model.
