@@ -48,7 +48,7 @@ from transformers import (
 # Early releases of transformers 5 ask for torchvision where it is imported from the top.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-import hf_precond  # noqa: F401  the stock Trainer then takes --optim afopt, adamr, nkfac, sgdph
+import hf_precond  # noqa: F401  the stock Trainer then takes --optim afopt, muon, adamr, ...
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Train a small ViT on Fashion-MNIST with AdamW and with the four optimizers, and compare.
+"""Train a small ViT on Fashion-MNIST with AdamW and with the five optimizers, and compare.
 
     python examples/quickstart.py                      # one seed, all optimizers
     python examples/quickstart.py --seeds 3            # mean of three seeds
@@ -66,6 +66,7 @@ ARMS = {
     "adamw": Arm("adamw_torch_fused", "", 1e-3),
     "afopt": Arm("afopt", "", 1e-3),
     "afopt_attention": Arm("afopt", "scope=attention", 4e-3),
+    "muon": Arm("muon", "lr_scale=4", 1e-3),
     "adamr": Arm("adamr", "", 4e-3),
     "nkfac": Arm("nkfac", "base=adamw", 1e-3),
     "sgdph": Arm("sgdph", "base=adamw", 1e-3),

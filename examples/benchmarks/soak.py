@@ -40,7 +40,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-NAMES = ["afopt", "adamr", "nkfac", "sgdph"]
+NAMES = ["afopt", "adamr", "muon", "nkfac", "sgdph"]
 RANKS = 2
 SAVE_EVERY = 100
 WARM = 200

@@ -28,6 +28,7 @@ ARMS = {
     "afopt": ("scope=all_linear", 2e-3),
     "adamr": ("", 4e-3),
     "nkfac": ("inverse_interval=20", 2e-3),
+    "muon": ("variant=normuon", 2e-3),
     "sgdph": ("", 2e-3),
 }
 """Fields and learning rate of each optimizer; all others are the defaults."""

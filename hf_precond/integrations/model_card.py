@@ -18,6 +18,10 @@ _THESIS = (
     'Ying Sun, "Designing effective preconditioned optimizers for deep neural network training", '
     "PolyU 2024"
 )
+_SOURCES = {
+    **dict.fromkeys(("adamr", "afopt", "nkfac", "sgdph"), _THESIS),
+    "muon": 'Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024',
+}
 
 
 def correct_hyperparameters(trainer: Any, hyperparameters: dict[str, Any]) -> None:
@@ -58,7 +62,7 @@ def section(config: Any, optimizer: Any = None) -> str:
         optimizer: the optimizer, if it exists already.
     """
     info = get_info(config.name)
-    source = f" ({_THESIS})" if info.package == TAG else ""
+    source = f" ({_SOURCES[config.name]})" if config.name in _SOURCES else ""
     lines = [
         _BEGIN,
         "### Optimizer",

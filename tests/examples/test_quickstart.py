@@ -62,7 +62,7 @@ def test_all_optimizers_train_and_differ(tmp_path):
     )
     results = json.loads((output / "results.json").read_text())
     names = [run["arm"] for run in results]
-    assert names == ["adamw", "afopt", "afopt_attention", "adamr", "nkfac", "sgdph"]
+    assert names == ["adamw", "afopt", "afopt_attention", "muon", "adamr", "nkfac", "sgdph"]
     assert all(name in printed for name in names)
     assert (output / "loss_curves.png").stat().st_size > 0
     # Same initial weights and batches: the first losses agree, the last ones do not.

@@ -68,7 +68,7 @@ def test_memory_counts_from_the_warm_step_of_every_process(soak, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["afopt", "adamr", "nkfac", "sgdph"])
+@pytest.mark.parametrize("name", ["afopt", "adamr", "muon", "nkfac", "sgdph"])
 def test_a_killed_run_ends_as_if_nothing_had_happened(name, tmp_path):
     printed = run_example(
         "benchmarks/soak.py", "--optim", name, "--steps", "160", "--seeds", "0",

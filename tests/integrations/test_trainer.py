@@ -198,6 +198,7 @@ def test_a_layer_that_is_nan_is_the_worst(tmp_path):
 
 
 COMPUTED = {
+    "muon": {"optim_update_ratio", "optim_row_ratio", "optim_cosine"},
     "afopt": {"optim_cosine", "optim_logit_change", "optim_condition_input"},
     "sgdph": {"optim_norm_curvature_rms", "optim_norm_clipped"},
 }

@@ -35,6 +35,7 @@ STEPS = 3
 EVERY_STEP = {
     "afopt": {"stat_interval": 1, "inverse_interval": 1},
     "adamr": {"basis_interval": 1},
+    "muon": {},
     "nkfac": {"stat_interval": 1, "inverse_interval": 1},
     "sgdph": {"probe_interval": 1},
 }

@@ -200,6 +200,7 @@ SOLVERS = ("eigh", "qr", "inv", "cholesky_ex", "solve_triangular")
 NEEDED: dict[str, tuple[str, ...]] = {
     "adamr": ("cholesky_ex", "solve_triangular"),
     "afopt": ("cholesky_ex", "solve_triangular"),
+    "muon": (),
     "nkfac": ("cholesky_ex",),
     "nkfac-reference": ("inv",),
     "sgdph": (),

@@ -26,6 +26,11 @@ IN_A_ROW = {
         "learning rate or warm up longer, and set skip_nonfinite=True so that no bad batch "
         "reaches the weights; otherwise clip gradients."
     ),
+    "momentum": (
+        "its momentum was not finite at {limit} steps in a row: a gradient held infinities or NaN, "
+        "and the weights are lost. Go back to a checkpoint, lower the learning rate or warm up "
+        "longer, and set skip_nonfinite=True so that no bad batch reaches the weights."
+    ),
     "step": (
         "{limit} steps in a row had gradients that are not finite and were skipped "
         "(skip_nonfinite=True). Every batch gives them, so the weights or the data are at fault: "

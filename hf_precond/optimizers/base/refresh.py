@@ -22,7 +22,7 @@ MAX_FAILURES = 3
 """Refreshes of one preconditioner in a row that may fail before training stops."""
 MAX_DROPPED = 10
 """The same for statistics of one layer, gradients and steps."""
-LIMITS = {"statistic": MAX_DROPPED, "gradient": MAX_DROPPED, "step": MAX_DROPPED}
+LIMITS = dict.fromkeys(("statistic", "gradient", "momentum", "step"), MAX_DROPPED)
 
 
 class Counters(dict[str, int]):

@@ -120,11 +120,12 @@ class Muon(PrecondOptimizer):
     rounded once. Ranks share the signs of large matrices. Kept per matrix: M in
     float32, half of AdamW's state, sharded as the weight is.
 
-    Diagnostics, of the step that the momentum gives now: ``update_ratio/{matrix}``,
-    its root mean square over the weight's (in the logs the largest; above about
-    1e-2 in a pretrained model the rate is high), ``cosine``, of momentum and
-    step, mean over the matrices, and under ``normuon`` ``row_ratio/{matrix}``,
-    the root mean square of its largest row over that of all.
+    Diagnostics: ``matrices``, how many the last step moved; and, of the step
+    that the momentum gives now, ``update_ratio/{matrix}``, its root mean square
+    over the weight's (in the logs the largest; above about 1e-2 in a pretrained
+    model the rate is high), ``cosine``, of momentum and step, mean over the
+    matrices, and under ``normuon`` ``row_ratio/{matrix}``, the root mean square
+    of the largest row of the sign over that of all.
 
     An expert without tokens goes on along its momentum, as under torch's.
 
@@ -139,6 +140,7 @@ class Muon(PrecondOptimizer):
     """
 
     config: MuonConfig
+    moved = 0  # matrices at the last step
 
     @functools.cached_property
     def rule(self) -> MuonStep:
@@ -166,7 +168,11 @@ class Muon(PrecondOptimizer):
     def precondition(self, ready: Sequence[BoundMatrix]) -> Iterable[Preconditioned]:
         """Step the matrices in place."""
         gathered: dict[Tensor, Tensor] = {}
-        self.rule.update([self._view(bound, gathered) for bound in ready])
+        self.moved = sum(stack_shape(bound.matrix)[0] for bound in ready)
+        views = [self._view(bound, gathered) for bound in ready]
+        names = {id(view): bound.matrix.name for view, bound in zip(views, ready, strict=True)}
+        for batch, lost in self.rule.update(views):
+            self.failures.watch("momentum", [names[id(view)] for view in batch], lost)
         for parameter, whole in gathered.items():
             parameter.copy_(like(parameter, whole))
         return [Preconditioned(bound, None, "applied") for bound in ready]
@@ -185,6 +191,10 @@ class Muon(PrecondOptimizer):
         return view
 
     # ------------------------------------------------------------------------------------
+
+    def counted(self) -> dict[str, float]:
+        """The counters, and how many matrices the last step moved."""
+        return super().counted() | {"matrices": float(self.moved)}
 
     @torch.no_grad()
     def report(self) -> dict[str, float]:

@@ -56,16 +56,27 @@ class MuonStep:
     variant: str = "muon"
     normuon_beta2: float = 0.95
 
-    def update(self, views: Sequence[ParamView]) -> None:
-        """Step every view by its gradient; its state has been made."""
+    def update(self, views: Sequence[ParamView]) -> list[tuple[Sequence[ParamView], Tensor]]:
+        """Step every view by its gradient; its state has been made.
+
+        Args:
+            views: of matrices.
+
+        Returns:
+            The views in batches, and of each batch whose momentum was not finite, ``[n]``.
+        """
+        stepped = []
         for batch in batches(views):
             directions = self.directions(batch, self._advance(batch))
+            # One number that is not finite makes every entry of its matrix's sign NaN.
+            stepped.append((batch, directions[:, 0, 0].isnan().view(len(batch), -1).any(1)))
             parts = directions.split(len(directions) // len(batch))
             steps = [_as_parameter(v, part) for v, part in zip(batch, parts, strict=True)]
             descend([
                 ParamView(view.param, step, {}, "", view.group)
                 for view, step in zip(batch, steps, strict=True)
             ])  # fmt: skip
+        return stepped
 
     def _advance(self, batch: Sequence[ParamView]) -> list[Tensor]:
         """``M ← μ M + (1-μ) G``; returns N, ``μ M + (1-μ) G`` once more under Nesterov, else M."""
