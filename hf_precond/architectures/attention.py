@@ -121,10 +121,11 @@ class _Candidate:
         path = self.path
         if name.startswith(".."):
             path, name = path.rpartition(".")[0], name[2:]
-        full = f"{path}.{name}" if path else name
-        wrapper = self.modules.get(full)
-        if wrapper is None:
+        try:  # not by its path, which may be another where a module stands under two names
+            wrapper = self.modules[path].get_submodule(name)
+        except AttributeError:
             return None
+        full = f"{path}.{name}" if path else name
         layer, layer_name = wrapper, full
         if self.adapted:
             from hf_precond.architectures.peft import unwrap

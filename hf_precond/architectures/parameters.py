@@ -27,7 +27,7 @@ from hf_precond.architectures.structure import (
     Route,
     RoutingTable,
 )
-from hf_precond.architectures.tables import ADAPTER_MARKS, HEAD_CHILDREN, LORA_MARK
+from hf_precond.architectures.tables import HEAD_CHILDREN, LORA_MARK
 
 if TYPE_CHECKING:
     from hf_precond.architectures.attention_block import AttentionBlock
@@ -54,6 +54,11 @@ class ParameterSurvey:
         self.names = {id(parameter): name for name, parameter in self.parameters.items()}
         self.tied = tied_names(model)
         self.head = find_head(model) | _output_names(model)
+        self.adapters: set[int] = set()
+        if has_adapters(model):
+            from hf_precond.architectures.peft import adapter_parameters
+
+            self.adapters = {id(parameter) for parameter in adapter_parameters(model)}
         self.owners: dict[str, tuple[nn.Module, str]] = {}
         self.layers: dict[str, tuple[nn.Module, str]] = {}
         self.computed: dict[str, str] = {}
@@ -107,7 +112,7 @@ class ParameterSurvey:
             return "weight-norm scale"
         if self.computed.get(name):
             return self.computed[name]
-        if any(mark in name for mark in ADAPTER_MARKS):
+        if LORA_MARK in name or id(self.parameters[name]) in self.adapters:
             return "adapter"
         if name in self.head:
             return "output head"
@@ -192,10 +197,16 @@ def add_reason(treated: dict[str, str], names: Iterable[str], reason: str) -> No
 
 
 def tied_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """First name of each tied parameter to its other names."""
+    """First name of each tied parameter to its other names.
+
+    A module that stands under two names (a wrapper with a ``model`` and its ``encoder``) is one
+    module, whose parameters are not tied.
+    """
     names: dict[int, tuple[str, ...]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)] = (*names.get(id(parameter), ()), name)
+    for path, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            name = f"{path}.{attribute}".lstrip(".")
+            names[id(parameter)] = (*names.get(id(parameter), ()), name)
     return {tied[0]: tied[1:] for tied in names.values() if len(tied) > 1}
 
 

@@ -42,6 +42,17 @@ def wrappers_of(model: nn.Module) -> dict[nn.Module, nn.Module]:
     return {layer: wrapper for layer, wrapper in layers if isinstance(layer, nn.Module)}
 
 
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that tuner layers add to the layers inside them."""
+    added = []
+    for module in model.modules():
+        layer = getattr(module, "base_layer", None)
+        if isinstance(layer, nn.Module):
+            inside = {id(parameter) for parameter in layer.parameters()}
+            added += [p for p in module.parameters() if id(p) not in inside]
+    return added
+
+
 def saved_names(model: nn.Module, vocabulary: nn.Module | None) -> set[str]:
     """Names of the parameters that PEFT trains whole (``modules_to_save``).
 

@@ -168,9 +168,6 @@ PARALLEL_TOWERS = ("text_model", "vision_model", "image_model", "audio_model")
 LORA_MARK = ".lora_"
 """In the name of a parameter of LoRA or DoRA."""
 
-ADAPTER_MARKS = (LORA_MARK, ".adapter")
-"""In the name of a parameter of any adapter."""
-
 TRANSPOSED_EXPERTS = "is_transposed"
 """Attribute that is true in stacks of experts whose matrices are ``[in, out]``."""
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_precond.architectures.attention import find_attention
 from hf_precond.architectures.attention_block import AttentionBlock
 from hf_precond.architectures.hidden import ROLES, Candidate, in_attention, outside_attention
+from hf_precond.architectures.modules import find_matrices
 from hf_precond.architectures.parameters import ParameterSurvey, add_reason
 from hf_precond.architectures.structure import LayerMatrix, ModelStructure
 from hf_precond.architectures.tables import HOW_TO_DECLARE
@@ -64,15 +65,21 @@ def attention_matrices(model: nn.Module, config: AFOptConfig) -> ModelStructure:
 
     linears = outside_attention(survey, attentions)
     chosen: list[Candidate] = []
-    left: list[Candidate] = []
+    left: list[tuple[LayerMatrix, str, str]] = []
+    outside_scope = f"outside scope={scope}"
     blocks: list[AttentionBlock] = []
     for block in attentions:
         candidates = in_attention(block, SCOPES[scope])
-        if candidates and not any(is_tied(matrix) for matrix, _ in candidates):
+        tied = [matrix for matrix, _ in candidates if is_tied(matrix)]
+        if candidates and not tied:
             blocks.append(block)
             chosen += candidates
-        trainable = {r: matrix for r, matrix in block.roles().items() if r in block.trainable}
-        left += [(matrix, ROLES[r]) for r, matrix in trainable.items() if not is_tied(matrix)]
+        for role, matrix in block.roles().items():
+            if role in block.trainable and not is_tied(matrix):
+                why = outside_scope
+                if tied and role in SCOPES[scope]:
+                    why = f"its attention has a tied weight ({tied[0].name})"
+                left.append((matrix, ROLES[role], why))
     if scope == "all_linear":
         order = {name: place for place, name in enumerate(survey.parameters)}
         chosen += linears
@@ -96,18 +103,23 @@ def attention_matrices(model: nn.Module, config: AFOptConfig) -> ModelStructure:
             stacklevel=3,
         )
     inside = set(matrices)
-    left = [candidate for candidate in left + linears if candidate[0] not in inside]
+    left += [(matrix, what, outside_scope) for matrix, what in linears]
+    left = [candidate for candidate in left if candidate[0] not in inside]
     treated: dict[str, str] = {}
     outside: dict[str, str] = {}
     for matrix, what in chosen:
         add_reason(treated, survey.matrix_names(matrix), what)
-    for matrix, what in left:
+    for matrix, what, why in left:
         for name in survey.matrix_names(matrix):
             if name in treated:  # for other rows of a fused weight
                 add_reason(treated, [name], f"{what} by the fallback optimizer")
             else:
-                add_reason(outside, [name], f"{what}: outside scope={scope}")
-    hidden = [matrix for matrix, _ in left]
+                add_reason(outside, [name], f"{what}: {why}")
+    for matrix in find_matrices(model):
+        name = survey.name_of(matrix.weight_parameter)
+        if min(matrix.shape) == 1 and survey.describe(name) == "linear layer":
+            add_reason(outside, [name], "a single row or column")
+    hidden = [matrix for matrix, _, _ in left]
     return survey.structure(
         config, treated, outside, matrices=matrices, hidden=hidden, attention=blocks
     )

@@ -83,8 +83,8 @@ def layer_matrices(model: nn.Module, config: NKFACConfig) -> ModelStructure:
             add_reason(preconditioned, names, survey.describe(name) + one_sided)
     if not matrices:
         raise ValueError(
-            "nkfac: this model has no linear layer or convolution that trains and is at most "
-            f"max_dim={config.max_dim} wide on a side; unfreeze one, or raise max_dim."
+            "nkfac: this model has no linear layer or convolution that trains, is not tied and is "
+            f"at most max_dim={config.max_dim} wide on a side; unfreeze one, or raise max_dim."
         )
     return survey.structure(config, preconditioned, reasons, matrices=matrices)
 
