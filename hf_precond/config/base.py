@@ -187,9 +187,10 @@ class OptimizerConfig:
             [0, 1). Default 0.9 and 0.999.
         eps: AdamW's epsilon, >= 0. Default 1e-8.
         state_dtype: dtype in which Kronecker factors are kept between steps
-            (``muon`` and ``sgdph`` have none): ``float32``, ``float64``, ``bfloat16``, under
-            ``nkfac`` also ``float16`` (the others leave its range), or ``None``:
-            float32, and float64 for float64 parameters. Default ``None``.
+            (``muon`` and ``sgdph`` have none): ``float32``, ``float64``,
+            ``bfloat16``, under ``nkfac`` also ``float16`` (the others leave its
+            range), or ``None``: float32, and float64 for float64 parameters.
+            Default ``None``.
         skip_nonfinite: skip a step whose gradients are not all finite, as a
             loss scaler does: weights, moments and factors stay as they are.
             Such steps are counted as ``skipped_steps``; ten in a row stop

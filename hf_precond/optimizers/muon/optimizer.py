@@ -130,9 +130,15 @@ class Muon(PrecondOptimizer):
     An expert without tokens goes on along its momentum, as under torch's.
 
     Args:
-        param_groups: as for any torch optimizer.
-        structure: what was found in the model.
-        config: the fields.
+        params: parameters, pairs of names and parameters, or groups, as for any
+            torch optimizer.
+        structure: ``matrices`` are those of hidden layers, where it was read already (then
+            with ``config``); by default it is read off the model.
+        config: a config, in the place of fields, or changed by them.
+        optimizer_dict: what some trainers call ``params``.
+        attach_to: the model; without it, call :meth:`attach` before the first
+            step. ``hf_precond.create_optimizer`` makes groups too.
+        **fields: of the config.
 
     Source: Jordan et al., "Muon: an optimizer for hidden layers in neural
     networks", 2024; Liu et al., "Muon is scalable for LLM training", 2025,
