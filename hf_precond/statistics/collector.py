@@ -350,22 +350,34 @@ class MomentCollector(StatisticsSource):
         else:
             self.unlike.add(module)
 
-    def _observe_function(self, hooked: HookedLayer, inputs: Tensor, result: Tensor) -> None:
+    def _observe_function(
+        self, hooked: HookedLayer, inputs: Tensor, result: Tensor, transposed: bool
+    ) -> None:
         """Collects from a function that was given a layer's weight."""
         if self.enabled and result.requires_grad:
             self.called.add(hooked.module)
-            self._observe_call(hooked, (inputs,), {}, result)
+            self._observe_call(hooked, (inputs,), {}, result, transposed)
 
     def _observe_call(
-        self, hooked: HookedLayer, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor
+        self,
+        hooked: HookedLayer,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Tensor,
+        transposed: bool = False,
     ) -> None:
         if hooked.module.training:
-            self._observe(hooked, args, kwargs, result)
+            self._observe(hooked, args, kwargs, result, transposed)
         else:
             on_gradient(result, lambda _: self.evaluated.__setitem__(hooked.path, hooked))
 
     def _observe(
-        self, hooked: HookedLayer, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor
+        self,
+        hooked: HookedLayer,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Tensor,
+        transposed: bool = False,
     ) -> None:
         """Computes the input moments of a call, and adds them when its gradient comes."""
         gradients: dict[Hashable, Collection] = {}
@@ -380,11 +392,13 @@ class MomentCollector(StatisticsSource):
                 if moment is not None:
                     moments[key] = moment
             if gradients and not isinstance(hooked.layer, CONVOLUTIONS):
-                weights = hooked.reader.read(tuple(result.shape), hooked.dtype)
+                shape = result.mT.shape if transposed else result.shape
+                weights = hooked.reader.read(tuple(shape), hooked.dtype)
         around = hooked.attention or hooked.module
         accumulator = OutputGradAccumulator(PassKind(hooked.layer, around))
 
         def add(gradient: Tensor) -> None:
+            gradient = gradient.mT if transposed else gradient
             changed = accumulator.add(gradient.detach(), self.buffer.epoch)
             if changed is None:
                 return

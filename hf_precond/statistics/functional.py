@@ -72,7 +72,8 @@ class FunctionalCalls(TorchFunctionMode):
 
     Args:
         layers: hooked module to layer.
-        observe: method that is called as ``observe(hooked, inputs, result)``, held weakly.
+        observe: method that is called as ``observe(hooked, inputs, result, transposed)``; held
+            weakly.
         switch: keeps compiled code, which shows no functions, from running meanwhile.
     """
 
@@ -170,11 +171,16 @@ class FunctionalCalls(TorchFunctionMode):
         return result
 
     def multiply(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """``x Wᵀ``, the weight given transposed."""
+        """``x Wᵀ``, or ``W xᵀ``, which is its transpose (Mamba's step sizes)."""
         result = function(*args, **kwargs)
-        found = self.find(args[1]) if len(args) == 2 else None
+        if len(args) != 2:
+            return result
+        found = self.find(args[1])
         if found is not None and found[1] != is_transposed_linear(found[0].layer):
             self._note(found[0], args[0], result)
+        found = self.find(args[0]) if args[1].dim() > 1 else None
+        if found is not None and found[1] == is_transposed_linear(found[0].layer):
+            self._note(found[0], args[1].mT, result, transposed=True)
         return result
 
     def convolve(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -211,14 +217,16 @@ class FunctionalCalls(TorchFunctionMode):
         with self:
             return opened(function)(*args, **kwargs)
 
-    def _note(self, hooked: HookedLayer, inputs: Tensor, result: Tensor) -> None:
+    def _note(
+        self, hooked: HookedLayer, inputs: Tensor, result: Tensor, transposed: bool = False
+    ) -> None:
         self.found = True
         if self.reader is not None:
             own = not self.memory or any(inputs is tensor for tensor in self.memory)
             hooked = replace(hooked, reader=self.reader if own else FixedWeights(None))
         observe = self.observe()
         if observe is not None:
-            observe(hooked, inputs, result)
+            observe(hooked, inputs, result, transposed)
 
 
 READERS: dict[Any, Callable[..., Any]] = {

@@ -56,6 +56,7 @@ USES = {
     "by name": lambda layer, x: F.linear(bias=layer.bias, input=x, weight=layer.weight),
     "product": lambda layer, x: x @ layer.weight.T + layer.bias,
     "matmul": lambda layer, x: torch.matmul(x, layer.weight.transpose(0, 1)) + layer.bias,
+    "from the left": lambda layer, x: (layer.weight @ x.mT).mT + layer.bias,
     "cast": lambda layer, x: F.linear(x, layer.weight.float().double(), layer.bias),
     "twice transposed": lambda layer, x: F.linear(x, layer.weight.t().mT, layer.bias),
     "checkpoint": lambda layer, x: checkpoint(
