@@ -1,1 +1,1 @@
-"""The commands: run, list, explain, bench."""
+"""The commands: run, list, explain, compare, doctor, bench."""

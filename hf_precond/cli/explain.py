@@ -1,32 +1,49 @@
-"""``hf-precond list`` and ``hf-precond explain``: the optimizers, and what they do to a model."""
+"""``hf-precond explain``: how an optimizer would treat a model's parameters."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import inspect
+import os
+import re
 import sys
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from hf_precond.cli.text import distinct, terminal_width, wrapped
 
-def add_commands(commands: Any) -> None:
-    """Add both commands to the parser of ``hf-precond``.
+EXAMPLES = """examples:
+  hf-precond explain bert-base-uncased --optim afopt
+  hf-precond explain ./my_model --optim nkfac --optim-args "max_dim=1024"
+  hf-precond explain ./my_model --optim adamr --all | less
+
+The model's weights are neither loaded nor made: its config.json is enough."""
+
+
+def add_command(commands: Any) -> None:
+    """Add the command to the parser of ``hf-precond``.
 
     Args:
         commands: the parser's subparsers.
     """
-    parser = commands.add_parser("list", help="the optimizers, or the fields of one")
-    parser.add_argument("name", nargs="?", help="an optimizer's name")
-    parser.set_defaults(act=list_command)
     parser = commands.add_parser(
-        "explain", help="how an optimizer would treat a model's parameters, and the memory it takes"
+        "explain",
+        help="how an optimizer would treat a model's parameters, and the memory it takes",
+        description=wrapped(
+            "Show which parameters of a model an optimizer preconditions, how the others "
+        "are stepped, and the memory of its state. Like layers are shown as one."
+        ),
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", help="folder or Hub id of a model, or of its config.json alone")
-    parser.add_argument("--optim", required=True, help="an optimizer's name")
-    parser.add_argument("--optim_args", default=None, help="key=value,… as for training")
+    parser.add_argument("--optim", required=True, metavar="NAME", help="an optimizer's name")
+    parser.add_argument(
+        "--optim_args", "--optim-args", metavar="KEY=VALUE,…", help="fields, as for training"
+    )
+    parser.add_argument("--all", action="store_true", help="every parameter on a row of its own")
     parser.add_argument(
         "--auto_class",
-        default=None,
+        "--auto-class",
         metavar="CLASS",
         help="AutoModelForSequenceClassification and the like; by default the architecture that "
         "the model was saved with",
@@ -34,70 +51,41 @@ def add_commands(commands: Any) -> None:
     parser.set_defaults(act=explain_command)
 
 
-def list_command(arguments: argparse.Namespace) -> int:
-    """Print the optimizers with their descriptions, or one with its fields.
-
-    Args:
-        arguments: ``name``, or ``None`` for all.
-
-    Returns:
-        0; 2 for an unknown name.
-    """
-    from hf_precond.registry import get_info, list_optimizers
-
-    if arguments.name is None:
-        names = list_optimizers()
-        width = max(8, *map(len, names))
-        for name in names:
-            try:
-                line = get_info(name).description
-            except Exception as error:  # of another package, say; the others are listed
-                line = f"cannot be used: {error}"
-            print(f"{name:<{width}} {line}")
-        print("\n`hf-precond list NAME` shows the fields of one: the keys of --optim_args.")
-        return 0
-    try:
-        info = get_info(arguments.name)
-    except ValueError as error:
-        print(f"hf_precond: {error}", file=sys.stderr)
-        return 2
-    print(f"{info.name}: {info.description}\n")
-    print(f"{'field':<20} default")
-    for field in dataclasses.fields(info.config_cls):
-        default = field.default
-        shown = ":".join(map(str, default)) if isinstance(default, tuple) else str(default)
-        print(f"{field.name:<20} {shown}")
-    for cls in (info.config_cls.__mro__[1], info.config_cls):
-        print(f"\n{inspect.getdoc(cls)}")
-    return 0
-
-
 def explain_command(arguments: argparse.Namespace) -> int:
-    """Print how an optimizer updates every parameter of a model, and the memory of its state.
+    """Print how an optimizer updates a model's parameters, and the memory of its state.
 
     Args:
-        arguments: ``model``, ``optim``, ``optim_args`` and ``auto_class``.
+        arguments: ``model``, ``optim``, ``optim_args``, ``auto_class`` and ``all``.
 
     Returns:
         0; 2 when the model, the name or a field cannot be used.
     """
+    model = arguments.model
     try:
-        model, auto_class = arguments.model, arguments.auto_class
-        text = explanation(model, arguments.optim, arguments.optim_args, auto_class)
+        text = explanation(
+            model, arguments.optim, arguments.optim_args, arguments.auto_class,
+            every_row=arguments.all, width=terminal_width(),
+        )  # fmt: skip
     except (ValueError, OSError) as error:
+        sentence = " ".join(str(error).split())
         # Offline, transformers names the host that it could not reach, not the model.
-        named = arguments.model in str(error) or str(error).startswith("--optim_args")
-        subject = f"{arguments.model}: " * (isinstance(error, OSError) and not named)
-        print(f"hf_precond: {subject}{error}", file=sys.stderr)
+        named = model in sentence or sentence.startswith("--optim_args")
+        subject = f"{model}: " * (isinstance(error, OSError) and not named)
+        print(f"hf_precond: {subject}{sentence}", file=sys.stderr)
         return 2
     print(text)  # not above: a closed pipe is an OSError too
     return 0
 
 
 def explanation(
-    model: str, name: str, optim_args: str | None = None, auto_class: str | None = None
+    model: str,
+    name: str,
+    optim_args: str | None = None,
+    auto_class: str | None = None,
+    every_row: bool = False,
+    width: int = 80,
 ) -> str:
-    """Routing table and memory of an optimizer on a model built from its config.
+    """Routing and memory of an optimizer on a model built from its config.
 
     The model is built on the meta device: it has no weights.
 
@@ -106,6 +94,8 @@ def explanation(
         name: the optimizer's name.
         optim_args: ``key=value,…``.
         auto_class: name of an auto class of transformers.
+        every_row: a row for every parameter, not one for like layers.
+        width: columns of the text.
 
     Returns:
         The text.
@@ -120,12 +110,150 @@ def explanation(
     from hf_precond.integrations.arguments import config_from_pairs, parse_pairs
     from hf_precond.registry import create_optimizer, get_info
 
-    config = config_from_pairs(get_info(name).config_cls, parse_pairs(optim_args))
+    info = get_info(name)
+    config = config_from_pairs(info.config_cls, parse_pairs(optim_args))
+    _refuse_bad_path(model)
     with torch.device("meta"):
         built = _build(model, auto_class)
     optimizer = create_optimizer(built, config)
     optimizer.close()
-    return f"{optimizer.routing}\n{memory(optimizer)}"
+    total = sum(parameter.numel() for parameter in built.parameters())
+    title = f"{type(built).__name__}, {total:,} weights, under {name} ({info.title})"
+    table = routing_table(optimizer.routing, every_row, width)
+    return f"{title}\n\n{table}\n\n{memory(optimizer)}"
+
+
+# The table ---------------------------------------------------------------------------------------
+
+
+def routing_table(routes: Iterable[Any], every_row: bool, width: int) -> str:
+    """The parameters by treatment and reason, with tensors and share of the weights.
+
+    Args:
+        routes: the optimizer's routing table.
+        every_row: a row for every parameter, not one for like layers.
+        width: columns of the text.
+
+    Returns:
+        Lines of at most ``width`` columns, but for names that are cut no further.
+    """
+    routes = list(routes)
+    total = sum(map(_size, routes))
+    treatments = sorted({r.treatment for r in routes}, key=_rank)
+    rows: list[tuple[str, ...]] = []  # of one text, a heading
+    for treatment in treatments:
+        chosen = [r for r in routes if r.treatment == treatment]
+        rows.append((treatment, *_totals(chosen, total)))
+        for reason in dict.fromkeys(map(_reason, chosen)):
+            alike = [r for r in chosen if _reason(r) == reason]
+            rows.append((f"  {reason}",))
+            groups = [[r] for r in alike] if every_row else grouped_routes(alike)
+            rows += [
+                (_joined(group), _shape(group[0]), *_totals(group, total))
+                for group in groups
+            ]
+    columns = [22, 8, 9]  # at most: shape, tensors, share of the weights
+    shapes = [len(row[1]) for row in rows if len(row) == 4]
+    columns[0] = max([len("shape"), *shapes])
+    room = width - sum(columns) - 3
+    names = distinct([row[0] for row in rows if len(row) == 4], room - 4)
+    lines = [_line(("", "shape", "tensors", "weights"), columns, room)]
+    for row in rows:
+        if len(row) == 1:
+            lines.append(row[0][:width])
+        elif len(row) == 3:
+            lines += ["", _line((row[0], "", *row[1:]), columns, room)]
+        else:
+            lines += _line((f"    {names[row[0]]}", *row[1:]), columns, room).split("\n")
+    return "\n".join(lines[:1] + lines[2:])
+
+
+def _line(row: Sequence[str], columns: Sequence[int], room: int) -> str:
+    name = row[0] if len(row[0]) <= room else f"{row[0]}\n{'':<{room}}"
+    cells = [f"{cell:>{column}}" for cell, column in zip(row[1:], columns, strict=True)]
+    return f"{name:<{room}} {' '.join(cells)}"
+
+
+def grouped_routes(routes: Sequence[Any]) -> list[list[Any]]:
+    """Lists of the parameters that differ in numbers of their paths, or in weight and bias, alone.
+
+    Args:
+        routes: of one treatment and reason.
+
+    Returns:
+        In order of first appearance.
+    """
+    lists: dict[tuple[str, ...], list[Any]] = {}
+    for route in routes:
+        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "#", route.name)
+        shape = _shape(route)
+        pair = re.sub(r"\.(weight|bias)$", "", pattern)
+        # A bias joins its weight, whose shape it shares in part.
+        kind = "" if route.shape[:1] and pair != pattern else shape
+        lists.setdefault((pair, kind, str(route.shape[:1])), []).append(route)
+    return list(lists.values())
+
+
+def _joined(group: Sequence[Any]) -> str:
+    """One name for a group: ``layer.{0..11}.query.{weight,bias}``."""
+    parts = [route.name.split(".") for route in group]
+    joined = []
+    for column in zip(*parts, strict=True):
+        values = list(dict.fromkeys(column))
+        numbers = sorted(int(value) for value in values) if values[0].isdigit() else []
+        if len(values) == 1:
+            joined.append(values[0])
+        elif numbers and numbers == list(range(numbers[0], numbers[-1] + 1)):
+            joined.append(f"{{{numbers[0]}..{numbers[-1]}}}")
+        else:
+            joined.append("{" + ",".join(map(str, numbers or values)) + "}")
+    return ".".join(joined)
+
+
+def _reason(route: Any) -> str:
+    """Why, with the parameter group where it is more than decay or no decay."""
+    plain = route.group in ("", "decay", "no decay")
+    return route.reason if plain else f"{route.reason} [{route.group}]"
+
+
+def _rank(treatment: str) -> tuple[int, str]:
+    return {"preconditioned": 0, "frozen": 2}.get(treatment, 1), treatment
+
+
+def _size(route: Any) -> int:
+    size = 1
+    for side in route.shape:
+        size *= side
+    return size
+
+
+def _shape(route: Any) -> str:
+    return "x".join(map(str, route.shape)) or "scalar"
+
+
+def _totals(routes: Sequence[Any], total: int) -> tuple[str, str]:
+    share = 100 * sum(map(_size, routes)) / max(total, 1)
+    return str(len(routes)), "< 0.1 %" if 0 < share < 0.05 else f"{share:.1f} %"
+
+
+# The model ---------------------------------------------------------------------------------------
+
+
+def _refuse_bad_path(model: str) -> None:
+    """Refuse a folder that is none, or holds no config, by its name.
+
+    Raises:
+        FileNotFoundError: naming the folder.
+    """
+    if os.path.isdir(model):
+        if not os.path.isfile(os.path.join(model, "config.json")):
+            raise FileNotFoundError(
+                f"{model}: there is no config.json in this folder; give that of a saved model."
+            )
+    elif not os.path.exists(model) and (model[:1] in "./~" or model.count("/") > 1):
+        raise FileNotFoundError(
+            f"{model}: there is no such folder; give that of a saved model, or a Hub id."
+        )
 
 
 def memory(optimizer: Any) -> str:
@@ -162,7 +290,16 @@ def memory(optimizer: Any) -> str:
 def _build(model: str, auto_class: str | None) -> Any:
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(model)
+    transformers.logging.set_verbosity_error()
+    try:
+        config = transformers.AutoConfig.from_pretrained(model)
+    except OSError as error:
+        if os.path.exists(model):
+            raise
+        raise OSError(
+            f"{model}: there is no such folder here, and the Hub has no such model or cannot be "
+            "reached; check the name, your login and the network."
+        ) from error
     if auto_class is not None:
         chosen: Any = getattr(transformers, auto_class, None)
         if not auto_class.startswith("AutoModel") or not hasattr(chosen, "from_config"):

@@ -8,10 +8,19 @@ import os
 import sys
 from collections.abc import Sequence
 
-from hf_precond.cli import bench, explain, mistakes, run
+from hf_precond.cli import bench, compare, doctor, explain, fields, mistakes, run
 from hf_precond.config.hub import version
 
-COMMANDS = ("run", "list", "explain", "bench")
+COMMANDS = ("run", "list", "explain", "compare", "doctor", "bench")
+
+EXAMPLES = """examples:
+  hf-precond doctor                            does it work here?
+  hf-precond list afopt                        the keys of --optim_args
+  hf-precond explain ./my_model --optim afopt  what it does with a model
+  hf-precond run run_glue.py --optim afopt ... train with any script
+  hf-precond compare out/adamw out/afopt       what two trainings reached
+
+`hf-precond COMMAND --help` has more of each."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,10 +74,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = mistakes.Parser(
         prog="hf-precond",
         description="Preconditioned optimizers for Hugging Face Transformers, by --optim NAME.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"hf_precond {version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run.add_command(commands)
-    explain.add_commands(commands)
+    fields.add_command(commands)
+    explain.add_command(commands)
+    compare.add_command(commands)
+    doctor.add_command(commands)
     bench.add_command(commands)
     return parser

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from hf_precond.cli.text import wrapped
 from hf_precond.registry import list_optimizers
 
 EXAMPLES = """examples:
@@ -36,8 +37,10 @@ def add_command(commands: Any) -> None:
         "run",
         help=f"run a training script with --optim {names}",
         usage="hf-precond run (SCRIPT.py | -m MODULE | PROGRAM) [its own arguments]",
-        description="Run a training script, module or Python program, unmodified, with the "
-        f"optimizers {names} registered.",
+        description=wrapped(
+            "Run a training script, module or Python program, unmodified, with the "
+        f"optimizers {names} registered."
+        ),
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

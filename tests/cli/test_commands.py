@@ -2,14 +2,19 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 from transformers import AutoConfig, BertConfig, GPT2Config, ViTConfig
 
+from hf_precond.architectures.structure import Route
+from hf_precond.cli.explain import routing_table
 from hf_precond.cli.main import launch, main
+from hf_precond.cli.text import distinct, terminal_width
 from hf_precond.config.hub import version
 from hf_precond.registry import create_optimizer, get_info, list_optimizers
 
@@ -30,10 +35,23 @@ def test_list_of_one_shows_every_field_with_default_and_meaning(name, capsys):
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 80
     config_cls = get_info(name).config_cls
-    table = dict(line.split() for line in shown.splitlines()[3:] if len(line.split()) == 2)
-    for field in dataclasses.fields(config_cls):
-        assert config_cls.from_strings({field.name: table[field.name]}) == config_cls()
-        assert f"{field.name}:" in shown or f"{field.name}," in shown, "no documentation"
+    entries = re.findall(r"^(\w+) +(\S+)\n((?:    .*\n?)+)", shown, re.MULTILINE)
+    described = {field: (default, " ".join(text.split())) for field, default, text in entries}
+    assert set(described) == {field.name for field in dataclasses.fields(config_cls)}
+    for field, (default, text) in described.items():
+        assert config_cls.from_strings({field: default}) == config_cls()
+        legal, _, meaning = text.partition(": ")
+        assert len(meaning) > 10 and meaning[-1] == "." and "`" not in text
+        assert legal.startswith(("a number in", "an integer in", "one of", "True or", "two num"))
+    assert "Args:" not in shown and "Default" not in shown
+
+
+def test_ranges_are_those_of_the_config(capsys):
+    main(["list", "adamr"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "basis_tolerance 0.01 a number in [0, 1]: a basis is left" in shown
+    assert "basis auto one of auto, two_sided, one_sided, identity: " in shown
+    assert "basis_interval 3 an integer in [1, infinity): steps between" in shown
 
 
 @pytest.mark.parametrize(
@@ -69,7 +87,7 @@ def test_explain_takes_a_config_alone_and_makes_no_weights(tmp_path, capsys, mon
     words = ["explain", str(tmp_path), "--optim", "afopt", "--optim_args", "head_lr_scale=5"]
     assert main(words) == 0
     shown = capsys.readouterr().out
-    assert shown.count("preconditioned") >= 24 * 4
+    assert "{0..23}.attention.self.query.{weight,bias}" in shown
     assert "classifier.weight" in shown and "head decay" in shown
 
 
@@ -83,7 +101,8 @@ def test_explain_names_every_parameter(name, config, tmp_path, capsys):
     from transformers import AutoModel
 
     config.save_pretrained(tmp_path)
-    assert main(["explain", str(tmp_path), "--optim", name, "--auto_class", "AutoModel"]) == 0
+    words = ["explain", str(tmp_path), "--optim", name, "--auto_class", "AutoModel", "--all"]
+    assert main(words) == 0
     shown = capsys.readouterr().out
     import torch
 
@@ -128,7 +147,7 @@ def test_a_terminal_that_is_not_unicode_shows_the_table(tmp_path):
     words = [sys.executable, "-m", "hf_precond", "explain", str(tmp_path), "--optim", "adamr"]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(words, capture_output=True, text=True, env=environment, check=True)
-    assert "2m?" in done.stdout and "encoder.layer.0.attention" in done.stdout
+    assert "2m?" in done.stdout and "encoder.layer.0" in done.stdout
 
 
 @pytest.mark.parametrize("command", ["list", "explain"])
@@ -165,8 +184,78 @@ def test_version(entry, capsys):
     assert capsys.readouterr().out == f"hf_precond {version()}\n"
 
 
-@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["explain", "--help"]])
-def test_help(words, capsys):
+@pytest.mark.parametrize("command", ["", "run", "list", "explain", "compare", "doctor"])
+def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit) as end:
-        main(words)
-    assert end.value.code == 0 and "usage: hf-precond" in capsys.readouterr().out
+        main([command, "--help"] if command else ["--help"])
+    shown = capsys.readouterr().out
+    assert end.value.code == 0 and "usage: hf-precond" in shown
+    assert f"\n  hf-precond {command}" in shown and max(map(len, shown.splitlines())) <= 80
+
+
+ROUTES = [
+    ("embed.weight", (100, 8), "adamw", "embedding", "decay"),
+    *((f"layers.{i}.q.weight", (8, 8), "preconditioned", "queries", "decay") for i in range(3)),
+    *((f"layers.{i}.q.bias", (8,), "preconditioned", "queries", "no decay") for i in range(3)),
+    *((f"layers.{i}.experts.{j}.up.weight", (16, 8), "preconditioned", "expert", "decay")
+      for i in (0, 2) for j in range(2)),
+    ("layers.1.experts.0.up.weight", (8, 8), "preconditioned", "expert", "decay"),
+    ("head.weight", (2, 8), "adamw", "output head", "head decay"),
+    ("frozen.weight", (4, 2), "frozen", "does not train", ""),
+]  # fmt: skip
+
+
+def test_like_layers_are_one_row_with_counts_and_shares():
+    routes = [Route(*route) for route in ROUTES]
+    lines = [" ".join(line.split()) for line in routing_table(routes, False, 80).splitlines()]
+    total = 800 + 3 * 72 + 4 * 128 + 64 + 16 + 8
+    assert lines == [
+        "shape tensors weights",
+        f"preconditioned 11 {100 * (216 + 576) / total:.1f} %",
+        "queries",
+        f"layers.{{0..2}}.q.{{weight,bias}} 8x8 6 {100 * 216 / total:.1f} %",
+        "expert",
+        f"layers.{{0,2}}.experts.{{0..1}}.up.weight 16x8 4 {100 * 512 / total:.1f} %",
+        f"layers.1.experts.0.up.weight 8x8 1 {100 * 64 / total:.1f} %",
+        "",
+        f"adamw 2 {100 * 816 / total:.1f} %",
+        "embedding",
+        f"embed.weight 100x8 1 {100 * 800 / total:.1f} %",
+        "output head [head decay]",
+        f"head.weight 2x8 1 {100 * 16 / total:.1f} %",
+        "",
+        f"frozen 1 {100 * 8 / total:.1f} %",
+        "does not train",
+        f"frozen.weight 4x2 1 {100 * 8 / total:.1f} %",
+    ]
+
+
+@pytest.mark.parametrize("every_row", [False, True])
+@pytest.mark.parametrize("width", [80, 120])
+def test_rows_fit_the_terminal_and_names_stay_distinct(every_row, width):
+    parts = itertools.product(("encoder", "decoder"), range(12), ("query", "key"))
+    form = "model.{}.blocks.{}.self_attention.{}_projection.inner.weight"
+    names = [form.format(*part) for part in parts]
+    routes = [Route(name, (8, 8), "preconditioned", name.split("_")[1], "decay") for name in names]
+    lines = routing_table(routes, every_row, width).splitlines()
+    assert max(map(len, lines)) <= width
+    shown = [line.split()[0] for line in lines if line.startswith("    ") and "8x8" in line]
+    assert len(shown) == len(set(shown)) == (48 if every_row else 4)
+
+
+@pytest.mark.parametrize(("columns", "width"), [(None, 80), ("100", 100), ("20", 60), ("999", 160)])
+def test_the_width_is_the_terminals(columns, width, monkeypatch):
+    if columns is None:
+        monkeypatch.delenv("COLUMNS", raising=False)
+        monkeypatch.setattr(sys, "__stdout__", None)  # no terminal
+    else:
+        monkeypatch.setenv("COLUMNS", columns)
+    assert terminal_width() == width
+
+
+def test_names_that_no_cut_keeps_apart_stay_whole():
+    names = [f"aaaaaaaaaa{i}bbbbbbbbbb" for i in range(3)]
+    assert distinct(names, 8) == {name: name for name in names}
+    assert distinct(names, 21) == {name: name for name in names}
+    cut = distinct(names, 14)
+    assert len(set(cut.values())) == 3 and all(len(value) == 14 for value in cut.values())
