@@ -65,7 +65,9 @@ def draw(report: Report, path: Path) -> None:
         pair[0].set(title=task, xlabel="step", ylabel="eval loss")
         pair[1].set(title=task, xlabel="processor seconds" if on_cpu else "seconds")
         for axis in pair:
-            axis.set_yscale("log")
+            low, high = axis.dataLim.intervaly
+            if 0 < 10 * low < high:
+                axis.set_yscale("log")
             if axis.lines:
                 axis.legend(fontsize=7)
     figure.tight_layout()
