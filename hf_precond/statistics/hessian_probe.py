@@ -296,8 +296,9 @@ class CurvatureProbe(CurvatureSource):
     def _before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not (self.due and torch.is_grad_enabled()) or (self.once and not self.again):
+        if not (self.due and torch.is_grad_enabled()):
             return None
+        # Also where no graph will be used: a resumed run, which cannot know yet, goes this way too.
         if not self.again:
             self.switches.acquire()
         # Children too: accelerate enters autocast inside the forward pass of the root.

@@ -18,7 +18,7 @@ from hf_precond.optimizers.sgdph.config import SGDPHConfig
 CAP = 10.0
 """κ: the most that ``base="sgd"`` multiplies a momentum by, the authors' ``tau / eps``."""
 
-SLOWEST = 0.01
+SLOWEST = 0.05
 """The least share of AdamW's step that ``base="adamw"`` takes, entry by entry.
 
 Where a norm's input is (almost) constant, as with the zero queries that BLIP-2 starts from, H is
@@ -106,7 +106,7 @@ def update_moments(views: Sequence[ParamView], base: str) -> None:
 
 
 def adamw_directions(views: Sequence[ParamView], config: SGDPHConfig) -> tuple[Tensor, Tensor]:
-    """``u = clip(m̂ / min(γ D̂ + ε, 100 (√v̂ + ε)), -1, 1)``; AdamW's before the first probe.
+    """``u = clip(m̂ / min(γ D̂ + ε, 20 (√v̂ + ε)), -1, 1)``; AdamW's before the first probe.
 
     AdamW's is ``m̂ / (√v̂ + ε)``.
 

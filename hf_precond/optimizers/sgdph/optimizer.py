@@ -79,14 +79,14 @@ class SGDPH(PrecondOptimizer):
 
     ``base="adamw"``, an extension for transformers::
 
-        u = clip(m̂ / min(γ D̂ + ε, 100 (√v̂ + ε)), -1, 1)   AdamW's before the first probe
+        u = clip(m̂ / min(γ D̂ + ε, 20 (√v̂ + ε)), -1, 1)   AdamW's before the first probe
         p ← p - lr (u + wd p)
 
     with AdamW's m̂, so the learning rate of AdamW serves all parameters: at the
     default γ = 0.1 between a tenth and a half of the entries are clipped, and
     u is once to three times AdamW's direction in rms. The clip is Sophia's
     (Liu et al., 2023, arXiv 2305.14342). The minimum keeps every entry at a
-    hundredth of AdamW's step or more: where a norm's input is almost constant,
+    twentieth of AdamW's step or more: where a norm's input is almost constant,
     as at the zero queries of a new BLIP-2, H is singular and D̂ without bound.
     A probe that finds less than a hundredth of D̂ in a parameter (a ten
     thousandth under ``base="sgd"``) starts its average anew: such a point is

@@ -84,7 +84,7 @@ def rows(count=24):
     return [{"x": row, "labels": number % 3} for number, row in enumerate(x)]
 
 
-def train(folder, model=None, trainer=Fused, optim="sgdph", optim_args=None, **values):
+def train(folder, model=None, trainer=Fused, optim="sgdph", optim_args=None, resume=None, **values):
     loss = values.pop("loss", FusedLoss.apply)
     fields = {
         "output_dir": str(folder), "max_steps": 1, "per_device_train_batch_size": 8,
@@ -96,7 +96,7 @@ def train(folder, model=None, trainer=Fused, optim="sgdph", optim_args=None, **v
     made = trainer(model or Model(), arguments, train_dataset=rows(), loss=loss)
     random.seed(5)
     numpy.random.seed(5)
-    made.train()
+    made.train(resume_from_checkpoint=resume)
     return made
 
 
@@ -162,6 +162,18 @@ def test_training_goes_on_and_lowers_the_loss(tmp_path):
     losses = found.metrics["train"]["losses"]
     assert len(losses) == 45
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_resumed_it_takes_the_same_path_bit_for_bit(bf16, tmp_path):
+    values = {
+        "max_steps": 7, "save_strategy": "steps", "save_steps": 4, "optim_args": "probe_interval=3",
+        "bf16": bf16,
+    }  # fmt: skip
+    whole = train(tmp_path, **values)
+    resumed = train(tmp_path, resume=str(tmp_path / "checkpoint-4"), **values)
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def ctc(logits, labels):

@@ -143,7 +143,7 @@ def test_the_sgd_rule_written_out():
         torch.testing.assert_close(weight.detach(), p, rtol=1e-12, atol=1e-14)
 
 
-def test_a_boundless_curvature_takes_a_hundredth_of_adamws_step():
+def test_a_boundless_curvature_takes_a_twentieth_of_adamws_step():
     """What the probe finds where the input of a norm is constant holds for no step."""
     huge = torch.tensor([1e24, 1e24, 1.0, 1e9]).double()
     config = SGDPHConfig(lr=0.1, weight_decay=0.0, probe_interval=9)
@@ -156,7 +156,7 @@ def test_a_boundless_curvature_takes_a_hundredth_of_adamws_step():
         optimizer.step()
         theirs.step()
         ratio = (weight.detach() - before) / (plain.detach() - adamws)
-        torch.testing.assert_close(ratio[[0, 1, 3]], torch.full((3,), 0.01).double())
+        torch.testing.assert_close(ratio[[0, 1, 3]], torch.full((3,), 0.05).double())
         assert ratio[2] >= 1
 
 

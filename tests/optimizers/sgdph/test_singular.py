@@ -4,6 +4,8 @@ The queries of a new BLIP-2 are zero, and some channels of a new MobileViT hardl
 over them divide by almost nothing, and the Hessian there holds for no step.
 """
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -16,6 +18,8 @@ from transformers import (
 )
 
 from hf_precond.registry import create_optimizer
+from tests.optimizers.test_every_architecture import example
+from tests.tiny_batches import loss_of
 
 
 class Queries(nn.Module):
@@ -106,3 +110,50 @@ def test_every_norm_with_a_gradient_moves(make):
     assert curvatures[1] < 1e-4 * curvatures[0]
     assert optimizer.diagnostics()["norm_update_over_adamw"] > 0.1
     optimizer.close()
+
+
+MODELS = [
+    "mobilevit", "mobilevitv2", "resnet", "regnet", "convnext", "convnextv2", "mobilenet_v2",
+    "poolformer", "segformer", "swin", "swinv2", "cvt", "bit", "focalnet", "beit", "dinov2",
+    "upernet", "textnet", "hgnet_v2", "detr", "deimv2", "cohere_asr", "wav2vec2", "hubert", "wavlm",
+    "whisper", "speech_to_text", "parakeet_ctc", "bart", "t5", "mbart", "marian", "clip", "bert",
+    "gpt2", "llama", "gemma2",
+]  # fmt: skip
+
+
+def moved(model, batch, optimizer):
+    """The rms by which six steps move every parameter, and which have had a gradient."""
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    reached = set()
+    for step in range(6):
+        torch.manual_seed(step)
+        optimizer.zero_grad()
+        if hasattr(optimizer, "probe"):
+            with optimizer.curvature_context():
+                loss = loss_of(model, batch)
+                optimizer.probe(loss)
+                loss.backward()
+        else:
+            loss_of(model, batch).backward()
+        named = model.named_parameters()
+        reached |= {name for name, p in named if p.grad is not None and p.grad.any()}
+        optimizer.step()
+    moves = {name: p.detach() - start[name] for name, p in model.named_parameters()}
+    return {name: move.square().mean().sqrt().item() for name, move in moves.items()}, reached
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_norms_of_many_families_move_from_the_first_step(name):
+    """With the default interval, so by the probe of the initial weights alone."""
+    model, batch, _ = example(name)
+    plain = copy.deepcopy(model)
+    # Its eps leaves out what is only rounding.
+    adamw = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.0, eps=1e-5)
+    theirs, _ = moved(plain, batch, adamw)
+    optimizer = create_optimizer(model, "sgdph", lr=1e-3, weight_decay=0.0)
+    ours, reached = moved(model, batch, optimizer)
+    norms = [norm.name for norm in optimizer.structure.norms if norm.name in reached]
+    optimizer.close()
+    assert norms
+    assert not [n for n in norms if theirs[n] > 1e-4 and ours[n] < 0.02 * theirs[n]]
