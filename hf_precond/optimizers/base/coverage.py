@@ -122,7 +122,7 @@ class StatisticsCoverage:
         warnings.warn(
             text.format(
                 name=name,
-                count=len(new),
+                count="1 matrix" if len(new) == 1 else f"{len(new)} matrices",
                 names=", ".join(names) + (", …" if len(new) > SHOWN else ""),
                 why=f" ({why})" if why else "",
                 fallback=self.fallback,

@@ -98,12 +98,12 @@ JOINED = (
     "Trainer makes a new optimizer."
 )
 UNOBSERVED = (
-    "{name}: {count} matrices ({names}) had gradients at two steps that collect statistics and no "
+    "{name}: {count} ({names}) had gradients at two steps that collect statistics and no "
     "statistics{why}, so {fallback} steps them, as optimizer.routing says, until these come. Call "
     "their layers as modules (switch off fused losses and kernels), or accept it."
 )
 UNOBSERVED_FEATURES = (
-    "{name}: {count} matrices ({names}) had gradients at two steps that collect statistics and no "
+    "{name}: {count} ({names}) had gradients at two steps that collect statistics and no "
     "statistics of features{why}: their bases stay those of the gradients. Call their layers as "
     "modules (switch off fused losses and kernels), or accept it."
 )

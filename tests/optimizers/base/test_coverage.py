@@ -71,7 +71,7 @@ def test_at_the_second_step_without_statistics_the_fallback_takes_over(name):
     assert optimizer.routing["second.weight"].treatment == "preconditioned"
     messages = told_by(lambda: take(model, optimizer, 1))
     assert len(messages) == 1
-    assert messages[0].startswith(f"{name}: 1 matrices (second) had gradients at two steps")
+    assert messages[0].startswith(f"{name}: 1 matrix (second) had gradients at two steps")
     assert "adamw steps them" in messages[0] and "was not called" in messages[0]
     for parameter in ("second.weight", "second.bias"):
         route = optimizer.routing[parameter]
@@ -129,7 +129,7 @@ def test_a_layer_without_a_gradient_is_no_news(use):
 
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.filterwarnings("ignore:afopt. no attention")
-@pytest.mark.filterwarnings("ignore:afopt. 1 matrices")
+@pytest.mark.filterwarnings("ignore:afopt. 1 matrix")
 def test_a_resumed_run_does_the_same(steps):
     models = [Fused(), Fused()]
     optimizers = [create_optimizer(m, "afopt", lr=0.01, **EVERY_STEP) for m in models]
