@@ -7,10 +7,12 @@ licence. Nothing is downloaded; nothing leaves the cache folder.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
 import sysconfig
+from array import array
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -84,29 +86,27 @@ def _read(path: Path) -> Tensor:
     return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint16)
 
 
-def _texts(limit: int) -> list[tuple[str, str]]:
-    """Digest and text of different files, in the order of their digests, up to some characters."""
-    found: dict[str, str] = {}
-    for path in files():
+def _texts() -> Iterator[tuple[int, str]]:
+    """A number and the text of different files, in an order that the files' names decide."""
+
+    def place(path: Path) -> str:
+        return hashlib.sha256("/".join(path.parts[-4:]).encode()).hexdigest()
+
+    seen: set[bytes] = set()
+    for path in sorted(files(), key=place):
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
             continue
-        if 200 < len(text) < 1_000_000:
-            found[hashlib.sha256(text.encode()).hexdigest()] = text
-    chosen, size = [], 0
-    for digest in sorted(found):
-        chosen.append((digest, found[digest]))
-        size += len(found[digest])
-        if size > limit:
-            break
-    return chosen
+        digest = hashlib.sha256(text.encode()).digest()
+        if 200 < len(text) < 1_000_000 and digest not in seen:
+            seen.add(digest)
+            yield int.from_bytes(digest), text
 
 
 def _make(folder: Path, count: int) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    texts = _texts(8 * count)  # a token is 3 to 4 characters of source
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -116,32 +116,32 @@ def _make(folder: Path, count: int) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    learned, size = [], 0
-    for _, text in texts:
-        learned.append(text)
-        size += len(text)
-        if size > TRAINED_ON:
-            break
-    tokenizer.train_from_iterator(learned, trainer)
+    tokenizer.train_from_iterator(_first(TRAINED_ON), trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    streams: dict[str, list[int]] = {"held": [], "train": []}
-    used = 0
-    for start in range(0, len(texts), 256):
-        part = texts[start : start + 256]
-        for (digest, _), encoded in zip(
-            part, tokenizer.encode_batch([t for _, t in part]), strict=True
-        ):
-            name = "held" if int(digest, 16) % HELD_OUT == 0 else "train"
-            streams[name] += [0, *encoded.ids]
-            used += 1
-        if sum(map(len, streams.values())) >= count:
+    streams = {"held": array("H"), "train": array("H")}
+    texts, used = _texts(), 0
+    while sum(map(len, streams.values())) < count:
+        part = list(itertools.islice(texts, 64))
+        if not part:
             break
-    room = count
+        used += len(part)
+        for (number, _), encoded in zip(
+            part, tokenizer.encode_batch_fast([text for _, text in part]), strict=True
+        ):
+            streams["train" if number % HELD_OUT else "held"].extend([0, *encoded.ids])
+    about = {"files": used, "vocabulary": VOCABULARY}
+    (folder / "about.json").write_text(json.dumps(about))
     for name in ("held", "train"):  # the training tokens, last, are what is looked for
-        kept = streams[name][:room]
-        room -= len(kept)
+        kept = streams[name][:count]
+        count -= len(kept)
         draft = folder / f"{name}.draft"
-        draft.write_bytes(torch.tensor(kept, dtype=torch.int32).to(torch.uint16).numpy().tobytes())
-        about = {"files": used, "tokens": {k: len(v) for k, v in streams.items()}}
-        (folder / "about.json").write_text(json.dumps(about))
+        draft.write_bytes(kept.tobytes())
         os.replace(draft, folder / f"{name}.bin")
+
+
+def _first(characters: int) -> Iterator[str]:
+    for _, text in _texts():
+        yield text
+        characters -= len(text)
+        if characters <= 0:
+            return

@@ -83,20 +83,20 @@ trainer.train()
 
 
 @pytest.mark.slow
-def test_a_script_is_tuned_and_compared(tmp_path, capsys):
+def test_a_script_is_compared(tmp_path, capsys):
     (tmp_path / "train.py").write_text(TRAINING)
     file = tmp_path / "compare.toml"
     file.write_text(
-        'steps = 4\ntrials = 2\nseeds = [1]\neval_every = 2\n[tasks.mine]\nscript = "train.py"\n'
+        'steps = 4\nseeds = [1]\neval_every = 2\n[tasks.mine]\nscript = "train.py"\n'
         'args = ["--use_cpu", "True"]\n'
-        "[optimizers.adamw]\ngrid = {lr = [1e-3, 1e-2]}\n"
-        "[optimizers.nkfac]\ngrid = {lr = [1e-3, 1e-2]}\nfields = {damping = 0.1}\n"
+        "[optimizers.adamw]\nfields = {lr = 1e-2}\n"
+        "[optimizers.nkfac]\nfields = {lr = 1e-3, damping = 0.1}\n"
     )
     words = ["bench", str(file), "--output", str(tmp_path / "out"), "--no-plot", "--quiet"]
     assert main(words) == 0, capsys.readouterr().err
     found = json.loads((tmp_path / "out/results.json").read_text())["tasks"]["mine"]
     for row in found.values():
-        assert len(row["trials"]) == 2 and row["mean"] > 0
+        assert row["mean"] > 0 and not row["trials"]
         assert [e["step"] for e in row["seeds"]["1"]["evaluations"]] == [2, 4]
     assert "script included" in (tmp_path / "out/cost.txt").read_text()
 
