@@ -132,11 +132,12 @@ def neighbours(parts):
 
 
 @contextlib.contextmanager
-def pretended(monkeypatch):
+def pretended(monkeypatch, kind="cuda"):
     """Inside, torch has a GPU, gradients are off, and the driver's calls do nothing."""
-    monkeypatch.setattr(torch.cuda, "Event", Event)
     stream = types.SimpleNamespace(synchronize=lambda: None)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+    if kind in ("cuda", "xpu"):
+        monkeypatch.setattr(getattr(torch, kind), "Event", Event)
+        monkeypatch.setattr(getattr(torch, kind), "current_stream", lambda device=None: stream)
     monkeypatch.setattr(rotation_batch, "adjacent", neighbours)
     library = os.path.join(os.path.dirname(torch.__file__), "lib", "libc10.so")
     # Indexing asks which device is current; a build without CUDA has nobody to answer. The guard
@@ -147,24 +148,25 @@ def pretended(monkeypatch):
         )
     except (OSError, ValueError):
         pytest.skip("this build of torch keeps its device guards elsewhere")
-    before, meta = guards[1], 14
+    place, meta = {"cuda": 1, "xpu": 12, "mps": 13}[kind], 14
+    before = guards[place]
     if not before:
-        guards[1] = guards[meta]
+        guards[place] = guards[meta]
     try:
         with FakeTensorMode(), torch.no_grad():
             yield
     finally:
-        guards[1] = before
+        guards[place] = before
 
 
-def on_gpu(model, dtype=None):
+def on_gpu(model, dtype=None, device=GPU):
     """The model with parameters and buffers that only claim to be on the GPU; ties are kept."""
     made = {}
 
     def pretend(tensor):
         kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         if id(tensor) not in made:
-            made[id(tensor)] = torch.empty(tensor.shape, dtype=kind, device=GPU)
+            made[id(tensor)] = torch.empty(tensor.shape, dtype=kind, device=device)
             if isinstance(tensor, nn.Parameter):
                 made[id(tensor)] = nn.Parameter(made[id(tensor)])
         return made[id(tensor)]
@@ -180,23 +182,24 @@ def on_gpu(model, dtype=None):
 class Source(StatisticsSource):
     """Statistics on the GPU for every request, whenever they are asked for."""
 
-    def __init__(self, requests):
-        self.requests = requests
+    def __init__(self, requests, device=GPU):
+        self.requests, self.device = requests, device
 
     def take(self):
         return {
             request.key: Statistic(
-                torch.empty(request_shape(request), device=GPU), torch.empty((), device=GPU)
+                torch.empty(request_shape(request), device=self.device),
+                torch.empty((), device=self.device),
             )
             for request in self.requests
         }
 
 
-def with_source(optimizer):
+def with_source(optimizer, device=GPU):
     """The optimizer with statistics from a :class:`Source` instead of the model's passes."""
     requests = optimizer.requests()
     optimizer.close()
-    optimizer.statistics = Source(requests)
+    optimizer.statistics = Source(requests, device)
     return optimizer
 
 

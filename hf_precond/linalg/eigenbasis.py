@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_precond.compat import devices
 from hf_precond.linalg import factorization
 
 BAND = 128
@@ -78,10 +79,13 @@ def pair_rotation(factor: Tensor) -> Tensor:
     skew = jacobi_tangents(factor)
     gram = add_lower_product(torch.zeros_like(skew), skew.mT, skew, beta=0.0)
     gram.diagonal(dim1=-2, dim2=-1).add_(1.0)
-    lower, _ = torch.linalg.cholesky_ex(gram)
+    lower, _ = devices.kernel(torch.linalg.cholesky_ex, gram)
     skew.diagonal(dim1=-2, dim2=-1).fill_(1.0)
     # (C⁻ᵀ (I + X)ᵀ)ᵀ: the library solves by columns, and these are in its order of memory.
-    return torch.linalg.solve_triangular(lower, skew.mT, upper=False).mT
+    solved: Tensor = devices.kernel(
+        torch.linalg.solve_triangular, lower, skew.mT, upper=False
+    )
+    return solved.mT
 
 
 def jacobi_tangents(factor: Tensor) -> Tensor:

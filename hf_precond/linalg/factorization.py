@@ -16,6 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hf_precond.compat import devices
+
 RETRIES = ("scaled", "damped", "float64", "cpu", "kept")
 """How a matrix was served that the plain factorisation did not serve."""
 
@@ -24,7 +26,7 @@ Count = Callable[[str], None]
 Cause = Literal["out_of_memory", "solver"]
 
 SOLVERS = ("cusolver", "hipsolver", "rocsolver", "magma")
-ALLOCATORS = ("can't allocate memory", "status_alloc_failed")
+ALLOCATORS = ("can't allocate memory", "status_alloc_failed", "backend out of memory")
 
 
 def cause(error: RuntimeError) -> Cause | None:
@@ -128,6 +130,8 @@ def _retry(matrix: Tensor, factorise: Factorise) -> tuple[tuple[Tensor, ...] | N
         ("cpu", host, double, scale, shift),
     ]
     for name, place, dtype, divisor, damping in attempts[: 4 if device == host else 5]:
+        if dtype == double and devices.widest(place) != double:
+            continue
         try:
             results = factorise(matrix.to(place, dtype)[None], divisor, damping)
             results = tuple(part[0].to(matrix) for part in results)
@@ -146,13 +150,17 @@ def _finite(tensors: Sequence[Tensor]) -> bool:
 
 
 def _descending_eigh(batch: Tensor, scale: float, damping: float) -> tuple[Tensor, ...]:
-    values, vectors = torch.linalg.eigh(_scaled_and_damped(batch, scale, damping))
+    values, vectors = devices.kernel(
+        torch.linalg.eigh, _scaled_and_damped(batch, scale, damping)
+    )
     return (values.flip(-1) - damping) * scale, vectors.flip(-1)
 
 
 def _cholesky_inverse(batch: Tensor, scale: float, damping: float) -> tuple[Tensor, ...]:
-    factor, info = torch.linalg.cholesky_ex(_scaled_and_damped(batch, scale, damping))
-    inverse = torch.cholesky_inverse(factor)
+    factor, info = devices.kernel(
+        torch.linalg.cholesky_ex, _scaled_and_damped(batch, scale, damping)
+    )
+    inverse = devices.kernel(torch.cholesky_inverse, factor)
     # A failed factorisation leaves finite numbers behind; NaN marks it without a host check here.
     return (inverse.masked_fill((info != 0)[:, None, None], torch.nan) / scale,)
 

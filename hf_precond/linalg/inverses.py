@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_precond.compat import devices
 from hf_precond.linalg.products import from_cpu
 
 CHOLESKY_SIZE = 128
@@ -57,8 +58,8 @@ def _invert(matrix: Tensor, result: Tensor) -> None:
     """Write the inverse of ``matrix`` into ``result``."""
     size = matrix.shape[-1]
     if size <= CHOLESKY_SIZE:
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        inverse = torch.cholesky_inverse(factor)
+        factor, info = devices.kernel(torch.linalg.cholesky_ex, matrix)
+        inverse = devices.kernel(torch.cholesky_inverse, factor)
         result.copy_(inverse.masked_fill_((info != 0)[..., None, None], torch.nan))
         return
     half = size // 2

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_precond.compat import devices
+
 # Matrix sign ---------------------------------------------------------------------
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -150,7 +152,7 @@ def damp(moment: Tensor, damping: float, mean: Tensor | None = None) -> tuple[Te
 def inverse(moment: Tensor, damping: float, mean: Tensor | None = None) -> DampedInverse:
     """``(A + λ·tr(A)/n·I)⁻¹`` by Cholesky; arguments as for :func:`damp`."""
     lower, usable, identity = _cholesky(moment, damping, mean)
-    return DampedInverse(torch.cholesky_inverse(lower), usable, identity)
+    return DampedInverse(devices.kernel(torch.cholesky_inverse, lower), usable, identity)
 
 
 def inverse_factor(moment: Tensor, damping: float, mean: Tensor | None = None) -> DampedInverse:
@@ -161,7 +163,7 @@ def inverse_factor(moment: Tensor, damping: float, mean: Tensor | None = None) -
     """
     lower, usable, identity = _cholesky(moment, damping, mean)
     eye = _eye(moment).expand_as(lower)
-    inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
+    inverse = devices.kernel(torch.linalg.solve_triangular, lower, eye, upper=False)
     return DampedInverse(inverse.mT, usable, identity)
 
 
@@ -211,13 +213,13 @@ def _cholesky(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Lower factors, where they are usable, and where they are the identity's."""
     damped, identity = damp(moment, damping, mean)
-    lower, info = torch.linalg.cholesky_ex(damped)
+    lower, info = devices.kernel(torch.linalg.cholesky_ex, damped)
     for attempt in range(1, RETRIES):
-        # A CUDA device always retries: asking whether it must would stall the host.
-        if not info.is_cuda and not info.any():
+        # An accelerator always retries: asking whether it must would stall the host.
+        if not devices.is_accelerator(info) and not info.any():
             break
         raised, _ = damp(moment, damping * 10.0**attempt, mean)
-        again, again_info = torch.linalg.cholesky_ex(raised)
+        again, again_info = devices.kernel(torch.linalg.cholesky_ex, raised)
         lower = torch.where((info == 0)[..., None, None], lower, again)
         info = torch.where(info == 0, info, again_info)
     usable = info == 0

@@ -9,6 +9,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from hf_precond.compat import devices
+
 Number = TypeVar("Number", float, Tensor)
 Precision = Literal["highest", "tf32", "bf16"]
 
@@ -33,7 +35,7 @@ def matmul(
     Returns:
         ``[…, m, n]``.
     """
-    if not a.is_cuda or a.dtype == torch.float64:
+    if not devices.is_accelerator(a) or a.dtype == torch.float64:
         return torch.matmul(a, b, out=out)
     if precision == "bf16":
         return (a.bfloat16() @ b.bfloat16()).to(a.dtype)
@@ -81,8 +83,8 @@ def from_cpu(numbers: Tensor, device: torch.device, dtype: torch.dtype) -> Tenso
         device: of the result.
         dtype: of the result.
     """
-    if device.type != "cuda":
-        return numbers.to(device=device, dtype=dtype)
+    if not devices.has_streams(device):
+        return numbers.to(dtype).to(device)
     pinned = torch.empty(numbers.shape, dtype=dtype, pin_memory=True)
     return pinned.copy_(numbers).to(device, non_blocking=True)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_precond.compat import devices
 from hf_precond.linalg import eigenbasis
 from hf_precond.linalg.factorization import RETRIES
 from hf_precond.optimizers.adamr.batch import Batch
@@ -244,8 +245,8 @@ class BasisRefresh:
     def _energy(self, basis: Basis) -> float:
         """The off-diagonal energy measured last; NaN where the factor was not finite."""
         param = basis.view.param
-        if param.is_cuda and math.isnan(basis["energy"]):  # perhaps it is still being copied
-            torch.cuda.current_stream(param.device).synchronize()
+        if devices.is_accelerator(param) and math.isnan(basis["energy"]):
+            devices.wait(param.device)  # perhaps it is still being copied
         return float(basis["energy"])
 
     # How ----------------------------------------------------------------------------
@@ -369,11 +370,11 @@ def _part(items: Sequence[RefreshItem]) -> Batch:
 
 def _set_energy(view: ParamView, name: str, energy: float | Tensor) -> None:
     """Keep an energy on the host, which reads it an interval later; a GPU is not waited for."""
-    if isinstance(energy, Tensor):
+    if isinstance(energy, Tensor) and devices.has_streams(energy.device):
         held = torch.full_like(view[name], math.nan, pin_memory=True)
         view[name] = held.copy_(energy, non_blocking=True)
     else:
-        view[name].fill_(energy)
+        view[name].fill_(float(energy))
 
 
 def name_of(view: ParamView, number: int) -> str:

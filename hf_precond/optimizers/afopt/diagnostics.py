@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_precond.architectures.attention_block import AttentionBlock
 from hf_precond.architectures.computed import effective_step
+from hf_precond.compat import devices
 from hf_precond.linalg.inverses import largest_eigenvalue
 from hf_precond.linalg.matrix_functions import largest_entry
 from hf_precond.optimizers.afopt.factors import CHUNK, Factors, heads_of, times_right
@@ -81,7 +82,7 @@ def report(optimizer: AFOpt) -> dict[str, float]:
         observed = last_step(optimizer)
     if not observed.cosines:
         return {}
-    cosines = [cosines.double().cpu() for cosines in observed.cosines]
+    cosines = [cosines.cpu().double() for cosines in observed.cosines]
     values = {"cosine": torch.cat(cosines).mean()}
     factors, plan = optimizer.factors, optimizer.plan
     for block in plan.moments_of:
@@ -97,7 +98,7 @@ def report(optimizer: AFOpt) -> dict[str, float]:
         ("condition_head", _head_conditions(factors, lefts)),
     ):
         if conditions:
-            values[name] = torch.cat([value.double().cpu() for value in conditions]).max()
+            values[name] = torch.cat([value.cpu().double() for value in conditions]).max()
     return {name: float(value) for name, value in values.items()}
 
 
@@ -196,9 +197,11 @@ def _head_conditions(factors: Factors, lefts: Sequence[StateMatrix]) -> list[Ten
         moment = torch.cat(moments)
         # A weight that is lost has no condition number; eigvalsh would raise.
         finite = torch.isfinite(moment).all(-1).all(-1)
-        values = torch.linalg.eigvalsh(torch.where(finite[..., None, None], moment, 0.0).double())
-        damping = torch.cat(means).double() * factors.damping(alike[0])
-        shift = damping + torch.finfo(torch.float64).tiny
+        dtype = devices.widest(moment.device)
+        usable = torch.where(finite[..., None, None], moment, 0.0).to(dtype)
+        values = devices.kernel(torch.linalg.eigvalsh, usable)
+        damping = torch.cat(means).to(dtype) * factors.damping(alike[0])
+        shift = damping + torch.finfo(dtype).tiny
         condition = (values[..., -1] + shift) / (values[..., 0].clamp(min=0) + shift)
         conditions.append(torch.where(finite, condition, torch.nan))
     return conditions
@@ -239,8 +242,9 @@ class EntropyMonitor:
         """``entropy/{attention}``, the mean over heads, and ``entropy_min``, of the sharpest."""
         if not self.means:
             return {}
-        pairs = [torch.stack([mean.mean(), mean.min()]).double() for mean in self.means.values()]
-        means, least = torch.stack([pair.to(pairs[0].device) for pair in pairs]).mT.tolist()
+        pairs = [torch.stack([mean.mean(), mean.min()]) for mean in self.means.values()]
+        device, dtype = pairs[0].device, devices.widest(pairs[0].device)
+        means, least = torch.stack([pair.to(device, dtype) for pair in pairs]).mT.tolist()
         values = {f"entropy/{name}": value for name, value in zip(self.means, means, strict=True)}
         names = [f"entropy_min/{name}" for name in self.means]
         return values | dict(zip(names, least, strict=True))

@@ -40,6 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_precond.architectures.attention_block import AttentionBlock
+from hf_precond.compat import devices
 from hf_precond.distributed.collectives import is_sharded
 from hf_precond.linalg.matrix_functions import (
     DampedInverse,
@@ -100,7 +101,7 @@ class Factors:
         seen = [moment for moment in self.plan.moments if moment.request.key in statistics]
         dropped: dict[str, Tensor] = {}
         for alike in grouped(seen, lambda m: (m.shape, m.bound.dtype, m.bound.weight.device)):
-            limit = CHUNK if alike[0].bound.weight.is_cuda else 0
+            limit = CHUNK if devices.is_accelerator(alike[0].bound.weight) else 0
             for batch in in_batches(alike, math.prod(alike[0].shape), limit):
                 collected = [statistics[moment.request.key] for moment in batch]
                 counts = torch.stack([statistic.count for statistic in collected])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hf_precond.compat import devices
 from hf_precond.linalg.matrix_functions import (
     frobenius_norm,
     gram_newton_schulz,
@@ -408,7 +409,7 @@ class TwoSidedPreconditioner:
 
     def _directly(self, gradient: Tensor) -> Tensor:
         z = self._times_left(self._split(self._times_right(gradient)), True)
-        low = z.is_cuda and z.dtype == torch.float32
+        low = devices.is_accelerator(z) and z.dtype == torch.float32
         sign = newton_schulz(z.bfloat16()).to(z.dtype) if low else newton_schulz(z)
         return self._times_right(self._times_left(sign).reshape(gradient.shape), True)
 

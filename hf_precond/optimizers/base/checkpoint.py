@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_precond.architectures.structure import Owner
+from hf_precond.compat import devices
 from hf_precond.compat.torch_internals import REPLICA, WRAPPERS
 from hf_precond.config.base import OptimizerConfig
 from hf_precond.optimizers.base.groups import Groups, parameter_names
@@ -86,8 +87,7 @@ def complete(state_dict: dict[str, Any]) -> dict[str, Any]:
     Args:
         state_dict: of a torch optimizer; changed in place.
     """
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()  # what GPUs are still writing to the host belongs to the state
+    devices.synchronize()  # what an accelerator is still writing to the host belongs to the state
     state = state_dict["state"]
     if any(state.values()):
         for group in state_dict["param_groups"]:
@@ -175,8 +175,8 @@ def restored(saved: Mapping[str, Any], parameter: Tensor, prefix: str = "") -> d
 def _copied(name: str, value: Any, parameter: Tensor) -> Any:
     if not isinstance(value, Tensor):
         return copy.deepcopy(value)
-    on_host = name.endswith("_energy") or (name.endswith("step") and not parameter.is_cuda)
-    # A GPU's fused AdamW reads its step counts on the device, wherever the file was mapped to.
+    on_host = name.endswith("_energy")
+    # A fused AdamW reads its step counts on the device, wherever the file was mapped to.
     device = "cpu" if on_host and value.dim() == 0 else parameter.device
     return value.detach().clone().to(device=device)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from hf_precond.compat import devices
 from hf_precond.linalg.products import compute_dtype
 from hf_precond.optimizers.base.messages import NO_FALLBACK
 from hf_precond.optimizers.base.parameters import ParamView, by_group
@@ -100,9 +101,10 @@ class AdamWFallback(FallbackOptimizer):
         for batch in by_group(views):
             group = batch[0].group
             with compute_copies(batch) as (params, grads):
-                fused = all(t.is_contiguous() for t in params + grads)
+                device = params[0].device
+                fused = devices.is_fused(device) and all(t.is_contiguous() for t in params + grads)
                 # torch's foreach kernels on a CPU take no learning rate that is a tensor.
-                alone = isinstance(group["lr"], Tensor) and not params[0].is_cuda
+                alone = isinstance(group["lr"], Tensor) and not devices.is_capturable(device)
                 adamw(
                     params,
                     grads,
@@ -112,7 +114,7 @@ class AdamWFallback(FallbackOptimizer):
                     [view["step"] for view in batch],
                     fused=fused,
                     foreach=not (fused or alone),
-                    capturable=params[0].is_cuda,
+                    capturable=devices.is_capturable(device),
                     amsgrad=False,
                     beta1=group["betas"][0],
                     beta2=group["betas"][1],
@@ -140,7 +142,7 @@ class AdamWFallback(FallbackOptimizer):
             torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
             for view in batch:
                 # float32 would lose half the digits of 1 - β₂ᵗ.
-                step = view["step"].add_(1).double()
+                step = view["step"].add_(1).to(devices.widest(view.param.device))
                 pairs[id(view)] = (
                     view["exp_avg"] / (1 - beta1**step),
                     (view["exp_avg_sq"] / (1 - beta2**step)).sqrt_(),

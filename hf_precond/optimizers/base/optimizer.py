@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_precond.architectures.groups import given_groups, parameter_groups
 from hf_precond.architectures.structure import LayerMatrix, ModelStructure, RoutingTable
+from hf_precond.compat import devices
 from hf_precond.config.base import OptimizerConfig
 from hf_precond.distributed import collectives
 from hf_precond.distributed.collectives import all_finite, like
@@ -657,7 +658,8 @@ class PrecondOptimizer(torch.optim.Optimizer):
         known = self.counters.on_device
         if known:
             device = next(iter(known.values())).device
-            numbers = torch.stack([value.to(device, torch.float64) for value in known.values()])
+            dtype = devices.widest(device)
+            numbers = torch.stack([value.to(device, dtype) for value in known.values()])
             for name, value in zip(known, numbers.tolist(), strict=True):
                 values[name] = values.get(name, 0.0) + value
         if self.coverage.unobserved:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_precond.architectures.structure import LayerMatrix, NormParameter, Owner, RowSelection
+from hf_precond.compat import devices
 from hf_precond.distributed.collectives import full, is_sharded, like
 from hf_precond.linalg.products import compute_dtype
 from hf_precond.optimizers.base import messages
@@ -68,9 +69,8 @@ class ParamView:
         allocate(self.state, self.prefix + name, shape, dtype, self.param.device, self.param)
 
     def counter(self, name: str) -> None:
-        """Allocate a float32 count where torch's AdamW reads it: on a GPU, or on the host."""
-        device = self.param.device if self.param.is_cuda else torch.device("cpu")
-        allocate(self.state, self.prefix + name, (), torch.float32, device)
+        """Allocate a float32 count where torch's AdamW reads it: on the parameter's device."""
+        allocate(self.state, self.prefix + name, (), torch.float32, self.param.device)
 
 
 def allocate(
@@ -575,7 +575,8 @@ def _parameter(owner: Owner) -> Tensor | None:
 
 def _checksum(parameter: Tensor) -> tuple[float, float]:
     """Numbers that change with this rank's entries; read from the device at few steps only."""
-    local: Tensor = getattr(parameter, "_local_tensor", parameter).detach().double()
+    local: Tensor = getattr(parameter, "_local_tensor", parameter).detach()
+    local = local.to(devices.widest(local.device))
     return float(local.sum()), float(local.square().sum())
 
 

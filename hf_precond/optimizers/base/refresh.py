@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from hf_precond.compat import devices
 from hf_precond.distributed import collectives
 from hf_precond.linalg.factorization import Cause, cause
 from hf_precond.optimizers.base.messages import IN_A_ROW
@@ -58,7 +59,7 @@ class FailureRecord:
         self._on_host: dict[tuple[str, str], int] = {}
         self._on_device: dict[tuple[str, str], Tensor] = {}
         self._changed = False
-        self._copies: list[tuple[list[tuple[str, str]], Tensor, torch.cuda.Event]] = []
+        self._copies: list[tuple[list[tuple[str, str]], Tensor, Any]] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
@@ -119,16 +120,12 @@ class FailureRecord:
         if not self._changed or self._copies:
             return
         self._changed = False
-        devices: dict[torch.device, list[tuple[str, str]]] = {}
+        places: dict[torch.device, list[tuple[str, str]]] = {}
         for key, count in self._on_device.items():
-            devices.setdefault(count.device, []).append(key)
-        for device, keys in devices.items():
+            places.setdefault(count.device, []).append(key)
+        for keys in places.values():
             counts = torch.stack([self._on_device[key] for key in keys])
-            values = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
-            values.copy_(counts, non_blocking=True)
-            done = torch.cuda.Event()
-            done.record(torch.cuda.current_stream(device))
-            self._copies.append((keys, values, done))
+            self._copies.append((keys, *devices.copied_to_host(counts)))
 
     def _judge(self, kind: str, name: str, failures: int) -> None:
         limit = LIMITS.get(kind, MAX_FAILURES)
@@ -158,8 +155,8 @@ def in_parts(
         if reason is None:
             raise
     # Only here are the frames of the failed attempt, and the memory they held, gone.
-    if reason == "out_of_memory" and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    if reason == "out_of_memory":
+        devices.empty_cache()
     if alone:
         return [(item, reason) for item in items]
     return [failed for item in items for failed in in_parts(work, [item], alone=True)]
@@ -259,7 +256,7 @@ class ShardedRefresh(Generic[Item]):
         rows = [*self._values.values(), list(self._counts.values())]
         values = [value for row in rows for value in row]
         known = [0.0 if isinstance(value, Tensor) else value for value in values]
-        numbers = torch.tensor(known, dtype=torch.float64, device=self.device)
+        numbers = torch.tensor(known, dtype=devices.widest(self.device), device=self.device)
         for place, value in enumerate(values):
             if isinstance(value, Tensor):
                 numbers[place] = value
@@ -313,5 +310,5 @@ def _numbers(values: Tensor | Sequence[bool]) -> list[Number]:
     if not isinstance(values, Tensor):
         return [float(value) for value in values]
     if values.device.type != "cpu":
-        return list(values.to(torch.float64).unbind())
+        return list(values.to(devices.widest(values.device)).unbind())
     return [float(value) for value in values.tolist()]

@@ -230,5 +230,5 @@ class Muon(PrecondOptimizer):
                     values[f"row_ratio/{name}"] = (view[ROWS].max() / view[ROWS].mean()).sqrt()
         if not cosines:
             return {}
-        values["cosine"] = torch.stack([cosine.double().cpu() for cosine in cosines]).mean()
+        values["cosine"] = torch.stack([cosine.cpu().double() for cosine in cosines]).mean()
         return {name: float(value) for name, value in values.items()}

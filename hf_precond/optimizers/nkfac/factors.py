@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hf_precond.compat import devices
 from hf_precond.linalg.factorization import spd_inverse
 from hf_precond.linalg.inverses import largest_eigenvalue, newton_step, spd_block_inverse
 from hf_precond.linalg.products import Precision, averaging_weight, matmul
@@ -136,7 +137,7 @@ def average_unit_moments(
     Returns:
         Per factor 1 where S was not finite, else 0: ``[len(factors)]``.
     """
-    average = _average_on_device if sums[0].is_cuda else _average_on_host
+    average = _average_on_device if devices.is_accelerator(sums[0]) else _average_on_host
     return average(factors, updates, sums, decay)
 
 
@@ -187,7 +188,7 @@ def _near_one(total: Tensor, largest: Tensor) -> Tensor:
         total: ``[…, n, n]``.
         largest: entry of each diagonal, ``[…]``.
     """
-    exponent = torch.frexp(largest).exponent
+    exponent = devices.kernel(torch.frexp, largest)[1]
     half = exponent // 2
     for part in (half, exponent - half):
         total = total * torch.exp2(-part.to(total.dtype))[..., None, None]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_precond.architectures.modules import CONVOLUTIONS, find_matrices, is_linear
 from hf_precond.architectures.parameters import ParameterSurvey, add_reason
 from hf_precond.architectures.structure import LayerMatrix, ModelStructure
+from hf_precond.compat import devices
 from hf_precond.linalg.factorization import RETRIES
 from hf_precond.linalg.inverses import without_last
 from hf_precond.linalg.products import float32_products
@@ -216,7 +217,7 @@ class NKFAC(PrecondOptimizer):
         self.arrived = [factor for factor in seen if not factor["refreshes"]]
         dropped: dict[str, Tensor] = {}
         for alike in grouped(seen, lambda f: (f.size, f.bound.dtype, f.bound.weight.device)):
-            limit = GPU_BATCH if alike[0].bound.weight.is_cuda else 0
+            limit = GPU_BATCH if devices.is_accelerator(alike[0].bound.weight) else 0
             for batch in in_batches(alike, alike[0].size ** 2, limit):
                 flags = self.average(batch, [statistics[factor.name] for factor in batch])
                 dropped |= zip([factor.name for factor in batch], flags.unbind(), strict=True)
@@ -345,7 +346,8 @@ class NKFAC(PrecondOptimizer):
         ready = [b for b in ready if any(factor["refreshes"] for factor in self.factors(b))]
         for alike in grouped(ready, kind):
             weight = alike[0].weight
-            limit = GPU_BATCH if weight.is_cuda else 0  # on a CPU each one stays in the cache
+            # On a CPU each one stays in the cache.
+            limit = GPU_BATCH if devices.is_accelerator(weight) else 0
             for batch in in_batches(alike, weight.numel(), limit):
                 gradients = _gradients(batch)
                 products = [

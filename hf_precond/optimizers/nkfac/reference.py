@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hf_precond.compat import devices
 from hf_precond.optimizers.base.fallback import (
     AdamWFallback,
     CoupledSGD,
@@ -69,7 +70,7 @@ class NKFACReference(NKFAC):
         """``(A + λ I)⁻¹``, exact or by the authors' Newton steps; nothing is retried."""
         matrices = damp(factors, self.config.damping)
         if newton_steps == 0:
-            return torch.linalg.inv(matrices), []
+            return devices.kernel(torch.linalg.inv, matrices), []
         for _ in range(newton_steps):
             previous = newton_step_reference(matrices, previous)
         return previous, []
@@ -93,7 +94,8 @@ class AdaNKFACAdam(AdamWFallback):
         group = views[0].group
         if group["weight_decay"] != 0:
             for view, param in zip(views, params, strict=True):
-                correction = 1 - group["betas"][0] ** (view["step"].double() + 1)
+                step = view["step"].to(devices.widest(param.device)) + 1
+                correction = 1 - group["betas"][0] ** step
                 param.mul_(1 - group["lr"] * group["weight_decay"] / correction)
         return 0.0
 

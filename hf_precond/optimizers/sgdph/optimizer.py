@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_precond.architectures.modules import find_norms
 from hf_precond.architectures.parameters import ParameterSurvey
 from hf_precond.architectures.structure import ModelStructure, NormParameter
+from hf_precond.compat import devices
 from hf_precond.distributed import collectives
 from hf_precond.optimizers.base.optimizer import PrecondOptimizer
 from hf_precond.optimizers.base.parameters import (
@@ -303,7 +304,7 @@ class SGDPH(PrecondOptimizer):
         curvatures = [directions.joined(batch, "curvature") for batch in batches]
         values["norm_curvature_rms"] = float(_rms(curvatures))
         if self.config.base == "sgd":
-            multipliers = torch.cat([self.multipliers(batch).double() for batch in batches])
+            multipliers = torch.cat([self.multipliers(batch).cpu().double() for batch in batches])
             values["norm_multiplier"] = float(multipliers.mean())
             values["norm_capped"] = float((multipliers >= directions.CAP).double().mean())
             return values
@@ -312,12 +313,14 @@ class SGDPH(PrecondOptimizer):
         )
         values["norm_update_rms"] = float(_rms(updates))
         values["norm_update_over_adamw"] = float(_rms(updates) / _rms(plain))
-        values["norm_clipped"] = float(torch.cat([(u.abs() == 1).double() for u in updates]).mean())
+        clipped = [(u.abs() == 1).cpu().double() for u in updates]
+        values["norm_clipped"] = float(torch.cat(clipped).mean())
         return values
 
 
 def _rms(tensors: Iterable[Tensor]) -> Tensor:
-    return torch.cat([tensor.double() for tensor in tensors]).square().mean().sqrt()
+    wide = [tensor.to(devices.widest(tensor.device)) for tensor in tensors]
+    return torch.cat(wide).square().mean().sqrt()
 
 
 def structure_of(
