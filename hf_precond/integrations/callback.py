@@ -118,8 +118,9 @@ def recorded_losses(trainer: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        del trainer.compute_loss
-        own.update(before)
+        if own.get("compute_loss") is compute_loss:
+            del trainer.compute_loss
+            own.update(before)
 
 
 def _warn_of_fields_of_ours(optim: Any, args: Any) -> None:

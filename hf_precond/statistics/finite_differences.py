@@ -99,7 +99,7 @@ class DifferenceProduct:
         return [
             torch.zeros_like(v)
             if up is None or down is None
-            else (up.to(v.dtype) - down.to(v.dtype)) / (2 * step)
+            else (up.to(v.dtype) - down.to(v.dtype)) / (2 * step.to(v.device))
             for up, down, v in zip(plus, minus, vectors, strict=True)
         ]
 
@@ -107,20 +107,21 @@ class DifferenceProduct:
         """h, a 0-d tensor, of all parameters together: a shift alone is often zero."""
         with torch.no_grad():
             number = sum(parameter.numel() for parameter in self.parameters)
-            norms = torch._foreach_norm([parameter.to(v) for parameter, v in self._pairs(vectors)])
-            size = torch.stack(norms).norm()
-            largest = torch.stack(torch._foreach_norm(list(vectors), float("inf"))).max()
+            pairs = zip(self.parameters, vectors, strict=True)
+            norms = torch._foreach_norm([parameter.to(v) for parameter, v in pairs])
+            maxima = torch._foreach_norm(list(vectors), float("inf"))
+            device = vectors[0].device
+            size = torch.stack([norm.to(device) for norm in norms]).norm()
+            largest = torch.stack([maximum.to(device) for maximum in maxima]).max()
             relative = (self.epsilon / STIFFNESS) ** (1 / 3)
             step = relative * (size / number**0.5).clamp(min=SMALLEST) / largest
             return step.log2().round().exp2()  # bfloat16 holds p + hv exactly then, if p is near 1
 
-    def _pairs(self, vectors: Sequence[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
-        return zip(self.parameters, vectors, strict=True)
-
     def _gradients(
         self, start: Sequence[Tensor], vectors: Sequence[Tensor], step: Tensor
     ) -> list[Tensor | None]:
-        _set(self.parameters, [p.to(v) + step * v for p, v in zip(start, vectors, strict=True)])
+        pairs = zip(start, vectors, strict=True)
+        _set(self.parameters, [p.to(v) + step.to(v.device) * v for p, v in pairs])
         with self.undisturbed(), torch.enable_grad():
             # Not autograd.grad: reentrant checkpointing and GradCache work in backward() alone.
             self.run()

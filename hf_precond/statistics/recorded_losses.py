@@ -28,10 +28,10 @@ class RandomState:
         numpy = sys.modules.get("numpy")
         self.numpy = None if numpy is None else numpy.random.get_state()
         self.cpu = torch.get_rng_state()
-        devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
-        self.devices = {
-            device: torch.get_device_module(device).get_rng_state(device) for device in devices
-        }
+        found = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
+        # torch.mps has one device, and its functions take none.
+        self.devices = [(device, (device,) if device.type != "mps" else ()) for device in found]
+        self.states = [torch.get_device_module(d).get_rng_state(*own) for d, own in self.devices]
 
     def restore(self) -> None:
         """Sets the generators back."""
@@ -39,8 +39,8 @@ class RandomState:
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)
-        for device, state in self.devices.items():
-            torch.get_device_module(device).set_rng_state(state, device)
+        for (device, own), state in zip(self.devices, self.states, strict=True):
+            torch.get_device_module(device).set_rng_state(state, *own)
 
 
 class RecordedLoss:

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from hf_precond.integrations.arguments import own_optimizer
 from hf_precond.registry import create_optimizer
 
 
@@ -101,7 +102,7 @@ def train(folder, model=None, trainer=Fused, optim="sgdph", optim_args=None, res
 
 
 def curvature(made):
-    own = made.optimizer.optimizer if hasattr(made.optimizer, "optimizer") else made.optimizer
+    own = own_optimizer(made.optimizer)
     assert own.diagnostics()["probes"] >= 1
     return torch.cat([own.state[n.parameter]["curvature"].flatten() for n in own.structure.norms])
 
@@ -155,6 +156,15 @@ def test_nothing_else_is_changed_or_counted_twice(tmp_path):
         ours, theirs = ([e[key] for e in m.state.log_history if key in e] for m in (found, plain))
         assert ours == theirs and len(ours) == 5
     assert "compute_loss" not in vars(found)
+
+
+@pytest.mark.slow
+def test_compiled_models_are_served_too(tmp_path):
+    exact = train(tmp_path, loss=nn.functional.cross_entropy)
+    with pytest.warns(UserWarning, match="compute_loss is run again"):
+        found = train(tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
+    torch._dynamo.reset()
+    assert away(curvature(found), curvature(exact)) < 2e-3
 
 
 def test_training_goes_on_and_lowers_the_loss(tmp_path):
@@ -241,6 +251,14 @@ class Plain(Mixed):
         loss.backward()
 
 
+class Scaled(Mixed):
+    """Under a loss scale; the gradients stay scaled here, the curvature must not."""
+
+    def backward(self, loss):
+        own_optimizer(self.optimizer).statistics.loss_scale = 2.0**10
+        (loss * 2.0**10).backward()
+
+
 class Penalised(Mixed):
     """A part of the loss is made outside compute_loss."""
 
@@ -248,7 +266,7 @@ class Penalised(Mixed):
         self.accelerator.backward(loss + self.model.norm.weight.square().sum())
 
 
-@pytest.mark.parametrize("trainer", [Mixed, Plain])
+@pytest.mark.parametrize("trainer", [Mixed, Plain, Scaled])
 def test_a_training_step_of_the_trainers_own(trainer, tmp_path):
     exact = train(tmp_path, trainer=Mixed, loss=nn.functional.cross_entropy)
     with pytest.warns(UserWarning, match="compute_loss is run again"):
