@@ -44,6 +44,9 @@ WRONG_ARGUMENTS = (
     "hf_precond.create_optimizer(model, {optimizer!r}, params=groups, lr=…), or {name}(groups, "
     "lr=…) and then optimizer.attach(model)."
 )
+OTHER_CONFIG = (
+    "{name}: config is a {other}, which is another optimizer's; pass one of this class, or fields."
+)
 NOT_ATTACHED = (
     "{name}: step() before the optimizer knows in which layers its parameters are; call "
     "optimizer.attach(model) before training (a Trainer does so when training begins), or build it "
@@ -84,6 +87,11 @@ PARAMETRISED = (
 TIED = (
     "{name} has become {other} since the optimizer was made (tie_weights): a tied weight is "
     "stepped otherwise. Tie the weights before, or build a new optimizer now."
+)
+LEFT_OUT = (
+    "{name}: {count} parameters of the model ({first}, …) have gradients and are in none of the "
+    "parameter groups: nothing steps them. Put them into a group, or freeze them with "
+    "requires_grad_(False)."
 )
 UNFROZEN = (
     "{name}: {count} parameters ({first}, …) were frozen when the optimizer was made, have "

@@ -108,6 +108,9 @@ class PrecondOptimizer(torch.optim.Optimizer):
         params = optimizer_dict if params is None else params
         if structure is None:
             config = make_config(config or self.registered_name, **fields)
+            if config.name != self.registered_name:
+                name, other = type(self).__name__, type(config).__name__
+                raise TypeError(messages.OTHER_CONFIG.format(name=name, other=other))
             structure, params = self._read(attach_to, config, params)
         elif not isinstance(structure, ModelStructure) or config is None or fields or attach_to:
             name = type(self).__name__

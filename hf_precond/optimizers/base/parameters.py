@@ -484,9 +484,10 @@ class ParamGroupValidator:
     def __init__(self, owners: Sequence[Owner], groups: Mapping[int, int]) -> None:
         held = [(owner, _parameter(owner)) for owner in owners]
         self.stepped = [owner for owner, p in held if p is not None and id(p) in groups]
-        self.frozen = [owner for owner, p in held if p is not None and not p.requires_grad]
-        known = {owner[0] for owner in (*self.stepped, *self.frozen)}
+        frozen = [owner for owner, p in held if p is not None and not p.requires_grad]
+        known = {owner[0] for owner in (*self.stepped, *frozen)}
         self.left_out = [owner for owner in owners if owner[0] not in known]
+        self.idle = [*frozen, *self.left_out]
         self.checksums: dict[str, list[tuple[float, float]]] = {}  # of unfrozen ones, by step
 
     def joined(self, model: nn.Module, groups: Mapping[int, int]) -> list[str]:
@@ -525,7 +526,7 @@ class ParamGroupValidator:
         return moved
 
     def check(self, groups: Mapping[int, int], bound: Sequence[Bound], name: str) -> None:
-        """Refuse parameters that were replaced or tied; warn once of those that were unfrozen.
+        """Refuse parameters that were replaced or tied; warn once of those that nothing steps.
 
         Args:
             groups: as they are now.
@@ -546,12 +547,12 @@ class ParamGroupValidator:
             other = first.setdefault(id(parameter), owner[0])
             if other != owner[0] and any(item.weight is parameter for item in bound):
                 raise RuntimeError(messages.TIED.format(name=owner[0], other=other))
-        if self.frozen:
-            self._warn_of_unfrozen(groups, name)
+        if self.idle:
+            self._warn_of_idle(groups, name)
 
-    def _warn_of_unfrozen(self, groups: Mapping[int, int], name: str) -> None:
+    def _warn_of_idle(self, groups: Mapping[int, int], name: str) -> None:
         """Warn once of those that had gradients and did not change for :data:`PATIENCE` steps."""
-        held = [(owner[0], _parameter(owner)) for owner in self.frozen]
+        held = [(owner[0], _parameter(owner)) for owner in self.idle]
         unfrozen = {
             key: p for key, p in held if p is not None and _trains(p) and id(p) not in groups
         }
@@ -560,11 +561,15 @@ class ParamGroupValidator:
         moved = {key for key, values in sums.items() if values[-1] != values[0]}
         missing = [k for k, values in sums.items() if len(values) > PATIENCE and k not in moved]
         done = moved | set(missing)
-        self.frozen = [owner for owner in self.frozen if owner[0] not in done]
+        self.idle = [owner for owner in self.idle if owner[0] not in done]
         self.checksums = {key: values for key, values in sums.items() if key not in done}
-        if missing:
-            message = messages.UNFROZEN.format(name=name, count=len(missing), first=missing[0])
-            warnings.warn(message, stacklevel=2)
+        outside = {owner[0] for owner in self.left_out}
+        left_out = [key for key in missing if key in outside]
+        frozen = [key for key in missing if key not in outside]
+        for message, keys in ((messages.LEFT_OUT, left_out), (messages.UNFROZEN, frozen)):
+            if keys:
+                text = message.format(name=name, count=len(keys), first=keys[0])
+                warnings.warn(text, stacklevel=2)
 
 
 def _parameter(owner: Owner) -> Tensor | None:

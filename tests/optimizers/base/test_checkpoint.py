@@ -200,3 +200,84 @@ def test_a_vocabulary_resized_before_the_first_step_is_still_named(name):
     resumed.load_state_dict(through_file(optimizer.state_dict()))
     for each in (optimizer, resumed):
         each.close()
+
+
+# Wrappers -------------------------------------------------------------------------
+
+
+class Replica(nn.parallel.DistributedDataParallel):
+    """DDP around a model, without a process group."""
+
+    def __init__(self, module):
+        nn.Module.__init__(self)
+        self.module = module
+
+
+WRAPPED = {
+    "bare": lambda model: model,
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "replica": Replica,
+    "compiled replica": lambda model: torch.compile(Replica(model), backend="eager"),
+    "replica of a compiled one": lambda model: Replica(torch.compile(model, backend="eager")),
+}
+
+
+@each_name
+def test_states_of_wrapped_and_bare_models_load_into_each_other(name):
+    states, expected = {}, None
+    for kind, wrap in WRAPPED.items():
+        model = make("bert")
+        optimizer = build(name, wrap(model))
+        train("bert", model, optimizer, 2)  # not the wrapper: names are what matters
+        states[kind] = through_file(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+        optimizer.close()
+    names = [states[kind][0][KEY] for kind in WRAPPED]
+    assert all(own == names[0] for own in names)
+    assert all("module" not in entry[0] for group in names[0]["parameters"] for entry in group)
+    for kind, (state, saved) in states.items():
+        target = list(WRAPPED)[(list(WRAPPED).index(kind) + 1) % len(WRAPPED)]
+        model = make("bert", seed=7)
+        optimizer = build(name, WRAPPED[target](model))
+        model.load_state_dict(saved)
+        optimizer.load_state_dict(state)
+        train("bert", model, optimizer, 2, start=2)
+        expected = expected or weights(model)
+        same(expected, weights(model))
+        optimizer.close()
+
+
+def test_a_state_of_0_1_that_was_made_on_a_wrapped_model_loads():
+    """0.1 wrote the wrapper's names, and none for groups that were added."""
+    _, optimizer = trained("nkfac")
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    state = through_file(optimizer.state_dict())
+    for group in state[KEY]["parameters"][:2]:
+        for entry in group:
+            entry[0] = f"_orig_mod.module.{entry[0]}"
+    assert state[KEY]["parameters"][2] == [["parameter 0", [3]]]
+    optimizer.load_state_dict(state)
+    state[KEY]["parameters"][0][0][0] = "_orig_mod.module.bert.else"
+    with pytest.raises(ValueError, match="another model"):
+        optimizer.load_state_dict(state)
+    optimizer.close()
+
+
+@each_name
+def test_groups_without_names_load_what_named_ones_wrote(name):
+    """The Trainer's own groups, whose rule is ours, and a checkpoint of 0.1."""
+    model, optimizer = trained(name)
+    state, saved = through_file(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+    train("bert", model, optimizer, 2, start=2)
+    other = make("bert", seed=7)
+    groups = [{"params": g["params"], "weight_decay": g["weight_decay"]}
+              for g in build(name, other).param_groups]  # fmt: skip
+    for attach_to in (other, None):
+        other.load_state_dict(saved)
+        again = type(optimizer)(groups, attach_to=attach_to, config=optimizer.config)
+        again.load_state_dict(state)
+        if attach_to is None:
+            again.attach(other)
+        assert [g["name"] for g in again.param_groups] == ["decay", "no decay"]
+        train("bert", other, again, 2, start=2)
+        same(weights(model), weights(other))
+        again.close()
