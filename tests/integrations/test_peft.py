@@ -208,3 +208,58 @@ def test_saved_adapters_load_where_the_package_cannot_be_imported(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.split() == [word for case in cases for word in ("loaded", case)]
+
+
+@pytest.mark.parametrize("attached", ["at once", "when training begins"])
+@pytest.mark.parametrize("name", NAMES)
+def test_lora_plus_has_its_rates_and_resumes_bit_for_bit(name, attached, tmp_path):
+    """peft makes the optimizer by its class, before any Trainer is there."""
+    from peft.optimizers import create_loraplus_optimizer
+    from transformers import Trainer
+
+    from hf_precond.integrations.arguments import parse_pairs
+    from hf_precond.registry import get_info
+
+    info = get_info(name)
+
+    def run(folder, checkpoint=None):
+        _, model = adapted("llama", "lora")
+        if checkpoint is not None:  # it holds what trains
+            for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+                torch.nn.init.normal_(parameter)
+        values = info.config_cls.parse(parse_pairs(OFTEN[name]))
+        if attached == "at once":
+            values["attach_to"] = model
+        optimizer = create_loraplus_optimizer(
+            model, info.optimizer_cls, lr=1e-3, loraplus_lr_ratio=16, loraplus_weight_decay=0.1,
+            **values,
+        )  # fmt: skip
+        args = make(
+            name, folder, model, rows("llama"), optim="adamw_torch", optim_args=None, max_steps=4,
+            save_strategy="steps", save_steps=2, lr_scheduler_type="constant",
+        ).args  # fmt: skip
+        before = weights(model)
+        trainer = Trainer(
+            model, args, train_dataset=rows("llama"), optimizers=(optimizer, None)
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer, before
+
+    whole, before = run(tmp_path / "whole")
+    own = own_optimizer(whole.optimizer)
+    held = {id(p): group for group in own.param_groups for p in group["params"]}
+    for key, parameter in whole.model.named_parameters():
+        moved = not torch.equal(before[key], parameter)
+        assert moved == parameter.requires_grad, key
+        if parameter.requires_grad:
+            up = "lora_B" in key or parameter.dim() == 1
+            assert held[id(parameter)]["lr"] == (16e-3 if up else 1e-3), key
+    pair = [route for route in own.routing if ".q_proj.lora_" in route.name]
+    if name != "sgdph":
+        assert {route.treatment for route in pair} == {"preconditioned"}
+    assert "not stepped" not in own.routing.count()
+    again, _ = run(tmp_path / "again", str(tmp_path / "whole" / "checkpoint-2"))
+    assert losses(again)[2:] == losses(whole)[2:]
+    trained = {n for n, p in whole.model.named_parameters() if p.requires_grad}
+    for key in trained:
+        assert torch.equal(weights(whole.model)[key], weights(again.model)[key]), key

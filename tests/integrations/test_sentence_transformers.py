@@ -87,7 +87,7 @@ def cross_encoder(folder):
 
 
 def sparse_encoder(folder):
-    """A SPLADE under a loss that is given a weight of its own."""
+    """A SPLADE under losses that hold it twice, one of which is given a weight of its own."""
     from sentence_transformers.sparse_encoder import losses as kinds
     from sentence_transformers.sparse_encoder import models
 
@@ -98,8 +98,8 @@ def sparse_encoder(folder):
             super().__init__(model)
             self.sharpness = nn.Parameter(torch.zeros(()))
 
-        def forward(self, *args, **kwargs):
-            return super().forward(*args, **kwargs) * self.sharpness.exp()
+        def compute_loss_from_embeddings(self, *args, **kwargs):
+            return super().compute_loss_from_embeddings(*args, **kwargs) * self.sharpness.exp()
 
     path = saved(folder, BertForMaskedLM)
     model = st.SparseEncoder(
