@@ -223,9 +223,19 @@ class HookedLayer:
         """float64 where the layer's weight is, float32 elsewhere."""
         return compute_dtype(next((p.dtype for p in self.layer.parameters()), torch.float32))
 
-    def fits(self, output: Tensor) -> bool:
-        """Whether an output is as wide as the layer's weight makes it; of linear layers alone."""
-        if not is_linear(self.layer):
+    def fits(self, inputs: Any, output: Tensor) -> bool:
+        """Whether a call has the widths of the layer's weight; a subclass may do anything.
+
+        Args:
+            inputs: its first argument.
+            output: what it returned.
+        """
+        layer = self.layer
+        if isinstance(layer, CONVOLUTIONS):
+            channel = -len(layer.kernel_size) - 1
+            entered = inputs.shape[channel] if isinstance(inputs, Tensor) else layer.in_channels
+            return (entered, output.shape[channel]) == (layer.in_channels, layer.out_channels)
+        if not is_linear(layer):
             return True
         matrix = next(iter(self.collections.values())).matrix
         rows = matrix.shape[0] if matrix.rows is None else matrix.rows.total
@@ -268,7 +278,6 @@ class MomentCollector(StatisticsSource):
         self.shared = SharedInputs()
         self.evaluated: dict[str, HookedLayer] = {}  # had gradients in evaluation mode
         self.called: set[nn.Module] = set()  # since the last statistics were taken
-        self.unlike: set[nn.Module] = set()  # those that are no linear layers, by what they return
         self.reasons: dict[str, str] = {}  # why a request had no answer
         self.tokens = TokenWeights(model)
         # Compiled code runs uncompiled on due steps: hooks that act would break its graphs.
@@ -303,9 +312,7 @@ class MomentCollector(StatisticsSource):
 
     # What is hooked -----------------------------------------------------------
 
-    def _add(
-        self, paths: dict[nn.Module, str], wrappers: Mapping[nn.Module, nn.Module]
-    ) -> None:
+    def _add(self, paths: dict[nn.Module, str], wrappers: Mapping[nn.Module, nn.Module]) -> None:
         """Finds or makes the collections that serve the requests for inputs and gradients."""
         for request in self.requests:
             if request.kind in HEAD_KINDS:
@@ -345,10 +352,11 @@ class MomentCollector(StatisticsSource):
         result = output[0] if isinstance(output, (tuple, list)) else output
         if not isinstance(result, Tensor) or not result.requires_grad:
             return
-        if hooked.fits(result):
+        inputs = args[0] if args else next(iter(kwargs.values()), None)
+        if module not in self.functions.unlike and hooked.fits(inputs, result):
             self._observe_call(hooked, args, kwargs, result)
         else:
-            self.unlike.add(module)
+            self.functions.unlike.add(module)
 
     def _observe_function(
         self, hooked: HookedLayer, inputs: Tensor, result: Tensor, transposed: bool
@@ -544,7 +552,7 @@ class MomentCollector(StatisticsSource):
             return "its passes ran in evaluation mode"
         if hooked.module not in self.called:
             return "its layer was not called: the weight is used some other way"
-        if hooked.module in self.unlike:
+        if hooked.module in self.functions.unlike:
             return "its layer computes something else than x Wᵀ"
         return "no gradient reached its layer's output"
 

@@ -65,8 +65,8 @@ class FunctionalCalls(TorchFunctionMode):
 
     Read are ``torch.nn.functional.linear``, products with the transposed weight, convolutions, and
     the projections inside ``torch.nn.functional.multi_head_attention_forward``. The weight may be a
-    view or a cast of the parameter. What a layer's own module computes is left to its hooks, and a
-    fused kernel cannot be read.
+    view or a cast of the parameter. What a layer's own module computes is left to its hooks, unless
+    what enters and leaves it does not fit its weight; a fused kernel cannot be read.
 
     It is active from the first pass of a step whose statistics are collected until these are taken.
 
@@ -88,6 +88,7 @@ class FunctionalCalls(TorchFunctionMode):
         self.layers, self.observe = layers, weakref.WeakMethod(observe)
         self.found = False  # any such call, since the mode was entered
         self.inside: set[nn.Module] = set()  # hooked modules whose forward runs
+        self.unlike: set[nn.Module] = set()  # subclasses that compute more than their weight does
         self.by_weight: dict[int, HookedLayer] = {}
         self.unknown: dict[int, Tensor] = {}
         self.reader: FixedWeights | None = None
@@ -109,7 +110,7 @@ class FunctionalCalls(TorchFunctionMode):
         for module in self.layers:
             hook = Hook(self._before_forward)
             self.hooks.callback(module.register_forward_pre_hook(hook).remove)
-        self.inside |= {model} & self.layers.keys()
+        self.inside |= ({model} & self.layers.keys()) - self.unlike
         watch_functions(self)
 
     def leave(self) -> None:
@@ -127,7 +128,8 @@ class FunctionalCalls(TorchFunctionMode):
         self.by_weight = {id(hooked.layer.weight): hooked for hooked in read}
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.inside.add(module)
+        if module not in self.unlike:
+            self.inside.add(module)
 
     def find(self, weight: Any) -> tuple[HookedLayer, bool] | None:
         """The layer whose weight a tensor is, and whether it is transposed.

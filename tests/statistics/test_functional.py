@@ -149,6 +149,40 @@ class Attention(nn.Module):
         return self.out_proj(output.permute(2, 0, 1, 3).flatten(2))
 
 
+class ChannelsLast(nn.Conv1d):
+    """As the CTC heads of Parakeet and LASR."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.mT).mT
+
+
+class Gated(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        value, gate = super().forward(input).chunk(2, dim=-1)
+        return value * gate
+
+
+@pytest.mark.parametrize("length", [4, 5])
+@pytest.mark.parametrize("odd", [ChannelsLast(4, 6, 1), Gated(4, 6)], ids=["conv", "linear"])
+def test_a_subclass_that_computes_more_is_read_inside(odd: nn.Module, length: int) -> None:
+    collector = opened(odd.double(), requests_for(find_matrices(odd)))
+    odd(rows(3, length, 4)).pow(3).sum().backward()
+    assert collector.take() == {}
+    collector.watch()
+    collector.enable(True, 1)
+    odd(rows(3, length, 4)).pow(3).sum().backward()
+    found = collector.take()
+
+    conv = isinstance(odd, nn.Conv1d)
+    plain: nn.Module = nn.Conv1d(4, 6, 1) if conv else nn.Linear(4, 6)
+    plain.double().load_state_dict(odd.state_dict())
+    expected = opened(plain, requests_for(find_matrices(plain)))
+    inputs = rows(3, length, 4)
+    out = plain(inputs.mT) if conv else plain(inputs)
+    (out if conv else out.chunk(2, -1)[0] * out.chunk(2, -1)[1]).pow(3).sum().backward()
+    assert_same(found, expected.take())
+
+
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("own", [True, False])
 def test_the_projections_inside_a_function_of_attention(own: bool, masked: bool) -> None:
