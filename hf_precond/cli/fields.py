@@ -112,6 +112,6 @@ def _described(doc: str) -> dict[str, str]:
         text = text.replace("``", "").replace("`", "")
         value = r"[-\w.]*\w(?: and [-\w.]*\w)?"
         text = re.sub(rf" Default {value}\.(?= |$)", "", text)
-        text = re.sub(rf"Default {value}; (\w)", lambda found: found[1].upper(), text)
+        text = re.sub(rf"\. Default {value}; ", "; ", text)
         described[name] = text.strip()
     return described
