@@ -254,7 +254,7 @@ class CurvatureProbe(CurvatureSource):
         """
         self.switches.release()
         recorded = [call for call in self.recorded if call.factor is not None]
-        if self.due and recorded:
+        if self.due and recorded and not self.by_differences:
             self._make_again(recorded)
         observed = self.losses or self.by_differences
         if self.due and not observed and self._requests():
@@ -269,9 +269,7 @@ class CurvatureProbe(CurvatureSource):
         self.losses: list[weakref.ref[Tensor]] = []
         self.by_differences = False
         self.versions: list[int] = []
-        for call in self.recorded:
-            call.node = None  # which holds the call by its hook
-        self.recorded = []
+        self._forget_calls()
 
     def close(self) -> None:
         """Removes every hook."""
@@ -360,7 +358,7 @@ class CurvatureProbe(CurvatureSource):
         Returns:
             Whether the loss is this model's.
         """
-        requests = self._requests() if self.due else []
+        requests = self._requests() if self.due and not self.again else []
         if not requests:
             return False
         self._refuse_sharded(requests)
@@ -371,7 +369,7 @@ class CurvatureProbe(CurvatureSource):
             product = self._differences(lambda: function().backward(), [self.model], requests)
             self._add(product, requests, weight)
             self.by_differences = True
-            self.recorded.clear()
+            self._forget_calls()
             return True
         if self.by_differences or any(known() is loss for known in self.losses):
             return True
@@ -393,7 +391,7 @@ class CurvatureProbe(CurvatureSource):
                 return True
             raise RuntimeError(NOT_TWICE.format(error=self.reason)) from error
         if ours:
-            self.recorded.clear()
+            self._forget_calls()
         else:
             ours = depends_on(loss, self.model.parameters())
         if ours:
@@ -401,6 +399,11 @@ class CurvatureProbe(CurvatureSource):
         return ours
 
     # Losses with one derivative alone -----------------------------------------------
+
+    def _forget_calls(self) -> None:
+        for call in self.recorded:
+            call.node = None  # which holds the call by its hook
+        self.recorded = []
 
     def _comes_again(self, loss: Tensor, requests: Sequence[CurvatureRequest]) -> bool:
         """Whether recorded calls made a loss, so that :meth:`take` will serve it."""
