@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -338,15 +337,21 @@ def multihead_inner(
     """
     names = ("need_weights", "attn_mask", "average_attn_weights", "is_causal")
     options = dict(zip(names, args[4:], strict=False)) | kwargs | {"need_weights": False}
-    weight = layer.out_proj.weight
+    weight = next(layer.parameters())
     identity = nn.Linear(layer.embed_dim, layer.embed_dim, bias=False, device="meta")
     eye = torch.eye(layer.embed_dim, device=weight.device, dtype=weight.dtype)
     identity.weight = nn.Parameter(eye, requires_grad=False)
-    twin = copy.copy(layer)
-    twin._modules = {"out_proj": identity}
-    twin.dropout = 0.0
+    kind, held = type(layer), layer.__dict__ | {"dropout": 0.0}
+    parametrised: Any = layer._modules.get("parametrizations")
+    if parametrised is not None:  # its class computes these weights in properties
+        from hf_precond.architectures.computed import effective_weight
+
+        kind = kind.__mro__[1]
+        held |= {name: effective_weight(layer, name) for name in parametrised}
+    twin = kind.__new__(kind)
+    twin.__dict__ = held | {"_modules": {"out_proj": identity}}
     # Not a call: the user's hooks are those of the layer.
-    output, _ = type(layer).forward(twin, *args[:4], **options)
+    output, _ = kind.forward(twin, *args[:4], **options)
     return output
 
 

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from hf_precond.registry import list_optimizers
 from tests.architectures.test_computed import Doubled
 from tests.optimizers.models import batch, make, train, train_step, weights
-from tests.optimizers.test_shared import build
+from tests.optimizers.test_shared import build, through_file
 
 NAMES = list_optimizers()
 KINDS = {
@@ -154,6 +154,43 @@ def test_what_is_parametrised_during_training_goes_on(name):
     optimizer.close()
 
 
+@pytest.mark.parametrize("name", ["afopt", "muon", "nkfac"])
+def test_a_model_of_which_nothing_can_be_preconditioned_any_more_trains_on(name):
+    model = make("bert")
+    optimizer = build(name, model)
+    train("bert", model, optimizer, 2)
+    with pytest.warns(UserWarning, match="by the fallback optimizer from now on"):
+        for layer in [m for m in model.modules() if isinstance(m, nn.Linear)]:
+            parametrizations.orthogonal(layer)
+        before = weights(model)
+        train("bert", model, optimizer, 3, start=2)
+    assert all(not torch.equal(value, before[key]) for key, value in weights(model).items())
+    assert "preconditioned" not in optimizer.routing.count()
+    optimizer.diagnostics()
+    through_file(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_that_was_pruned_resumes_bit_for_bit(name):
+    model = make("bert")
+    optimizer = build(name, model)
+    train("bert", model, optimizer, 2)
+    KINDS["prune"](layers(model)[0])
+    train("bert", model, optimizer, 1, start=2)
+    state = through_file(optimizer.state_dict())
+    values = {key: value.clone() for key, value in model.state_dict().items()}
+    train("bert", model, optimizer, 2, start=3)
+    again = make("bert", seed=5)
+    resumed = build(name, again)
+    keep_everything(layers(again)[0])
+    again.load_state_dict(values)
+    resumed.load_state_dict(state)
+    resumed.diagnostics()
+    train("bert", again, resumed, 2, start=3)
+    for key, value in weights(model).items():
+        assert torch.equal(value, weights(again)[key]), key
+
+
 @pytest.mark.parametrize(("name", "kind"), [(n, REPLACED[i % 2]) for i, n in enumerate(NAMES)])
 def test_new_parameters_in_the_place_of_one_are_refused_until_they_are_in_a_group(name, kind):
     model = make("bert")
@@ -170,3 +207,37 @@ def test_new_parameters_in_the_place_of_one_are_refused_until_they_are_in_a_grou
     old = weights(model)
     train("bert", model, optimizer, 3, start=1)
     assert all(not torch.equal(value, old[key]) for key, value in weights(model).items())
+
+
+IN_TORCH = {
+    "prune": lambda attention: prune.l1_unstructured(attention, "in_proj_weight", 0.3),
+    "bias": lambda attention: prune.l1_unstructured(attention, "in_proj_bias", 0.3),
+    "spectral": lambda attention: parametrizations.spectral_norm(attention, "in_proj_weight"),
+    "orthogonal": lambda attention: parametrizations.orthogonal(attention, "in_proj_weight"),
+    "output": lambda attention: parametrizations.orthogonal(attention.out_proj),
+}
+
+
+@pytest.mark.parametrize("name", ["adamr", "afopt", "nkfac"])
+def test_torchs_attention_goes_on_where_its_weights_are_computed(name):
+    torch.manual_seed(0)
+    layers = [nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True) for _ in IN_TORCH]
+    model = nn.Sequential(*layers, nn.Linear(16, 3))
+    kinds = list(IN_TORCH.values())
+    for layer, change in zip(layers[:3], kinds, strict=False):
+        change(layer.self_attn)
+    optimizer = build(name, model)
+
+    def step():
+        optimizer.zero_grad()
+        model(torch.randn(4, 5, 16)).square().mean().backward()
+        optimizer.step()
+        optimizer.diagnostics()
+
+    step()
+    for layer, change in zip(layers[3:], kinds[3:], strict=True):
+        change(layer.self_attn)
+    before = weights(model)
+    for _ in range(3):
+        step()
+    assert all(not torch.equal(value, before[key]) for key, value in weights(model).items())

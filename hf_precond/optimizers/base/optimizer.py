@@ -395,7 +395,17 @@ class PrecondOptimizer(torch.optim.Optimizer):
         before, collected = self.bound, None
         if self.statistics is not None and self.due(self.steps):
             collected = self.statistics.take()
-        self.attach(model)
+        try:
+            self.attach(model)
+        except ValueError:  # nothing is left to precondition: no reason to stop a training
+            from hf_precond.architectures.parameters import ParameterSurvey
+
+            reread = self.structure.reread
+            self.structure = ParameterSurvey(model).structure(self.config, {})
+            self.structure.reread = reread
+            self._bind()
+            self._route()
+            self._open()
         if collected is not None:
             from hf_precond.statistics.moments import request_shape
 
@@ -416,7 +426,8 @@ class PrecondOptimizer(torch.optim.Optimizer):
                     self.state.pop(parameter, None)
         if lost:
             first = lost[0].name.partition("[")[0]
-            reason = next(r.reason for r in self.routing if r.name.startswith(f"{first}.param"))
+            own = (r.reason for r in self.routing if r.name.startswith(f"{first}.param"))
+            reason = next(own, "their weights are computed from them")
             name, count = self.config.name, len(lost)
             message = messages.PARAMETRISED.format(
                 name=name, count=count, first=first, reason=reason
