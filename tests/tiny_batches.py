@@ -398,7 +398,7 @@ EXTRA: dict[str, Callable[[Maker], Batch]] = {
     "pix2struct": _flattened,
     "instructblip": lambda maker: {"qformer_input_ids": maker.words(4)},
     "instructblipvideo": lambda maker: {"qformer_input_ids": maker.words(4)},
-    "clap": lambda maker: {"input_features": maker.floats(ROWS, 1, 64, 32)},
+    "clap": lambda maker: {"input_features": maker.floats(ROWS, 1, 32, 32)},
     "oneformer": lambda maker: {
         "task_inputs": maker.words(32),
         "text_inputs": maker.integers(VOCABULARY, ROWS, 5, 32),

@@ -299,9 +299,24 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
 }
 """What default configs need to be made at all."""
+EFFICIENT = {
+    "width_coefficient": 0.25,
+    "depth_coefficient": 1.0,
+    "in_channels": [32, 16, 24, 40, 80, 112, 192],
+    "out_channels": [16, 24, 40, 80, 112, 192, 320],
+}
+STREAM = {"chunk_length": 32, "chunk_right_context": 4, "chunk_left_context": 4}
 SERIES = {"prediction_length": 4, "context_length": 8}
 OVERRIDES: dict[str, dict[str, Any]] = {
-    "align_vision_model": {"image_size": 64},
+    "align_vision_model": EFFICIENT,
+    "efficientnet": EFFICIENT,
+    "blip-2": {"image_token_index": 5},
+    "instructblip": {"image_token_index": 5},
+    "instructblipvideo": {"video_token_index": 5},
+    "superpoint": {"keypoint_decoder_dim": 65},
+    "step3p5": {"sliding_window": 8},
+    "radio": {"video_temporal_patch_size": 2},
+    "nemotron3_5_transcribe_audio": STREAM,
     "dpt": {"num_hidden_layers": 4, "backbone_out_indices": (0, 1, 2, 3)},
     "cosmos3_edge_text": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
@@ -319,7 +334,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "levit": {"hidden_sizes": [16, 32, 48], "num_attention_heads": [2, 4, 6], "key_dim": [8, 8, 8]},
     "slanext": {},
     "aria": {"projector_patch_to_query_dict": {16: 4}},
-    "autoformer": SERIES,
+    "autoformer": SERIES | {"label_length": 4, "moving_average": 3},
     "informer": SERIES,
     "time_series_transformer": SERIES,
     "chmv2": {
@@ -380,7 +395,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "bridgetower_text_model": {"num_attention_heads": 2},
     "chameleon": {"vocabulary_map": {"<image>": 9, "IMGIMGA": 10, "IMGIMGB": 11}},
     "codegen": {"rotary_dim": 4, "n_head": 4},
-    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2, "head_dim": 8},
     "deepseek_ocr2_text": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
