@@ -61,7 +61,8 @@ def float32_products(tf32: bool) -> Iterator[None]:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Inside, products are computed in their operands' dtype, whatever autocast says outside."""
-    if torch.is_autocast_enabled(device.type):
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 

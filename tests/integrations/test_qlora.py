@@ -14,7 +14,7 @@ from tests.architectures.test_computed import Linear8
 from tests.integrations.test_trainer import make
 from tests.integrations.tiny import llama, text_data
 
-NAMES = ["adamr", "afopt", "nkfac"]  # SGD-PH has nothing to do: there is no norm that trains
+NAMES = ["adamr", "afopt", "muon", "nkfac"]  # SGD-PH has nothing to do: no norm trains
 
 
 def bitsandbytes_4(layer):
@@ -112,8 +112,9 @@ def test_routing_and_steps_are_those_over_the_dense_base(name, kind, tmp_path):
     assert found[0] == found[1]
     assert all((start[0][key] == start[1][key]).all() for key in start[0])
     # Eight-bit layers of bitsandbytes round their inputs too. AdamR's eigenvectors of close
-    # eigenvalues multiply rounding: it is compared where both layers multiply alike.
-    tolerance = 0.3 if kind == "bitsandbytes 8" else 1e-3
+    # eigenvalues multiply rounding: it is compared where both layers multiply alike. Muon's sign is
+    # bfloat16.
+    tolerance = 0.3 if kind == "bitsandbytes 8" else 2e-2 if name == "muon" else 1e-3
     if name == "adamr" and kind != "subclass":
         return
     for key, step in moved[0].items():
