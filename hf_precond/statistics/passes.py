@@ -176,6 +176,8 @@ def on_gradient(output: Tensor, function: Callable[[Tensor], None]) -> None:
     offset = output.storage_offset() - base.storage_offset()
 
     def of_base(gradient: Tensor) -> None:
-        function(gradient.contiguous().as_strided(shape, strides, offset))
+        gradient = gradient.contiguous()  # it may be a part of a larger one, as behind cat
+        start = gradient.storage_offset() + offset
+        function(gradient.as_strided(shape, strides, start))
 
     base.register_hook(of_base)

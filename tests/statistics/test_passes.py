@@ -64,6 +64,26 @@ def test_outputs_may_be_changed_in_place(
     assert collector.take().keys() == wanted.keys()
 
 
+@pytest.mark.parametrize("join", [torch.cat, torch.stack])
+@pytest.mark.parametrize("shape", [(2, 3, 5), (3, 5), (5,)])
+def test_gradients_that_are_parts_of_a_larger_one(
+    shape: tuple[int, ...], join: Callable[[list[Tensor]], Tensor]
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 4).double()
+    model = nn.Sequential(layer)
+    inputs = [torch.randn(*shape, dtype=torch.float64) for _ in range(3)]
+    collector = opened(model, requests_for(linears(model)))
+    outputs = [model(tensor) for tensor in inputs]
+    for output in outputs:
+        output.retain_grad()
+    factors = torch.arange(1.0, 4 * sum(o.numel() // 4 for o in outputs) + 1)
+    joined = join(outputs)
+    (joined * factors.view(joined.shape)).sum().backward()
+    delta = torch.cat([o.grad.view(-1, 4) for o in outputs if o.grad is not None])
+    torch.testing.assert_close(collector.take()["0/output_grad"].sum, delta.T @ delta)
+
+
 def test_a_transposed_view_brings_the_gradient_in_its_own_layout() -> None:
     class Transposed(nn.Linear):
         def forward(self, inputs: Tensor) -> Tensor:
