@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -160,7 +161,9 @@ class InputCheck:
         seen = [self.differing.get(block) for block in blocks]
         flags = torch.tensor([[s is not None, "k" in (s or ()), "v" in (s or ())] for s in seen])
         if collectives.world_size() > 1:
-            flags = flags.to(next(blocks[0].q.module.parameters()).device, torch.int32)
+            layer = blocks[0].q.module
+            held = next(itertools.chain(layer.parameters(), layer.buffers()))  # may be quantised
+            flags = flags.to(held.device, torch.int32)
             collectives.sum_over_ranks(flags)
         corrected: list[AttentionBlock] = []
         for block, (compared, *differs) in zip(blocks, flags.tolist(), strict=True):
