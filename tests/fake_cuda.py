@@ -100,10 +100,14 @@ def _pinned(tensor):
 
 
 def _place():
-    """The innermost lines of the package that are being run."""
+    """The innermost lines of the package that are being run, or call a kernel."""
     import traceback
 
-    lines = [f for f in traceback.extract_stack() if f"{os.sep}hf_precond{os.sep}" in f.filename]
+    lines = [
+        f
+        for f in traceback.extract_stack()
+        if f"{os.sep}hf_precond{os.sep}" in f.filename and f.name != "kernel"
+    ]
     return " < ".join(f"{os.path.basename(f.filename)}:{f.lineno}" for f in reversed(lines[-2:]))
 
 

@@ -173,8 +173,13 @@ TRANSPOSED_EXPERTS = "is_transposed"
 
 # Masks -------------------------------------------------------------------------------
 
-MASKS = ("attention_mask", "encoder_attention_mask", "decoder_attention_mask", "labels")
-"""Arguments of a model's forward that say which tokens are real."""
+MASKS = {
+    "attention_mask": "attention_mask",
+    "encoder_attention_mask": "encoder_attention_mask",
+    "decoder_attention_mask": "decoder_attention_mask",
+    "labels": "labels",
+}
+"""Arguments of a forward that say which tokens are real, to what transformers calls them."""
 
 SOUND_INPUTS = ("input_values", "input_features")
 """Main inputs of models of sound."""

@@ -119,7 +119,7 @@ class TokenWeights:
         if self.on_pass is not None:
             self.on_pass(module)
         given = {name: args[i] for i, name in masked.names.items() if i < len(args)}
-        given |= {name: kwargs[name] for name in MASKS if name in kwargs}
+        given |= {role: kwargs[name] for name, role in MASKS.items() if name in kwargs}
         if masked.padding is not None and given.get("attention_mask") is None:
             given["input_ids"] = kwargs.get("input_ids", args[0] if args else None)
         masks = {name: v for name, v in given.items() if isinstance(v, Tensor) and v.dim() == 2}
@@ -249,12 +249,12 @@ def _is_masked_stack(module: nn.Module) -> bool:
 
 
 def _positions(module: nn.Module) -> dict[int, str]:
-    """The position of each mask among the positional arguments of a module's forward."""
+    """Positions among the arguments of a module's forward, to the masks that stand there."""
     try:
         names = list(inspect.signature(module.forward).parameters)
     except (TypeError, ValueError):
         return {}
-    return {index: name for index, name in enumerate(names) if name in MASKS}
+    return {index: MASKS[name] for index, name in enumerate(names) if name in MASKS}
 
 
 def _takes_pairs(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ import transformers as tf
 from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 
+from hf_precond.architectures import tables
 from hf_precond.architectures.attention import find_attention
 from hf_precond.architectures.modules import find_matrices
 from hf_precond.statistics.collector import MomentCollector
@@ -69,6 +70,25 @@ def test_the_body_alone_has_its_own_mask() -> None:
     model = Classifier()
     collector = counting(model)
     model(text()["input_ids"], masks(4, 4, 4)).sum().backward()
+    assert set(counts(collector).values()) == {12}
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_mask_of_another_name_needs_one_row(
+    named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Renamed(tf.BertForSequenceClassification):
+        def forward(self, input_ids: Tensor, token_mask: Tensor, labels: Tensor) -> Tensor:
+            # Of four dimensions, so that nothing below reads it as a mask of tokens.
+            mask = token_mask[:, None, None, :].bool().expand(-1, 1, token_mask.shape[1], -1)
+            return super().forward(input_ids, attention_mask=mask, labels=labels).loss
+
+    monkeypatch.setitem(tables.MASKS, "token_mask", "attention_mask")
+    batch, mask = text(), masks(7, 3, 2)
+    model = Renamed(tf.BertConfig(**TEXT))
+    collector = counting(model)
+    args, kwargs = ((), {"token_mask": mask}) if named else ((mask,), {})
+    model(batch["input_ids"], *args, labels=batch["labels"], **kwargs).backward()
     assert set(counts(collector).values()) == {12}
 
 
