@@ -109,7 +109,7 @@ def kernel(function: Callable[..., Any], *tensors: Tensor, **options: Any) -> An
         **options: passed on.
     """
     device = tensors[0].device
-    name = function.__name__, device.type
+    name = getattr(function, "__name__", repr(function)), device.type
     if name not in _missing:
         try:
             return function(*tensors, **options)
