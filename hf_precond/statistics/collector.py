@@ -303,7 +303,8 @@ class MomentCollector(StatisticsSource):
         self._add(paths, wrappers)
         for hooked in self.layers.values():
             hook = Hook(self._after_forward, hooked)
-            handle = hooked.module.register_forward_hook(hook, with_kwargs=True)
+            # First, since a hook of the user's own may return something else.
+            handle = hooked.module.register_forward_hook(hook, prepend=True, with_kwargs=True)
             leave.callback(handle.remove)
         self.inputs = InputCheck(self.requests, wrappers, self.tokens)
         leave.callback(self.inputs.close)

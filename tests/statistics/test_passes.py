@@ -84,6 +84,27 @@ def test_gradients_that_are_parts_of_a_larger_one(
     torch.testing.assert_close(collector.take()["0/output_grad"].sum, delta.T @ delta)
 
 
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("change", ["returned", "in place"])
+def test_hooks_of_the_users_own_may_change_outputs(change: str, before: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 4).double()
+    model = nn.Sequential(layer)
+    factors = torch.arange(1.0, 5.0).double()
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output * factors if change == "returned" else output.mul_(factors)
+
+    if before:
+        layer.register_forward_hook(hook)
+    collector = opened(model, requests_for(linears(model)))
+    if not before:
+        layer.register_forward_hook(hook)
+    model(torch.randn(3, 5).double()).sum().backward()
+    delta = factors.expand(3, 4)
+    torch.testing.assert_close(collector.take()["0/output_grad"].sum, delta.T @ delta)
+
+
 def test_a_transposed_view_brings_the_gradient_in_its_own_layout() -> None:
     class Transposed(nn.Linear):
         def forward(self, inputs: Tensor) -> Tensor:
