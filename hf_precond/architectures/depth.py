@@ -92,7 +92,7 @@ def _depth(
                 return other.offset + number + 1
     below = embedding or EMBEDDED.search(name)
     if tower is None:
-        return 0 if below and place < towers[-1].first else top
+        return 0 if embedding or (below and place < towers[-1].first) else top
     inner = name[len(tower.path) :].lstrip(".")
     if ABOVE_LAYERS.search(name) or inner.split(".")[0] in HEAD_CHILDREN:
         return tower.offset + len(tower.blocks) + 1
