@@ -48,7 +48,7 @@ TOKEN = re.compile(
     r"(^|_)(token|pad|bos|eos|sep|cls|mask|boi|eoi|boa|eoa|user|unk|lang|start|end|patch|newline)"
     r"_(id|index)$"
 )
-NONE_LEFT = re.compile(r"layer_?drop|mask_(time|feature)_prob|spec_augment")
+NONE_LEFT = re.compile(r"layer_?drop|drop_path|mask_(time|feature)_prob|spec_augment")
 """What would leave out layers or mask short sequences as a whole."""
 KV_HEADS = re.compile(r"(kv|key_value)_(attention_)?heads|num_heads_kv|kv_n_heads")
 HEAD_COUNT = re.compile(r"(^|_)heads?$")
