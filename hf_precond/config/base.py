@@ -30,7 +30,7 @@ _WORDS = {
     **dict.fromkeys(("false", "no", "off", "0"), False),
 }
 # What the Trainer and torch call some fields.
-_ALIASES = {
+ALIASES = {
     **dict.fromkeys(("adam_beta1", "adam_beta2", "beta1", "beta2"), "betas"),
     **{"learning_rate": "lr", "adam_epsilon": "eps", "epsilon": "eps"},
 }
@@ -234,7 +234,7 @@ class OptimizerConfig:
         """Raise for a name that is no field, with the field that was probably meant."""
         known = list(cls._fields())
         for name in [name for name in names if name not in known]:
-            near = [_ALIASES[name]] if name in _ALIASES else []
+            near = [ALIASES[name]] if name in ALIASES else []
             near = near or difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ValueError(

@@ -47,12 +47,14 @@ def identity(config: OptimizerConfig, groups: Groups, owners: Sequence[Owner]) -
         tensors the state has; ``parameters``, a list of ``[name, [sizes]]``
         for every group. Plain values, so that ``weights_only`` loads it. Names
         are those in the model without its wrappers (compilation, DDP), or
-        ``parameter 3`` where they are not known.
+        ``parameter 3`` where they are not known: before a model is attached the
+        names in the groups may be those of its parts.
     """
     names = parameter_names(owners)
 
     def name_of(group: Mapping[str, Any], place: int, parameter: Tensor) -> str:
-        given = group.get("param_names", {place: f"parameter {place}"})
+        unknown = {place: f"parameter {place}"}
+        given = group.get("param_names", unknown) if owners else unknown
         return names.get(id(parameter)) or given[place]
 
     parameters = [

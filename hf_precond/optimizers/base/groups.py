@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,13 +13,19 @@ from torch import Tensor
 
 from hf_precond.architectures.parameters import FROZEN
 from hf_precond.architectures.structure import ModelStructure, Owner, Route, RoutingTable
-from hf_precond.config.base import OptimizerConfig
+from hf_precond.config.base import ALIASES, OptimizerConfig
 from hf_precond.optimizers.base import messages
 
 Groups = Sequence[Mapping[str, Any]]
 
 PER_GROUP = ("lr", "weight_decay", "betas", "eps", "momentum")
 """Fields of a config that a parameter group may set for itself."""
+OF_SCHEDULES = {"initial_lr", "min_lr", "max_lr", "base_momentum", "max_momentum", "swa_lr"}
+"""What schedules of torch write into groups, which resembles fields."""
+SWITCHES = {"maximize": " and negate the loss", "amsgrad": ""}
+"""What changes the steps of torch's optimizers, and what to do in its place."""
+RESEMBLANCE = 0.8
+"""Of a key to a field, from which it is taken for a mistake in writing it."""
 NOT_STEPPED = "not stepped"
 """The treatment of a parameter that trains and is in no group."""
 
@@ -29,14 +37,20 @@ def check_group(group: Mapping[str, Any], config: OptimizerConfig) -> None:
         group: its ``params`` are a list.
         config: the optimizer's.
 
+    Keys of a script's own are let be, as torch does; one that resembles a field
+    is warned of.
+
     Raises:
-        ValueError: a field of the config that holds for all groups alike, a
-            value out of range, or a parameter that stands in the group twice.
+        ValueError: a field of the config that holds for all groups alike, or
+            one under another name (``beta1``), a value out of range, a switch
+            that would change the step, or a parameter that stands in the group
+            twice.
     """
-    fields = {field.name for field in dataclasses.fields(config)} & group.keys()
+    known = {field.name for field in dataclasses.fields(config)}
+    fields, legal = known & group.keys(), ", ".join(key for key in PER_GROUP if key in known)
     others = sorted(fields - set(PER_GROUP))
+    _check_keys(group, config.name, known, legal)
     if others:
-        legal = ", ".join(PER_GROUP)
         raise ValueError(
             messages.NOT_PER_GROUP.format(name=config.name, field=others[0], legal=legal)
         )
@@ -45,6 +59,24 @@ def check_group(group: Mapping[str, Any], config: OptimizerConfig) -> None:
     params: Sequence[Tensor] = group["params"]
     if len({id(parameter) for parameter in params}) < len(params):
         raise ValueError(messages.TWICE.format(name=config.name))
+
+
+def _check_keys(group: Mapping[str, Any], name: str, known: set[str], legal: str) -> None:
+    """Refuse or warn of keys that are no fields and were probably meant to be."""
+    for key in group.keys() - known - OF_SCHEDULES:
+        if key in ALIASES:
+            near = ALIASES[key]
+            raise ValueError(messages.MISNAMED.format(key=key, name=name, near=near, legal=legal))
+        if key in SWITCHES and group[key]:
+            instead = SWITCHES[key]
+            raise ValueError(messages.SWITCHED.format(key=key, name=name, instead=instead))
+        near_ones = difflib.get_close_matches(key.lower(), PER_GROUP, 1, RESEMBLANCE)
+        if key in PER_GROUP:
+            warnings.warn(messages.UNREAD.format(key=key, name=name), stacklevel=2)
+        elif near_ones:
+            near = near_ones[0]
+            said = messages.MISNAMED.format(key=key, name=name, near=near, legal=legal)
+            warnings.warn(said, stacklevel=2)
 
 
 def parameter_names(owners: Sequence[Owner]) -> dict[int, str]:

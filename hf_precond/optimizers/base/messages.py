@@ -61,6 +61,12 @@ NOT_PER_GROUP = (
     "{field} in a parameter group: under {name} it holds for all groups alike; pass it to the "
     "optimizer. A group may set {legal}."
 )
+MISNAMED = (
+    "{key} in a parameter group: {name} does not read it; did you mean {near!r}? A group may set "
+    "{legal}."
+)
+UNREAD = "{key} in a parameter group: {name} has no such field and ignores it; drop it."
+SWITCHED = "{key}=True in a parameter group: {name} has nothing of the kind; drop it{instead}."
 TWICE = (
     "{name}: a parameter stands twice in a parameter group, and would be stepped twice; give each "
     "once (model.parameters() does, tied ones too)."
@@ -128,6 +134,4 @@ SPARSE = (
     "{name}: sparse gradients are not supported (a parameter of shape {shape} has one); build its "
     "nn.Embedding with sparse=False."
 )
-NO_FALLBACK = (
-    "base={name!r}: no such fallback optimizer; choose 'adamw', 'sgd', 'adamr' or 'muon'."
-)
+NO_FALLBACK = "base={name!r}: no such fallback optimizer; choose 'adamw', 'sgd', 'adamr' or 'muon'."

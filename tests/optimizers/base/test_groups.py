@@ -175,11 +175,15 @@ def test_parameters_outside_the_model_are_stepped_and_resumed(name):
         ({"lr": -1.0}, r"lr=-1.0: .* takes a number in \[0"),
         ({"weight_decay": "much"}, "weight_decay='much'"),
         ({"betas": (0.9, 1.0)}, "betas"),
+        ({"beta1": 0.5}, "^beta1 in a parameter group: .* did you mean 'betas'"),
+        ({"learning_rate": 0.5}, "^learning_rate in a parameter group: .* did you mean 'lr'"),
+        ({"maximize": True}, "^maximize=True in a parameter group: .* negate the loss"),
+        ({"amsgrad": True}, "^amsgrad=True in a parameter group: "),
     ],
 )
 def test_what_a_group_cannot_say_is_refused(name, group, said):
     model = make("bert")
-    if not hasattr(get_info(name).config_cls, next(iter(group))):
+    if "group" not in said and not hasattr(get_info(name).config_cls, next(iter(group))):
         pytest.skip("no such field")
     with pytest.raises(ValueError, match=said):
         create_optimizer(model, name, params=[{"params": model.parameters()} | group])
@@ -189,6 +193,46 @@ def test_what_a_group_cannot_say_is_refused(name, group, said):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]} | group)
     assert len(optimizer.param_groups) == groups
     optimizer.close()
+
+
+@each_name
+@pytest.mark.parametrize(
+    ("key", "near"), [("lrr", "lr"), ("weightdecay", "weight_decay"), ("beta", "betas")]
+)
+def test_a_key_that_resembles_a_field_is_warned_of(name, key, near):
+    model = make("bert")
+    groups = [{"params": model.parameters(), key: 0.5}]
+    with pytest.warns(UserWarning, match=f"^{key} in a parameter group: .* mean '{near}'"):
+        get_info(name).optimizer_cls(groups)
+
+
+@each_name
+def test_keys_of_scripts_schedules_and_other_optimizers_are_let_be(name):
+    model = make("bert")
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-3)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=9)
+    groups = [group | {"layer": 3, "use_muon": True} for group in optimizer.param_groups]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        get_info(name).optimizer_cls(groups)
+
+
+@each_name
+def test_names_relative_to_a_part_of_the_model_load_before_attach(name):
+    def made(model):
+        parts = [{"params": part.named_parameters()} for part in (model.bert, model.classifier)]
+        return get_info(name).optimizer_cls(parts, **fields(name))
+
+    model, twin = make("bert"), make("bert")
+    first, second = made(model), made(twin)
+    first.attach(model)
+    train("bert", model, first, 2)
+    second.load_state_dict(through_file(first.state_dict()))
+    second.attach(twin)
+    twin.load_state_dict(model.state_dict())
+    train("bert", model, first, 2, start=2)
+    train("bert", twin, second, 2, start=2)
+    same(weights(model), weights(twin))
 
 
 @each_name
