@@ -260,7 +260,8 @@ class _Candidate:
             not isinstance(getattr(module, name, None), nn.Identity | type(None))
             for name in tables.QUERY_NORMS
         )
-        observed = "get_interface" in forward_names(module)
+        unread = rotary and _is_one_of(module, tables.UNREAD_ROTATIONS)
+        observed = "get_interface" in forward_names(module) and not unread
         return AttentionBlock(
             name=self.path,
             module=module,
@@ -381,7 +382,9 @@ def rotates(module: nn.Module, cross: bool = False) -> bool:
         cross: its keys are of another sequence.
     """
     names = [*dict(module.named_children()), *forward_names(module)]
-    if not any(tables.ROTARY in name for name in names):
+    if not any(tables.ROTARY in name for name in names) or _is_one_of(
+        module, tables.ROTATED_INPUTS
+    ):
         return False
     window = getattr(module, "sliding_window", None)
     family = type(module).__name__

@@ -127,6 +127,12 @@ ROTARY = "rotary"
 ROTATION_FLAGS = ("use_rope", "is_local_attention")
 """Attributes that are false in an attention that does not rotate, though its class can."""
 
+ROTATED_INPUTS = ("Wav2Vec2BertSelfAttention", "Wav2Vec2ConformerSelfAttention")
+"""Attentions that rotate, if anything, what their q and k read, and not queries and keys."""
+
+UNREAD_ROTATIONS = ("VJEPA2RopeAttention",)
+"""Attentions that call the look-up and compute their rotation inside."""
+
 UNROTATED_ACROSS = ("Moonshine", "Idefics")
 """Families (first words of a class) that rotate where an attention is not across two sequences."""
 
