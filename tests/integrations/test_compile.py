@@ -39,7 +39,8 @@ def anew():
 def test_hooks_that_are_not_due_break_no_graph(name, model_name):
     model = make(model_name)
     optimizer = create_optimizer(model, name, **EVERY_FOUR[name])
-    optimizer.statistics.enable(False, 1)
+    if optimizer.statistics is not None:  # Muon collects nothing
+        optimizer.statistics.enable(False, 1)
     explained = torch._dynamo.explain(model)(**batch(model_name))
     optimizer.close()
     plain = torch._dynamo.explain(make(model_name))(**batch(model_name))
