@@ -30,7 +30,12 @@ if TYPE_CHECKING:
 
 CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
 CONVOLVE_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-MULTIPLY = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+MULTIPLY = (
+    *(torch.matmul, torch.mm, torch.mv),
+    *(Tensor.matmul, Tensor.mm, Tensor.mv, Tensor.__matmul__),
+)
+FACTORS = ("input", "other", "mat2", "vec")
+ADD_PRODUCT = (torch.addmm, Tensor.addmm)
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,8 @@ class FunctionalCalls(TorchFunctionMode):
         self.by_weight = {id(hooked.layer.weight): hooked for hooked in read}
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if module not in self.unlike:
+        # Of calls without gradients the collector does not hear the end.
+        if module not in self.unlike and torch.is_grad_enabled():
             self.inside.add(module)
 
     def find(self, weight: Any) -> tuple[HookedLayer, bool] | None:
@@ -175,15 +181,27 @@ class FunctionalCalls(TorchFunctionMode):
     def multiply(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``x Wᵀ``, or ``W xᵀ``, which is its transpose (Mamba's step sizes)."""
         result = function(*args, **kwargs)
-        if len(args) != 2:
-            return result
-        found = self.find(args[1])
-        if found is not None and found[1] != is_transposed_linear(found[0].layer):
-            self._note(found[0], args[0], result)
-        found = self.find(args[0]) if args[1].dim() > 1 else None
-        if found is not None and found[1] == is_transposed_linear(found[0].layer):
-            self._note(found[0], args[1].mT, result, transposed=True)
+        factors = (*args, *(kwargs[name] for name in FACTORS if name in kwargs))
+        if len(factors) == 2 and "out" not in kwargs:
+            self._note_product(*factors, result)
         return result
+
+    def add_product(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``b + x Wᵀ``; with factors of their own (``alpha``) it is not read."""
+        result = function(*args, **kwargs)
+        if len(args) == 3 and not kwargs:
+            self._note_product(*args[1:], result)
+        return result
+
+    def _note_product(self, left: Any, right: Any, result: Tensor) -> None:
+        found = self.find(right)
+        if found is not None and found[1] != is_transposed_linear(found[0].layer):
+            self._note(found[0], left, result)
+        found = self.find(left)
+        if found is not None and found[1] == is_transposed_linear(found[0].layer):
+            vector = right.dim() == 1
+            inputs = right if vector else right.mT
+            self._note(found[0], inputs, result, transposed=not vector)
 
     def convolve(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A convolution, by the options that it is called with."""
@@ -238,6 +256,7 @@ READERS: dict[Any, Callable[..., Any]] = {
     torch.autograd.backward: FunctionalCalls.go_backward,
     **dict.fromkeys(CONVOLVE, FunctionalCalls.convolve),
     **dict.fromkeys(MULTIPLY, FunctionalCalls.multiply),
+    **dict.fromkeys(ADD_PRODUCT, FunctionalCalls.add_product),
 }
 """The functions that are read."""
 

@@ -51,12 +51,34 @@ def rows(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=F64)
 
 
+def _without_gradients(layer: nn.Module, inputs: Tensor) -> float:
+    with torch.no_grad():
+        layer(7 * inputs)
+    return 0.0
+
+
 USES = {
     "linear": lambda layer, x: F.linear(x, layer.weight, layer.bias),
     "by name": lambda layer, x: F.linear(bias=layer.bias, input=x, weight=layer.weight),
     "product": lambda layer, x: x @ layer.weight.T + layer.bias,
     "matmul": lambda layer, x: torch.matmul(x, layer.weight.transpose(0, 1)) + layer.bias,
     "from the left": lambda layer, x: (layer.weight @ x.mT).mT + layer.bias,
+    "product by name": lambda layer, x: torch.matmul(input=x, other=layer.weight.T) + layer.bias,
+    "added product": lambda layer, x: torch.addmm(layer.bias, x.flatten(0, 1), layer.weight.T).view(
+        x.shape
+    ),
+    "vectors": lambda layer, x: (
+        torch.stack(
+            [
+                torch.mv(layer.weight, v) if n % 2 else layer.weight @ v
+                for n, v in enumerate(x.view(-1, 4))
+            ]
+        )
+        + layer.bias
+    ),
+    "after a call without gradients": lambda layer, x: (
+        _without_gradients(layer, x) + F.linear(x, layer.weight, layer.bias)
+    ),
     "cast": lambda layer, x: F.linear(x, layer.weight.float().double(), layer.bias),
     "twice transposed": lambda layer, x: F.linear(x, layer.weight.t().mT, layer.bias),
     "checkpoint": lambda layer, x: checkpoint(
