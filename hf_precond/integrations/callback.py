@@ -172,7 +172,8 @@ class PrecondCallback(TrainerCallback):
     ) -> None:  # fmt: skip
         """Attach an optimizer that was made without a model; write the config in use.
 
-        Hooks that an earlier ``train()`` removed are installed again.
+        One that the parameters of layers were added to is attached again. Hooks that an earlier
+        ``train()`` removed are installed again.
 
         Raises:
             ValueError: parameters train that did not when the optimizer was made.
@@ -181,7 +182,7 @@ class PrecondCallback(TrainerCallback):
         if own is None:
             return
         own.refuse_joined()
-        if not own.attached or (own.statistics is None and own.requests()):
+        if not own.attached or own.joined or (own.statistics is None and own.requests()):
             # It may know more than the Trainer's model: a loss with parameters around it.
             own.attach(model if own.structure.model is None else own.structure.model)
         restored = restored_settings(own) if state.global_step else {}

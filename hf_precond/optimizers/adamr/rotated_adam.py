@@ -87,6 +87,9 @@ class RotatedAdam:
         tiling, param = self.tiling(view), view.param
         dtype, device = compute_dtype(param.dtype), param.device
         shape = (tiling.tiles, tiling.rows, tiling.columns)
+        if "exp_avg" in view and "mean_sq" not in view:  # AdamW's, which stepped it until now
+            for name in ("exp_avg", "exp_avg_sq", "step"):
+                view.state.pop(view.prefix + name, None)
         new = "exp_avg" not in view
         if not new:
             held = view["exp_avg"]

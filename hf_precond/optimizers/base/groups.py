@@ -150,3 +150,27 @@ def added_route(number: int, parameter: Tensor) -> Route:
     """
     name = f"(added) group {number}"
     return Route(name, tuple(parameter.shape), "base", "added after creation", f"group {number}")
+
+
+def note_added(structure: ModelStructure, number: int, group: Mapping[str, Any]) -> list[str]:
+    """Show in the routing table the parameters of a group that was added.
+
+    Args:
+        structure: what was found in the model; its routing changes.
+        number: of the group.
+        group: the group.
+
+    Returns:
+        Names of those that are the model's: it was read without them.
+    """
+    routes, joined = structure.routing.routes, list[str]()
+    names = parameter_names(structure.owners)
+    places = {route.name: place for place, route in enumerate(routes)}
+    for parameter in group["params"]:
+        row, name = added_route(number, parameter), names.get(id(parameter), "")
+        if name in places:
+            routes[places[name]] = replace(row, name=name, group=label(number, group))
+            joined.append(name)
+        else:
+            routes.append(row)
+    return joined

@@ -105,6 +105,11 @@ UNFROZEN = (
     "optimizer.add_param_group({{'params': […]}}) and then optimizer.attach(model), or make the "
     "optimizer before layers are frozen."
 )
+ADDED = (
+    "{name}: {count} parameters of the model ({first}, …) were added to a group after it was read, "
+    "and the fallback optimizer steps them; call optimizer.attach(model) to have matrices among "
+    "them preconditioned."
+)
 JOINED = (
     "{name}: {count} parameters ({first}, …) train now, did not when the optimizer was made "
     "(set_adapter, add_adapter, requires_grad_), and are in none of its parameter groups. For a "

@@ -25,7 +25,7 @@ from hf_precond.optimizers.base.fallback import (
     group_defaults,
     make_fallback,
 )
-from hf_precond.optimizers.base.groups import added_route, check_group, routed
+from hf_precond.optimizers.base.groups import check_group, note_added, routed
 from hf_precond.optimizers.base.parameters import (
     Bound,
     BoundMatrix,
@@ -89,6 +89,8 @@ class PrecondOptimizer(torch.optim.Optimizer):
     statistics: StatisticsSource | None = None
     scaler: torch.amp.GradScaler | None = None
     loaded: Any = None  # what a state that came before attach() says of its model
+    joined: Sequence[str] = ()
+    """Parameters of the model that were added to a group since it was read."""
     _carried: dict[str, Statistic] | None = None  # from hooks that were replaced before the step
     _pruned: Sequence[BoundMatrix] = ()
     rates: Sequence[Any] = ()  # of the last step, by group: a scheduler may have changed them since
@@ -241,6 +243,12 @@ class PrecondOptimizer(torch.optim.Optimizer):
             raise RuntimeError(messages.NOT_ATTACHED.format(name=self.config.name))
         parameters.refuse_sparse(self.param_groups, self.config.name)
         self._locate()
+        if self.joined:
+            name, count, first = self.config.name, len(self.joined), self.joined[0]
+            warnings.warn(
+                messages.ADDED.format(name=name, count=count, first=first), stacklevel=4
+            )
+            self.joined = ()
         for bound in self.bound:
             self.allocate(bound)
         if self._only_allocates():
@@ -534,6 +542,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
 
     def _route(self) -> None:
         """Note the parameter groups in the routing table of a model that was just read."""
+        self.joined = ()
         if self.structure.reread is not None:
             routing = routed(self.structure, self.param_groups, self.config, self.given)
             self.structure.routing = routing
@@ -579,7 +588,8 @@ class PrecondOptimizer(torch.optim.Optimizer):
             raise
         if hasattr(self, "bound"):
             number = len(self.param_groups) - 1
-            self.routing.routes.extend(added_route(number, p) for p in added)
+            names = note_added(self.structure, number, self.param_groups[-1])
+            self.joined = [*self.joined, *names] if self.structure.reread is not None else ()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and the statistics collected for a step that did not come.
@@ -626,7 +636,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """A copy has its own statistics and counters, and no hooks until :meth:`attach`."""
         own = ("config", "structure", "fallback", "counters", "failures", "coverage")
-        names = (*own, "given", "loaded", "bound", "_remainders", "validator")
+        names = (*own, "given", "loaded", "joined", "bound", "_remainders", "validator")
         return super().__getstate__() | {name: getattr(self, name) for name in names}
 
     # What a person sees --------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """State dicts of another optimizer, another model, other settings, or with parts missing."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -158,6 +159,30 @@ def test_an_optimizer_attached_again_keeps_the_names_of_its_groups(name):
     assert [route.name for route in optimizer.routing][-1] == "(added) group 2"
     for each in (optimizer, resumed):
         each.close()
+
+
+@each_name
+def test_layers_added_and_not_attached_are_told_once_and_shown(name):
+    model = make("bert")
+    layer = model.bert.encoder.layer[0]
+    layer.requires_grad_(False)
+    optimizer = build(name, model)
+    layer.requires_grad_(True)
+    optimizer.add_param_group({"params": list(layer.parameters()), "name": "late"})
+    rows = [row for row in optimizer.routing if ".layer.0." in row.name]
+    assert {(row.treatment, row.reason, row.group) for row in rows} == {
+        ("base", "added after creation", "late")
+    }
+    assert not any("(added)" in row.name for row in optimizer.routing)
+    with pytest.warns(UserWarning, match=r"16 parameters .*call optimizer.attach\(model\)"):
+        train("bert", model, optimizer, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        train("bert", model, optimizer, 1, start=1)
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+        optimizer.attach(model)
+        train("bert", model, optimizer, 1, start=2)
+    optimizer.close()
 
 
 @each_name
