@@ -434,8 +434,9 @@ class PrecondOptimizer(torch.optim.Optimizer):
                     self.state.pop(parameter, None)
         if lost:
             first = lost[0].name.partition("[")[0]
-            own = (r.reason for r in self.routing if r.name.startswith(f"{first}.param"))
-            reason = next(own, "their weights are computed from them")
+            said = (r.reason for r in self.routing if r.name.startswith(f"{first}."))
+            computed = (reason for reason in said if "computed from" in reason)
+            reason = next(computed, "their weights are computed from them")
             name, count = self.config.name, len(lost)
             message = messages.PARAMETRISED.format(
                 name=name, count=count, first=first, reason=reason
