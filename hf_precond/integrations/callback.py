@@ -185,6 +185,13 @@ class PrecondCallback(TrainerCallback):
         if not own.attached or own.joined or (own.statistics is None and own.requests()):
             # It may know more than the Trainer's model: a loss with parameters around it.
             own.attach(model if own.structure.model is None else own.structure.model)
+        if state.global_step and not own.steps and args.process_index == 0:
+            logger.warning(
+                "%s: training goes on at step %d without the optimizer's state, which the checkpoint "
+                "does not have (save_only_model leaves it out): the optimizer starts anew.",
+                own.config.name,
+                state.global_step,
+            )
         restored = restored_settings(own) if state.global_step else {}
         if restored:
             own.config = own.config.replace(**restored)

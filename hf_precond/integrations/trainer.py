@@ -8,6 +8,7 @@ They are a convenience: with the stock Trainers, too, the diagnostics are logged
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import zipfile
@@ -19,6 +20,8 @@ from transformers import Seq2SeqTrainer, Trainer
 from hf_precond.config.base import OptimizerConfig
 from hf_precond.integrations.arguments import config_in_use, own_optimizer
 from hf_precond.integrations.model_card import TAG, add_section
+
+logger = logging.getLogger(__name__)
 
 
 class PrecondTrainerMixin:
@@ -109,6 +112,11 @@ class PrecondSeq2SeqTrainer(PrecondTrainerMixin, Seq2SeqTrainer):
 
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 TRAINER_STATE = "trainer_state.json"
+TENSORS = (".safetensors", ".bin", ".pt", ".pth", ".distcp")
+OPTIMIZER_STATES = ("optimizer.pt", "optimizer.bin", "optimizer_[0-9]*")
+"""Where a Trainer saves the optimizer's state; the last are folders of sharded trainings."""
+NO_WEIGHTS = re.compile(r"(optimizer|scheduler|scaler|rng_state|training_args).*")
+"""Files of a checkpoint that hold tensors, and none of the model's."""
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
@@ -129,17 +137,30 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
         for path in (root.iterdir() if root.is_dir() else ())
         if path.is_dir() and (match := _FOLDER.fullmatch(path.name))
     ]
-    for _, path in sorted(numbered, reverse=True):
-        if damage(path) is None:
+    newest = [path for _, path in sorted(numbered, reverse=True)]
+    # A run with save_only_model saves no state of the optimizer at all.
+    with_state = any(_has(path, OPTIMIZER_STATES) for path in newest)
+    for path in newest:
+        problem = damage(path)
+        if problem is None and with_state and not _has(path, OPTIMIZER_STATES):
+            problem = f"{path}: it has no state of the optimizer."
+        if problem is None:
             return str(path)
+        logger.warning("%s It is passed over.", problem)
     return None
+
+
+def _has(folder: Path, patterns: tuple[str, ...]) -> bool:
+    return any(True for pattern in patterns for _ in folder.glob(pattern))
 
 
 def damage(checkpoint: str | os.PathLike[str]) -> str | None:
     """Why a checkpoint cannot be resumed from.
 
     A Trainer writes ``trainer_state.json`` last. Of the other files only the
-    table of contents is read, which shows whether the file is complete.
+    table of contents is read, which shows whether the file is complete. A
+    checkpoint has weights, and where it has the optimizer's state it has the
+    scheduler's and the random generators' too.
 
     Args:
         checkpoint: a folder ``checkpoint-…``.
@@ -155,6 +176,12 @@ def damage(checkpoint: str | os.PathLike[str]) -> str | None:
         json.loads(state.read_text(encoding="utf-8"))
     except ValueError:
         return f"{state}: it ends too early."
+    saved = [path for path in folder.rglob("*") if path.suffix in TENSORS]
+    if not any(not NO_WEIGHTS.match(path.name) for path in saved):
+        return f"{folder}: it has no weights."
+    for name in ("scheduler.pt", "rng_state*.pth"):
+        if _has(folder, OPTIMIZER_STATES) and not _has(folder, (name,)):
+            return f"{folder}: it has no {name}, without which the rest would go on otherwise."
     for path in sorted(folder.iterdir()):
         if path.suffix in (".pt", ".pth", ".bin") and not _is_whole_archive(path):
             return f"{path}: it ends too early."

@@ -217,6 +217,27 @@ def test_damage_is_found_in_every_file(tmp_path):
     assert "saved last" in damage(broken)
 
 
+@pytest.mark.parametrize(
+    "lost", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"]
+)
+def test_a_checkpoint_that_lost_a_file_is_passed_over(lost, tmp_path, caplog):
+    saved("adamr", tmp_path)
+    (tmp_path / "checkpoint-6" / lost).unlink()
+    with caplog.at_level("WARNING"):
+        assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert "checkpoint-6" in caplog.text and "passed over" in caplog.text
+
+
+def test_a_run_that_saves_only_models_goes_on_from_one_and_says_so(tmp_path, caplog):
+    fields = {"cls": PrecondTrainer, "save_strategy": "steps", "save_steps": 2}
+    make("afopt", tmp_path, max_steps=4, save_only_model=True, **fields).train()
+    again = make("afopt", tmp_path, max_steps=6, **fields)
+    with caplog.at_level("WARNING"):
+        again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 6 and own_optimizer(again.optimizer).steps == 2
+    assert "goes on at step 4" in caplog.text and "optimizer starts anew" in caplog.text
+
+
 def test_the_newest_whole_checkpoint_is_found_by_its_number(tmp_path):
     saved("adamr", tmp_path)
     shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-10")
