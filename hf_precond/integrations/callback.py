@@ -212,7 +212,7 @@ class PrecondCallback(TrainerCallback):
         from hf_precond.compat.torch_internals import loss_scale
 
         own = own_optimizer(optimizer)
-        if own is not None and is_logged(args, state, state.global_step + 1):
+        if own is not None and state is not None and is_logged(args, state, state.global_step + 1):
             own.expect_log()
         if own is not None and own.statistics is not None:
             own.statistics.loss_scale = loss_scale(getattr(optimizer, "scaler", None))
