@@ -187,8 +187,8 @@ class PrecondCallback(TrainerCallback):
             own.attach(model if own.structure.model is None else own.structure.model)
         if state.global_step and not own.steps and args.process_index == 0:
             logger.warning(
-                "%s: training goes on at step %d without the optimizer's state, which the checkpoint "
-                "does not have (save_only_model leaves it out): the optimizer starts anew.",
+                "%s: training goes on at step %d without the optimizer's state, which the "
+                "checkpoint lacks (save_only_model leaves it out): the optimizer starts anew.",
                 own.config.name,
                 state.global_step,
             )
