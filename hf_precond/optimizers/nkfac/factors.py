@@ -189,10 +189,11 @@ def _near_one(total: Tensor, largest: Tensor) -> Tensor:
         largest: entry of each diagonal, ``[…]``.
     """
     exponent = devices.kernel(torch.frexp, largest)[1]
-    half = exponent // 2
-    for part in (half, exponent - half):
-        total = total * torch.exp2(-part.to(total.dtype))[..., None, None]
-    return total
+    half = exponent // 2  # the whole power may be out of float32's range
+    first, second = (
+        torch.exp2(-part.to(total.dtype))[..., None, None] for part in (half, exponent - half)
+    )
+    return (total * first).mul_(second)
 
 
 def damp(factors: Tensor, damping: float) -> Tensor:
