@@ -32,6 +32,10 @@ The file, TOML or JSON, names tasks, optimizers, grids, seeds and budgets:
   [optimizers.afopt.on.mine]    # another grid on one task
   grid = {lr = [1e-4, 2e-4, 4e-4]}
 
+`make` returns a model whose output has a loss; batches, a list, DataLoader or
+function of the step; evaluate, a function of the model that returns the loss,
+or {"loss": ..., "accuracy": ...}. examples/benchmarks/tasks.py has two.
+
 Fields are tuned one after the other: rate, momentum, weight decay, then others
 in the file's order. A grid whose best value lies at its end is extended, and
 trials that remain refine the best. Finished runs are files: started again, the

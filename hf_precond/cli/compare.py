@@ -23,7 +23,8 @@ EXAMPLES = """examples:
   hf-precond compare out/* --png curves.png
 
 A RUN_DIR is an output_dir of a Trainer: its trainer_state.json is read, or that
-of its newest checkpoint; the seconds come from train_runtime."""
+of its newest checkpoint, and eval_results.json where no evaluation was logged;
+the seconds come from train_runtime. Folders without a training are left out."""
 
 
 @dataclass
@@ -80,7 +81,7 @@ def add_command(commands: Any) -> None:
         help="what trainings reached: a table, and curves as PNG",
         description=wrapped(
             "Compare trainings by what their Trainers recorded: final and best "
-        "evaluation, training loss, steps and seconds, and curves as PNG."
+            "evaluation, training loss, steps and seconds, and curves as PNG."
         ),
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -103,7 +104,7 @@ def compare_command(arguments: argparse.Namespace) -> int:
         0; 2 where a folder holds no training, or the PNG cannot be written.
     """
     try:
-        runs = [read_run(folder) for folder in dict.fromkeys(arguments.runs)]
+        runs = read_runs(arguments.runs)
         print(comparison(runs, terminal_width()))
         if arguments.png.lower() != "none":
             print(f"\n{_draw(runs, arguments.png)}")
@@ -111,6 +112,30 @@ def compare_command(arguments: argparse.Namespace) -> int:
         print(f"hf_precond: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def read_runs(folders: Sequence[str]) -> list[Run]:
+    """Read several trainings; what else a pattern such as ``out/*`` matches is told and left out.
+
+    Args:
+        folders: as for :func:`read_run`.
+
+    Raises:
+        FileNotFoundError: none of them holds a training.
+        ValueError: a state cannot be read.
+    """
+    runs: list[Run] = []
+    others: list[FileNotFoundError] = []
+    for folder in dict.fromkeys(folders):
+        try:
+            runs.append(read_run(folder))
+        except FileNotFoundError as error:
+            others.append(error)
+    if not runs:
+        raise others[0]
+    for error in others:
+        print(f"hf_precond: left out: {error}", file=sys.stderr)
+    return runs
 
 
 def read_run(folder: str) -> Run:
@@ -146,6 +171,9 @@ def read_run(folder: str) -> Run:
     states = [_read(path) for path in found]
     state = max(states, key=lambda state: state["global_step"])
     history = [entry for entry in state["log_history"] if isinstance(entry.get("step"), int)]
+    if not any(key.startswith("eval_") for entry in history for key in entry):
+        # Scripts that evaluate once, after training, may save its results alone.
+        history += [{"step": state["global_step"], **_results(root)}]
     runtimes = [entry["train_runtime"] for entry in history if "train_runtime" in entry]
     for name in ("train_results.json", "all_results.json"):
         if not runtimes and (root / name).is_file():
@@ -167,6 +195,17 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path}: it is no state of a Trainer ({error!r}); give another folder."
         ) from None
     return state
+
+
+def _results(root: Path) -> dict[str, Any]:
+    """The evaluation that ``trainer.save_metrics("eval", …)`` has written."""
+    for name in ("eval_results.json", "all_results.json"):
+        try:
+            found = json.loads((root / name).read_text())
+            return {k: v for k, v in found.items() if k.startswith("eval_")}
+        except (OSError, ValueError, AttributeError):
+            continue
+    return {}
 
 
 def _number(path: Path, key: str) -> float | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 
@@ -65,9 +67,17 @@ def launch(argv: Sequence[str]) -> int:
         print("usage: python -m hf_precond (SCRIPT.py | -m MODULE | PROGRAM) [its own arguments]\n")
         _parser().print_help()
         return 0 if words else 2
-    if words[0] in COMMANDS and not os.path.exists(words[0]):
+    if _names_a_command(words[0]):
         return main(words)
     return run.run(words)
+
+
+def _names_a_command(word: str) -> bool:
+    """Whether a word is a command, or nearly one where there is no such script or program."""
+    if os.path.exists(word):
+        return False
+    near = difflib.get_close_matches(word, COMMANDS, n=1, cutoff=0.7)
+    return word in COMMANDS or bool(near and shutil.which(word) is None)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -176,6 +176,13 @@ def test_a_script_named_like_a_command_runs(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == "the script ran\n"
 
 
+def test_a_command_that_is_misspelt_is_told_by_the_launcher_too(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        launch(["lst"])
+    assert stopped.value.code == 2 and "did you mean 'list'?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("entry", [main, launch])
 def test_version(entry, capsys):
     with pytest.raises(SystemExit) as ended:

@@ -123,3 +123,20 @@ def test_a_real_training_is_read(tmp_path):
     assert run.curve("loss") == [
         (e["step"], e["loss"]) for e in trainer.state.log_history if "loss" in e
     ]
+
+
+def test_folders_without_a_training_are_told_and_left_out(runs, capsys, tmp_path):
+    (tmp_path / "plots").mkdir()
+    assert main(["compare", "plots", *runs, "--png", "none"]) == 0
+    shown = capsys.readouterr()
+    assert "left out: plots: there is no trainer_state.json" in shown.err
+    assert "plots" not in shown.out and "nkfac" in shown.out
+    assert main(["compare", "plots", "--png", "none"]) == 2
+
+
+def test_an_evaluation_that_was_only_saved_is_shown(tmp_path):
+    record(tmp_path / "run", [1.0, 0.9], [])
+    results = {"eval_loss": 0.25, "eval_runtime": 1.0, "epoch": 1.0}
+    (tmp_path / "run" / "eval_results.json").write_text(json.dumps(results))
+    run = read_run(str(tmp_path / "run"))
+    assert run.curve("eval_loss") == [(20, 0.25)] and run.metrics() == ["eval_loss"]

@@ -105,6 +105,7 @@ MISTAKES = [
     (["run", "ls"], ["'ls'", "no Python program"]),
     # The commands
     (["explian", "model"], ["'explian' is no command", "did you mean 'explain'?"]),
+    (["lst", "afopt"], ["'lst' is no command", "did you mean 'list'?"]),
     ([], ["COMMAND", "--help"]),
     (["explain"], ["model", "--optim", "hf-precond explain --help"]),
     (["explain", "model", "--optim", "afopt", "--optin_args", "x"], ["--optin_args", "--help"]),
