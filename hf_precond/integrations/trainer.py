@@ -96,7 +96,8 @@ class PrecondTrainerMixin:
         super().create_model_card(*args, **kwargs)  # type: ignore[misc]
         card = os.path.join(self.args.output_dir, "README.md")
         if config is not None and self.is_world_process_zero() and os.path.exists(card):  # type: ignore[attr-defined]
-            add_section(card, config, own_optimizer(self.optimizer))
+            repository = getattr(self, "hub_model_id", None) or self.args.hub_model_id
+            add_section(card, config, own_optimizer(self.optimizer), repository)
 
 
 class PrecondTrainer(PrecondTrainerMixin, Trainer):

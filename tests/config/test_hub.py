@@ -201,3 +201,4 @@ trainer.push_to_hub()
     assert "- learning_rate: 0.002" in card
     assert "- optimizer: AFOpt (hf_precond, --optim afopt) with" in card
     assert ("### Optimizer" in card) == (trainer == "PrecondTrainer")
+    assert ("--optim_args config=tester/PrecondTrainer`" in card) == (trainer == "PrecondTrainer")

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from hf_precond import AFOpt, PrecondSeq2SeqTrainer, PrecondTrainer, load_config
-from hf_precond.config.hub import CONFIG_FILE
+from hf_precond.config.hub import CONFIG_FILE, version
 from hf_precond.integrations.arguments import own_optimizer
 from hf_precond.integrations.callback import logged_diagnostics
 from hf_precond.optimizers.base.optimizer import REPORT_INTERVAL
@@ -401,6 +401,16 @@ def test_auto_find_batch_size_restarts_with_live_hooks(name, tmp_path):
     assert trainer._train_batch_size < 8 and len(losses(trainer)) == 3
 
 
+# Of the optimizer's own paper, and whether the package says that it is a reconstruction.
+PAPERS = {
+    "adamr": ("theses.lib.polyu.edu.hk/handle/200/13232", True),
+    "afopt": ("theses.lib.polyu.edu.hk/handle/200/13232", True),
+    "muon": ("kellerjordan.github.io/posts/muon", False),
+    "nkfac": ("doi.org/10.1007/978-3-031-43421-1_15", False),
+    "sgdph": ("arxiv.org/abs/2403.02681", False),
+}
+
+
 @each_name
 def test_the_model_card_says_the_optimizer_right(name, tmp_path):
     trainer = make(name, tmp_path, cls=PrecondTrainer, max_steps=2, weight_decay=0.02)
@@ -416,6 +426,12 @@ def test_the_model_card_says_the_optimizer_right(name, tmp_path):
     assert card.count("### Optimizer") == 1 and card.count(CONFIG_FILE) == 1
     assert card.index("### Optimizer") < card.index("### Framework versions")
     assert "- hf_precond" in card and "- mine" in card
+    versions = card[card.index("### Framework versions") :]
+    assert card.count(f"- hf_precond {version()}\n") == 1 == versions.count("- hf_precond ")
+    assert versions.index("- Transformers") < versions.index("- hf_precond")
+    paper, reconstructed = PAPERS[name]
+    assert paper in card and ("a reconstruction from" in card) == reconstructed
+    assert "[`hf_precond`](https://" in card and "config=FOLDER_OR_HUB_ID`" in card
     for field, value in json.loads((tmp_path / CONFIG_FILE).read_text()).items():
         if field not in ("optimizer", "hf_precond_version", "betas"):
             assert f"| {field} | {value} |" in card
