@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hf_precond.compat import devices
 from hf_precond.optimizers.adamr import batch as rotation_batch
 from hf_precond.statistics.moments import request_shape
 from hf_precond.statistics.requests import Statistic, StatisticsSource
@@ -143,6 +144,7 @@ def pretended(monkeypatch, kind="cuda"):
         monkeypatch.setattr(getattr(torch, kind), "Event", Event)
         monkeypatch.setattr(getattr(torch, kind), "current_stream", lambda device=None: stream)
     monkeypatch.setattr(rotation_batch, "adjacent", neighbours)
+    monkeypatch.setattr(devices, "has_tf32", lambda device: device.type == "cuda")
     library = os.path.join(os.path.dirname(torch.__file__), "lib", "libc10.so")
     # Indexing asks which device is current; a build without CUDA has nobody to answer. The guard
     # of meta tensors, which does nothing, stands in for that of CUDA's.

@@ -100,6 +100,23 @@ def is_capturable(device: torch.device) -> bool:
     return device.type in _get_capturable_supported_devices(supports_xla=False)
 
 
+@functools.cache
+def has_tf32(device: torch.device) -> bool:
+    """Whether a device multiplies float32 operands in TF32; nothing on it is waited for.
+
+    CUDA devices of capability 8 and later do, of ROCm's the MI300, and XPUs with matrix engines.
+    """
+    if device.type == "cuda" and torch.version.hip:
+        architecture = torch.cuda.get_device_properties(device).gcnArchName
+        return architecture.startswith(("gfx94", "gfx95"))
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "xpu":
+        properties = torch.xpu.get_device_properties(device)
+        return bool(getattr(properties, "has_subgroup_matrix_multiply_accumulate", False))
+    return False
+
+
 def kernel(function: Callable[..., Any], *tensors: Tensor, **options: Any) -> Any:
     """``function(*tensors)``; on the host where the device has no such kernel (MPS has no eigh).
 

@@ -12,7 +12,42 @@ from torch import Tensor
 from hf_precond.compat import devices
 
 Number = TypeVar("Number", float, Tensor)
-Precision = Literal["highest", "tf32", "bf16"]
+Precision = Literal["auto", "highest", "tf32", "bf16"]
+Arithmetic = Literal["highest", "tf32", "bf16", "half"]
+Kind = Literal["factor", "sign", "solve"]
+
+
+def arithmetic(precision: Precision, like: Tensor, kind: Kind = "factor") -> Arithmetic:
+    """What a setting means for products of a kind, where a tensor lies.
+
+    ========  ==================================================  =======================
+    kind      products                                            ``auto``, on accelerators
+    ========  ==================================================  =======================
+    factor    of gradients with their preconditioners, rotations  TF32, else float32
+    sign      in the iteration for the matrix sign                half
+    solve     in inverses, roots, decompositions                  float32
+    ========  ==================================================  =======================
+
+    ``tf32`` and ``bf16`` change ``factor`` alone. ``highest`` is float32 for all kinds. TF32 where
+    a device has none is float32. On CPUs, and in float64, all are the plain product: nothing is
+    gained there by a lower precision. Nothing is read from the device.
+
+    Args:
+        precision: a config's.
+        like: an operand, for its device and dtype.
+        kind: what the products are for.
+
+    Returns:
+        ``highest`` for the operands' own precision, ``tf32``, ``bf16``, or ``half`` for bfloat16 or
+        float16, whichever loses less there.
+    """
+    if not devices.is_accelerator(like) or like.dtype == torch.float64 or precision == "highest":
+        return "highest"
+    if kind != "factor":
+        return "half" if kind == "sign" else "highest"
+    if precision == "bf16":
+        return "bf16"
+    return "tf32" if devices.has_tf32(like.device) else "highest"
 
 
 def matmul(
@@ -20,16 +55,14 @@ def matmul(
 ) -> Tensor:
     """``a @ b`` in a chosen precision, the result in ``a``'s dtype.
 
-    On a CPU, and for float64 operands, every setting is the plain product:
-    nothing is gained there by a lower precision. On a GPU ``highest`` is
-    float32 throughout, ``tf32`` rounds the operands to 10 bits of mantissa
-    and ``bf16`` to 7; both accumulate in float32. The process-wide setting of
-    torch is left as it was found.
+    ``highest`` is float32 throughout, ``tf32`` rounds the operands to 10 bits of mantissa and
+    ``bf16`` to 7; both accumulate in float32. See :func:`arithmetic` for ``auto``, CPUs and
+    float64. The process-wide setting of torch is left as it was found.
 
     Args:
         a: ``[…, m, k]``.
         b: ``[…, k, n]``.
-        precision: ``highest``, ``tf32`` or ``bf16``.
+        precision: ``auto``, ``highest``, ``tf32`` or ``bf16``.
         out: where the result may be written.
 
     Returns:
@@ -37,26 +70,36 @@ def matmul(
     """
     if not devices.is_accelerator(a) or a.dtype == torch.float64:
         return torch.matmul(a, b, out=out)
-    if precision == "bf16":
+    if arithmetic(precision, a) == "bf16":
         return (a.bfloat16() @ b.bfloat16()).to(a.dtype)
-    with float32_products(tf32=precision == "tf32"):
+    with float32_products(precision, a):
         return torch.matmul(a, b, out=out)
 
 
 @contextmanager
-def float32_products(tf32: bool) -> Iterator[None]:
-    """Inside, float32 products on GPUs are rounded to TF32 (or not); restored at the end."""
-    setting = torch.backends.cuda.matmul
-    if hasattr(setting, "fp32_precision"):
-        name, value = "fp32_precision", "tf32" if tf32 else "ieee"
-    else:
-        name, value = "allow_tf32", tf32  # type: ignore[assignment]
+def float32_products(precision: Precision, like: Tensor) -> Iterator[None]:
+    """Inside, products of float32 tensors on a device are in TF32, or not; restored at the end.
+
+    Args:
+        precision: as of :func:`matmul`; ``bf16`` is TF32 here.
+        like: an operand, for its device.
+    """
+    tf32 = arithmetic("auto" if precision == "bf16" else precision, like) == "tf32"
+    name, value = "allow_tf32", tf32
+    setting: Any = torch.backends.cuda.matmul
+    if like.device.type == "xpu":
+        setting = torch.backends.mkldnn
+    elif hasattr(setting, "fp32_precision"):
+        name, value = "fp32_precision", "tf32" if tf32 else "ieee"  # type: ignore[assignment]
     before = getattr(setting, name)
-    setattr(setting, name, value)
+    changed = bool(before) != value if isinstance(value, bool) else before != value
+    if changed:
+        setattr(setting, name, value)
     try:
         yield
     finally:
-        setattr(setting, name, before)
+        if changed:
+            setattr(setting, name, before)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

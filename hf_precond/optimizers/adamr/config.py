@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from hf_precond.config.base import OptimizerConfig, bounded, decay, interval, one_of
+from hf_precond.linalg.products import Precision
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ class AdamRConfig(OptimizerConfig):
             its factor holds less than this share of the energy, in [0, 1].
             Default 0.01.
         max_dim: a wider side has no basis, >= 1. Default 2048.
-        precision: precision of large products on GPUs: ``highest``, ``tf32`` or
-            ``bf16``. Default ``highest``.
+        precision: of products with preconditioners on accelerators: ``auto``
+            (TF32 where the device has it, else float32), ``highest`` (float32,
+            as release 0.1), ``tf32`` or ``bf16``. Default ``auto``.
     """
 
     name: ClassVar[str] = "adamr"
@@ -50,4 +52,4 @@ class AdamRConfig(OptimizerConfig):
     basis_interval: int = interval(3)
     basis_tolerance: float = bounded(0.01, 0.0, 1.0)
     max_dim: int = bounded(2048, 1)
-    precision: Literal["highest", "tf32", "bf16"] = "highest"
+    precision: Precision = "auto"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from hf_precond.config.base import OptimizerConfig, bounded, decay, interval, one_of, positive
+from hf_precond.linalg.products import Precision
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,9 @@ class AFOptConfig(OptimizerConfig):
         attention_entropy: report the entropy of each layer's attention weights
             in ``diagnostics()``, of eight query positions a sequence.
             Default ``False``.
-        precision: precision of large products on GPUs: ``highest``, ``tf32`` or
-            ``bf16``. Default ``highest``.
+        precision: of products with preconditioners on accelerators: ``auto``
+            (TF32 where the device has it, else float32), ``highest`` (float32,
+            as release 0.1), ``tf32`` or ``bf16``. Default ``auto``.
 
     Raises:
         ValueError: ``joint``, ``center``, ``space``, ``scaling`` or ``base`` that
@@ -95,7 +97,7 @@ class AFOptConfig(OptimizerConfig):
     center: bool = False
     rope: Literal["averaged", "ignored"] = "averaged"
     attention_entropy: bool = False
-    precision: Literal["highest", "tf32", "bf16"] = "highest"
+    precision: Precision = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from hf_precond.config.base import OptimizerConfig, bounded, decay, interval, positive
+from hf_precond.linalg.products import Precision
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,9 @@ class NKFACConfig(OptimizerConfig):
         reference: reproduce the authors' published code step by step: NKFAC
             with ``base="sgd"``, AdaNKFAC with ``base="adamw"``.
             Default ``False``.
-        precision: precision of large products on GPUs: ``highest``, ``tf32`` or
-            ``bf16``. Default ``highest``.
+        precision: of products with preconditioners on accelerators: ``auto``
+            (TF32 where the device has it, else float32), ``highest`` (float32,
+            as release 0.1), ``tf32`` or ``bf16``. Default ``auto``.
 
     Raises:
         ValueError: ``reference`` with another base or with a solver.
@@ -59,7 +61,7 @@ class NKFACConfig(OptimizerConfig):
     solver: Literal["auto", "newton", "exact"] = "auto"
     max_dim: int = bounded(4096, 1)
     reference: bool = False
-    precision: Literal["highest", "tf32", "bf16"] = "highest"
+    precision: Precision = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()

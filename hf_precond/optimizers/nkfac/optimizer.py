@@ -262,7 +262,7 @@ class NKFAC(PrecondOptimizer):
 
         costs = [float(factor.size) ** 3 for factor in due]
         sharded = ShardedRefresh(due, costs, due[0].bound.weight.device, COUNTERS)
-        with float32_products(tf32=False):
+        with float32_products("highest", due[0].bound.weight):
             for alike in grouped(sharded.mine(), kind):
                 limit = INVERSE_BATCH.get(alike[0].bound.weight.device.type, INVERSE_BATCH["cuda"])
                 for batch in in_batches(alike, alike[0].size ** 2, limit):
