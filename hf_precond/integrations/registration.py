@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import sys
-import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 from hf_precond.compat import transformers_internals as internals
+from hf_precond.compat.warn import warn
 from hf_precond.registry import get_info, list_optimizers
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def register_at_import() -> None:
     try:
         register()
     except RuntimeError as error:
-        warnings.warn(str(error), RuntimeWarning, stacklevel=3)
+        warn(str(error), RuntimeWarning)
 
 
 def when_imported(name: str, action: Callable[[ModuleType], None]) -> None:

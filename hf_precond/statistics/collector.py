@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from hf_precond.architectures.modules import CONVOLUTIONS, has_adapters, is_linear
 from hf_precond.architectures.structure import LayerMatrix
 from hf_precond.compat.torch_internals import EagerCode, Hook, transforming
+from hf_precond.compat.warn import warn
 from hf_precond.distributed import collectives
 from hf_precond.linalg.products import compute_dtype, without_autocast
 from hf_precond.statistics.functional import FixedWeights, FunctionalCalls
@@ -176,7 +176,7 @@ class InputCheck:
         if corrected:
             first = corrected[0]
             kind, own = type(first.module).__name__, sorted(first.separate_inputs)
-            warnings.warn(SEPARATE.format(name=first.name, kind=kind, roles=own), stacklevel=3)
+            warn(SEPARATE.format(name=first.name, kind=kind, roles=own))
         return corrected
 
     def close(self) -> None:
@@ -569,7 +569,7 @@ class MomentCollector(StatisticsSource):
         ]
         if missed:
             some = EVAL_SOME.format(count=len(missed), first=missed[0])
-            warnings.warn(some if collected else EVAL_ALL, stacklevel=3)
+            warn(some if collected else EVAL_ALL)
 
     def drop(self) -> None:
         """Forgets what was collected (a skipped step)."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import os
 import sys
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -22,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hf_precond.architectures.tables import CHECKPOINTING
 from hf_precond.compat import accelerate_internals
 from hf_precond.compat.torch_internals import EagerCode, Hook, in_float32
+from hf_precond.compat.warn import warn
 from hf_precond.statistics.hessian_products import (
     GraphProduct,
     depends_on,
@@ -452,7 +452,7 @@ class CurvatureProbe(CurvatureSource):
             raise RuntimeError(error)
         self.once = True
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            warnings.warn(SWITCHED.format(error=reason, name=name), stacklevel=2)
+            warn(SWITCHED.format(error=reason, name=name))
 
     def _differences(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from hf_precond.architectures.attention_block import AttentionBlock
 from hf_precond.architectures.computed import effective_step
 from hf_precond.compat import devices
+from hf_precond.compat.warn import warn
 from hf_precond.linalg.inverses import largest_eigenvalue
 from hf_precond.linalg.matrix_functions import largest_entry
 from hf_precond.optimizers.afopt.factors import CHUNK, Factors, heads_of, times_right
@@ -219,10 +219,9 @@ class EntropyMonitor:
         self.blocks = {f"{block.name}:entropy": block for block in attentions if block.observed}
         unread = [block.name for block in attentions if not block.observed]
         if unread:
-            warnings.warn(
+            warn(
                 f"afopt: attention_entropy leaves out {len(unread)} attentions ({unread[0]}, …) "
-                "that do not call transformers' attention look-up.",
-                stacklevel=2,
+                "that do not call transformers' attention look-up."
             )
 
     def requests(self) -> list[MomentRequest]:

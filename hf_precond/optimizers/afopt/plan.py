@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from hf_precond.architectures.modules import find_matrices
 from hf_precond.architectures.parameters import ParameterSurvey, add_reason
 from hf_precond.architectures.structure import LayerMatrix, ModelStructure
 from hf_precond.architectures.tables import HOW_TO_DECLARE
+from hf_precond.compat.warn import warn
 from hf_precond.linalg.matrix_functions import pack, packed_size, unpack
 from hf_precond.optimizers.afopt.config import AFOptConfig
 from hf_precond.optimizers.base.parameters import BoundMatrix, allocate
@@ -97,10 +97,9 @@ def attention_matrices(model: nn.Module, config: AFOptConfig) -> ModelStructure:
             "q, k, v or o."
         )
     if not attentions:
-        warnings.warn(
+        warn(
             f"afopt: no attention was found in {model_name}, so only its other linear layers are "
-            f"preconditioned; {HOW_TO_DECLARE}.",
-            stacklevel=3,
+            f"preconditioned; {HOW_TO_DECLARE}."
         )
     inside = set(matrices)
     left += [(matrix, what, outside_scope) for matrix, what in linears]
@@ -144,11 +143,10 @@ def check_attention(attentions: Sequence[AttentionBlock], config: AFOptConfig) -
             )
     unread = [block.name for block in attentions if block.rotary and not block.observed]
     if unread and config.rope == "averaged" and config.space == "logits":
-        warnings.warn(
+        warn(
             f"afopt: the rotated queries and keys of {len(unread)} attentions ({unread[0]}, …) "
             "cannot be read, so their factors follow from the inputs and weights alone, as "
-            "with rope='ignored'.",
-            stacklevel=2,
+            "with rope='ignored'."
         )
 
 
@@ -289,9 +287,7 @@ class MatrixPlan:
         return "columns" if rows >= 2 * columns else "square"
 
 
-def _members(
-    block: AttentionBlock, bound: Mapping[LayerMatrix, BoundMatrix]
-) -> list[MatrixPlan]:
+def _members(block: AttentionBlock, bound: Mapping[LayerMatrix, BoundMatrix]) -> list[MatrixPlan]:
     """Plans of the matrices of an attention that are in scope, without their factors."""
     members: dict[LayerMatrix, tuple[str, Side]] = {}
     for role, matrix in block.roles().items():

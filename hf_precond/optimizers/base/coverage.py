@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_precond.architectures.structure import ModelStructure, Route
+from hf_precond.compat.warn import warn
 from hf_precond.distributed import collectives
 from hf_precond.optimizers.base import messages
 from hf_precond.optimizers.base.parameters import BoundMatrix
@@ -119,15 +119,14 @@ class StatisticsCoverage:
     def _warn(self, new: Sequence[BoundMatrix], why: str, name: str) -> None:
         names = [bound.matrix.name for bound in new[:SHOWN]]
         text = messages.UNOBSERVED if self.fallback is not None else messages.UNOBSERVED_FEATURES
-        warnings.warn(
+        warn(
             text.format(
                 name=name,
                 count="1 matrix" if len(new) == 1 else f"{len(new)} matrices",
                 names=", ".join(names) + (", …" if len(new) > SHOWN else ""),
                 why=f" ({why})" if why else "",
                 fallback=self.fallback,
-            ),
-            stacklevel=2,
+            )
         )
 
     # The routing table ------------------------------------------------------------

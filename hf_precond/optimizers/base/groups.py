@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from hf_precond.architectures.parameters import FROZEN
 from hf_precond.architectures.structure import ModelStructure, Owner, Route, RoutingTable
+from hf_precond.compat.warn import warn
 from hf_precond.config.base import ALIASES, OptimizerConfig
 from hf_precond.optimizers.base import messages
 
@@ -72,11 +72,11 @@ def _check_keys(group: Mapping[str, Any], name: str, known: set[str], legal: str
             raise ValueError(messages.SWITCHED.format(key=key, name=name, instead=instead))
         near_ones = difflib.get_close_matches(key.lower(), PER_GROUP, 1, RESEMBLANCE)
         if key in PER_GROUP:
-            warnings.warn(messages.UNREAD.format(key=key, name=name), stacklevel=2)
+            warn(messages.UNREAD.format(key=key, name=name))
         elif near_ones:
             near = near_ones[0]
             said = messages.MISNAMED.format(key=key, name=name, near=near, legal=legal)
-            warnings.warn(said, stacklevel=2)
+            warn(said)
 
 
 def parameter_names(owners: Sequence[Owner]) -> dict[int, str]:

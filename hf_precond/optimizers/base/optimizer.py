@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from hf_precond.architectures.groups import given_groups, parameter_groups
 from hf_precond.architectures.structure import LayerMatrix, ModelStructure, RoutingTable
 from hf_precond.compat import devices
+from hf_precond.compat.warn import warn
 from hf_precond.config.base import OptimizerConfig
 from hf_precond.distributed import collectives
 from hf_precond.distributed.collectives import all_finite, like
@@ -245,9 +245,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
         self._locate()
         if self.joined:
             name, count, first = self.config.name, len(self.joined), self.joined[0]
-            warnings.warn(
-                messages.ADDED.format(name=name, count=count, first=first), stacklevel=4
-            )
+            warn(messages.ADDED.format(name=name, count=count, first=first))
             self.joined = ()
         for bound in self.bound:
             self.allocate(bound)
@@ -345,9 +343,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
             assert bound.matrix.mask is not None
             bound.weight.copy_(torch.where(bound.matrix.mask.bool(), bound.weight, before))
 
-    def _raw_views(
-        self, handled: set[Bound], gathered: dict[Tensor, Tensor]
-    ) -> list[ParamView]:
+    def _raw_views(self, handled: set[Bound], gathered: dict[Tensor, Tensor]) -> list[ParamView]:
         """Everything with a gradient outside ``handled``, to be stepped by its raw gradient."""
         taken = {id(parameter) for bound in handled for parameter in bound.parameters}
         views: list[ParamView] = []
@@ -441,7 +437,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
             message = messages.PARAMETRISED.format(
                 name=name, count=count, first=first, reason=reason
             )
-            warnings.warn(message, stacklevel=4)
+            warn(message)
 
     def _bind(self) -> None:
         """Find the parameter groups of everything that is preconditioned."""

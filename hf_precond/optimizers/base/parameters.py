@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_precond.architectures.structure import LayerMatrix, NormParameter, Owner, RowSelection
 from hf_precond.compat import devices
+from hf_precond.compat.warn import warn
 from hf_precond.distributed.collectives import full, is_sharded, like
 from hf_precond.linalg.products import compute_dtype
 from hf_precond.optimizers.base import messages
@@ -569,7 +569,7 @@ class ParamGroupValidator:
         for message, keys in ((messages.LEFT_OUT, left_out), (messages.UNFROZEN, frozen)):
             if keys:
                 text = message.format(name=name, count=len(keys), first=keys[0])
-                warnings.warn(text, stacklevel=2)
+                warn(text)
 
 
 def _parameter(owner: Owner) -> Tensor | None:
