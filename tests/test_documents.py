@@ -107,7 +107,7 @@ def test_architecture_is_short():
     assert sum(any(c.isalnum() for c in word) for word in text.split()) <= 1500
 
 
-MARKDOWN = [*ROOT.glob("*.md"), *(ROOT / "examples").rglob("*.md")]
+MARKDOWN = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *(ROOT / "examples").rglob("*.md")]
 
 
 @pytest.mark.parametrize("document", MARKDOWN, ids=lambda path: str(path.relative_to(ROOT)))

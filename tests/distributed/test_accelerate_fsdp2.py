@@ -6,6 +6,8 @@ a CPU.
 
 import inspect
 import os
+import re
+from pathlib import Path
 
 import peft
 import pytest
@@ -26,6 +28,7 @@ from tests.optimizers.test_shared import QUICK
 
 LAYERS = {"bert": "BertLayer", "gpt2": "GPT2Block"}
 FORMATS = ("SHARDED_STATE_DICT", "FULL_STATE_DICT")
+BY_ENVIRONMENT = "as accelerate launch says"
 # accelerate 1.6 fills the empty state of a fresh optimizer from shards, which loads nothing, and
 # waits for ever for a whole model's.
 resumes = pytest.mark.skipif(
@@ -55,6 +58,9 @@ def run_under_fsdp2(accelerator, layer, state_dict_type):
     """Tell an accelerator so; each ``layer`` is sharded on its own."""
     kind = DistributedType.FSDP
     PartialState._shared_state["distributed_type"] = accelerator.state.distributed_type = kind
+    if state_dict_type == BY_ENVIRONMENT:
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        return
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         cpu_ram_efficient_loading=False,
@@ -149,3 +155,38 @@ def test_sgdph_is_refused_at_the_first_loss_with_what_to_use_instead():
     for message in ranks.run(sgdph_refuses):
         assert message.startswith("sgdph: the model is sharded (FSDP2")
         assert "train with DDP" in message
+
+
+def documented_environment(folder):
+    """What ``accelerate launch`` tells the ranks of sharding, by the file in docs/migration.md."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    text = (Path(__file__).parents[2] / "docs" / "migration.md").read_text()
+    (folder / "fsdp2.yaml").write_text(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
+    words = ["--config_file", str(folder / "fsdp2.yaml"), "train.py"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    assert arguments.use_fsdp and arguments.num_processes == 2
+    told = prepare_multi_gpu_env(arguments)
+    return {name: value for name, value in told.items() if name.startswith("FSDP_")}
+
+
+def trained_by(environment):
+    os.environ |= environment
+    found = {}
+    for name in SHARDABLE:
+        run = Run(name, "gpt2", BY_ENVIRONMENT, seed=0)
+        plugin = run.accelerator.state.fsdp_plugin
+        assert (plugin.fsdp_version, plugin.reshard_after_forward) == (2, True)
+        found |= {f"{name}/{key}": value for key, value in run.advance(0, LAST).items()}
+    return found
+
+
+@pytest.mark.slow
+def test_the_documented_configuration_trains_as_one_process_does(tmp_path):
+    results = ranks.run(trained_by, documented_environment(tmp_path))
+    for name in SHARDABLE:
+        for key, value in Run(name, "gpt2", None, seed=0).advance(0, LAST).items():
+            found = [result[f"{name}/{key}"] for result in results]
+            assert torch.equal(*found), key
+            torch.testing.assert_close(found[0], value, rtol=1e-5, atol=1e-8, msg=key)
