@@ -1,24 +1,19 @@
 """A GPU that torch only pretends to have: tensors have a device, a shape and a dtype, no numbers.
 
 Under ``FakeTensorMode`` torch's own rules say which devices may meet. On top of it, :class:`Watch`
-sees every operation: what would be a kernel on the device, and what would make the host wait.
+sees every operation: what would be a kernel on the device, in which precision, and what would make
+the host wait. :func:`bert_base` counts the steps of an optimizer on a whole model.
 """
 
 import contextlib
-import ctypes
 import os
-import types
-from collections import Counter
 
 import pytest
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from hf_precond.compat import devices
-from hf_precond.optimizers.adamr import batch as rotation_batch
+from hf_precond.cost.batches import make_batch
+from hf_precond.cost.counting import OperationCounter
+from hf_precond.cost.trace import on_device, pretended_device, trace_training
 from hf_precond.statistics.moments import request_shape
 from hf_precond.statistics.requests import Statistic, StatisticsSource
 
@@ -30,50 +25,25 @@ ANSWERS = {
     aten._linalg_svd.default, aten.masked_select.default, aten._unique2.default,
     aten.repeat_interleave.Tensor, aten._linalg_check_errors.default,
 }  # fmt: skip
-NO_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_",
-             "detach", "_unsafe_view", "lift_fresh", "_local_scalar_dense")  # fmt: skip
 
 
-class Watch(TorchDispatchMode):
+class Watch(OperationCounter):
     """Counts kernels, and notes what the host would wait for.
 
     Attributes:
         kernels: name of the operation to its number; a foreach or fused one counts once.
         waits: where in the package the host would wait, and for what.
         number: what a number read from the device turns out to be.
+        counts: kernels, operations by precision, bytes.
     """
 
-    def __init__(self, number=1):
-        super().__init__()
-        self.kernels, self.waits, self.number = Counter(), [], number
+    def __init__(self, number=1, kind="cuda"):
+        super().__init__(kind, number)
+        self.waits = []
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        self._see(function, args, kwargs)
-        if function is aten._local_scalar_dense.default:
-            kind = args[0].dtype
-            return True if kind == torch.bool else self.number
-        if function is aten.nonzero.default:
-            return args[0].new_empty(0, args[0].dim(), dtype=torch.int64)
-        result = function(*args, **kwargs)
-        # torch pins what it makes for a copy to the host that does not block.
-        if kwargs.get("pin_memory") or kwargs.get("non_blocking"):
-            result.is_pinned_memory = True
-        return result
-
-    def _see(self, function, args, kwargs):
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        made = kwargs.get("device")
-        on_gpu = any(t.is_cuda for t in tensors) or (made is not None and made.type == "cuda")
-        if not on_gpu or function.namespace == "prim":
-            return
-        name = function.name().removeprefix("aten::").split(".")[0]
+    def seen(self, function, name, args, kwargs):
         if self._waits(function, args, kwargs):
             self.waits.append(f"{name} at {_place()}")
-        views = (r.alias_info is not None and not r.alias_info.is_write
-                 for r in function._schema.returns)  # fmt: skip
-        if name not in NO_KERNEL and not any(views):
-            self.kernels[name] += 1
 
     def _waits(self, function, args, kwargs):
         if function in ANSWERS or function is aten._local_scalar_dense.default:
@@ -92,8 +62,12 @@ class Watch(TorchDispatchMode):
         return False
 
     @property
+    def kernels(self):
+        return self.counts.by_name()
+
+    @property
     def total(self):
-        return sum(self.kernels.values())
+        return len(self.records)
 
 
 def _pinned(tensor):
@@ -112,77 +86,21 @@ def _place():
     return " < ".join(f"{os.path.basename(f.filename)}:{f.lineno}" for f in reversed(lines[-2:]))
 
 
-class Event:
-    """Stands for ``torch.cuda.Event``, which needs a driver: always reached."""
-
-    def record(self, stream=None):
-        pass
-
-    def query(self):
-        return True
-
-
-def neighbours(parts):
-    """Stands for ``rotation.batch.adjacent``, which asks where in memory tensors lie."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    storage = first.untyped_storage()._cdata
-    for number, part in enumerate(parts):
-        place = first.storage_offset() + number * first.numel()
-        if part.untyped_storage()._cdata != storage or part.storage_offset() != place:
-            return None
-    shape = (len(parts) * first.shape[0], *first.shape[1:])
-    return first.as_strided(shape, first.stride(), first.storage_offset())
-
-
 @contextlib.contextmanager
-def pretended(monkeypatch, kind="cuda"):
+def pretended(monkeypatch=None, kind="cuda"):
     """Inside, torch has a GPU, gradients are off, and the driver's calls do nothing."""
-    stream = types.SimpleNamespace(synchronize=lambda: None)
-    if kind in ("cuda", "xpu"):
-        monkeypatch.setattr(getattr(torch, kind), "Event", Event)
-        monkeypatch.setattr(getattr(torch, kind), "current_stream", lambda device=None: stream)
-    monkeypatch.setattr(rotation_batch, "adjacent", neighbours)
-    monkeypatch.setattr(devices, "has_tf32", lambda device: device.type == "cuda")
-    library = os.path.join(os.path.dirname(torch.__file__), "lib", "libc10.so")
-    # Indexing asks which device is current; a build without CUDA has nobody to answer. The guard
-    # of meta tensors, which does nothing, stands in for that of CUDA's.
-    try:
-        guards = (ctypes.c_void_p * 16).in_dll(
-            ctypes.CDLL(library), "_ZN3c104impl26device_guard_impl_registryE"
-        )
-    except (OSError, ValueError):
-        pytest.skip("this build of torch keeps its device guards elsewhere")
-    place, meta = {"cuda": 1, "xpu": 12, "mps": 13}[kind], 14
-    before = guards[place]
-    if not before:
-        guards[place] = guards[meta]
-    try:
-        with FakeTensorMode(), torch.no_grad():
-            yield
-    finally:
-        guards[place] = before
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(pretended_device(kind))
+        except NotImplementedError as error:
+            pytest.skip(str(error))
+        stack.enter_context(torch.no_grad())
+        yield
 
 
 def on_gpu(model, dtype=None, device=GPU):
     """The model with parameters and buffers that only claim to be on the GPU; ties are kept."""
-    made = {}
-
-    def pretend(tensor):
-        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        if id(tensor) not in made:
-            made[id(tensor)] = torch.empty(tensor.shape, dtype=kind, device=device)
-            if isinstance(tensor, nn.Parameter):
-                made[id(tensor)] = nn.Parameter(made[id(tensor)])
-        return made[id(tensor)]
-
-    for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if tensor is not None:
-                    held[name] = pretend(tensor)
-    return model
+    return on_device(model, device, dtype)
 
 
 class Source(StatisticsSource):
@@ -217,3 +135,30 @@ def step(optimizer, number=1):
     with Watch(number) as watch:
         optimizer.step()
     return watch
+
+
+def bert_base(name, passes=False, tokens=4096, layers=12, whole_period=True, **fields):
+    """A BERT-base for classification, whole, stepped by an optimizer on a pretended H100.
+
+    Args:
+        name: the optimizer's, with its fields.
+        passes: whether forward and backward are traced too (a second more): then ``collection`` is
+            what statistics add to them.
+        tokens: of a batch.
+        layers: fewer of them are traced sooner.
+        whole_period: ``False`` for a plain step alone (3 s instead of 10).
+
+    Returns:
+        A :class:`hf_precond.cost.trace.TracedTraining`: ``plain``, ``with_statistics``,
+        ``refresh`` and ``average`` are what one ``step()`` runs: ``.launches``, ``.flops`` (by
+        precision), ``.share("tf32", "bfloat16", "float16")``, ``.bytes``, ``.by_name()``.
+    """
+    import transformers
+
+    config = transformers.BertConfig(num_labels=5, num_hidden_layers=layers)
+    with pretended_device():
+        with torch.device("meta"):
+            model = transformers.BertForSequenceClassification(config)
+        batch = make_batch(model, tokens, GPU) if passes else None
+        fields = {"lr": 1e-3, "whole_period": whole_period, **fields}
+        return trace_training(on_device(model, GPU), name, batch, **fields)

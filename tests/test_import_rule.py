@@ -26,7 +26,8 @@ MAY_IMPORT = {
         "compat", "config", "distributed", "architectures", "statistics", "optimizers", "registry"
     },
     "bench": {"linalg", "config", "architectures", "statistics", "optimizers", "registry"},
-    "cli": {"__init__", "bench", "integrations", "registry", "config", "optimizers"},
+    "cost": {"compat", "statistics", "optimizers", "registry"},
+    "cli": {"__init__", "bench", "cost", "integrations", "registry", "config", "optimizers"},
     "__main__": {"cli"},
     "__init__": {"architectures", "config", "integrations", "optimizers", "registry"},
 }

@@ -1,0 +1,361 @@
+"""Runs training steps on a pretended device: the model's passes and the optimizer's own code."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from hf_precond.compat.pretended_device import autocast, pretended, replaced
+from hf_precond.cost.counting import Counts, Kernel, OperationCounter
+from hf_precond.registry import create_optimizer
+from hf_precond.statistics.requests import Statistic, StatisticsSource
+
+ONCE = ("exact_interval",)
+"""Intervals in units of another one, too long to be traced."""
+STARTS = 3
+"""Periods before the traced one: with few statistics, refreshes are exact and more frequent."""
+FEW = 4
+"""So many steps of a period that are not plain are traced each; of more, like ones once."""
+
+
+@contextmanager
+def pretended_device(kind: str = "cuda", capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
+    """Inside, new tensors are on a device that is not there; see ``compat/pretended_device.py``.
+
+    Args:
+        kind: ``cuda``, ``cpu`` or another type of device.
+        capability: of a CUDA device.
+    """
+    from hf_precond.optimizers.adamr import batch
+
+    with (
+        warnings.catch_warnings(),
+        replaced(batch, "adjacent", _adjacent),
+        pretended(kind, capability),
+    ):
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        warnings.filterwarnings("ignore", message=".*CUDA is not available")
+        yield
+
+
+def _adjacent(parts: Sequence[Tensor]) -> Tensor | None:
+    """``optimizers/adamr/batch.py:adjacent``, for tensors that lie nowhere in memory."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    storage: Any = first.untyped_storage()
+    for number, part in enumerate(parts):
+        held: Any = part.untyped_storage()
+        place = first.storage_offset() + number * first.numel()
+        if held._cdata != storage._cdata or part.storage_offset() != place:
+            return None
+    shape = (len(parts) * first.shape[0], *first.shape[1:])
+    return first.as_strided(shape, first.stride(), first.storage_offset())
+
+
+def on_device(
+    model: nn.Module, device: torch.device, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """The model with parameters and buffers that only claim to be on a device; ties are kept.
+
+    Args:
+        model: of the meta device, say; changed in place.
+        device: the device.
+        dtype: of what is a floating-point number; ``None`` leaves it.
+    """
+    made: dict[int, Tensor] = {}
+
+    def pretend(tensor: Tensor) -> Tensor:
+        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        if id(tensor) not in made:
+            new: Tensor = torch.empty(tensor.shape, dtype=kind, device=device)
+            if isinstance(tensor, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+            made[id(tensor)] = new
+        return made[id(tensor)]
+
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    held[name] = pretend(tensor)  # type: ignore[assignment]
+    return model
+
+
+class Repeated(StatisticsSource):
+    """Statistics of the same shapes at every step, without passes.
+
+    Args:
+        taken: statistics that passes have brought.
+    """
+
+    def __init__(self, taken: Mapping[str, Statistic]) -> None:
+        self.taken = taken
+
+    def take(self) -> dict[str, Statistic]:
+        """Statistics of no numbers."""
+        return {
+            key: Statistic(torch.empty_like(old.sum), torch.empty_like(old.count))
+            for key, old in self.taken.items()
+        }
+
+
+@dataclass
+class TracedStep:
+    """A step of a schedule.
+
+    Args:
+        times: how often it comes in a period.
+        due: whether statistics are collected in its passes.
+        kernels: of ``step()``.
+    """
+
+    times: int
+    due: bool
+    kernels: list[Kernel]
+
+
+@dataclass
+class TracedTraining:
+    """What the steps of a training consist of, once the first refreshes are over.
+
+    Args:
+        passes: the kernels of forward and backward without statistics; by ``False``. With
+            statistics; by ``True``. Empty where no passes were traced.
+        steps: those of a period.
+    """
+
+    passes: dict[bool, list[Kernel]]
+    steps: list[TracedStep]
+
+    @property
+    def plain(self) -> Counts:
+        """Of ``step()`` where nothing else is due, or of the cheapest where something always is."""
+        quiet = [s for s in self.steps if not s.due and not _has(s, "refresh")]
+        return Counts(min(quiet or self.steps, key=lambda s: len(s.kernels)).kernels)
+
+    @property
+    def with_statistics(self) -> Counts:
+        """Of ``step()`` with statistics, of the cheapest such step."""
+        due = [step for step in self.steps if step.due]
+        return Counts(min(due, key=lambda s: len(s.kernels)).kernels if due else [])
+
+    @property
+    def refresh(self) -> Counts:
+        """Of the refreshes of all preconditioners, averaged over a period."""
+        return self.average.of("refresh")
+
+    @property
+    def average(self) -> Counts:
+        """Of ``step()``, averaged over a period."""
+        kernels = [k for step in self.steps for k in step.kernels * step.times]
+        return Counts(kernels, sum(step.times for step in self.steps))
+
+    @property
+    def collection(self) -> Counts:
+        """What statistics add to the passes of a step where they are due."""
+        plain, due = (Counter(self.passes.get(key, ())) for key in (False, True))
+        return Counts(list((due - plain).elements()))
+
+    @property
+    def due_share(self) -> float:
+        """The share of steps with statistics."""
+        due = sum(step.times for step in self.steps if step.due)
+        return due / sum(step.times for step in self.steps)
+
+
+def _has(step: TracedStep, phase: str) -> bool:
+    return any(kernel.phase == phase for kernel in step.kernels)
+
+
+def trace_training(
+    model: nn.Module,
+    optimizer: str | Any,
+    batch: Mapping[str, Tensor] | None,
+    kind: str = "cuda",
+    dtype: torch.dtype | None = torch.bfloat16,
+    counter: OperationCounter | None = None,
+    whole_period: bool = True,
+    **fields: Any,
+) -> TracedTraining:
+    """Trace the passes of a model, and a period of an optimizer's steps.
+
+    Call it inside :func:`pretended_device`.
+
+    Args:
+        model: on the pretended device.
+        optimizer: a name, or one of torch's optimizers over the model's parameters.
+        batch: what the model is called with; ``None`` leaves the passes out.
+        kind: type of the device.
+        dtype: of autocast; ``None`` for none.
+        counter: records; a new one by default.
+        whole_period: whether statistics and refreshes are traced, or a plain step alone.
+        **fields: of the optimizer.
+    """
+    counter = counter or OperationCounter(kind)
+    if isinstance(optimizer, str):
+        optimizer = create_optimizer(model, optimizer, **fields)
+    passes: dict[bool, list[Kernel]] = {}
+    taken: Mapping[str, Statistic] = {}
+    source = getattr(optimizer, "statistics", None)
+    for due in (False, True):
+        if batch is None or (due and source is None):
+            continue
+        if source is not None:
+            source.enable(due, 0)
+        passes[due] = one_pass(model, optimizer, batch, kind, dtype, counter)
+        if due:
+            with unset_fake_temporarily():  # it looks at flags of its own
+                taken = source.take()  # type: ignore[union-attr]
+    if hasattr(optimizer, "close"):
+        if batch is None and source is not None:
+            taken = _unseen(optimizer)
+        optimizer.close()
+        optimizer.statistics = Repeated(taken) if taken else None
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.grad is None and batch is None:
+            parameter.grad = torch.empty_like(parameter)
+    return TracedTraining(passes, list(_period(optimizer, counter, whole_period)))
+
+
+def one_pass(
+    model: nn.Module,
+    optimizer: Any,
+    batch: Mapping[str, Tensor],
+    kind: str,
+    dtype: torch.dtype | None,
+    counter: OperationCounter,
+) -> list[Kernel]:
+    """The kernels of one forward and backward pass, with what the optimizer collects in it.
+
+    Args:
+        model: the model.
+        optimizer: its optimizer.
+        batch: what the model is called with.
+        kind: type of the device.
+        dtype: of autocast.
+        counter: records.
+    """
+    model.train()
+    for parameter in model.parameters():
+        parameter.grad = None
+    counter.records = []
+    context = getattr(optimizer, "curvature_context", nullcontext)
+    with counter, counter.during("passes"), context():
+        with autocast(kind, dtype):
+            loss = loss_of(model(**batch))
+        if hasattr(optimizer, "probe"):
+            optimizer.probe(loss)
+        loss.backward()
+    return counter.records
+
+
+def loss_of(outputs: Any) -> Tensor:
+    """The loss that a model returns, or a mean of its first output.
+
+    Args:
+        outputs: of the model.
+    """
+    loss = getattr(outputs, "loss", None)
+    if isinstance(loss, Tensor) and loss.dim() == 0:
+        return loss
+    first = outputs if isinstance(outputs, Tensor) else outputs[0]
+    mean: Tensor = first.float().square().mean()
+    return mean
+
+
+def _unseen(optimizer: Any) -> dict[str, Statistic]:
+    """What passes would have brought, for every request."""
+    from hf_precond.statistics.moments import request_shape
+
+    device = next(p.device for group in optimizer.param_groups for p in group["params"])
+    return {
+        request.key: Statistic(
+            torch.empty(request_shape(request), device=device), torch.empty((), device=device)
+        )
+        for request in optimizer.requests()
+    }
+
+
+def _period(optimizer: Any, counter: OperationCounter, whole: bool) -> Iterator[TracedStep]:
+    """The steps of a period, like ones once; or its plain steps alone."""
+    config = getattr(optimizer, "config", None)
+    due = getattr(optimizer, "due", lambda step: False)
+    intervals: dict[str, int] = {}
+    if config is not None:
+        named = {name: value for name, value in vars(config).items() if name.endswith("_interval")}
+        intervals = {name: value for name, value in named.items() if name not in ONCE}
+    period = max(intervals.values(), default=1)
+    adaptive = config is not None and "adamr" in (config.name, getattr(config, "base", ""))
+    if adaptive:  # its views count their own steps, and refreshes come at any of them
+        period = max(period, intervals.get("basis_interval", 3))
+        for _ in range(2 * period + 2):
+            one_step(optimizer, counter)
+        for _ in range(period):
+            yield TracedStep(1, due(optimizer.steps), one_step(optimizer, counter))
+        return
+    before = STARTS if intervals and whole else 1
+    for number in range(before):
+        _set_step(optimizer, number * period)
+        if number:  # for the statistics alone
+            optimizer._apply = _nothing
+        one_step(optimizer, counter)
+    optimizer.__dict__.pop("_apply", None)
+    kinds: dict[Any, list[int]] = {}
+    for step in range(before * period, (before + 1) * period):
+        kind = (due(step), *(step % interval == 0 for interval in intervals.values()))
+        kinds.setdefault(kind, []).append(step)
+    quiet = kinds.pop((False,) * (1 + len(intervals)), [])
+    kinds = kinds if whole or not quiet else {}
+    busy = [step for steps in kinds.values() for step in steps]
+    groups = [[step] for step in sorted(busy)] if len(busy) <= FEW else list(kinds.values())
+    for steps in (*groups, quiet):
+        if steps:
+            _set_step(optimizer, steps[0])
+            kernels = one_step(optimizer, counter)
+            yield TracedStep(len(steps), due(steps[0]), kernels)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _set_step(optimizer: Any, step: int) -> None:
+    for group in optimizer.param_groups:
+        if "step" in group:
+            group["step"] = step
+
+
+def one_step(optimizer: Any, counter: OperationCounter) -> list[Kernel]:
+    """The kernels of one ``step()``, by phase: ``statistics``, ``refresh`` and ``step``.
+
+    Args:
+        optimizer: the optimizer.
+        counter: records.
+    """
+    counter.records = []
+    named = {"_update_statistics": "statistics", "refresh": "refresh"}
+    for name, phase in named.items():
+        if hasattr(optimizer, name):
+            setattr(optimizer, name, _phased(getattr(optimizer, name), counter, phase))
+    with counter, counter.during("step"):
+        optimizer.step()
+    for name in named:
+        optimizer.__dict__.pop(name, None)
+    return counter.records
+
+
+def _phased(method: Any, counter: OperationCounter, phase: str) -> Any:
+    def inside() -> None:
+        with counter.during(phase):
+            method()
+
+    return inside
