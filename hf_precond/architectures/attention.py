@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -103,7 +103,12 @@ class _Candidate:
             return self._multihead(self.module)
         if not _is_named_attention(self.module):
             return None
-        readings = (self._by_convention(Convention(*names)) for names in tables.CONVENTIONS)
+        latent = (
+            Convention(query, None, None, fused, "interleaved", query_down=down, latent=latent)
+            for query, down, fused, latent in tables.LATENT_CONVENTIONS
+        )
+        known = (Convention(*names) for names in tables.CONVENTIONS)
+        readings = map(self._by_convention, itertools.chain(latent, known))
         return next((block for block in readings if block is not None), None)
 
     def _misdeclared(self, declaration: Declaration) -> str:
@@ -138,10 +143,13 @@ class _Candidate:
     def _by_convention(self, names: Convention) -> AttentionBlock | None:
         """The attention as a convention sees it, or ``None`` where names or shapes do not fit."""
         wanted = {"q": names.query, "k": names.key, "v": names.value, "qkv": names.fused}
+        wanted |= {"q_down": names.query_down, "kv_down": names.latent or None}
         resolved = {role: self._resolve(name) for role, name in wanted.items() if name is not None}
         parts = {role: part for role, part in resolved.items() if part is not None}
         if len(parts) < len(resolved):
             return None
+        if names.latent is not None or names.query_down is not None:
+            return self._by_latents(names, parts)
         rows = {role: projection.matrix().shape[0] for role, projection in parts.items()}
         gated = "q" in rows and self.declaration is None and _gates_values(self.module)
         if gated:
@@ -170,15 +178,56 @@ class _Candidate:
             block.separate_inputs = self._separate_inputs(matrices)
         return block
 
+    def _by_latents(
+        self, names: Convention, parts: Mapping[str, _Projection]
+    ) -> AttentionBlock | None:
+        """The attention whose keys and values are images of a latent (multi-head latent attention).
+
+        All sizes follow from the shapes and the number of heads: those of the latent's images, of
+        the part of the keys beside it that all heads share, and of a gate beside the queries.
+        """
+        from hf_precond.architectures.latent import latent_layout
+
+        heads = self._stated_heads()
+        outputs = (self._resolve(name) for name in names.outputs)
+        output = next((found for found in outputs if found is not None), None)
+        shapes = {role: projection.matrix().shape for role, projection in parts.items()}
+        if output is not None:
+            shapes["o"] = output.matrix().shape
+        declaration, key_value = self.declaration, heads
+        if declaration is not None and declaration.key_value_heads is not None:
+            key_value = self._declared_number(declaration.key_value_heads)
+        if not heads or not key_value or heads % key_value:
+            return None
+        shared = self._stated(tables.SHARED_KEY_SIZES) or 0
+        layout = latent_layout((heads, key_value), shapes, shared, names.layout)
+        if layout is None or (output is None and declaration is not None and names.outputs):
+            return None
+        projections = dict(parts) | {"o": output}
+        matrices: dict[str, LayerMatrix] = {}
+        adapters: dict[str, LowRankAdapter] = {}
+        for role, (source, rows) in layout.rows.items():
+            projection = projections[source]
+            if projection is not None:
+                matrices[role] = projection.matrix(role, rows)
+                if self.adapted:
+                    _add_adapter(adapters, role, projection, rows)
+        block = self._block(matrices, layout.heads, adapters)
+        layout.complete(block, matrices, of_latent=names.latent is not None)
+        return block
+
+    def _stated_heads(self) -> int | None:
+        if self.declaration is not None:
+            return self._declared_number(self.declaration.heads)
+        return self._stated(tables.HEAD_COUNTS)
+
     def _heads(self, rows: Mapping[str, int]) -> Heads | None:
         """The heads that fit the rows of the projections, or ``None``."""
-        declaration = self.declaration
+        declaration, query = self.declaration, self._stated_heads()
         if declaration is None:
-            query = self._stated(tables.HEAD_COUNTS)
             key_value_stated = self._stated(tables.KEY_VALUE_HEAD_COUNTS)
             size = self._stated(tables.HEAD_SIZES)
         else:
-            query = self._declared_number(declaration.heads)
             key_value_stated = self._declared_number(declaration.key_value_heads)
             size = self._declared_number(declaration.head_size)
         if query is None:
@@ -322,8 +371,9 @@ def _is_named_attention(module: nn.Module) -> bool:
     names = [cls.__name__ for cls in type(module).__mro__ if cls not in nn.Module.__mro__]
     if not set(names).isdisjoint(tables.UNREADABLE):
         return False
-    name = " ".join(names).lower()
-    return ("attention" in name or "attn" in name) and not tables.NO_ATTENTION.search(name)
+    return any(map(tables.ATTENTION.search, names)) and not any(
+        map(tables.NO_ATTENTION.search, names)
+    )
 
 
 def _is_one_of(module: nn.Module, classes: Iterable[str]) -> bool:
@@ -344,7 +394,7 @@ def _fused_rows(heads: Heads, layout: str, *, separate_query: bool) -> dict[str,
     keys = heads.key_value * heads.size // groups
     queries = 0 if separate_query else heads.query * heads.size // groups
     ends = (0, queries, queries + keys, queries + 2 * keys)
-    spans = zip("qkv", pairwise(ends), strict=True)
+    spans = zip("qkv", itertools.pairwise(ends), strict=True)
     return {role: RowSelection(groups, span, groups * ends[-1]) for role, span in spans}
 
 
@@ -432,7 +482,7 @@ def _note(module: nn.Module, unseen: bool) -> str:
     """
     if unseen:
         return "its queries and keys cannot be seen rotated or normed: factors of the plain ones"
-    if _gates_values(module):
+    if _gates_values(module) or any(hasattr(module, name) for name in tables.OUTPUT_GATES):
         return "the gate between values and output is not in the metric"
     if hasattr(module, tables.DISENTANGLED):
         return "content term only: the position terms of its logits are not in the metric"

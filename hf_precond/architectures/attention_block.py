@@ -67,6 +67,43 @@ class LowRankAdapter:
 
 
 @dataclass(eq=False)
+class Part:
+    """A matrix that makes some columns of the queries, or keys, beside the main one.
+
+    Args:
+        matrix: the matrix.
+        of: ``"q"`` or ``"k"``: what it makes a part of.
+        span: the columns of a head that it makes, first and last (exclusive).
+        shared: its rows are one head, which all heads share.
+    """
+
+    matrix: LayerMatrix
+    of: Literal["q", "k"]
+    span: tuple[int, int]
+    shared: bool = False
+
+
+@dataclass(eq=False)
+class DownProjection:
+    """A matrix that makes the latent which other matrices of an attention read.
+
+    Args:
+        matrix: the matrix, ``[rank, in]``.
+        images: the roles that read the latent.
+        norm: the norm between, if any.
+    """
+
+    matrix: LayerMatrix
+    images: tuple[str, ...]
+    norm: nn.Module | None = None
+
+    def scale(self) -> Tensor | None:
+        """The scale of the norm, ``[rank]``; ``None`` where there is none."""
+        weight = getattr(self.norm, "weight", None)
+        return full(weight.detach()) if isinstance(weight, Tensor) else None
+
+
+@dataclass(eq=False)
 class AttentionBlock:
     """One attention module.
 
@@ -90,6 +127,14 @@ class AttentionBlock:
             calls ``transformers``' attention look-up.
         adapters: role to its LoRA pair, where it has one that trains; :meth:`pairs` names those
             of all adapters.
+        parts: role to a further matrix of queries or keys (``"k_rot"``).
+        downs: role to a down-projection (``"q_down"``, ``"kv_down"``).
+        spans: of ``q`` and ``k``, the columns of a head that they make where
+            these are not all.
+        inputs: role to the tensor that it reads, where :meth:`reads` has
+            another than it would follow from the fields above.
+        plain: so many columns in front of each query and key that are not
+            rotated and that the function which rotates does not get.
         scale: what its logits are multiplied with; ``None``: ``1/√d_h``.
         note: what the routing table should say of this block (an
             approximation, say), or the empty string.
@@ -111,11 +156,40 @@ class AttentionBlock:
     note: str = ""
     observed: bool = False
     adapters: dict[str, LowRankAdapter] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)
+    downs: dict[str, DownProjection] = field(default_factory=dict)
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+    plain: int = 0
 
     def roles(self) -> dict[str, LayerMatrix]:
         """Role to matrix, for the roles this attention has."""
         roles = {"q": self.q, "k": self.k, "v": self.v}
-        return roles if self.o is None else roles | {"o": self.o}
+        if self.o is not None:
+            roles["o"] = self.o
+        return roles | {role: more.matrix for role, more in (self.parts | self.downs).items()}
+
+    def serves(self, role: str) -> str:
+        """Which of q, k, v and o a role's matrix makes: one letter, several for a latent's."""
+        if role in self.downs:
+            return "".join(self.downs[role].images)
+        return self.parts[role].of if role in self.parts else role
+
+    def makers(self, role: str) -> list[str]:
+        """The roles whose matrices make the queries (``q``) or keys (``k``)."""
+        return [role, *(name for name, part in self.parts.items() if part.of == role)]
+
+    def span(self, role: str) -> tuple[int, int]:
+        """The columns of a head that a matrix of queries or keys makes."""
+        part = self.parts.get(role)
+        return self.spans.get(role, (0, self.heads.size)) if part is None else part.span
+
+    def heads_of(self, role: str) -> int:
+        """Heads that the rows of a role's matrix fall into: 1 for those that all heads share."""
+        part = self.parts.get(role)
+        if role == "o" or role in self.downs or (part is not None and part.shared):
+            return 1
+        return self.heads.query if self.serves(role) == "q" else self.heads.key_value
 
     @property
     def logit_scale(self) -> float:
@@ -123,7 +197,9 @@ class AttentionBlock:
         return self.heads.size**-0.5 if self.scale is None else self.scale
 
     def reads(self, role: str) -> str:
-        """The tensor that enters a role's layer: ``x``, ``context``, ``value`` or ``o``."""
+        """The tensor that enters a role's layer: ``x``, ``context``, ``value``, ``o`` or other."""
+        if role in self.inputs:
+            return self.inputs[role]
         if role == "o":
             return "o"
         if role == "v" and "v" in self.separate_inputs:
@@ -189,6 +265,10 @@ class Convention:
             value rows) or ``interleaved`` (per key-value head: its query
             rows, its key rows, its value rows).
         outputs: names under which the output projection may be found.
+        query_down: the down-projection whose latents ``query`` reads.
+        latent: the one whose latents keys and values are made of; further
+            rows of it are the part of the keys that all heads share. Empty
+            where another attention has it.
     """
 
     query: str | None = None
@@ -197,6 +277,8 @@ class Convention:
     fused: str | None = None
     layout: Fusion = "sectioned"
     outputs: tuple[str, ...] = OUTPUTS
+    query_down: str | None = None
+    latent: str | None = None
 
 
 @dataclass(frozen=True)
@@ -242,6 +324,8 @@ def declare_attention(
     rotary: bool = False,
     normed: bool = False,
     separate_inputs: Iterable[str] = (),
+    latent: str | None = None,
+    query_down: str | None = None,
 ) -> Declaration:
     """Declare which modules of a model are attentions, and which of their layers is which.
 
@@ -249,6 +333,13 @@ def declare_attention(
 
         declare_attention("MyMixer", query="a", key="b", value="c", output="d", heads="n_heads")
         declare_attention("layers.*.mix", fused="abc", output="out", heads=8)
+
+    Multi-head latent attention, whose keys and values are made of a latent::
+
+        declare_attention(
+            "MyLatent", query="q_up", fused="kv_up", layout="interleaved", latent="kv_down",
+            query_down="q_down", output="out", heads="n_heads", rotary=True,
+        )
 
     Args:
         target: the module's class, its class name, or a pattern of module
@@ -275,6 +366,13 @@ def declare_attention(
         separate_inputs: ``"k"`` where the key projection is called with another
             tensor than the query projection, ``"v"`` where the value projection
             is with another than the key projection.
+        latent: name of the down-projection that makes the latent which the key
+            and value projections read. Rows of it that they do not read, the
+            last ones, are the part of the keys that all heads share, and stand
+            behind the other. Where such an attention is rotated, that part is,
+            and the last columns of as many queries. Default ``None``: the key
+            and value projections read the attention's input.
+        query_down: the same of the query projection. Default ``None``.
 
     Returns:
         The declaration, for :func:`forget_attention`. Later declarations win
@@ -295,6 +393,11 @@ def declare_attention(
         raise ValueError(
             f"layout={layout!r}: declare_attention takes 'sectioned' or 'interleaved'."
         )
+    if query is None and (latent is not None or query_down is not None):
+        raise ValueError(
+            "declare_attention: with latent or query_down the queries have a projection of their "
+            "own; give query."
+        )
     roles = frozenset(separate_inputs)
     if not roles <= {"k", "v"}:
         raise ValueError(
@@ -302,7 +405,12 @@ def declare_attention(
         )
     declaration = Declaration(
         target,
-        Convention(query, key, value, fused, layout, () if output is None else (output,)),
+        Convention(
+            *(query, key, value, fused, layout),
+            () if output is None else (output,),
+            query_down=query_down,
+            latent=latent,
+        ),
         heads,
         key_value_heads,
         head_size,

@@ -12,7 +12,15 @@ from hf_precond.architectures.modules import find_matrices, is_linear
 from hf_precond.architectures.parameters import ParameterSurvey
 from hf_precond.architectures.structure import LayerMatrix, RowSelection
 
-ROLES = {"q": "queries", "k": "keys", "v": "values", "o": "attention output"}
+ROLES = {
+    "q": "queries",
+    "k": "keys",
+    "v": "values",
+    "o": "attention output",
+    "k_rot": "keys that all heads share",
+    "q_down": "latent of queries",
+    "kv_down": "latent of keys and values",
+}
 
 Candidate = tuple[LayerMatrix, str]
 """A matrix that can be preconditioned, and what it is."""
@@ -28,9 +36,10 @@ def in_attention(block: AttentionBlock, roles: str = "qkvo") -> list[Candidate]:
     chosen: list[Candidate] = []
     note = f" ({block.note})" if block.note else ""
     for role, matrix in block.roles().items():
-        if role in roles and role in block.trainable:
+        inside = set(block.serves(role)) <= set(roles)
+        if inside and role in block.trainable:
             chosen.append((matrix, ROLES[role] + note))
-        for adapter in block.pairs(role) if role in roles else ():
+        for adapter in block.pairs(role) if inside else ():
             pair = (adapter.down, adapter.up)
             chosen += [(m, f"adapter of {ROLES[role]}{note}") for m in pair if m.trains]
     return chosen
@@ -39,7 +48,7 @@ def in_attention(block: AttentionBlock, roles: str = "qkvo") -> list[Candidate]:
 def outside_attention(
     survey: ParameterSurvey, attentions: Sequence[AttentionBlock]
 ) -> list[Candidate]:
-    """The linear layers outside attention that train, and gates that share a weight with queries.
+    """The linear layers outside attention that train, and what shares a weight with an attention.
 
     Without output heads, tied weights, adapters, and weights of a single row or column.
 
@@ -47,16 +56,16 @@ def outside_attention(
         survey: of the model.
         attentions: all of the model's.
     """
-    roles: dict[nn.Module, set[str]] = {}
+    inside: dict[nn.Module, list[LayerMatrix]] = {}
     for block in attentions:
-        for role, matrix in block.roles().items():
-            roles.setdefault(matrix.module, set()).add(role)
-    linears = [(m, "linear layer") for m in find_matrices(survey.model) if m.module not in roles]
-    for query in {block.q.module: block.q for block in attentions}.values():
-        if query.rows is not None and roles[query.module] == {"q"}:
-            (rest,) = RowSelection.complement([query.rows])
-            gate = replace(query, name=query.name[:-3] + "[gate]", rows=rest)
-            linears.append((gate, "gate"))
+        for matrix in block.roles().values():
+            inside.setdefault(matrix.module, []).append(matrix)
+    linears = [(m, "linear layer") for m in find_matrices(survey.model) if m.module not in inside]
+    for matrices in inside.values():
+        rows = [matrix.rows for matrix in matrices if matrix.rows is not None]
+        for number, rest in enumerate(RowSelection.complement(rows) if rows else ()):
+            name = matrices[0].name.rpartition("[")[0] + f"[gate{number or ''}]"
+            linears.append((replace(matrices[0], name=name, rows=rest), "gate"))
     chosen = []
     for matrix, what in linears:
         layer = is_linear(matrix.module) and matrix.of_layer

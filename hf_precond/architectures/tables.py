@@ -38,6 +38,21 @@ Each is query, key, value, fused projection and its layout, as in
 :class:`~hf_precond.architectures.attention_block.Convention`.
 """
 
+LATENT_CONVENTIONS = (
+    ("q_b_proj", "q_a_proj", "kv_b_proj", "kv_a_proj_with_mqa"),
+    ("q_gate_proj", "q_a_proj", "kv_b_proj", "kv_a_proj_with_mqa"),
+    ("q_proj", None, "kv_b_proj", "kv_a_proj_with_mqa"),
+    ("q_proj", None, "kv_b_proj", ""),
+)
+"""The same of attentions whose keys and values are images of a latent (DeepSeek's).
+
+Each is query, the down-projection before it, keys and values together, and the down-projection
+that makes their latent (empty: another attention has it).
+"""
+
+SHARED_KEY_SIZES = ("qk_rope_head_dim",)
+"""Attributes of such an attention with the width of the part of the keys that heads share."""
+
 OUTPUTS = (
     "o_proj", "out_proj", "proj", "dense", "out_lin", "o", "Wo", "wo", "c_proj",
     "to_out.0", "to_out", "linear_out", "projection_layer", "projection", "attention_out",
@@ -45,8 +60,11 @@ OUTPUTS = (
 )
 """Names of the output projection, in the same order."""
 
-NO_ATTENTION = re.compile(r"mlp|feed_?forward|ffn|glu")
-"""In the lower-case name of a class that is no attention, whatever else the name says."""
+ATTENTION = re.compile(r"attention|attn|MLA$", re.IGNORECASE)
+"""In the name of a class that is one."""
+
+NO_ATTENTION = re.compile(r"(?:[mM]lp|MLP|[fF]fn|FFN|[gG]lu|GLU|[fF]eed_?[fF]orward)(?![a-z])")
+"""In the name of a class that is no attention, whatever else the name says."""
 
 UNREADABLE = ("CodeGenAttention", "GPTBigCodeAttention", "MiniMaxLightningAttention")
 """Classes with the names of a convention that order their rows in another way."""
@@ -71,6 +89,9 @@ GATED = (
     "Qwen4ExpTextAttention",
 )
 """Attentions whose query projection holds, a head, its rows and then those of a gate."""
+
+OUTPUT_GATES = ("gate_proj", "g_proj", "q_gate_proj")
+"""Children of an attention that make a gate of what its heads give to the output projection."""
 
 UNSCALED = ("GPTNeoSelfAttention",)
 """Attentions that do not scale their logits, and do not state so."""
@@ -123,6 +144,9 @@ reads another than k, or both."""
 
 ROTARY = "rotary"
 """In the names of functions, children and classes that rotate queries and keys."""
+
+INTERLEAVED_ROTATION, INTERLEAVED_FLAG = "_interleave", "rope_interleave"
+"""End of the name of a function that is called where a config says so, and the field."""
 
 ROTATION_FLAGS = ("use_rope", "is_local_attention")
 """Attributes that are false in an attention that does not rotate, though its class can."""

@@ -179,7 +179,7 @@ class HeadMoments:
             if request.average_rotation and attention.rope is None:
                 from hf_precond.statistics.rope import RopeReader
 
-                attention.rope = RopeReader(block.module, path, self.hooks)
+                attention.rope = RopeReader(block.module, path, self.hooks, block.plain)
         if _interface() is None:
             raise RuntimeError(
                 "queries and keys cannot be observed: this version of transformers has no "

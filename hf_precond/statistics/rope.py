@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_precond.architectures.attention import forward_names
-from hf_precond.architectures.tables import ROTARY
+from hf_precond.architectures.tables import INTERLEAVED_FLAG, INTERLEAVED_ROTATION, ROTARY
 from hf_precond.compat.torch_internals import Hook
 from hf_precond.linalg.products import compute_dtype
 from hf_precond.statistics.moments import count_of
@@ -23,7 +23,7 @@ from hf_precond.statistics.token_weights import Reader
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model rotates: ``x'_a = cos[c_a] x_a + sign_a · sin[s_a] x_{p_a}``.
+    """How a model rotates: ``x'_a = cos[c_a] y_a + sign_a · sin[s_a] y_{p_a}``, ``y_a = x_{o_a}``.
 
     Components that are not rotated have ``sign`` 0 and a cosine of 1
     (``rotated`` False).
@@ -34,6 +34,7 @@ class Layout:
         cosine: which entry of cos a component takes, ``[d_h]``.
         sine: which entry of sin a component takes, ``[d_h]``.
         rotated: whether a component is rotated, ``[d_h]``.
+        order: the permutation o, ``[d_h]``: in which order the components are rotated.
     """
 
     partner: Tensor
@@ -41,6 +42,27 @@ class Layout:
     cosine: Tensor
     sine: Tensor
     rotated: Tensor
+    order: Tensor
+
+    def behind(self, plain: int) -> Layout:
+        """Returns the layout with so many components in front that are not rotated.
+
+        Args:
+            plain: their number.
+        """
+
+        def moved(value: Tensor, front: Tensor, shift: int = 0) -> Tensor:
+            return torch.cat([front.to(value), value + shift]) if plain else value
+
+        zeros, places = torch.zeros(plain), torch.arange(plain)
+        return Layout(
+            partner=moved(self.partner, places, plain),
+            sign=moved(self.sign, zeros),
+            cosine=moved(self.cosine, zeros),
+            sine=moved(self.sine, zeros),
+            rotated=torch.cat([zeros.to(self.rotated), self.rotated]),
+            order=moved(self.order, places, plain),
+        )
 
     def vectors(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Returns full-length cosines and signed sines, ``[…, d_h]`` each.
@@ -110,10 +132,13 @@ class RopeReader:
         module: the attention.
         path: its path.
         hooks: takes what removes the hooks.
+        plain: so many components in front are not rotated, and the function that rotates does
+            not get them.
     """
 
-    def __init__(self, module: nn.Module, path: str, hooks: ExitStack) -> None:
+    def __init__(self, module: nn.Module, path: str, hooks: ExitStack, plain: int = 0) -> None:
         self.enabled = False
+        self.plain = plain
         self.module = module
         self.path = path
         self.layout: Layout | None = None
@@ -149,8 +174,9 @@ class RopeReader:
         """
         batch, _, length, size = query.shape
         rotation = self.rotation
+        width = size - self.plain
         if rotation is None and self.unrotated:
-            rotation = Rotation(query.new_ones(1, 1, size), query.new_zeros(1, 1, size))
+            rotation = Rotation(query.new_ones(1, 1, width), query.new_zeros(1, 1, width))
         if rotation is None or rotation.cos.dim() != 3 or rotation.cos.shape[0] not in (1, batch):
             raise RuntimeError(
                 f"{self.path}: the rotation of its queries and keys cannot be read (it is called "
@@ -159,8 +185,8 @@ class RopeReader:
             )
         if self.layout is None:
             paired = rotation.paired
-            layout = interleaved(size) if paired else read_layout(self.module, size, rotation.cos)
-            self.layout = layout.to(query.device)
+            layout = interleaved(width) if paired else read_layout(self.module, width, rotation.cos)
+            self.layout = layout.behind(self.plain).to(query.device)
         dtype = compute_dtype(query.dtype)
         cos = rotation.cos.to(dtype).expand(batch, -1, -1)
         sin = rotation.sin.to(dtype).expand(batch, -1, -1)
@@ -196,7 +222,7 @@ def half_split(size: int, rotary: int) -> Layout:
     partner[:half], partner[half:rotary] = torch.arange(half, rotary), torch.arange(half)
     sign[:half], sign[half:rotary] = -1.0, 1.0
     index = torch.arange(size).clamp(max=rotary - 1)
-    return Layout(partner, sign, index, index, torch.arange(size) < rotary)
+    return Layout(partner, sign, index, index, torch.arange(size) < rotary, torch.arange(size))
 
 
 def interleaved(size: int) -> Layout:
@@ -208,7 +234,7 @@ def interleaved(size: int) -> Layout:
     index = torch.arange(size)
     sign = torch.ones(size)
     sign[::2] = -1.0
-    return Layout(index ^ 1, sign, index, index, torch.ones(size, dtype=torch.bool))
+    return Layout(index ^ 1, sign, index, index, torch.ones(size, dtype=torch.bool), index)
 
 
 def read_layout(module: nn.Module, size: int, cos: Tensor) -> Layout:
@@ -233,40 +259,51 @@ def read_layout(module: nn.Module, size: int, cos: Tensor) -> Layout:
     return half_split(size, min(width, size))
 
 
-def _rotation_of(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
+def _rotation_of(module: nn.Module) -> Callable[..., Any] | None:
     forward = inspect.unwrap(type(module).forward)
+    apart = getattr(getattr(module, "config", None), INTERLEAVED_FLAG, True)
     for name in forward_names(module):
         function = forward.__globals__.get(name)
-        if ROTARY in name and callable(function):
+        chosen = apart or not name.endswith(INTERLEAVED_ROTATION)
+        if ROTARY in name and callable(function) and chosen:
             return function
     return None
 
 
 def _probe(
-    function: Callable[..., tuple[Tensor, Tensor]], size: int, shape: list[int]
+    function: Callable[..., Any], size: int, shape: list[int]
 ) -> Layout:
     width = shape[-1]
     indices = torch.arange(2.0, width + 2).expand(shape)
     zeros, ones = torch.zeros(shape), torch.ones(shape)
 
+    names = list(inspect.signature(function).parameters)
+    alone = len(names) > 1 and "cos" in names[1]
+
     def rotate(vector: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         vector = vector.expand(1, 1, 1, size).clone()
+        if alone:
+            return function(vector, cos.clone(), sin.clone()).reshape(size)
         return function(vector, vector.clone(), cos.clone(), sin.clone())[0].reshape(size)
 
-    unit = torch.ones(size)
+    unit, places = torch.ones(size), torch.arange(2.0, size + 2)
     cosine = rotate(unit, indices, zeros).round().long()
     rotated = rotate(unit, zeros, zeros) == 0
     sine = rotate(unit, zeros, indices).round().long()
-    partner = rotate(torch.arange(2.0, size + 2), zeros, ones).round().long()
+    order = rotate(places, ones, zeros).round().long() - 2
+    partner = rotate(places, zeros, ones).round().long()
+    inverse = order.argsort()
     layout = Layout(
-        partner=torch.where(rotated, partner.abs() - 2, torch.arange(size)),
+        partner=torch.where(rotated, inverse[(partner.abs() - 2) % size], torch.arange(size)),
         sign=torch.where(rotated, partner.sign(), 0).float(),
         cosine=torch.where(rotated, cosine - 2, 0),
         sine=torch.where(rotated, sine.abs() - 2, 0),
         rotated=rotated,
+        order=order,
     )
-    if not torch.equal(layout.partner.sort().values, torch.arange(size)):
-        raise ValueError("not a rotation of pairs")
+    for permutation in (layout.partner, layout.order):
+        if not torch.equal(permutation.sort().values, torch.arange(size)):
+            raise ValueError("not a rotation of pairs")
     return layout
 
 
@@ -294,6 +331,8 @@ def average(layout: Layout, moment: Tensor, mean: Tensor) -> Tensor:
 
         C ∘ E[c cᵀ] + Pᵀ (C ∘ E[s cᵀ]) + (C ∘ E[c sᵀ]) P + Pᵀ (C ∘ E[s sᵀ]) P
 
+    in the order in which the components are rotated, given back in that of x.
+
     Args:
         layout: the layout.
         moment: C, symmetric.
@@ -302,4 +341,6 @@ def average(layout: Layout, moment: Tensor, mean: Tensor) -> Tensor:
     inverse = layout.partner.argsort()
     crossed = (moment * mean[1])[..., inverse, :]
     both = (moment * mean[2])[..., inverse, :][..., inverse]
-    return moment * mean[0] + crossed + crossed.mT + both
+    result = moment * mean[0] + crossed + crossed.mT + both
+    inverse = layout.order.argsort()
+    return result[..., inverse, :][..., inverse]

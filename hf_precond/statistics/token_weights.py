@@ -200,8 +200,9 @@ class Reader:
             dtype: of the weights.
 
         Returns:
-            ``[B, T, …]`` for ``[B, T, …, d]``, ``[B · T]`` for the flattened ``[B · T, d]``;
-            ``[T, B]`` in modules that work on ``[T, B, d]``.
+            ``[B, T, …]`` for ``[B, T, …, d]``, ``[B, H, T]`` for the heads first ``[B, H, T, d]``,
+            ``[B · T]`` for the flattened ``[B · T, d]``; ``[T, B]`` in modules that work on
+            ``[T, B, d]``.
         """
         if len(shape) < 2:
             return None
@@ -214,6 +215,10 @@ class Reader:
                     weights = mask.ne(0).to(dtype)
                     several = shape[2:-1]  # streams or heads of one token: all weigh the same
                     return weights[(..., *[None] * len(several))].expand(*weights.shape, *several)
+                if name in masks and len(shape) == 4:
+                    mask = self._fit(masks[name], (shape[0], *shape[2:]), masked)
+                    if mask is not None:
+                        return mask.ne(0).to(dtype)[:, None].expand(shape[:-1])
         return None
 
     def _fit(self, mask: Tensor, shape: tuple[int, ...], masked: _MaskedModel) -> Tensor | None:

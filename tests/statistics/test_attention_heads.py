@@ -83,18 +83,36 @@ def test_moments_of_heads(name: str, kernel: str) -> None:
 def rotations_of(module: nn.Module, cos: Tensor, sin: Tensor | None, size: int) -> Tensor:
     """The matrix of each position, column by column, by the model's own function: ``[n, d, d]``."""
     forward = inspect.unwrap(type(module).forward)
-    (name,) = {n for n in forward.__code__.co_names if "rotary" in n and n in forward.__globals__}
+    names = {n for n in forward.__code__.co_names if "rotary" in n and n in forward.__globals__}
+    if len(names) > 1:
+        names = {n for n in names if n.endswith("interleave") == module.config.rope_interleave}
+    (name,) = names
     rotate = forward.__globals__[name]
     count, columns = cos.shape[-2], torch.eye(size, dtype=torch.float64)[None, :, None, :]
     columns = columns.expand(1, size, count, size)
     if sin is None:  # complex numbers, and [B, N, H, d]
+        if cos.shape[-1] * 2 == size and "freqs_cis.unsqueeze(1)" in inspect.getsource(rotate):
+            return rotate(columns, columns, cos)[0][0].permute(1, 2, 0).double()
         moved = columns.transpose(1, 2)
         return rotate(moved, moved, cos)[0][0].mT.double()
     rotated, _ = rotate(columns, columns, cos, sin)
     return rotated[0].permute(1, 2, 0)  # [positions, component, column]
 
 
+LATENT: dict[str, Any] = {
+    **TEXT, "n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1,
+    "kv_lora_rank": 6, "q_lora_rank": 8, "qk_rope_head_dim": 6, "qk_nope_head_dim": 4,
+    "v_head_dim": 5, "first_k_dense_replace": 2, "num_key_value_heads": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+}  # fmt: skip
 ROTARY: dict[str, Any] = {
+    "deepseek-v3, interleaved and reordered": lambda: tf.DeepseekV3ForCausalLM(
+        tf.DeepseekV3Config(**LATENT)
+    ),
+    "deepseek-v3, half-split": lambda: tf.DeepseekV3ForCausalLM(
+        tf.DeepseekV3Config(**LATENT, rope_interleave=False)
+    ),
+    "deepseek-v2, complex": lambda: tf.DeepseekV2ForCausalLM(tf.DeepseekV2Config(**LATENT)),
     "llama": lambda: FAMILIES["llama"].build(),
     "qwen3": lambda: FAMILIES["qwen3"].build(),
     "modernbert": lambda: FAMILIES["modernbert"].build(),
@@ -161,8 +179,10 @@ def test_average_over_rotations_equals_brute_force(name: str) -> None:
         for row in range(3):
             pick = slice(row, row + 1) if cos.shape[0] == 3 else slice(0, 1)
             sines = None if sin is None else sin[pick]
-            every = rotations_of(block.module, cos[pick], sines, block.heads.size)
-            matrices.append(every[mask[row]])
+            front = torch.eye(block.plain).double()
+            turning = block.heads.size - block.plain
+            every = rotations_of(block.module, cos[pick], sines, turning)[mask[row]]
+            matrices.append(torch.stack([torch.block_diag(front, r) for r in every]))
         turned = torch.cat(matrices)
         for kind in ("query", "key"):
             moment = taken[f"{block.name}/{kind}"].sum
@@ -227,7 +247,7 @@ def test_layout_of_an_unknown_rotation_is_half_split() -> None:
             return x
 
     layout, expected = read_layout(Own(), 8, torch.ones(1, 3, 4)), half_split(8, 4)
-    for item in ("partner", "sign", "cosine", "sine", "rotated"):
+    for item in ("partner", "sign", "cosine", "sine", "rotated", "order"):
         torch.testing.assert_close(getattr(layout, item), getattr(expected, item))
     assert layout.partner.tolist() == [2, 3, 0, 1, 4, 5, 6, 7]
 

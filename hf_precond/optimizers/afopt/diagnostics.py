@@ -58,9 +58,12 @@ class ObservedStep:
         pair = momenta.flatten(1), directions.flatten(1)
         self.cosines.append(torch.cosine_similarity(*pair, dim=1, eps=1e-30))
         for plan, direction in zip(batch, directions, strict=True):
-            if plan.block in self.plan.moments_of and plan.role in ("q", "k") and not plan.side:
+            block = plan.block
+            if block not in self.plan.moments_of or plan.side or plan.role in block.downs:
+                continue
+            if block.serves(plan.role) in ("q", "k"):
                 step = direction * self.rates[plan.bound.group]
-                self.logits.setdefault(plan.block, {})[plan.role] = plan, step
+                self.logits.setdefault(block, {})[plan.role] = plan, step
 
 
 def report(optimizer: AFOpt) -> dict[str, float]:
@@ -135,14 +138,14 @@ def layer_change(
     """Mean squares of the change of a layer's logits, per query head, ``[H]``.
 
     ``s²·[tr(A_K δq A_X δqᵀ) + tr(A_Q δk A_X δkᵀ) + 2 tr(δq A_X Ŵ_qᵀ δk A_X Ŵ_kᵀ)]``;
-    the last term is left out where queries and keys are rotated or normed.
+    the last term is left out where queries and keys are rotated, normed or made of several tensors.
 
     Args:
         factors: reads moments and weights.
         block: the attention.
-        roles: ``q`` and ``k``, or one of them, to plan and step ``[out, c]``.
+        roles: those of queries and keys, to plan and step ``[out, c]``.
     """
-    heads, group = block.heads.query, block.heads.group
+    heads = block.heads.query
     terms, cross = [], []
     for role, (plan, step) in roles.items():
         assert plan.right is not None
@@ -151,16 +154,17 @@ def layer_change(
         moment = factors.moment(plan.right)[0].to(step.dtype)
         moved = heads_of(times_right(step[None], [moment])[0], plan.heads)
         parts = heads_of(step, plan.heads)
-        if role == "k":
-            moved, parts = (t.repeat_interleave(group, 0) for t in (moved, parts))
-            left = factors.vector_moment(block, "q")
-        else:
-            left = factors.vector_moment(block, "k").repeat_interleave(group, 0)
+        moved, parts = (t.repeat_interleave(heads // plan.heads, 0) for t in (moved, parts))
+        left = factors.vector_moment(block, "k" if block.serves(role) == "q" else "q")
+        left = left.repeat_interleave(heads // len(left), 0)
+        start, stop = block.span(role)
+        left = left[:, start:stop, start:stop]
         terms.append((torch.bmm(moved, parts.mT) * left.to(step.dtype)).sum((-2, -1)))
         weight = heads_of(block.effective(role).to(step.dtype), plan.heads)
         weight = weight.repeat_interleave(heads // plan.heads, 0)[..., : moved.shape[-1]]
         cross.append(torch.bmm(moved, weight.mT))
-    if len(cross) == 2 and not {"query", "key"} & set(factors.plan.moments_of[block]):
+    several = block.parts or block.spans or {"query", "key"} & set(factors.plan.moments_of[block])
+    if len(cross) == 2 and not several:
         terms.append(2 * (cross[0] * cross[1].mT).sum((-2, -1)))
     return torch.stack(terms).sum(0).clamp(min=0) * block.logit_scale**2
 

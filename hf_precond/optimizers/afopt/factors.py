@@ -5,6 +5,7 @@ Left factors of a head h, in torch's layout (``Ŵ = [W | b]``, ``x̂ = (x, 1)``)
 - q: ``A_K,h = E[k kᵀ] = Ŵ_k,h A_X Ŵ_k,hᵀ`` (its key-value head's, under grouped queries)
 - k: ``A_Q,h = Ŵ_q,h A_X Ŵ_q,hᵀ``, summed over the query heads that share the key
 - v: ``W_o,hᵀ W_o,h``, summed likewise
+- parts of queries and keys, latents: :mod:`~hf_precond.optimizers.afopt.latent`
 - adapters: :mod:`~hf_precond.optimizers.afopt.variants`
 
 Nothing is collected for A_K and A_Q unless queries and keys are rotated or normed on their way to
@@ -281,13 +282,17 @@ class Factors:
         Returns:
             ``None`` for the identity.
         """
+        if role in block.downs or role in block.parts or role in block.spans:
+            from hf_precond.optimizers.afopt import latent
+
+            return latent.output_moment(self, block, role, damped)
         group = block.heads.group
         if role == "q":
             return self.vector_moment(block, "k", damped).repeat_interleave(group, 0)
         if role == "k":
             moment = self.vector_moment(block, "q", damped)
         elif role == "v" and block.o is not None:
-            weight = _weight(block, "o")[:, : block.o.shape[1]]
+            weight = self.weight(block, "o")[:, : block.o.shape[1]]
             parts = weight.mT.reshape(block.heads.query, block.heads.value_size, -1)
             moment = torch.bmm(parts, parts.mT) * (1 + damped * self.config.damping)
         else:
@@ -296,21 +301,49 @@ class Factors:
 
     def vector_moment(self, block: AttentionBlock, role: str, damped: bool = False) -> Tensor:
         """A_Q (role q), ``[H, d_h, d_h]``, or A_K (role k), ``[H_kv, d_h, d_h]``."""
-        heads = block.heads.query if role == "q" else block.heads.key_value
-        weight, config = heads_of(_weight(block, role), heads), self.config
+        observed = self.plan.moments_of.get(block, {}).get(VECTORS[role])
+        moment = None if observed is None else observed.read(self.state)
+        if moment is not None and not damped:
+            return moment
+        if block.parts or block.spans:
+            from hf_precond.optimizers.afopt import latent
+
+            return latent.vector_moment(self, block, role, moment, damped)
+        return self.image_moment(block, role, moment, damped)
+
+    def image_moment(
+        self, block: AttentionBlock, role: str, observed: Tensor | None, damped: bool
+    ) -> Tensor:
+        """The moment of what a role's matrix makes of its input, ``[heads, rows, rows]``.
+
+        Args:
+            block: the attention.
+            role: of the matrix.
+            observed: that moment where it was collected.
+            damped: by the covariant damping.
+        """
+        weight, config = heads_of(self.weight(block, role), block.heads_of(role)), self.config
         if config.space == "product":
             weight = weight[..., : block.roles()[role].shape[1]]
             return torch.bmm(weight, weight.mT) * (1 + damped * config.damping)
         moments, name = self.plan.moments_of[block], self.plan.input_of(block, role)
-        if VECTORS[role] in moments:
-            moment = moments[VECTORS[role]].read(self.state)
-        else:
+        if observed is None:
             inputs = moments[name].read(self.state)
-            moment = quadratic(weight.to(inputs.dtype), inputs)
+            observed = quadratic(weight.to(inputs.dtype), inputs)
         if damped:
             mean = _trace(moments[name].read(self.state)) / moments[name].request.matrix.columns
-            moment = moment + torch.bmm(weight, weight.mT) * config.damping * mean
-        return moment
+            observed = observed + torch.bmm(weight, weight.mT) * config.damping * mean
+        return observed
+
+    def weight(self, block: AttentionBlock, role: str) -> Tensor:
+        """``[W | b]`` in the dtype of the mathematics: products of bfloat16 ones lose two digits.
+
+        Args:
+            block: the attention.
+            role: of the matrix.
+        """
+        weight = block.effective(role)
+        return weight.to(compute_dtype(weight.dtype))
 
 
 def quadratic(weight: Tensor, moment: Tensor) -> Tensor:
@@ -372,12 +405,6 @@ def times_right(
                 target.copy_(product)
         start = stop
     return result
-
-
-def _weight(block: AttentionBlock, role: str) -> Tensor:
-    """``[W | b]`` in the dtype of the mathematics: products of bfloat16 ones lose two digits."""
-    weight = block.effective(role)
-    return weight.to(compute_dtype(weight.dtype))
 
 
 def _trace(moment: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def attention_matrices(model: nn.Module, config: AFOptConfig) -> ModelStructure:
         for role, matrix in block.roles().items():
             if role in block.trainable and not is_tied(matrix):
                 why = outside_scope
-                if tied and role in SCOPES[scope]:
+                if tied and set(block.serves(role)) <= set(SCOPES[scope]):
                     why = f"its attention has a tied weight ({tied[0].name})"
                 left.append((matrix, ROLES[role], why))
     if scope == "all_linear":
@@ -135,9 +135,11 @@ def check_attention(attentions: Sequence[AttentionBlock], config: AFOptConfig) -
         ValueError: ``joint`` for an attention without a known joint solution.
     """
     for block in attentions:
-        if config.joint and (block.heads.group > 1 or observes(block, config)):
+        made = block.parts or block.downs
+        if config.joint and (block.heads.group > 1 or made or observes(block, config)):
             raise ValueError(
-                f"joint=True: {block.name} has grouped, rotated or normed queries and keys, "
+                f"joint=True: {block.name} has grouped, rotated or normed queries and keys, or "
+                "several matrices that make them, "
                 "for which the joint solution is not known; set joint=False (or "
                 "rope='ignored' where they are only rotated)."
             )
@@ -153,12 +155,12 @@ def check_attention(attentions: Sequence[AttentionBlock], config: AFOptConfig) -
 def observes(block: AttentionBlock, config: AFOptConfig) -> bool:
     """Whether A_K and A_Q are collected, instead of following from A_X and the weights.
 
-    Queries and keys that are rotated or normed on their way to the logits are
-    no linear functions of the input.
+    Queries and keys that are rotated or normed on their way to the logits, or
+    made of several tensors, are no linear functions of one input.
     """
     if block.rotary:
         return block.observed and config.rope == "averaged"
-    return block.observed and block.normed
+    return block.observed and (block.normed or bool(block.parts))
 
 
 # Which factors -------------------------------------------------------------------------
@@ -295,9 +297,8 @@ def _members(block: AttentionBlock, bound: Mapping[LayerMatrix, BoundMatrix]) ->
         for pair in block.pairs(role):
             members[pair.up] = role, "up"
             members.setdefault(pair.down, (role, "down"))
-    heads = {"q": block.heads.query, "k": block.heads.key_value, "v": block.heads.key_value}
     return [
-        MatrixPlan(bound[matrix], role, side, block, 1 if side == "down" else heads.get(role, 1))
+        MatrixPlan(bound[matrix], role, side, block, 1 if side == "down" else block.heads_of(role))
         for matrix, (role, side) in members.items()
         if matrix in bound
     ]
@@ -354,9 +355,11 @@ class AFOptPlan:
             return self.lefts[-1]
 
         config, block = self.config, plan.block
-        in_logits = plan.role in "qk" and not plan.side
-        meets_output = plan.role == "v" and block is not None and block.o is not None
-        if plan.role in "qk" or meets_output or plan.side == "down":
+        serves = "" if block is None else block.serves(plan.role)
+        down = block is not None and plan.role in block.downs
+        in_logits = serves in ("q", "k") and not plan.side and not down
+        meets_output = serves == "v" and block is not None and block.o is not None
+        if {"q", "k"} & set(serves) or meets_output or plan.side == "down":
             plan.left = add("left", self._kinds(plan)[0])
         if in_logits and config.scaling in ("logit_rms", "cap"):
             plan.left_moment = add("left_moment", "moment")
@@ -373,11 +376,12 @@ class AFOptPlan:
             return
         plan.right = self._right(plan, self._moment(block, self.input_of(block, role)))
         plan.moments.append(plan.right.moment)
-        left_inputs = "qk" if config.joint and role in "qk" else {"q": "k", "k": "q"}.get(role, "")
-        for other in left_inputs:
+        serves = block.serves(role)
+        for other in [b for a, b in ("qk", "kq") if a in serves or (config.joint and b in serves)]:
             # Covariant damping is in units of the input's moment.
             if not observes(block, config) or config.covariant_damping:
-                plan.moments.append(self._moment(block, self.input_of(block, other)))
+                inputs = [self.input_of(block, maker) for maker in block.makers(other)]
+                plan.moments += [self._moment(block, name) for name in inputs]
             if observes(block, config):
                 plan.moments.append(self._moment(block, VECTORS[other]))
 
@@ -400,13 +404,16 @@ class AFOptPlan:
 
     def input_of(self, block: AttentionBlock, role: str) -> str:
         """The name in :attr:`moments_of` of what enters a role's matrix."""
-        return "centered" if role == "k" and self.config.center else block.reads(role)
+        if self.config.center and role in block.makers("k"):
+            return "centered" if role == "k" else f"centered_{role}"
+        return block.reads(role)
 
     def _moment(self, block: AttentionBlock, name: str) -> Moment:
         """A moment of an attention, made once; its first matrix's state holds it.
 
         ``x``, ``context``, ``value``, ``o``: of a tensor that :meth:`AttentionBlock.reads` names;
-        ``centered``: of k's input about each sequence's mean; ``query``, ``key``: of these vectors.
+        ``centered``: of k's input about each sequence's mean (``centered_k_rot`` and its like: of
+        another part's); ``query``, ``key``: of these vectors.
         """
         moments = self.moments_of.setdefault(block, {})
         if name in moments:
@@ -415,7 +422,8 @@ class AFOptPlan:
         if vectors:
             matrix = block.q if name == "query" else block.k
         else:
-            tensor = block.reads("k") if name == "centered" else name
+            centered = name.startswith("centered")
+            tensor = block.reads(name[len("centered_") :] or "k") if centered else name
             # v first: DeBERTa calls q and k with its relative positions too.
             readers = [block.roles()[role] for role in sorted(block.readers(tensor), reverse=True)]
             matrix = max(readers, key=lambda m: (m.columns, m.trains))
@@ -426,7 +434,7 @@ class AFOptPlan:
             matrix,
             attention=block,
             average_rotation=vectors and block.rotary,
-            center=self.config.center and name in ("centered", "key"),
+            center=name.startswith("centered") or (self.config.center and name == "key"),
         )
         return moments[name]
 

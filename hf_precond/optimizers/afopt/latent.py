@@ -1,0 +1,110 @@
+"""Left factors where queries, keys and values are made of latents, or of several tensors.
+
+With the notation of :mod:`~hf_precond.architectures.latent`, ``D = diag(γ)`` the scale of a
+latent's norm, ``[·]`` the columns of a head that a matrix makes, and A_Q, A_K, d_h wide, of the
+whole queries and keys:
+
+- queries: A_K,h; keys made of the latent: ``A_Q,h`` in their columns; the shared part of the keys:
+  ``Σ_h A_Q,h`` in its columns
+- values: ``W_o,hᵀ W_o,h``
+- the down-projection of the queries: ``D Σ_h W_q,hᵀ A_K,h W_q,h D``
+- that of keys and values: ``D (M_k + M_v) D``, ``M_k = Σ_h W_k,hᵀ A_Q,h W_k,h`` and ``M_v = Σ_h
+  W_v,hᵀ W_o,hᵀ W_o,h W_v,h``, each over its mean eigenvalue: logits and outputs have no common unit
+
+The norm's division by the length of its input, another number for each token, is left out, as
+those of normed queries and keys are. A_Q and A_K are those of the vectors that the kernel is called
+with (under RoPE averaged as ever); where it cannot be observed, or with ``rope="ignored"``, they
+are sums over the matrices, without the products of two of them: ``A_K,h`` is then ``W_k,h A_c
+W_k,hᵀ`` in the columns of the latent's keys and ``W_r A_X W_rᵀ`` in those of the shared ones.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_precond.architectures.attention_block import AttentionBlock
+from hf_precond.linalg.matrix_functions import mean_eigenvalue
+
+if TYPE_CHECKING:
+    from hf_precond.optimizers.afopt.factors import Factors
+
+
+def output_moment(
+    factors: Factors, block: AttentionBlock, role: str, damped: bool
+) -> Tensor | None:
+    """What the output of a matrix is weighed by, ``[heads, rows, rows]``.
+
+    Args:
+        factors: reads moments and weights.
+        block: the attention.
+        role: of a latent, a part of queries or keys, or those beside a part.
+        damped: by the covariant damping.
+
+    Returns:
+        ``None`` for the identity.
+    """
+    if role in block.downs:
+        return _latent_moment(factors, block, role, damped)
+    queries = block.serves(role) == "q"
+    moment = factors.vector_moment(block, "k" if queries else "q", damped)
+    start, stop = block.span(role)
+    moment = moment[:, start:stop, start:stop]
+    if queries:
+        moment = moment.repeat_interleave(block.heads.group, 0)
+    return moment.unflatten(0, (block.heads_of(role), -1)).sum(1)
+
+
+def _latent_moment(
+    factors: Factors, block: AttentionBlock, role: str, damped: bool
+) -> Tensor | None:
+    down = block.downs[role]
+    terms = []
+    for image in down.images:
+        moment = factors.output_moment(block, image, damped)
+        if moment is None:
+            continue
+        weight = factors.weight(block, image)[:, : down.matrix.shape[0]]
+        parts = weight.unflatten(0, (len(moment), -1))
+        term = torch.bmm(parts.mT, torch.bmm(moment.to(parts.dtype), parts)).sum(0)
+        terms.append(term)
+    if len(terms) > 1:
+        tiny = torch.finfo(terms[0].dtype).tiny
+        terms = [term / mean_eigenvalue(term[None]).clamp(min=tiny) for term in terms]
+    total = torch.stack(terms).sum(0, keepdim=True)
+    scale = down.scale()
+    if scale is None:
+        return total
+    scale = scale.to(total.dtype)
+    return scale[:, None] * total * scale
+
+
+def vector_moment(
+    factors: Factors, block: AttentionBlock, role: str, observed: Tensor | None, damped: bool
+) -> Tensor:
+    """A_Q (role q) or A_K (role k), by the covariant damping or where it was not observed.
+
+    Args:
+        factors: reads moments and weights.
+        block: the attention.
+        role: ``q`` or ``k``.
+        observed: what was collected, without damping; ``None`` for nothing.
+        damped: by the covariant damping.
+
+    Returns:
+        ``[heads, d_h, d_h]``.
+    """
+    count, size, terms = block.heads_of(role), block.heads.size, []
+    for maker in block.makers(role):
+        moment = factors.image_moment(block, maker, None, False)
+        if damped:
+            with_damping = factors.image_moment(block, maker, moment, True)
+            moment = with_damping if observed is None else with_damping - moment
+        start, stop = block.span(maker)
+        edges = (start, size - stop)
+        terms.append(F.pad(moment, edges * 2).expand(count, -1, -1))
+    total = torch.stack(terms).sum(0)
+    return total if observed is None else observed + total
