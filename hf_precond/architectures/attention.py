@@ -6,7 +6,7 @@ import inspect
 import itertools
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -24,6 +24,7 @@ from hf_precond.architectures.modules import (
     has_adapters,
     is_known,
     is_linear,
+    is_pointwise,
     is_readable,
     layer_matrix,
     refusal,
@@ -136,7 +137,7 @@ class _Candidate:
             from hf_precond.architectures.peft import unwrap
 
             layer, layer_name = unwrap(wrapper, full)
-        if not is_linear(layer) or not is_known(layer):
+        if not (is_linear(layer) and is_known(layer)) and not is_pointwise(layer):
             return None
         return _Projection(layer, layer_name, wrapper, full)
 
@@ -154,13 +155,15 @@ class _Candidate:
         gated = "q" in rows and self.declaration is None and _gates_values(self.module)
         if gated:
             rows["q"] //= 2
-        heads = self._heads(rows)
+        layout, order = self._fusion(names)
+        heads = self._heads(rows, order.count("z"))
         if heads is None:
             return None
         output = self._output(names, heads)
         if output is None and self.declaration is not None and names.outputs:
             return None
-        selections = _fused_rows(heads, names.layout, separate_query="q" in parts)
+        order = order.replace("q", "") if "q" in parts else order
+        selections = _fused_rows(heads, layout, order)
         matrices: dict[str, LayerMatrix] = {}
         adapters: dict[str, LowRankAdapter] = {}
         for role in ("q", "k", "v", "o"):
@@ -219,10 +222,23 @@ class _Candidate:
     def _stated_heads(self) -> int | None:
         if self.declaration is not None:
             return self._declared_number(self.declaration.heads)
-        return self._stated(tables.HEAD_COUNTS)
+        single = _is_one_of(self.module, tables.SINGLE_HEADS)
+        return 1 if single else self._stated(tables.HEAD_COUNTS)
 
-    def _heads(self, rows: Mapping[str, int]) -> Heads | None:
-        """The heads that fit the rows of the projections, or ``None``."""
+    def _fusion(self, names: Convention) -> tuple[str | int, str]:
+        """How the rows of a fused weight fall into groups, and their order in a group."""
+        if self.declaration is None:
+            for name in class_names(self.module) & tables.FUSED_ROWS.keys():
+                return tables.FUSED_ROWS[name]
+        return names.layout, "qkv"
+
+    def _heads(self, rows: Mapping[str, int], gates: int = 0) -> Heads | None:
+        """The heads that fit the rows of the projections, or ``None``.
+
+        Args:
+            rows: of each projection.
+            gates: how many gates of the values the fused one holds.
+        """
         declaration, query = self.declaration, self._stated_heads()
         if declaration is None:
             key_value_stated = self._stated(tables.KEY_VALUE_HEAD_COUNTS)
@@ -245,6 +261,11 @@ class _Candidate:
         elif "qkv" in rows:
             key_value = key_value_stated or query
             parts = 2 * key_value + (0 if "q" in rows else query)
+            held = (getattr(self.module, name, None) for name in tables.VALUE_ROWS)
+            values = next((number for number in held if isinstance(number, int)), 0)
+            wide = (parts - key_value) * (size or 0) + values * (1 + gates) == rows["qkv"]
+            if values and wide and declaration is None and values % key_value == 0:
+                return Heads(query, key_value, size or 0, values // key_value)
             if size is None or parts * size != rows["qkv"]:
                 size = rows["qkv"] // parts
             rest = rows["qkv"] - parts * size
@@ -279,9 +300,10 @@ class _Candidate:
 
     def _output(self, names: Convention, heads: Heads) -> _Projection | None:
         """The first named layer whose inputs are the heads' values side by side."""
+        width = heads.query * heads.value_size
+        width *= 2 if _is_one_of(self.module, tables.WIDER_OUTPUTS) else 1
         for name in names.outputs:
             projection = self._resolve(name)
-            width = heads.query * heads.value_size
             if projection is not None and projection.matrix().shape[1] == width:
                 return projection
         return None
@@ -327,6 +349,7 @@ class _Candidate:
             note=_note(module, (rotary or normed) and not observed),
             observed=observed,
             adapters=adapters,
+            paired_values=_is_one_of(module, tables.PAIRED_VALUES),
         )
 
     def _names_around(self) -> str:
@@ -388,14 +411,22 @@ def _gates_values(module: nn.Module) -> bool:
     return _is_one_of(module, tables.GATED)
 
 
-def _fused_rows(heads: Heads, layout: str, *, separate_query: bool) -> dict[str, RowSelection]:
-    """The rows of q, k and v in a fused weight."""
-    groups = heads.key_value if layout == "interleaved" else 1
-    keys = heads.key_value * heads.size // groups
-    queries = 0 if separate_query else heads.query * heads.size // groups
-    ends = (0, queries, queries + keys, queries + 2 * keys)
-    spans = zip("qkv", itertools.pairwise(ends), strict=True)
-    return {role: RowSelection(groups, span, groups * ends[-1]) for role, span in spans}
+def _fused_rows(heads: Heads, layout: str | int, order: str) -> dict[str, RowSelection]:
+    """The rows of q, k and v in a fused weight.
+
+    Args:
+        heads: the heads.
+        layout: ``sectioned``, ``interleaved``, or in how many groups.
+        order: what comes after what in a group, ``z`` a gate as wide as the values.
+    """
+    named = {"sectioned": 1, "interleaved": heads.key_value}
+    groups = named[layout] if isinstance(layout, str) else layout
+    values = heads.key_value * heads.value_size
+    widths = {"q": heads.query * heads.size, "k": heads.key_value * heads.size}
+    ends = itertools.accumulate((widths.get(r, values) // groups for r in order), initial=0)
+    spans = list(itertools.pairwise(ends))
+    selections = (RowSelection(groups, span, groups * spans[-1][1]) for span in spans)
+    return dict(zip(order, selections, strict=True))
 
 
 def _add_adapter(
@@ -466,6 +497,8 @@ def _logit_scale(module: nn.Module, size: int) -> float | None:
         return 1.0
     if _is_one_of(module, tables.UNSCALED):
         return 1.0
+    if _is_one_of(module, tables.OWN_SCALE):
+        return float(cast(float, module.scale))
     if hasattr(module, tables.DISENTANGLED):  # each term of DeBERTa's sum counts
         positions: Any = module.pos_att_type
         terms = 1 + sum(term in positions for term in ("c2p", "p2c"))
@@ -484,6 +517,8 @@ def _note(module: nn.Module, unseen: bool) -> str:
         return "its queries and keys cannot be seen rotated or normed: factors of the plain ones"
     if _gates_values(module) or any(hasattr(module, name) for name in tables.OUTPUT_GATES):
         return "the gate between values and output is not in the metric"
+    if hasattr(module, tables.SHORT_CONVOLUTION):
+        return "the convolution behind its projections is not in the metric"
     if hasattr(module, tables.DISENTANGLED):
         return "content term only: the position terms of its logits are not in the metric"
     return ""

@@ -161,6 +161,7 @@ class AttentionBlock:
     spans: dict[str, tuple[int, int]] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
     plain: int = 0
+    paired_values: bool = False
 
     def roles(self) -> dict[str, LayerMatrix]:
         """Role to matrix, for the roles this attention has."""

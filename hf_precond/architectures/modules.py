@@ -172,6 +172,14 @@ def layer_of(
     return path, modules[path], attribute
 
 
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether a module is a convolution that computes ``x Wᵀ + b`` at every place."""
+    if not isinstance(module, CONVOLUTIONS) or module.groups != 1:
+        return False
+    weight = module._parameters.get("weight")
+    return weight is not None and refusal(weight) is None and weight[0, 0].numel() == 1
+
+
 def stepped_weight(layer: nn.Module) -> Tensor | None:
     """The parameter that is a layer's matrix; ``None`` where there is none."""
     weight = layer._parameters.get("weight")

@@ -25,11 +25,20 @@ CONVENTIONS = (
     ("project_q", "project_k", "project_v"),
     ("to_q", "to_k", "to_v"),
     ("linear_q", "linear_k", "linear_v"),
+    ("q_head", "k_head", "v_head"),
+    ("projection_query", "projection_key", "projection_value"),
+    ("q_proj.linear", "k_proj.linear", "v_proj.linear"),
     ("q_attn", None, None, "c_attn"),
+    ("to_q", None, None, "to_kv"),
+    ("queries.linear", None, None, "keys_values.linear", "interleaved"),
     (None, None, None, "c_attn"),
     (None, None, None, "Wqkv"),
     (None, None, None, "qkv_proj"),
     (None, None, None, "qkv"),
+    (None, None, None, "in_proj_qkv"),
+    (None, None, None, "in_proj_qkvz", "interleaved"),
+    (None, None, None, "in_proj", "interleaved"),
+    (None, None, None, "queries_keys_values.linear", "interleaved"),
     (None, None, None, "query_key_value", "interleaved"),
 )
 """How attentions name their projections, in the order in which the names are tried.
@@ -56,29 +65,58 @@ SHARED_KEY_SIZES = ("qk_rope_head_dim",)
 OUTPUTS = (
     "o_proj", "out_proj", "proj", "dense", "out_lin", "o", "Wo", "wo", "c_proj",
     "to_out.0", "to_out", "linear_out", "projection_layer", "projection", "attention_out",
-    "..output.dense",
+    "..output.dense", "output", "..output", "post_proj", "proj_out", "projection.linear",
+    "o_proj.linear",
 )
 """Names of the output projection, in the same order."""
 
-ATTENTION = re.compile(r"attention|attn|MLA$", re.IGNORECASE)
+FUSED_ROWS: dict[str, tuple[int | str, str]] = {
+    "CodeGenAttention": (4, "qvk"),
+    "GPTBigCodeAttention": ("interleaved", "qkv"),
+    "MiniMaxLightningAttention": ("interleaved", "qkv"),
+    "Qwen3NextGatedDeltaNet": ("interleaved", "qkvz"),
+}
+"""Classes with the names of a convention that order the rows of a fused weight in another way: in
+how many groups, or how else, and what comes after what in a group; ``z`` is a gate of the values.
+"""
+
+VALUE_ROWS = ("value_dim", "out_dim_projection")
+"""Attributes of an attention with the rows of all values, where a head's values are wider."""
+
+PAIRED_VALUES = ("DiffLlamaAttention",)
+"""Attentions whose output projection reads, a pair of heads, the values of a head of the first
+half of them and then of one of the second."""
+
+WIDER_OUTPUTS = ("ConvBertSelfAttention",)
+"""Attentions whose output projection reads something else behind the heads' values."""
+
+SINGLE_HEADS = ("GroupViTAssignAttention", "JanusVQVAEAttnBlock", "ChameleonVQVAEEncoderAttnBlock")
+"""Attentions with one head, which they do not state."""
+
+ATTENTION = re.compile(r"attention|attn|DeltaNet|MLA$", re.IGNORECASE)
 """In the name of a class that is one."""
 
 NO_ATTENTION = re.compile(r"(?:[mM]lp|MLP|[fF]fn|FFN|[gG]lu|GLU|[fF]eed_?[fF]orward)(?![a-z])")
 """In the name of a class that is no attention, whatever else the name says."""
 
-UNREADABLE = ("CodeGenAttention", "GPTBigCodeAttention", "MiniMaxLightningAttention")
-"""Classes with the names of a convention that order their rows in another way."""
+UNREADABLE = ("AriaCrossAttention", "Florence2VisionChannelAttention")
+"""Classes with the names of a convention whose queries and keys do not meet in logits."""
 
 HEAD_COUNTS = (
     "num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "nhead",
-    "num_attn_heads",
+    "num_attn_heads", "decoder_self_attention_heads", "num_k_heads",
 )
 """Attributes of an attention or its config with the number of query heads."""
 
-KEY_VALUE_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "num_heads_kv")
+KEY_VALUE_HEAD_COUNTS = (
+    "num_key_value_heads", "num_kv_heads", "n_kv_heads", "num_heads_kv", "kv_heads",
+)
 """The same of key-value heads."""
 
-HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "d_kv")
+HEAD_SIZES = (
+    "head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "d_kv", "head_k_dim",
+    "key_dim",
+)
 """The same with the width of a head."""
 
 QUERY_NORMS = ("q_norm", "q_layernorm", "query_norm", "q_ln", "qk_norm", "query_layernorm")
@@ -96,6 +134,12 @@ OUTPUT_GATES = ("gate_proj", "g_proj", "q_gate_proj")
 UNSCALED = ("GPTNeoSelfAttention",)
 """Attentions that do not scale their logits, and do not state so."""
 
+OWN_SCALE = ("CvtSelfAttention", "GroupViTAssignAttention")
+"""Attentions that scale their logits by ``scale``, which is not ``1/√d_h``."""
+
+SHORT_CONVOLUTION = "conv1d"
+"""Child of an attention through which queries, keys and values pass."""
+
 DISENTANGLED = "disentangled_attention_bias"
 """Attribute of attentions that add terms of content and position (DeBERTa)."""
 
@@ -109,11 +153,12 @@ GENERIC_NAMES = ("self", "attention", "attn", "att")
 
 SEPARATE_INPUTS = {
     "k": (
-        "CanineSelfAttention", "CpmAntAttention", "GLPNEfficientSelfAttention",
-        "GroupViTAssignAttention", "Idefics2PerceiverAttention", "LocalSelfAttention",
+        "CanineSelfAttention", "CpmAntAttention", "EvollaSequenceCompressorAttention",
+        "FunnelRelMultiheadAttention", "GLPNEfficientSelfAttention", "GroupViTAssignAttention",
+        "Idefics2PerceiverAttention", "LevitAttentionSubsample", "LocalSelfAttention",
         "LongT5TransientGlobalAttention", "LxmertAttention", "MuseGlimmerAssistantAttention",
         "PerceiverSelfAttention", "PvtEfficientSelfAttention", "PvtV2SelfAttention",
-        "SegformerAttention", "SegformerEfficientSelfAttention",
+        "SegformerAttention", "SegformerEfficientSelfAttention", "SuperGlueSelfAttention",
         "VideoPrismMultiheadAttentionPoolingHead", "VisualBertRegionToPhraseAttention",
     ),
     "v": (
@@ -126,15 +171,16 @@ SEPARATE_INPUTS = {
         "Wav2Vec2BertSelfAttention", "Wav2Vec2ConformerSelfAttention", "XCLIPCrossAttention",
     ),
     "kv": (
-        "EdgeTamAttention", "EdgeTamVideoAttention", "EdgeTamVideoPerceiverAttention",
-        "EdgeTamVideoRoPESelfAttention", "GroundingDinoMultiheadAttention",
-        "Inkling2FullAttention", "MMGroundingDinoMultiheadAttention", "Mask2FormerAttention",
-        "MobileBertSelfAttention", "OmDetTurboMultiheadAttention", "OneFormerAttention",
-        "OneFormerTextMapperAttention", "Sam2Attention", "Sam2VideoAttention",
-        "Sam2VideoRoPEAttention", "Sam3Attention", "Sam3LiteTextAttention",
-        "Sam3TrackerAttention", "Sam3TrackerVideoAttention", "Sam3TrackerVideoRoPEAttention",
-        "SamAttention", "SamHQAttention", "TableTransformerAttention",
-        "ZoeDepthMultiheadAttention", "modeling_ctrl.MultiHeadAttention",
+        "CvtSelfAttention", "EdgeTamAttention", "EdgeTamVideoAttention",
+        "EdgeTamVideoPerceiverAttention", "EdgeTamVideoRoPESelfAttention",
+        "GroundingDinoMultiheadAttention", "Inkling2FullAttention",
+        "MMGroundingDinoMultiheadAttention", "Mask2FormerAttention", "MobileBertSelfAttention",
+        "OmDetTurboMultiheadAttention", "OneFormerAttention", "OneFormerTextMapperAttention",
+        "Sam2Attention", "Sam2VideoAttention", "Sam2VideoRoPEAttention", "Sam3Attention",
+        "Sam3LiteTextAttention", "Sam3TrackerAttention", "Sam3TrackerVideoAttention",
+        "Sam3TrackerVideoRoPEAttention", "SamAttention", "SamHQAttention",
+        "TableTransformerAttention", "ZoeDepthMultiheadAttention",
+        "modeling_ctrl.MultiHeadAttention",
     ),
 }
 """Attentions whose k reads another tensor than q (those named :data:`CROSS` do anyway), whose v

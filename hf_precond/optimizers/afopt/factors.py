@@ -292,8 +292,10 @@ class Factors:
         if role == "k":
             moment = self.vector_moment(block, "q", damped)
         elif role == "v" and block.o is not None:
-            weight = self.weight(block, "o")[:, : block.o.shape[1]]
-            parts = weight.mT.reshape(block.heads.query, block.heads.value_size, -1)
+            heads, size = block.heads.query, block.heads.value_size
+            parts = self.weight(block, "o")[:, : heads * size].mT.reshape(heads, size, -1)
+            if block.paired_values:
+                parts = parts.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
             moment = torch.bmm(parts, parts.mT) * (1 + damped * self.config.damping)
         else:
             return None
