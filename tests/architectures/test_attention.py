@@ -75,8 +75,8 @@ def test_queries_beside_a_gate() -> None:
     tokens = torch.arange(12).reshape(2, 6)
     assert compare_with_the_kernel(model, lambda: model(input_ids=tokens)) == 1
 
-    (block,) = find_attention(model)
-    assert "gate" in block.note
+    linear, block = find_attention(model)
+    assert "convolution" in linear.note and "gate" in block.note
     weight = block.q.weight_parameter.detach()
     by_head = weight.unflatten(0, (block.heads.query, 2, block.heads.size))
     for scope, matrices in (("attention", "qkvo"), ("all_linear", "qkvo+gate")):
