@@ -23,9 +23,8 @@ from torch import Tensor
 
 from hf_precond.compat import devices
 from hf_precond.linalg import factorization
-
-BAND = 128
-"""Rows of a band in which symmetric products are computed on a CPU."""
+from hf_precond.linalg.banded import add_lower_product
+from hf_precond.linalg.products import Precision, arithmetic, float32_products
 
 
 def eigenbasis(factor: Tensor, count: factorization.Count | None = None) -> tuple[Tensor, Tensor]:
@@ -45,7 +44,9 @@ def eigenbasis(factor: Tensor, count: factorization.Count | None = None) -> tupl
     return vectors, torch.diag_embed(values)
 
 
-def refresh(factor: Tensor, sweeps: int = 1) -> tuple[Tensor, Tensor]:
+def refresh(
+    factor: Tensor, sweeps: int = 1, precision: Precision = "highest"
+) -> tuple[Tensor, Tensor]:
     """Returns the rotation of a basis towards the eigenvectors of ``B = Qᵀ A Q``.
 
     The new basis is ``Q P``. A matrix that is not finite gives ``P = I``. Nothing is read from the
@@ -54,37 +55,46 @@ def refresh(factor: Tensor, sweeps: int = 1) -> tuple[Tensor, Tensor]:
     Args:
         factor: B, symmetric, ``[b, n, n]``; the lower triangle is read.
         sweeps: how often all pairs are rotated, >= 1.
+        precision: of products on accelerators, TF32 at the lowest. P is orthogonal to float32
+            whatever it is; an entry of ``Pᵀ B P`` errs by some 1e-3 of ``√(B_ii B_jj)`` in TF32.
 
     Returns:
         ``P``, orthogonal, and ``Pᵀ B P`` (its lower triangle), each ``[b, n, n]``.
     """
-    rotation = pair_rotation(factor)
-    moved = mirrored(factor) @ rotation
-    factor = add_lower_product(torch.zeros_like(factor), rotation.mT, moved, beta=0.0)
+    rotation = pair_rotation(factor, precision)
+    with float32_products(precision, factor):
+        moved = mirrored(factor) @ rotation
+        factor = add_lower_product(torch.zeros_like(factor), rotation.mT, moved, beta=0.0)
     if sweeps == 1:
         return rotation, factor
-    further, factor = refresh(factor, sweeps - 1)
+    further, factor = refresh(factor, sweeps - 1, precision)
     return rotation @ further, factor
 
 
-def pair_rotation(factor: Tensor) -> Tensor:
+def pair_rotation(factor: Tensor, precision: Precision = "highest") -> Tensor:
     """Returns the rotation of one sweep: ``(I + X) C⁻¹``, ``CᵀC = I + XᵀX``, C upper triangular.
+
+    In TF32 the angles are rounded to what it holds exactly: ``XᵀX`` is exact then, and so is the
+    orthogonality of the result.
 
     Args:
         factor: B, symmetric, ``[b, n, n]``; the lower triangle is read.
+        precision: see :func:`refresh`.
 
     Returns:
         An orthogonal matrix, ``[b, n, n]``; the identity where B is not finite.
     """
     skew = jacobi_tangents(factor)
-    gram = add_lower_product(torch.zeros_like(skew), skew.mT, skew, beta=0.0)
+    if arithmetic(precision, skew) != "highest":
+        skew = skew.half().to(factor.dtype)
+    with float32_products(precision, skew):
+        gram = add_lower_product(torch.zeros_like(skew), skew.mT, skew, beta=0.0)
     gram.diagonal(dim1=-2, dim2=-1).add_(1.0)
-    lower, _ = devices.kernel(torch.linalg.cholesky_ex, gram)
     skew.diagonal(dim1=-2, dim2=-1).fill_(1.0)
-    # (C⁻ᵀ (I + X)ᵀ)ᵀ: the library solves by columns, and these are in its order of memory.
-    solved: Tensor = devices.kernel(
-        torch.linalg.solve_triangular, lower, skew.mT, upper=False
-    )
+    with float32_products("highest", skew):
+        lower, _ = devices.kernel(torch.linalg.cholesky_ex, gram)
+        # (C⁻ᵀ (I + X)ᵀ)ᵀ: the library solves by columns, and these are in its order of memory.
+        solved: Tensor = devices.kernel(torch.linalg.solve_triangular, lower, skew.mT, upper=False)
     return solved.mT
 
 
@@ -114,42 +124,36 @@ def jacobi_tangents(factor: Tensor) -> Tensor:
     return tangents - tangents.mT
 
 
-def add_lower_product(
-    matrix: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float = 1.0
-) -> Tensor:
-    """Computes ``β C + α A B`` in the place of C, for symmetric results: their lower triangle.
-
-    On a CPU wide matrices are computed in bands of rows, each up to the
-    diagonal, which saves a third of the multiplications and more.
-
-    Args:
-        matrix: C, ``[b, n, n]``; there may be anything above the diagonal afterwards.
-        a: A, ``[b, n, k]``.
-        b: B, ``[b, k, n]``.
-        beta: multiplier of C.
-        alpha: multiplier of ``A B``.
-
-    Returns:
-        C.
-    """
-    size = matrix.shape[-1]
-    height = max(BAND, size // 8) if matrix.is_cpu and size > 2 * BAND else size
-    for start in range(0, size, height):
-        stop = start + height
-        band = matrix[:, start:stop, :stop]
-        band.baddbmm_(a[:, start:stop], b[..., :stop], beta=beta, alpha=alpha)
-    return matrix
-
-
-def rotate(side: str, rotation: Tensor, matrix: Tensor) -> Tensor:
+def rotate(side: str, rotation: Tensor, matrix: Tensor, change: Tensor | None = None) -> Tensor:
     """Returns ``Pᵀ M`` on the left, ``M P`` on the right: M in a new basis of its rows or columns.
 
     Args:
         side: ``left`` or ``right``.
         rotation: P, ``[b, n, n]``.
         matrix: M, ``[b, n, m]`` on the left, ``[b, m, n]`` on the right.
+        change: of :func:`change_of`, if any.
     """
-    return rotation.mT @ matrix if side == "left" else matrix @ rotation
+    if change is None:
+        return rotation.mT @ matrix if side == "left" else matrix @ rotation
+    operands = (change.mT, matrix) if side == "left" else (matrix, change)
+    with float32_products("tf32", matrix):
+        return torch.baddbmm(matrix, *operands)
+
+
+def change_of(rotation: Tensor, precision: Precision) -> Tensor | None:
+    """Returns ``P - I`` where products are in TF32, else ``None``.
+
+    ``M + (P - I)ᵀ M`` rounds little where little turns, and M itself not at all.
+
+    Args:
+        rotation: P, ``[b, n, n]``.
+        precision: see :func:`refresh`.
+    """
+    if arithmetic(precision, rotation) == "highest":
+        return None
+    change = rotation.clone()
+    change.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+    return change
 
 
 def orthonormal(basis: Tensor) -> Tensor:
@@ -158,7 +162,8 @@ def orthonormal(basis: Tensor) -> Tensor:
     Args:
         basis: Q, nearly orthogonal, ``[b, n, n]``.
     """
-    return torch.baddbmm(basis, basis, basis.mT @ basis, beta=1.5, alpha=-0.5)
+    with float32_products("highest", basis):
+        return torch.baddbmm(basis, basis, basis.mT @ basis, beta=1.5, alpha=-0.5)
 
 
 def mirrored(lower: Tensor) -> Tensor:

@@ -80,10 +80,15 @@ def matmul(
 def float32_products(precision: Precision, like: Tensor) -> Iterator[None]:
     """Inside, products of float32 tensors on a device are in TF32, or not; restored at the end.
 
+    Nothing happens where the tensors lie on a CPU.
+
     Args:
         precision: as of :func:`matmul`; ``bf16`` is TF32 here.
         like: an operand, for its device.
     """
+    if not devices.is_accelerator(like):
+        yield
+        return
     tf32 = arithmetic("auto" if precision == "bf16" else precision, like) == "tf32"
     name, value = "allow_tf32", tf32
     setting: Any = torch.backends.cuda.matmul

@@ -97,8 +97,7 @@ class Batch:
 
     def gradient(self) -> Tensor:
         """The gradient, ``[b, rows, columns]``, in the dtype of the state; not to be written to."""
-        tiles = [self._tiled(full(view.grad)).to(self.dtype) for view in self.views]
-        return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
+        return stacked([self._tiled(full(view.grad)) for view in self.views]).to(self.dtype)
 
     def rows_read(self, gradient: Tensor) -> Tensor | None:
         """The rows of an embedding that a step has read, where these are the minority.
@@ -109,7 +108,9 @@ class Batch:
             gradient: see :meth:`gradient`.
         """
         matrix = self.views[0].matrix
-        if not gradient.is_cpu or len(self.views) > 1 or not (matrix and is_embedding(matrix)):
+        if not gradient.is_cpu or len(self.views) > 1 or self.tiling.left:
+            return None
+        if matrix is None or not is_embedding(matrix):
             return None
         rows = torch.linalg.vector_norm(gradient[0], dim=1).nonzero().squeeze(1)
         return rows if 2 * len(rows) <= gradient.shape[1] else None
@@ -162,15 +163,23 @@ def _history(tiled: tuple[ParamView, Tiling]) -> tuple[Any, ...]:
     return (tiling, id(view.group), param.dtype, param.device, mesh, history)
 
 
+def stacked(parts: Sequence[Tensor]) -> Tensor:
+    """The stack of ``parts``; a view where they lie one after the other."""
+    stack = adjacent(parts)
+    return torch.cat(list(parts)) if stack is None else stack
+
+
 def adjacent(parts: Sequence[Tensor]) -> Tensor | None:
     """The stack that ``parts`` are consecutive views of, or ``None``; copies nothing."""
     first = parts[0]
     if len(parts) == 1:
         return first
+    if first.stride(0) * len(first) != first.numel():
+        return None
     start, size = first.data_ptr(), first.numel() * first.element_size()
     storage = first.untyped_storage().data_ptr()
     for number, part in enumerate(parts):
-        if part.data_ptr() != start + number * size:
+        if part.data_ptr() != start + number * size or part.stride() != first.stride():
             return None
         if part.untyped_storage().data_ptr() != storage:
             return None

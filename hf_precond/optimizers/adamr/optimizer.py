@@ -61,7 +61,7 @@ def every_matrix(model: nn.Module, config: Any) -> ModelStructure:
     config=AdamRConfig,
     select=every_matrix,
     description="Adam in the eigenbasis of the gradient's Kronecker second moments",
-    memory="2mn, and 2m² (2n²) where its left (right) side is rotated",
+    memory="2mn, and 1.6m² (1.6n²) where its left (right) side is rotated, 2 where that is short",
 )
 class AdamR(PrecondOptimizer):
     """Adam's step in the eigenbasis of the gradient's Kronecker second moments.

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_precond.compat import devices
 from hf_precond.linalg import eigenbasis
+from hf_precond.linalg.banded import banded, lower_triangle
 from hf_precond.linalg.factorization import RETRIES
-from hf_precond.optimizers.adamr.batch import Batch
+from hf_precond.optimizers.adamr.batch import GPU_ELEMENTS, Batch, stacked
 from hf_precond.optimizers.adamr.config import AdamRConfig
 from hf_precond.optimizers.adamr.tiling import SIDES, Side
 from hf_precond.optimizers.base.parameters import ParamView, grouped
@@ -167,6 +168,14 @@ class RefreshItem:
         return self.batch.views[self.index]
 
     @property
+    def elements(self) -> int:
+        """Entries of what is computed at a time: its factors and a moment."""
+        tiling = self.batch.tiling
+        sizes = {"left": tiling.rows, "right": tiling.columns}
+        squares = sum(sizes[side] ** 2 for side in (*self.measured, *self.refreshed))
+        return tiling.tiles * (squares + tiling.rows * tiling.columns)
+
+    @property
     def cost(self) -> float:
         """Of its refreshes, in multiplications; to measure a basis takes a look at its factor."""
         cost = self.batch.tiling.refresh_cost
@@ -174,14 +183,74 @@ class RefreshItem:
         return sum(cost[side] for side in self.refreshed) + measuring
 
 
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """One side of a view whose basis is measured, or refreshed, or both.
+
+    Args:
+        item: the view.
+        side: the side.
+    """
+
+    item: RefreshItem
+    side: Side
+
+    def __getitem__(self, name: str) -> Any:
+        return self.item.view[f"{self.side}_{name}"]
+
+    @property
+    def measured(self) -> bool:
+        """Whether its off-diagonal energy is measured."""
+        return self.side in self.item.measured
+
+    @property
+    def refreshed(self) -> bool:
+        """Whether it is refreshed."""
+        return self.side in self.item.refreshed
+
+    @property
+    def size(self) -> int:
+        """Rows of the basis."""
+        tiling = self.item.batch.tiling
+        return tiling.rows if self.side == "left" else tiling.columns
+
+    @property
+    def tiles(self) -> int:
+        """Bases of the view on this side."""
+        return self.item.batch.tiling.tiles
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What is equal where bases are refreshed together, whatever matrices they belong to."""
+        factor, batch = self["factor"], self.item.batch
+        return self.size, self.tiles, factor.dtype, factor.device, batch.dtype, is_new(batch)
+
+
+class NewBases(NamedTuple):
+    """What a refresh makes of bases of one size.
+
+    Args:
+        basis: Q', ``[b, n, n]``.
+        factor: the factor in its coordinates, as it is kept.
+        rotation: P with ``Q' = Q P``; ``None`` where there was no basis before.
+        change: of :func:`~hf_precond.linalg.eigenbasis.change_of`.
+    """
+
+    basis: Tensor
+    factor: Tensor
+    rotation: Tensor | None
+    change: Tensor | None
+
+
 class BasisRefresh:
     """Refreshes the bases that are due.
 
-    A basis is refreshed at Adam's steps 0, 1, 2, 4, 8, … below ``basis_interval`` and then once an
-    interval, each on a step of its own (:class:`RefreshSchedule`). The first refresh is an
-    eigendecomposition; from then on :func:`hf_precond.linalg.eigenbasis.refresh` follows the
-    eigenvectors. A basis is left as it is where the off-diagonal energy that was measured an
-    interval earlier is below ``basis_tolerance``.
+    The first basis, at Adam's step 0, is an eigendecomposition; from then on
+    :func:`hf_precond.linalg.eigenbasis.refresh` follows the eigenvectors. Below ``basis_interval``
+    a left basis is refreshed at steps 1, 4, 16, … and a right one at steps 2, 8, 32, …, then each
+    once an interval, on a step of its own (:class:`RefreshSchedule`). A basis is left as it is
+    where the off-diagonal energy that was measured an interval earlier is below
+    ``basis_tolerance``.
 
     The momentum follows exactly, and so does a gradient that is held; the second moment as
     ``transport`` says.
@@ -223,7 +292,7 @@ class BasisRefresh:
             measured = [side for side in sides if (view, side) in selected]
             refreshed: Sequence[Side] = [side for side in measured if selected[view, side]]
             if step < self.config.basis_interval:
-                refreshed = sides if step & (step - 1) == 0 else ()
+                refreshed = [side for side in sides if is_early(side, step)]
             if measured or refreshed:
                 items.append(RefreshItem(batch, index, number, measured, refreshed))
         return items
@@ -265,56 +334,96 @@ class BasisRefresh:
         device = items[0].view.param.device
         costs = [item.cost for item in items]
         sharded = ShardedRefresh(items, costs, device, COUNTERS, numbers=len(SIDES))
-        for mine in grouped(sharded.mine(), lambda item: id(item.batch)):
-            for side in mine[0].batch.tiling.sides:
-                kept = [i for i in mine if side in i.measured and side not in i.refreshed]
-                if kept:
-                    self._measure(sharded, side, kept)
-                refreshed = [item for item in mine if side in item.refreshed]
-                if refreshed:
-                    sharded.attempt(partial(self._refresh, sharded, side), refreshed)
+        done: set[tuple[int, Side]] = set()
+        for portion in _portions(sharded.mine()):
+            sharded.attempt(partial(self._refresh, sharded, done), portion)
         sharded.share(self._results)
         self._raise_second_moments(sharded)
-        for item in items:
-            for side in item.measured:
-                _set_energy(item.view, f"{side}_energy", sharded.number(SIDES.index(side), item))
+        _set_energies(sharded)
         sharded.report(self.failures, lambda item: name_of(item.view, item.number), self.count)
 
     def _refresh(
-        self, sharded: ShardedRefresh[RefreshItem], side: Side, items: Sequence[RefreshItem]
+        self,
+        sharded: ShardedRefresh[RefreshItem],
+        done: set[tuple[int, Side]],
+        items: Sequence[RefreshItem],
     ) -> None:
-        """Refresh one side of views of one batch; nothing changes where that raises."""
-        whole, batch = items[0].batch, _part(items)
-        step, interval = batch.number("step"), self.config.basis_interval
-        factor = batch[f"{side}_factor"].to(batch.dtype)
-        if items[0].measured:
-            self._measure(sharded, side, items)
-        held = None
-        if step == 0:
+        """Measure and refresh the bases of some views, but those that are done already."""
+        turns = [
+            Turn(item, side)
+            for side in SIDES
+            for item in items
+            if side in (*item.measured, *item.refreshed) and (id(item), side) not in done
+        ]
+        for alike in grouped(turns, lambda turn: turn.kind):
+            alike.sort(key=lambda turn: not turn.refreshed)
+            size, dtype = alike[0].size, alike[0].item.batch.dtype
+            factor = lower_triangle(stacked([turn["factor"] for turn in alike]), size).to(dtype)
+            self._measure(sharded, alike, factor)
+            refreshed = [turn for turn in alike if turn.refreshed]
+            if refreshed:
+                factor = factor[: len(refreshed) * alike[0].tiles]
+                for run, new in self._rotations(sharded, refreshed, factor):
+                    self._turn(run, new)
+                    sharded.count("basis_refreshes", len(run))
+                    done |= {(id(turn.item), turn.side) for turn in run}
+
+    def _rotations(
+        self, sharded: ShardedRefresh[RefreshItem], turns: Sequence[Turn], factor: Tensor
+    ) -> Iterator[tuple[Sequence[Turn], NewBases]]:
+        """New bases of one size, for the turns of each batch."""
+        tiles, interval = turns[0].tiles, self.config.basis_interval
+        rotation = change = None
+        if turns[0].item.view["step"] == 0:
             basis, factor = eigenbasis.eigenbasis(factor, lambda r: sharded.count(f"basis_{r}"))
-            results = {}
         else:
-            rotation, factor = eigenbasis.refresh(factor, sweeps=2 if step < interval else 1)
-            basis = eigenbasis.rotate("right", rotation, batch[f"{side}_basis"])
-            for item, part in zip(items, basis.split(batch.tiling.tiles), strict=True):
-                if (step // interval + item.number) % ORTHOGONALIZE_EVERY == 0:
-                    part.copy_(eigenbasis.orthonormal(part))
-            results = self._transported(batch, side, rotation)
-            if whole.rotated_gradient is not None and batch is whole:
-                held = eigenbasis.rotate(side, rotation, whole.rotated_gradient)
-        whole.rotated_gradient = held
+            precision = self.config.precision
+            rotation, factor = eigenbasis.refresh(factor, precision=precision)
+            change = eigenbasis.change_of(rotation, precision)
+            old = stacked([turn["basis"] for turn in turns])
+            basis = eigenbasis.rotate("right", rotation, old, change)
+            astray = [
+                part
+                for turn, part in zip(turns, basis.split(tiles), strict=True)
+                if (turn.item.view["step"] // interval + turn.item.number)
+                % ORTHOGONALIZE_EVERY == 0
+            ]  # fmt: skip
+            if astray:
+                corrected = eigenbasis.orthonormal(stacked(astray))
+                torch._foreach_copy_(astray, list(corrected.split(tiles)))
+        start, kept = 0, banded(factor)
+        for run in grouped(turns, lambda turn: (id(turn.item.batch), turn.side)):
+            here = slice(start, start + len(run) * tiles)
+            moved = [None if tensor is None else tensor[here] for tensor in (rotation, change)]
+            yield run, NewBases(basis[here], kept[here], *moved)
+            start = here.stop
+
+    def _turn(self, turns: Sequence[Turn], new: NewBases) -> None:
+        """Turn one side of views of one batch; nothing changes where that raises."""
+        items, side = [turn.item for turn in turns], turns[0].side
+        whole, batch = items[0].batch, _part(items)
+        results = {f"{side}_basis": new.basis, f"{side}_factor": new.factor}
+        if new.rotation is not None:
+            results |= self._transported(batch, side, new.rotation, new.change)
+            if whole.rotated_gradient is not None:
+                parts = whole.rotated_gradient.split(whole.tiling.tiles)
+                chosen = [parts[item.index] for item in items]
+                moved = eigenbasis.rotate(side, new.rotation, stacked(chosen), new.change)
+                if batch is whole:
+                    whole.rotated_gradient = moved
+                else:
+                    torch._foreach_copy_(chosen, list(moved.split(whole.tiling.tiles)))
         for name, value in results.items():
             batch.write(name, value)
-        batch.write(f"{side}_basis", basis)
-        batch.write(f"{side}_factor", factor)
-        sharded.count("basis_refreshes", len(items))
 
-    def _transported(self, batch: Batch, side: Side, rotation: Tensor) -> dict[str, Tensor]:
+    def _transported(
+        self, batch: Batch, side: Side, rotation: Tensor, change: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """The moments in the new basis: ``Pᵀ M``, and V where it follows by overlap.
 
         In the first interval the null spaces of the factors rotate freely, and V always follows.
         """
-        moments = {"exp_avg": eigenbasis.rotate(side, rotation, batch["exp_avg"])}
+        moments = {"exp_avg": eigenbasis.rotate(side, rotation, batch["exp_avg"], change)}
         if self._spreads(batch.number("step")):
             share = eigenbasis.overlap(rotation)
             moments["exp_avg_sq"] = eigenbasis.rotate(side, share, batch["exp_avg_sq"])
@@ -325,12 +434,16 @@ class BasisRefresh:
         return self.config.transport == "overlap" or step < self.config.basis_interval
 
     def _measure(
-        self, sharded: ShardedRefresh[RefreshItem], side: Side, items: Sequence[RefreshItem]
+        self, sharded: ShardedRefresh[RefreshItem], turns: Sequence[Turn], factor: Tensor
     ) -> None:
-        """Note the off-diagonal energies of one side of views of one batch."""
-        batch = _part(items)
-        energies = eigenbasis.off_diagonal_energy(batch[f"{side}_factor"].to(batch.dtype))
-        sharded.put(SIDES.index(side), items, energies.view(len(items), -1).amax(1))
+        """Note the off-diagonal energies of factors of one size."""
+        if not any(turn.measured for turn in turns):
+            return
+        energies = eigenbasis.off_diagonal_energy(factor).view(len(turns), -1).amax(1)
+        energies = energies.to(devices.widest(factor.device))
+        for turn, energy in zip(turns, energies.split(1), strict=True):
+            if turn.measured:
+                sharded.put(SIDES.index(turn.side), [turn.item], energy)
 
     def _results(self, item: RefreshItem) -> list[Tensor]:
         """What the refreshes of a view have changed."""
@@ -363,18 +476,64 @@ class BasisRefresh:
             batch.write("mean_sq", second.mean((1, 2), keepdim=True))
 
 
+def is_early(side: Side, step: int) -> bool:
+    """Whether a basis is refreshed at a step of the first interval.
+
+    At every power of two one side is, so that no step has all of them to refresh.
+
+    Args:
+        side: the side.
+        step: Adam's step, from 0.
+    """
+    if step & (step - 1):
+        return False
+    return step == 0 or step.bit_length() % 2 == (side == "left")
+
+
+def is_new(batch: Batch) -> bool:
+    """Whether Adam has taken no step with the views of a batch, which have no bases yet."""
+    return batch.number("step") == 0
+
+
 def _part(items: Sequence[RefreshItem]) -> Batch:
     """The views of items of one batch."""
     return items[0].batch.part([item.index for item in items])
 
 
-def _set_energy(view: ParamView, name: str, energy: float | Tensor) -> None:
-    """Keep an energy on the host, which reads it an interval later; a GPU is not waited for."""
-    if isinstance(energy, Tensor) and devices.has_streams(energy.device):
-        held = torch.full_like(view[name], math.nan, pin_memory=True)
-        view[name] = held.copy_(energy, non_blocking=True)
-    else:
-        view[name].fill_(float(energy))
+def _portions(items: Sequence[RefreshItem]) -> Iterator[list[RefreshItem]]:
+    """Items that are refreshed together: on a CPU of a batch, on accelerators of many."""
+    if items and not devices.is_accelerator(items[0].view.param):
+        yield from grouped(items, lambda item: id(item.batch))
+        return
+    portion: list[RefreshItem] = []
+    elements = 0
+    for item in items:
+        if portion and elements + item.elements > GPU_ELEMENTS:
+            yield portion
+            portion, elements = [], 0
+        portion.append(item)
+        elements += item.elements
+    if portion:
+        yield portion
+
+
+def _set_energies(sharded: ShardedRefresh[RefreshItem]) -> None:
+    """Keep energies on the host, which reads them an interval later; a GPU is not waited for."""
+    sent: dict[torch.device, list[tuple[ParamView, str, Tensor]]] = {}
+    for item in sharded.items:
+        for side in item.measured:
+            name, energy = f"{side}_energy", sharded.number(SIDES.index(side), item)
+            if isinstance(energy, Tensor) and devices.has_streams(energy.device):
+                sent.setdefault(energy.device, []).append((item.view, name, energy))
+            else:
+                item.view[name].fill_(float(energy))
+    for places in sent.values():
+        energies = torch.stack([energy for *_, energy in places])
+        dtype = places[0][0][places[0][1]].dtype
+        held = torch.full(energies.shape, math.nan, dtype=dtype, pin_memory=True)
+        held.copy_(energies, non_blocking=True)
+        for (view, name, _), value in zip(places, held, strict=True):
+            view[name] = value
 
 
 def name_of(view: ParamView, number: int) -> str:

@@ -7,11 +7,19 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
+from hf_precond.compat import devices
 from hf_precond.config.base import OptimizerConfig
 from hf_precond.distributed import collectives
-from hf_precond.linalg import eigenbasis
-from hf_precond.linalg.products import averaging_weight, compute_dtype, matmul
+from hf_precond.linalg.banded import add_lower_product, banded, banded_size
+from hf_precond.linalg.products import (
+    arithmetic,
+    averaging_weight,
+    compute_dtype,
+    float32_products,
+    matmul,
+)
 from hf_precond.optimizers.adamr.batch import Batch, batches
 from hf_precond.optimizers.adamr.config import AdamRConfig
 from hf_precond.optimizers.adamr.refresh import UNSCHEDULED, BasisRefresh, Count
@@ -59,9 +67,9 @@ class RotatedAdam:
         self.failures = failures
         self.count = count
         self.bases = BasisRefresh(config, failures, count)
-        # Of the step that has begun: what takes it, and whether gradients were not finite.
+        # Of the step that has begun: what takes it, and which gradients were finite.
         self.batches: list[Batch] = []
-        self.unusable: list[Tensor] = []
+        self.usable: list[Tensor] = []
 
     # State --------------------------------------------------------------------------
 
@@ -73,10 +81,10 @@ class RotatedAdam:
         """Make the state of a rotated view, or convert it as its parameter was.
 
         Per tile: ``exp_avg`` (M), ``exp_avg_sq`` (V) and ``mean_sq`` (the mean of V, which no
-        rotation changes); of each rotated side ``left_factor`` (``Q_Lᵀ L Q_L``, its lower triangle)
-        and ``left_basis`` (``Q_L``). Plain numbers: ``step`` counts Adam's steps, ``left_updates``
-        the statistics in a factor; ``observed`` is 1 once these come from the layer's features.
-        ``left_energy`` is on the host.
+        rotation changes); of each rotated side ``left_factor`` (``Q_Lᵀ L Q_L``, its lower triangle
+        as :func:`~hf_precond.linalg.banded.banded`) and ``left_basis`` (``Q_L``). Plain numbers:
+        ``step`` counts Adam's steps, ``left_updates`` the statistics in a factor; ``observed`` is 1
+        once these come from the layer's features. ``left_energy`` is on the host.
 
         Args:
             view: the view.
@@ -95,14 +103,16 @@ class RotatedAdam:
             held = view["exp_avg"]
             if (held.shape, held.dtype, held.device) == (shape, dtype, device):
                 return
-        shapes = {"exp_avg": shape, "exp_avg_sq": shape, "mean_sq": (tiling.tiles, 1, 1)}
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("exp_avg", "exp_avg_sq"), shape)
+        shapes["mean_sq"] = tiling.tiles, 1, 1
         for side in tiling.sides:
             size = tiling.rows if side == "left" else tiling.columns
-            shapes |= dict.fromkeys((f"{side}_factor", f"{side}_basis"), (tiling.tiles, size, size))
+            shapes[f"{side}_factor"] = tiling.tiles, banded_size(size)
+            shapes[f"{side}_basis"] = tiling.tiles, size, size
             allocate(view.state, f"{view.prefix}{side}_energy", (), dtype, torch.device("cpu"))
-        for name, shape in shapes.items():
+        for name, wanted in shapes.items():
             kept = self.config.factor_dtype(param.dtype) if name.endswith("factor") else dtype
-            allocate(view.state, view.prefix + name, shape, kept, device)
+            allocate(view.state, view.prefix + name, wanted, kept, device)
         if new:
             view["step"] = view["observed"] = 0
             for side in tiling.sides:
@@ -134,7 +144,7 @@ class RotatedAdam:
                 mean = basis.mT @ mean @ basis
             view[f"{side}_updates"] += 1
             weight = 1 - averaging_weight(view[f"{side}_updates"], self.config.stat_decay)
-            wide = factor.to(mean.dtype)
+            wide, mean = factor.to(mean.dtype), banded(mean)
             factor.copy_(torch.lerp(wide, torch.where(usable, mean, wide), weight))
         return torch.stack(dropped).sum()
 
@@ -147,7 +157,7 @@ class RotatedAdam:
             views: all rotated views that take this step, allocated.
         """
         self.batches = list(batches([(view, self.tiling(view)) for view in views]))
-        self.unusable = []
+        self.usable = []
         due = self.bases.due(self.batches)
         room = HELD_ELEMENTS
         for batch in dict.fromkeys(item.batch for item in due):
@@ -166,12 +176,14 @@ class RotatedAdam:
             if not is_first_call(batch):
                 batch.add("step")
                 held, batch.rotated_gradient = batch.rotated_gradient, None
-                rotated = self._rotate(batch) if held is None else held
-                self._descend(batch, *self._adam(batch, rotated))
+                direction, scale = self._adam(batch, self._rotate(batch) if held is None else held)
+                del held
+                self._descend(batch, direction, scale)
         self.batches = []
-        if self.unusable:
-            device = self.unusable[0].device
-            dropped = torch.stack([flag.to(device) for flag in self.unusable]).any()
+        if self.usable:
+            device = self.usable[0].device
+            usable = torch.cat([flags.flatten().to(device) for flags in self.usable])
+            dropped = usable.all().logical_not()
             self.count("gradients_dropped", dropped.to(torch.int64))
             self.failures.watch("gradient", ["adamr"], dropped[None])
 
@@ -199,19 +211,18 @@ class RotatedAdam:
         sides = self._sides_to_update(batch)
         if not sides:
             return
-        usable = torch.isfinite(batch.norms)
-        self.unusable.append(usable.all().logical_not())
+        usable = batch.norms < math.inf
+        self.usable.append(usable)
         all_usable = usable.is_cpu and bool(usable.all())  # a GPU is not asked
-        if not all_usable:
-            rotated = torch.where(usable, rotated, 0.0)
         for side in sides:
             batch.add(f"{side}_updates")
             decay = averaging_weight(batch.number(f"{side}_updates"), self.config.stat_decay)
             factor, root = batch[f"{side}_factor"], rotated if side == "left" else rotated.mT
-            average, beta = factor.to(rotated.dtype), decay
+            average = factor.to(rotated.dtype, copy=not all_usable)
+            with float32_products(self.config.precision, rotated):
+                add_lower_product(average, root, root.mT, beta=decay, alpha=1 - decay)
             if not all_usable:
-                average, beta = average * torch.where(usable, decay, 1.0), 1.0
-            eigenbasis.add_lower_product(average, root, root.mT, beta, alpha=1 - decay)
+                average = torch.where(usable[..., 0], average, factor)
             if average is not factor:
                 factor.copy_(average)
 
@@ -238,13 +249,15 @@ class RotatedAdam:
         (beta1, beta2), step, tiling = batch.group["betas"], batch.number("step"), batch.tiling
         first, second, mean = batch["exp_avg"], batch["exp_avg_sq"], batch["mean_sq"]
         assert batch.norms is not None
+        mean.mul_(beta2).add_(batch.norms, alpha=(1 - beta2) / (tiling.rows * tiling.columns))
+        if not rotated.is_cpu:
+            return fused_direction(batch, rotated, mean * self.config.floor**2), 1.0
         if batch.rows is None:
             first.lerp_(rotated, 1 - beta1)
             second.mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
         else:
             first.mul_(beta1).index_add_(1, batch.rows, rotated, alpha=1 - beta1)
             second.mul_(beta2).index_add_(1, batch.rows, rotated.square(), alpha=1 - beta2)
-        mean.mul_(beta2).add_(batch.norms, alpha=(1 - beta2) / (tiling.rows * tiling.columns))
         correction = math.sqrt(1 - beta2**step)
         direction = second.sqrt().clamp_min_(mean.sqrt().mul_(self.config.floor))
         direction.add_(batch.group["eps"] * correction)
@@ -261,11 +274,49 @@ class RotatedAdam:
             if batch.tiling.left:
                 left = matmul(batch["left_basis"], direction, precision)
         target = batch.target()
-        if target is not None and (target.is_cpu or precision == "highest"):
+        if target is not None and arithmetic(precision, target) != "bf16":
             keep = 1 - lr * batch.group["weight_decay"]
-            target.baddbmm_(left, right, beta=keep, alpha=-lr * scale)
+            with float32_products(precision, target):
+                target.baddbmm_(left, right, beta=keep, alpha=-lr * scale)
         else:
-            batch.descend(matmul(left, right, precision).mul_(scale))
+            step = matmul(left, right, precision)
+            batch.descend(step if scale == 1.0 else step.mul_(scale))
+
+
+def fused_direction(batch: Batch, rotated: Tensor, lowest: Tensor) -> Tensor:
+    """Update the moments and return ``M̂ / (max(√V̂, lowest) + ε)``, by torch's fused Adam.
+
+    A step of length -1 from zero, with the floor in the place of AMSGrad's largest second moment.
+
+    Args:
+        batch: the matrices; their ``step`` counts this step.
+        rotated: Ĝ, ``[b, rows, columns]``.
+        lowest: least V of each tile, ``[b, 1, 1]``, before the correction of its bias.
+
+    Returns:
+        ``[b, rows, columns]``.
+    """
+    direction, (beta1, beta2) = torch.zeros_like(rotated), batch.group["betas"]
+    fused = devices.is_fused(rotated.device)
+    adamw(
+        [direction],
+        [rotated],
+        [batch["exp_avg"]],
+        [batch["exp_avg_sq"]],
+        [lowest.expand_as(rotated).contiguous()],
+        [torch.full((), batch.number("step") - 1.0, dtype=torch.float32, device=rotated.device)],
+        fused=fused,
+        foreach=not fused,
+        capturable=devices.is_capturable(rotated.device),
+        amsgrad=True,
+        beta1=beta1,
+        beta2=beta2,
+        lr=-1.0,
+        weight_decay=0.0,
+        eps=batch.group["eps"],
+        maximize=False,
+    )
+    return direction
 
 
 def is_first_call(batch: Batch) -> bool:

@@ -18,6 +18,7 @@ from hf_precond.architectures.structure import Owner
 from hf_precond.compat import devices
 from hf_precond.compat.torch_internals import REPLICA, WRAPPERS
 from hf_precond.config.base import OptimizerConfig
+from hf_precond.linalg.banded import banded
 from hf_precond.optimizers.base.groups import Groups, parameter_names
 
 KEY = "hf_precond"
@@ -28,6 +29,8 @@ RENAMED = {"left_turned": "left_refreshed", "right_turned": "right_refreshed"}
 """Name of a state in release 0.1 to its name now."""
 DROPPED = {"updates", "left_clean", "right_clean", "left_strikes", "right_strikes"}
 """Names of states in release 0.1 that are no longer kept."""
+BANDED = {"left_factor", "right_factor"}
+"""States that release 0.1 kept as whole symmetric matrices."""
 SHOWN = 3
 """Differences that a message names."""
 UNKNOWN = re.compile(r"parameter \d+")
@@ -177,6 +180,8 @@ def restored(saved: Mapping[str, Any], parameter: Tensor, prefix: str = "") -> d
 def _copied(name: str, value: Any, parameter: Tensor) -> Any:
     if not isinstance(value, Tensor):
         return copy.deepcopy(value)
+    if name in BANDED and value.dim() == 3:
+        value = banded(value)
     on_host = name.endswith("_energy")
     # A fused AdamW reads its step counts on the device, wherever the file was mapped to.
     device = "cpu" if on_host and value.dim() == 0 else parameter.device
@@ -272,7 +277,7 @@ def _refuse_other_layout(name: str, saved: Mapping[str, Any], own: Mapping[str, 
     differences = [
         f"{field}={saved.get(field)!r} there and {value!r} here"
         for field, value in own.items()
-        if saved.get(field) != value
+        if saved.get(field, value) != value  # an earlier release may not have had the field
     ]
     if differences:
         raise ValueError(

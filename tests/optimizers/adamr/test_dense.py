@@ -61,13 +61,10 @@ class Tile:
                 square = gradient @ gradient.mT if side == "left" else gradient.mT @ gradient
                 self.factors[side] = keep * self.factors[side] + (1 - keep) * square
 
-    def refresh(self, side, sweeps, spreads):
-        basis, total = self.bases[side], 1.0
-        for _ in range(sweeps):
-            rotation = jacobi(basis.mT @ self.factors[side] @ basis)
-            basis = basis @ rotation
-            total = rotation if isinstance(total, float) else total @ rotation
-        self.bases[side] = basis
+    def refresh(self, side, spreads):
+        basis = self.bases[side]
+        total = jacobi(basis.mT @ self.factors[side] @ basis)
+        self.bases[side] = basis @ total
         share = total.square()
         if side == "left":
             self.first = total.mT @ self.first
@@ -83,10 +80,11 @@ class Tile:
             self.bases = {side: columns.flip(-1) for side, columns in vectors.items()}
             return
         if young:
-            due = self.sides if self.step & (self.step - 1) == 0 else ()
+            early = {"left": (1, 4, 16), "right": (2, 8, 32)}
+            due = [side for side in self.sides if self.step in early[side]]
         spreads = young or self.config.transport == "overlap"
         for side in due:
-            self.refresh(side, 2 if young else 1, spreads)
+            self.refresh(side, spreads)
         if due and not spreads:
             corrected = self.first / (1 - betas[0] ** self.step)
             lowest = corrected.square() * (1 - betas[1] ** self.step)

@@ -62,7 +62,7 @@ class Explicit:
             return
         for side, on in self.sides.items():
             t = self.steps
-            early = t < self.interval and t & (t - 1) == 0
+            early = t < self.interval and t in ((0, 1, 4, 16) if side == "left" else (0, 2, 8))
             if on and (early or (t >= self.interval and t % self.interval == phases[side])):
                 self.refresh(side)
         self.steps += 1
@@ -84,7 +84,7 @@ class Explicit:
         if self.steps == 0:
             rotation = eigenbasis.eigenbasis(seen)[0][0]
         else:
-            rotation = eigenbasis.refresh(seen, 2 if self.steps < self.interval else 1)[0][0]
+            rotation = eigenbasis.refresh(seen)[0][0]
         self.basis[side] = old @ rotation
         share = rotation.square()
         moves = self.transport == "overlap" or self.steps < self.interval

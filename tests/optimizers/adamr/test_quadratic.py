@@ -64,7 +64,7 @@ def test_following_the_basis_loses_nothing_against_decomposing_it(monkeypatch):
     monkeypatch.setattr(
         rotation_refresh.eigenbasis,
         "refresh",
-        lambda factor, sweeps: eigenbasis.eigenbasis(factor),
+        lambda factor, precision: eigenbasis.eigenbasis(factor),
     )
     assert followed <= 1.1 * best(make, True)
 

@@ -216,7 +216,7 @@ def test_refreshes_come_at_powers_of_two_and_then_each_on_its_own_step():
         refreshes.append(optimizer.counters.get("basis_refreshes", 0) - before)
         before += refreshes[-1]
     # Call 0 collects only; Adam's step t is call t + 1.
-    assert refreshes[:9] == [0, 12, 12, 12, 0, 12, 0, 0, 0]
+    assert refreshes[:9] == [0, 12, 6, 6, 0, 6, 0, 0, 0]
     for start in (9, 17):
         interval = refreshes[start : start + 8]
         assert sum(interval) == 12 and max(interval) <= 2
@@ -233,17 +233,19 @@ def test_a_basis_that_is_still_good_is_left_alone():
     optimizer = adamr(modules, basis_interval=4)
     run(optimizer, modules, [[u @ torch.diag(scale * (1 + s % 3)) @ v.T] for s in range(40)])
     counters = optimizer.diagnostics()
-    # Two sides: steps 0, 1, 2 and once, not knowing better, at the first refresh of an interval.
-    assert counters["basis_refreshes"] == 8
+    # Two sides: steps 0, 1 or 2, and once, not knowing better, in the first whole interval.
+    assert counters["basis_refreshes"] == 6
     assert counters["basis_skipped"] >= 14
 
 
 def test_a_basis_that_moves_is_refreshed():
     modules = zeros((6, 6))
-    optimizer = adamr(modules, basis_interval=4)
-    run(optimizer, modules, noise((6, 6), steps=40))
+    optimizer = adamr(modules, basis_interval=4, stat_decay=0.5)
+    generator = torch.Generator().manual_seed(0)
+    isotropic = torch.randn(40, 1, 6, 6, generator=generator, dtype=torch.float64)
+    run(optimizer, modules, isotropic)
     counters = optimizer.diagnostics()
-    assert counters["basis_skipped"] < counters["basis_refreshes"]
+    assert counters["basis_skipped"] < counters["basis_refreshes"] / 4
 
 
 def test_factors_that_stay_bad_are_counted_and_stop_with_advice():
