@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import hf_precond
+from hf_precond.integrations.arguments import config_from_pairs, parse_pairs
 from hf_precond.registry import get_info, list_optimizers
 from tests.messages import PACKAGE, leading_words, messages
 from tests.optimizers.models import batch, make, train_step
@@ -114,3 +116,22 @@ def test_what_the_trainer_sets_is_what_it_hands_over():
         options, default = followed[field]
         assert options == ", ".join(f"`--{name}`" for name in names)
         assert [float(number) for number in default.split(":")] == [given[n] for n in names]
+
+
+# Commands and names -------------------------------------------------------------------------------
+
+PAGES = sorted(DOCS.glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_what_a_page_tells_to_write_exists(page):
+    text = page.read_text()
+    names = set(re.findall(r"\bhf_precond\.([A-Za-z_]\w*)\b(?!\.)", text))
+    assert {n for n in names if n not in hf_precond.__all__} <= {"optimizers"}
+    optimizers = set(re.findall(r"--optim (\w+)(?! no such)\b", text))
+    assert optimizers <= {*list_optimizers(), "adamw_torch", "NAME"}
+    for command, given in re.findall(r"([^`]*)--optim_args \"(?!key=)([^\"]*)\"", text):
+        named = re.findall(r"--optim (\w+)", command)[-1:] or ["afopt"]
+        pairs = parse_pairs(" ".join(given.split()))
+        pairs.pop("config", None)
+        config_from_pairs(get_info(named[0]).config_cls, pairs)
