@@ -102,7 +102,7 @@ class _Candidate:
             return block
         if isinstance(self.module, nn.MultiheadAttention):
             return self._multihead(self.module)
-        if not _is_named_attention(self.module):
+        if not is_named_attention(self.module):
             return None
         latent = (
             Convention(query, None, None, fused, "interleaved", query_down=down, latent=latent)
@@ -390,7 +390,8 @@ class _Candidate:
         return block
 
 
-def _is_named_attention(module: nn.Module) -> bool:
+def is_named_attention(module: nn.Module) -> bool:
+    """Whether the name of a module's class, or of a base of it, says that it is an attention."""
     names = [cls.__name__ for cls in type(module).__mro__ if cls not in nn.Module.__mro__]
     if not set(names).isdisjoint(tables.UNREADABLE):
         return False

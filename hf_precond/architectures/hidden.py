@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from hf_precond.architectures.attention_block import AttentionBlock
-from hf_precond.architectures.modules import find_matrices, is_linear
+from hf_precond.architectures.modules import CONVOLUTIONS, find_matrices, is_linear
 from hf_precond.architectures.parameters import ParameterSurvey
 from hf_precond.architectures.structure import LayerMatrix, RowSelection
 
@@ -21,6 +21,8 @@ ROLES = {
     "q_down": "latent of queries",
     "kv_down": "latent of keys and values",
 }
+
+CONVOLUTION = "convolution, as a linear layer of its patches (the model has no attention)"
 
 Candidate = tuple[LayerMatrix, str]
 """A matrix that can be preconditioned, and what it is."""
@@ -46,7 +48,7 @@ def in_attention(block: AttentionBlock, roles: str = "qkvo") -> list[Candidate]:
 
 
 def outside_attention(
-    survey: ParameterSurvey, attentions: Sequence[AttentionBlock]
+    survey: ParameterSurvey, attentions: Sequence[AttentionBlock], convolutions: bool = False
 ) -> list[Candidate]:
     """The linear layers outside attention that train, and what shares a weight with an attention.
 
@@ -55,12 +57,16 @@ def outside_attention(
     Args:
         survey: of the model.
         attentions: all of the model's.
+        convolutions: those too, but not in groups.
     """
     inside: dict[nn.Module, list[LayerMatrix]] = {}
     for block in attentions:
         for matrix in block.roles().values():
             inside.setdefault(matrix.module, []).append(matrix)
-    linears = [(m, "linear layer") for m in find_matrices(survey.model) if m.module not in inside]
+    everything = [m for m in find_matrices(survey.model) if m.module not in inside]
+    linears = [(m, "linear layer") for m in everything if is_linear(m.module)]
+    if convolutions:
+        linears += [(m, CONVOLUTION) for m in everything if isinstance(m.module, CONVOLUTIONS)]
     for matrices in inside.values():
         rows = [matrix.rows for matrix in matrices if matrix.rows is not None]
         for number, rest in enumerate(RowSelection.complement(rows) if rows else ()):
@@ -68,8 +74,7 @@ def outside_attention(
             linears.append((replace(matrices[0], name=name, rows=rest), "gate"))
     chosen = []
     for matrix, what in linears:
-        layer = is_linear(matrix.module) and matrix.of_layer
-        if not layer or not matrix.trains or min(matrix.shape) == 1:
+        if not matrix.of_layer or not matrix.trains or min(matrix.shape) == 1 or matrix.groups > 1:
             continue
         name = survey.name_of(matrix.weight_parameter)
         skipped = name in survey.tied or name in survey.head or survey.describe(name) == "adapter"

@@ -27,7 +27,7 @@ from hf_precond.architectures.structure import (
     Route,
     RoutingTable,
 )
-from hf_precond.architectures.tables import HEAD_CHILDREN, LORA_MARK
+from hf_precond.architectures.tables import FOR_TASK, HEAD_CHILDREN, LORA_MARK, NECKS
 
 if TYPE_CHECKING:
     from hf_precond.architectures.attention_block import AttentionBlock
@@ -223,10 +223,12 @@ def find_head(model: nn.Module) -> set[str]:
     """Names of the parameters of a newly initialised task head.
 
     In a ``transformers`` model: the parameters outside its base model, none of
-    which the base model shares. A model with output embeddings (a language
-    model) has no new head. In a PEFT model: the trainable modules that are
-    saved along with the adapter, and the unwrapped model's head where that
-    trains. Of a plain module no head is known.
+    which the base model shares, without necks; where it has no base model by
+    that name (CLIP's classifier), the children that are called heads. A model
+    with output embeddings (a language model) has no new head, nor has a class
+    of ``transformers`` that is for no task (``DINOv3ViTModel``). In a PEFT
+    model: the trainable modules that are saved along with the adapter, and the
+    unwrapped model's head where that trains. Of a plain module no head is known.
     """
     inner, vocabulary = base_of(model), output_embedding(model)
     names: set[str] = set()
@@ -234,11 +236,20 @@ def find_head(model: nn.Module) -> set[str]:
         from hf_precond.architectures.peft import saved_names
 
         names = saved_names(model, vocabulary)
-    body = getattr(inner, getattr(inner, "base_model_prefix", "") or "", None)
-    if vocabulary is not None or not isinstance(body, nn.Module) or body is inner:
+    prefix = getattr(inner, "base_model_prefix", None)
+    body = getattr(inner, prefix or "", None)
+    kind = type(inner)
+    taskless = kind.__module__.startswith("transformers.") and not FOR_TASK.search(kind.__name__)
+    if vocabulary is not None or prefix is None or taskless or body is inner:
         return names
-    shared = {id(parameter) for parameter in body.parameters()}
-    outside = {id(p) for p in inner.parameters() if id(p) not in shared}
+    children = dict(inner.named_children())
+    if isinstance(body, nn.Module):
+        inside = [body, *(children[name] for name in NECKS if name in children)]
+        shared = {id(parameter) for module in inside for parameter in module.parameters()}
+        outside = {id(p) for p in inner.parameters() if id(p) not in shared}
+    else:
+        heads = (c for n, c in children.items() if n in HEAD_CHILDREN or n.endswith("_head"))
+        outside = {id(parameter) for head in heads for parameter in head.parameters()}
     return names | {
         name
         for name, parameter in model.named_parameters()

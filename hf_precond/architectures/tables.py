@@ -226,6 +226,12 @@ HEAD_CHILDREN = (
 )
 """Children that make the outputs of a model which is not one of transformers'."""
 
+FOR_TASK = re.compile("For[A-Z]")
+"""In the name of a class of transformers that is for a task."""
+
+NECKS = ("neck", "fpn")
+"""Children beside the base model of a model which are between it and the head."""
+
 EMBEDDED = re.compile(
     r"(?<!class_)(?<!bbox_)(?<!box_)embed|(?:^|[._])emb(?:$|[._])|(?:^|[._])stem|patch|"
     r"cls_token|mask_token|feature_extractor|feature_projection"

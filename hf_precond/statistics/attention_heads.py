@@ -9,16 +9,18 @@ are registered per attention module, so models do not mix.
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_precond.architectures.attention_block import AttentionBlock
+from hf_precond.distributed import collectives
 from hf_precond.linalg.products import compute_dtype, without_autocast
 from hf_precond.statistics.moments import centred, count_of, weighted
 from hf_precond.statistics.passes import (
@@ -28,10 +30,8 @@ from hf_precond.statistics.passes import (
     on_gradient,
 )
 from hf_precond.statistics.requests import MomentRequest, Statistic
+from hf_precond.statistics.rope import RopeReader, UnreadRotationError
 from hf_precond.statistics.token_weights import Reader, TokenWeights
-
-if TYPE_CHECKING:
-    from hf_precond.statistics.rope import RopeReader
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,8 @@ class HeadMoments:
         self.enabled = False
         self.buffer = buffer
         self.attentions: dict[nn.Module, _ObservedAttention] = {}
+        self.called: set[nn.Module] = set()  # their rotation was read, or was not to be read
+        self.unread: set[nn.Module] = set()
         self.hooks = ExitStack()
         for request in requests:
             block = request.attention
@@ -177,9 +179,9 @@ class HeadMoments:
             attention = self.attentions[block.module]
             attention.requests.append(request)
             if request.average_rotation and attention.rope is None:
-                from hf_precond.statistics.rope import RopeReader
-
                 attention.rope = RopeReader(block.module, path, self.hooks, block.plain)
+        # Whether their rotations can be read is not known yet.
+        self.pending = [module for module, found in self.attentions.items() if found.rope]
         if _interface() is None:
             raise RuntimeError(
                 "queries and keys cannot be observed: this version of transformers has no "
@@ -190,8 +192,13 @@ class HeadMoments:
         """Computes what one attention call brings, and adds it when its gradient comes."""
         if not (module.training and torch.is_grad_enabled() and call.output.requires_grad):
             return
-        with torch.no_grad(), without_autocast(call.output.device):
-            moments = self._moments(self.attentions[module], call)
+        try:
+            with torch.no_grad(), without_autocast(call.output.device):
+                moments = self._moments(self.attentions[module], call)
+        except UnreadRotationError:
+            self.unread.add(module)
+            return
+        self.called.add(module)
 
         accumulator = OutputGradAccumulator(PassKind(None, module))
 
@@ -249,6 +256,27 @@ class HeadMoments:
         rotation = self.buffer.get((attention.path, "rotation"))
         assert rotation is not None and attention.rope is not None
         return Statistic(attention.rope.average(moment.sum, rotation), moment.count)
+
+    def settle(self) -> bool:
+        """Marks attentions whose rotation could not be read as not observed, on every rank alike.
+
+        Returns:
+            Whether there are new ones.
+        """
+        if not self.pending:
+            return False
+        flags = torch.tensor([[m in self.called, m in self.unread] for m in self.pending])
+        if collectives.world_size() > 1:
+            layer = self.attentions[self.pending[0]].block.q.module
+            held = next(itertools.chain(layer.parameters(), layer.buffers()))  # may be quantised
+            flags = flags.to(held.device, torch.int32)
+            collectives.sum_over_ranks(flags)
+        found = list(zip(self.pending, flags.tolist(), strict=True))
+        self.pending = [module for module, (was_read, lost) in found if not (was_read or lost)]
+        unread = [module for module, (_, lost) in found if lost]
+        for module in unread:
+            self.attentions[module].block.observed = False
+        return bool(unread)
 
     def enable(self, due: bool) -> None:
         """Collects, or not.

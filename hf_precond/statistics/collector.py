@@ -509,6 +509,8 @@ class MomentCollector(StatisticsSource):
         """
         corrected = self.inputs.settle()
         self.outdated = bool(corrected)
+        if self.heads is not None:
+            self.outdated |= self.heads.settle()
         if self.functions.entered:
             self.functions.leave()
             self.watching = self.functions.found

@@ -125,6 +125,10 @@ def _by_position(part: Tensor) -> Tensor:
     return part.unsqueeze(0) if part.dim() == 2 else part
 
 
+class UnreadRotationError(RuntimeError):
+    """The rotation of an attention's queries and keys cannot be read."""
+
+
 class RopeReader:
     """Reads the cosines and sines that an attention is called with, or that its child makes.
 
@@ -144,6 +148,8 @@ class RopeReader:
         self.layout: Layout | None = None
         self.rotation: Rotation | None = None
         self.unrotated = False
+        known = inspect.signature(module.forward).parameters.get("position_embeddings")
+        self.default = self if known is None else known.default
         before = module.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True)
         hooks.callback(before.remove)
         for child in module.modules():
@@ -154,7 +160,8 @@ class RopeReader:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         if self.enabled:
-            self.unrotated = kwargs.get("position_embeddings", self) is None
+            given = kwargs.get("position_embeddings", self.default if len(args) < 2 else self)
+            self.unrotated = given is None
             rotations = map(Rotation.read, (kwargs.get("position_embeddings"), *args))
             self.rotation = next((found for found in rotations if found is not None), None)
 
@@ -170,7 +177,7 @@ class RopeReader:
             reader: of the queries' token weights.
 
         Raises:
-            RuntimeError: there is not one cosine and sine per position.
+            UnreadRotationError: there is not one cosine and sine per position.
         """
         batch, _, length, size = query.shape
         rotation = self.rotation
@@ -178,7 +185,7 @@ class RopeReader:
         if rotation is None and self.unrotated:
             rotation = Rotation(query.new_ones(1, 1, width), query.new_zeros(1, 1, width))
         if rotation is None or rotation.cos.dim() != 3 or rotation.cos.shape[0] not in (1, batch):
-            raise RuntimeError(
+            raise UnreadRotationError(
                 f"{self.path}: the rotation of its queries and keys cannot be read (it is called "
                 "without position_embeddings of one cosine and sine a position, and has no rotary "
                 "module of its own); use rope='ignored'."

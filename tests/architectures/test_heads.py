@@ -66,10 +66,7 @@ def moved_columns(
 
     def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(1)
-        if isinstance(module, nn.Conv2d):
-            mask = marked[:, None, None]
-        else:
-            mask = marked
+        mask = marked[:, None, None] if isinstance(module, nn.Conv2d) else marked
         return output + mask * torch.randn(output.shape, generator=generator).to(output)
 
     handle = matrix.module.register_forward_hook(add)

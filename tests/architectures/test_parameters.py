@@ -38,6 +38,27 @@ def test_heads_of_other_tasks() -> None:
     assert find_head(nn.Sequential(nn.Linear(2, 2))) == set()
 
 
+def test_heads_of_models_whose_prefix_names_no_child() -> None:
+    image = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
+    image |= {"intermediate_size": 8, "image_size": 8, "patch_size": 4}
+    for name in ("CLIP", "Siglip", "Siglip2", "MetaClip2"):
+        config = getattr(tf, f"{name}Config", None)
+        if config is not None:
+            small = config(vision_config=image, text_config=image, num_labels=3)
+            model = getattr(tf, f"{name}ForImageClassification")(small)
+            assert find_head(model) == {"classifier.weight", "classifier.bias"}, name
+
+
+def test_embeddings_and_necks_are_no_head() -> None:
+    small = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4}
+    small |= {"intermediate_size": 8, "image_size": 16, "patch_size": 4}
+    assert find_head(tf.DINOv3ViTModel(tf.DINOv3ViTConfig(**small))) == set()
+    beit = tf.BeitForSemanticSegmentation(tf.BeitConfig(**small, out_indices=[1, 2, 3, 4]))
+    assert {name.split(".")[0] for name in find_head(beit)} == {"decode_head", "auxiliary_head"}
+    dpt = tf.DPTForSemanticSegmentation(tf.DPTConfig(**small, backbone_out_indices=[0, 1, 2, 3]))
+    assert {name.split(".")[0] for name in find_head(dpt)} == {"head", "auxiliary_head"}
+
+
 def test_head_of_a_peft_model_is_what_it_saves() -> None:
     config = LoraConfig(task_type="SEQ_CLS", target_modules=["query"], r=2)
     head = find_head(get_peft_model(build("bert", torch.float32), config))

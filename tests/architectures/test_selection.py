@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
+import transformers as tf
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -231,6 +234,26 @@ def test_all_linear_without_attention_warns_how_to_declare() -> None:
     with pytest.warns(UserWarning, match="declare_attention"):
         structure = select("all_linear", nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
     assert names(structure) == ["0", "1"]
+
+
+def test_convolutions_are_taken_where_there_is_no_attention() -> None:
+    config = tf.ResNetConfig(
+        embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3
+    )
+    model = tf.ResNetForImageClassification(config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        structure = select("all_linear", model)
+    convolutions = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    assert names(structure) == convolutions
+    reasons = {row.reason for row in structure.routing if row.treatment == "preconditioned"}
+    assert reasons == {"convolution, as a linear layer of its patches (the model has no attention)"}
+    assert structure.routing["classifier.1.weight"].reason == "output head"
+
+
+def test_grouped_convolutions_stay_with_the_fallback_optimizer() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 6, 1))
+    assert names(select("all_linear", model)) == ["1"]
 
 
 def test_complex_and_sparse_are_refused_by_name() -> None:

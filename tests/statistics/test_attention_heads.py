@@ -252,15 +252,19 @@ def test_layout_of_an_unknown_rotation_is_half_split() -> None:
     assert layout.partner.tolist() == [2, 3, 0, 1, 4, 5, 6, 7]
 
 
-def test_unseen_rotation_says_what_to_do() -> None:
-    model = build("bert")
-    block = find_attention(model)[0]
-    collector = opened(model, head_requests([block], average_rotation=True))
-    try:
-        with pytest.raises(RuntimeError, match="rope='ignored'"):
-            loss_of(model, text())
-    finally:
-        collector.close()
+def test_an_attention_whose_rotation_cannot_be_read_is_not_observed_any_more() -> None:
+    model = build("bert").train()
+    first, second = find_attention(model)
+    collector = opened(
+        model,
+        head_requests([first], average_rotation=True) + head_requests([second]),
+    )
+    loss_of(model, text()).backward()
+    taken = collector.take()
+    collector.close()
+    assert collector.outdated
+    assert (first.observed, second.observed) == (False, True)
+    assert set(taken) == {f"{second.name}/query", f"{second.name}/key"}
 
 
 def test_centred_keys_lose_each_sequences_mean() -> None:

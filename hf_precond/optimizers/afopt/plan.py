@@ -9,9 +9,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_precond.architectures.attention import find_attention
+from hf_precond.architectures.attention import find_attention, is_named_attention
 from hf_precond.architectures.attention_block import AttentionBlock
-from hf_precond.architectures.hidden import ROLES, Candidate, in_attention, outside_attention
+from hf_precond.architectures.hidden import (
+    CONVOLUTION,
+    ROLES,
+    Candidate,
+    in_attention,
+    outside_attention,
+)
 from hf_precond.architectures.modules import find_matrices
 from hf_precond.architectures.parameters import ParameterSurvey, add_reason
 from hf_precond.architectures.structure import LayerMatrix, ModelStructure
@@ -45,7 +51,7 @@ def attention_matrices(model: nn.Module, config: AFOptConfig) -> ModelStructure:
 
     ``query_key`` takes q and k of the attentions, ``attention`` v and o too, ``all_linear`` the
     other linear layers as well, except output heads, tied weights and adapters outside the
-    attentions.
+    attentions; in a model without attention the convolutions too.
 
     Args:
         model: the model.
@@ -63,7 +69,7 @@ def attention_matrices(model: nn.Module, config: AFOptConfig) -> ModelStructure:
     def is_tied(matrix: LayerMatrix) -> bool:
         return survey.name_of(matrix.weight_parameter) in survey.tied
 
-    linears = outside_attention(survey, attentions)
+    linears = outside_attention(survey, attentions, convolutions=not attentions)
     chosen: list[Candidate] = []
     left: list[tuple[LayerMatrix, str, str]] = []
     outside_scope = f"outside scope={scope}"
@@ -96,7 +102,8 @@ def attention_matrices(model: nn.Module, config: AFOptConfig) -> ModelStructure:
             "trains (they are frozen or tied); unfreeze them, widen scope, or put LoRA adapters on "
             "q, k, v or o."
         )
-    if not attentions:
+    unread = any(map(is_named_attention, model.modules()))
+    if not attentions and (unread or not any(what == CONVOLUTION for _, what in chosen)):
         warn(
             f"afopt: no attention was found in {model_name}, so only its other linear layers are "
             f"preconditioned; {HOW_TO_DECLARE}."

@@ -336,3 +336,41 @@ def test_factors_of_bfloat16_weights_are_not_rounded_to_bfloat16(space):
         actual.append([factors.output_moment(block, role).double() for role in roles])
     for ours, exact in zip(*actual, strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
+
+
+class Patches(nn.Module):
+    """A convolution, or the same as a linear layer of its patches."""
+
+    def __init__(self, linear, bias):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(2, 5, 3, padding=1, bias=bias)
+        self.linear = nn.Linear(18, 5, bias=bias) if linear else None
+        self.double()
+        if linear:
+            self.linear.weight.data = self.conv.weight.detach().flatten(1)
+            self.linear.bias = self.conv.bias
+            self.conv = None
+
+    def forward(self, x):
+        if self.linear is None:
+            return self.conv(x)
+        rows = nn.functional.unfold(x, 3, padding=1).mT
+        return self.linear(rows).mT.unflatten(-1, x.shape[-2:])
+
+
+@pytest.mark.filterwarnings("ignore:afopt. no attention was found")
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_convolution_without_attention_is_a_linear_layer_of_its_patches(bias):
+    steps = []
+    for linear in (False, True):
+        model = Patches(linear, bias)
+        optimizer = create_optimizer(model, "afopt", lr=1e-2, stat_interval=1)
+        assert len(optimizer.bound) == 1
+        x = torch.randn(3, 2, 6, 6, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
+        for _ in range(2):
+            optimizer.zero_grad()
+            (model(x).sin() ** 2).sum().backward()
+            optimizer.step()
+        steps.append([p.detach().flatten(1) for p in model.parameters() if p.dim() > 1])
+    torch.testing.assert_close(*steps, rtol=1e-9, atol=1e-11)

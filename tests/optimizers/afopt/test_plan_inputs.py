@@ -1,5 +1,6 @@
 """The factor of a matrix is of the tensors that its layer was called with, whichever they are."""
 
+import contextlib
 import warnings
 
 import pytest
@@ -11,7 +12,7 @@ from hf_precond.architectures.attention_block import declare_attention, forget_a
 from hf_precond.distributed import collectives
 from hf_precond.registry import create_optimizer
 from tests import ranks
-from tests.architectures.families import TEXT, build, text
+from tests.architectures.families import FAMILIES, TEXT, build, loss_of, text
 
 ROWS, LENGTH = 3, 7
 CHANNELS = {"num_self_attention_heads": 4, "num_cross_attention_heads": 4, "vocab_size": 40}
@@ -216,3 +217,39 @@ def separate_on_one_rank():
 
 def test_every_rank_follows_the_one_that_saw_separate_inputs():
     assert ranks.run(separate_on_one_rank) == [["k"], ["k"]]
+
+
+class Opaque:
+    """Cosines and sines that only the model can read."""
+
+    def __init__(self, pair):
+        self.pair = pair
+
+    def __iter__(self):
+        return iter(self.pair)
+
+
+def hide(module, args, kwargs):
+    return args, kwargs | {"position_embeddings": Opaque(kwargs["position_embeddings"])}
+
+
+def test_a_rotation_that_cannot_be_read_is_ignored_with_a_warning():
+    """The first step fails no more: from then on the factors are those of rope='ignored'."""
+    weights = []
+    for rope, hidden in (("averaged", True), ("ignored", False)):
+        model = build("llama")
+        for layer in model.model.layers if hidden else ():
+            layer.self_attn.register_forward_pre_hook(hide, with_kwargs=True)
+        optimizer = create_optimizer(
+            model, "afopt", rope=rope, stat_interval=1, inverse_interval=1, lr=1e-3
+        )
+        for step in range(2):
+            optimizer.zero_grad()
+            loss_of(model, FAMILIES["llama"].batch()).backward()
+            told = pytest.warns(UserWarning, match="2 attentions .* cannot be read")
+            with told if hidden and step == 0 else contextlib.nullcontext():
+                optimizer.step()
+        weights.append([parameter.detach() for parameter in model.parameters()])
+        optimizer.close()
+    for ours, theirs in zip(*weights, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
