@@ -15,6 +15,7 @@ EXAMPLES = """examples:
   hf-precond explain bert-base-uncased --optim afopt
   hf-precond explain ./my_model --optim nkfac --optim-args "max_dim=1024"
   hf-precond explain ./my_model --optim adamr --all | less
+  hf-precond explain bert-base-uncased --optim muon --tokens 4096 --device h100
 
 The model's weights are neither loaded nor made: its config.json is enough."""
 
@@ -48,6 +49,22 @@ def add_command(commands: Any) -> None:
         help="AutoModelForSequenceClassification and the like; by default the architecture that "
         "the model was saved with",
     )
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        help="predict what a step costs there: h100, a100, l4, t4, cpu (this machine), or a TOML "
+        "file of peak rates",
+    )
+    parser.add_argument(
+        "--tokens", type=int, metavar="N", help="of a step, for --device (default 4096)"
+    )
+    parser.add_argument(
+        "--length",
+        type=int,
+        metavar="N",
+        help="tokens of a sequence, for --device (default 1024 of a causal language model, else "
+        "128, or what an image has)",
+    )
     parser.set_defaults(act=explain_command)
 
 
@@ -55,7 +72,8 @@ def explain_command(arguments: argparse.Namespace) -> int:
     """Print how an optimizer updates a model's parameters, and the memory of its state.
 
     Args:
-        arguments: ``model``, ``optim``, ``optim_args``, ``auto_class`` and ``all``.
+        arguments: ``model``, ``optim``, ``optim_args``, ``auto_class``, ``all``, and of the
+            prediction ``device``, ``tokens`` and ``length``.
 
     Returns:
         0; 2 when the model, the name or a field cannot be used.
@@ -66,6 +84,7 @@ def explain_command(arguments: argparse.Namespace) -> int:
             model, arguments.optim, arguments.optim_args, arguments.auto_class,
             every_row=arguments.all, width=terminal_width(),
         )  # fmt: skip
+        text += _predicted(arguments)
     except (ValueError, OSError) as error:
         sentence = " ".join(str(error).split())
         # Offline, transformers names the host that it could not reach, not the model.
@@ -121,6 +140,36 @@ def explanation(
     title = f"{type(built).__name__}, {total:,} weights, under {name} ({info.title})"
     table = routing_table(optimizer.routing, every_row, width)
     return f"{title}\n\n{table}\n\n{memory(optimizer)}"
+
+
+def _predicted(arguments: argparse.Namespace) -> str:
+    """What a step costs on a device, where one is named.
+
+    Raises:
+        ValueError: the options are not usable.
+    """
+    for option in ("tokens", "length"):
+        value = getattr(arguments, option)
+        if value is not None and arguments.device is None:
+            raise ValueError(f"--{option}: costs are predicted for a device; add --device h100.")
+        if value is not None and value < 1:
+            raise ValueError(f"--{option} {value}: it is a number of tokens, at least 1.")
+    if arguments.device is None:
+        return ""
+    from hf_precond.cost.devices import find_device
+    from hf_precond.cost.prediction import predict
+    from hf_precond.cost.text import prediction_text
+    from hf_precond.integrations.arguments import config_from_pairs, parse_pairs
+    from hf_precond.registry import create_optimizer, get_info
+
+    pairs = parse_pairs(arguments.optim_args)
+    config = config_from_pairs(get_info(arguments.optim).config_cls, pairs)
+    prediction = predict(
+        lambda: _build(arguments.model, arguments.auto_class),
+        lambda built: create_optimizer(built, config),
+        find_device(arguments.device), arguments.tokens or 4096, arguments.length,
+    )  # fmt: skip
+    return f"\n\n{prediction_text(prediction, arguments.optim)}"
 
 
 # The table ---------------------------------------------------------------------------------------

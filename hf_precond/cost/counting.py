@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from hf_precond.compat.pretended_device import device_for_engine, placed
 
@@ -51,12 +51,19 @@ FACTORIZATIONS: dict[str, Callable[..., float]] = {
     "cholesky_solve": lambda b, a, *rest: 2 * b.numel() * a.shape[-1],
 }
 """Operations of factorisations and triangular solves, which no table of torch has."""
-VECTORS: dict[str, Callable[..., float]] = {
+OTHERS: dict[str, Callable[..., float]] = {
+    "_scaled_dot_product_flash_attention_for_cpu": lambda q, k, v, *rest, **options: (
+        sdpa_flop_count(q.shape, k.shape, v.shape)
+    ),
+    "_scaled_dot_product_flash_attention_for_cpu_backward": lambda g, q, k, v, *rest, **options: (
+        2.5 * sdpa_flop_count(q.shape, k.shape, v.shape)
+    ),
     "mv": lambda a, *rest: 2 * a.numel(),
     "addmv": lambda y, a, *rest: 2 * a.numel(),
     "addmv_": lambda y, a, *rest: 2 * a.numel(),
     "dot": lambda a, *rest: 2 * a.numel(),
 }
+"""Operations of products that torch's table leaves out."""
 IN_PLACE = {"addmm_": aten.addmm, "baddbmm_": aten.baddbmm, "addbmm": aten.baddbmm}
 SECOND = {"addmm", "addmm_", "baddbmm", "baddbmm_", "addbmm", "addmv", "addmv_"}
 """Products whose operands stand behind what they are added to."""
@@ -203,6 +210,7 @@ class OperationCounter(TorchDispatchMode):
         if self._is_on_device(args, kwargs):
             self.calls += 1
             if not view:
+                self.made(result)
                 self.seen(function, name, args, kwargs)
                 if name not in NO_KERNEL:
                     self.records.append(self._kernel(function, name, args, kwargs, result))
@@ -224,6 +232,13 @@ class OperationCounter(TorchDispatchMode):
             kwargs: its options.
         """
 
+    def made(self, result: Any) -> None:
+        """Called with what every operation on the device returns that is no view.
+
+        Args:
+            result: a tensor, or several.
+        """
+
     def _read(self, tensor: Any) -> Any:
         if tensor.dtype == torch.bool:
             return getattr(tensor, "reads_as", True)
@@ -235,8 +250,8 @@ class OperationCounter(TorchDispatchMode):
             flops = FACTORIZATIONS[name](*args, **kwargs)
             return Kernel(name, self.phase, flops, _precision(name, args[0], False), moved, True)
         packet = IN_PLACE.get(name, function.overloadpacket)
-        if name in VECTORS:
-            flops = VECTORS[name](*args)
+        if name in OTHERS:
+            flops = OTHERS[name](*args, **kwargs)
         elif packet in flop_registry:
             flops = flop_registry[packet](*args, **kwargs, out_val=result)
         else:

@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,10 +35,13 @@ def pretended_device(kind: str = "cuda", capability: tuple[int, int] = (9, 0)) -
         capability: of a CUDA device.
     """
     from hf_precond.optimizers.adamr import batch
+    from hf_precond.optimizers.base.refresh import FailureRecord
 
     with (
         warnings.catch_warnings(),
         replaced(batch, "adjacent", _adjacent),
+        # Flags that the host reads hold no numbers: none of them is a failure.
+        replaced(FailureRecord, "_judge", lambda *about: None),
         pretended(kind, capability),
     ):
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
@@ -131,10 +134,12 @@ class TracedTraining:
         passes: the kernels of forward and backward without statistics; by ``False``. With
             statistics; by ``True``. Empty where no passes were traced.
         steps: those of a period.
+        larger: like ``passes``, of a larger batch, where one was given.
     """
 
     passes: dict[bool, list[Kernel]]
     steps: list[TracedStep]
+    larger: dict[bool, list[Kernel]] = field(default_factory=dict)
 
     @property
     def plain(self) -> Counts:
@@ -162,14 +167,23 @@ class TracedTraining:
     @property
     def collection(self) -> Counts:
         """What statistics add to the passes of a step where they are due."""
-        plain, due = (Counter(self.passes.get(key, ())) for key in (False, True))
-        return Counts(list((due - plain).elements()))
+        return Counts(added(self.passes.get(False, ()), self.passes.get(True, ())))
 
     @property
     def due_share(self) -> float:
         """The share of steps with statistics."""
         due = sum(step.times for step in self.steps if step.due)
         return due / sum(step.times for step in self.steps)
+
+
+def added(plain: Sequence[Kernel], due: Sequence[Kernel]) -> list[Kernel]:
+    """The kernels that statistics add to the passes, or put in the place of others.
+
+    Args:
+        plain: of passes without statistics.
+        due: of passes with statistics.
+    """
+    return list((Counter(due) - Counter(plain)).elements())
 
 
 def _has(step: TracedStep, phase: str) -> bool:
@@ -184,6 +198,7 @@ def trace_training(
     dtype: torch.dtype | None = torch.bfloat16,
     counter: OperationCounter | None = None,
     whole_period: bool = True,
+    larger: Mapping[str, Tensor] | None = None,
     **fields: Any,
 ) -> TracedTraining:
     """Trace the passes of a model, and a period of an optimizer's steps.
@@ -198,23 +213,27 @@ def trace_training(
         dtype: of autocast; ``None`` for none.
         counter: records; a new one by default.
         whole_period: whether statistics and refreshes are traced, or a plain step alone.
+        larger: a larger batch, whose passes are traced too.
         **fields: of the optimizer.
     """
     counter = counter or OperationCounter(kind)
     if isinstance(optimizer, str):
         optimizer = create_optimizer(model, optimizer, **fields)
-    passes: dict[bool, list[Kernel]] = {}
+    passes: tuple[dict[bool, list[Kernel]], ...] = {}, {}
     taken: Mapping[str, Statistic] = {}
     source = getattr(optimizer, "statistics", None)
     for due in (False, True):
         if batch is None or (due and source is None):
             continue
-        if source is not None:
-            source.enable(due, 0)
-        passes[due] = one_pass(model, optimizer, batch, kind, dtype, counter)
-        if due:
-            with unset_fake_temporarily():  # it looks at flags of its own
-                taken = source.take()  # type: ignore[union-attr]
+        for found, data in zip(passes, (batch, larger), strict=True):
+            if data is None:
+                continue
+            if source is not None:
+                source.enable(due, 0)
+            found[due] = one_pass(model, optimizer, data, kind, dtype, counter)
+            if due:
+                with unset_fake_temporarily():  # it looks at flags of its own
+                    taken = source.take()  # type: ignore[union-attr]
     if hasattr(optimizer, "close"):
         if batch is None and source is not None:
             taken = _unseen(optimizer)
@@ -223,7 +242,8 @@ def trace_training(
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.grad is None and batch is None:
             parameter.grad = torch.empty_like(parameter)
-    return TracedTraining(passes, list(_period(optimizer, counter, whole_period)))
+    steps = list(_period(optimizer, counter, whole_period))
+    return TracedTraining(passes[0], steps, passes[1])
 
 
 def one_pass(

@@ -64,6 +64,12 @@ def test_ranges_are_those_of_the_config(capsys):
         (["explain", "{model}/nowhere", "--optim", "afopt"], "nowhere"),
         (["explain", "nobody/nowhere", "--optim", "afopt"], "nobody/nowhere"),
         (["run", "--optim", "afopt", "train.py"], "--optim stands before the script"),
+        (["explain", "{model}", "--optim", "afopt", "--device", "h1000"], "h100, a100, l4, t4"),
+        (["explain", "{model}", "--optim", "afopt", "--tokens", "64"], "add --device"),
+        (
+            ["explain", "{model}", "--optim", "afopt", "--device", "h100", "--tokens", "0"],
+            "--tokens 0",
+        ),
         (["explain", "{model}", "--optim", "afopt", "--auto_class", "Trainer"], "--auto_class"),
         (
             ["explain", "{model}", "--optim", "afopt", "--optim_args", "config=nowhere"],

@@ -1,0 +1,382 @@
+"""The suite for whoever has a GPU: correctness, cost and convergence, within a time limit.
+
+    python examples/benchmarks/gpu.py --out outputs/gpu --limit 900
+    python examples/benchmarks/gpu.py --out outputs/gpu --limit 900     # goes on where it stopped
+    python examples/benchmarks/gpu.py --only cost --models bert-base --tokens 4096,32768
+    python examples/benchmarks/gpu.py --device cpu --tiny --out outputs/try     # without a GPU
+
+``results.json`` has the card, the versions and what was measured; it is rewritten after every
+part, so a run that is cut off loses one part at most.
+
+- correctness: ``pytest -m gpu tests/gpu``, the failures by name.
+- cost: every arm trains the same model on the same batches (bfloat16 autocast on a GPU). Arms take
+  turns in blocks of steps, timed between two synchronisations, so that a drift of the clock falls
+  on all. ``ratio`` is the median of an arm's blocks over fused AdamW's; ``predicted`` is what
+  ``hf-precond explain --device`` says, where the card is one that it knows.
+- convergence: ``hf-precond bench gpu.toml``, which goes on by itself too; curves in ``loss.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import hf_precond
+from hf_precond.cost.batches import make_batch
+from hf_precond.cost.devices import DEVICES
+from hf_precond.cost.memory import MemoryCounter
+from hf_precond.cost.prediction import predict
+
+sys.path.insert(0, str(Path(__file__).parent))
+import gpu_tables
+
+HERE = Path(__file__).parent
+PARTS = ("correctness", "cost", "convergence")
+ARMS = (
+    "adamw", "torch_muon", "muon", "afopt", "afopt scope=attention", "afopt precision=highest",
+    "adamr", "nkfac", "sgdph",
+)  # fmt: skip
+WARM, SPAN, BLOCKS = 6, 20, 3
+"""Steps before an arm is timed; steps of a block: whole refresh intervals; blocks of an arm."""
+
+
+class Suite:
+    """What is done, and where it is kept.
+
+    Args:
+        arguments: of the command.
+    """
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.device = torch.device(arguments.device)
+        self.end = time.monotonic() + arguments.limit
+        self.out = Path(arguments.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.path = self.out / "results.json"
+        self.results: dict[str, Any] = {"about": self.about()}
+        if self.path.exists():
+            before = json.loads(self.path.read_text())
+            if before["about"] != self.results["about"]:
+                raise SystemExit(
+                    f"gpu.py: {self.path} is of another card or other versions; give another --out."
+                )
+            self.results = before
+
+    def about(self) -> dict[str, Any]:
+        """The card and the versions."""
+        on_gpu = self.device.type == "cuda"
+        return {
+            "card": torch.cuda.get_device_name(self.device) if on_gpu else platform.processor(),
+            "capability": list(torch.cuda.get_device_capability(self.device)) if on_gpu else None,
+            "cuda": torch.version.cuda,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "hf_precond": hf_precond.__version__,
+            "python": platform.python_version(),
+            "tiny": self.arguments.tiny,
+        }
+
+    @property
+    def left(self) -> float:
+        """Seconds until the limit."""
+        return self.end - time.monotonic()
+
+    def save(self, *keys: str, value: Any) -> None:
+        """Put a result into the file.
+
+        Args:
+            *keys: where.
+            value: what.
+        """
+        place = self.results
+        for key in keys[:-1]:
+            place = place.setdefault(key, {})
+        place[keys[-1]] = value
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.results, indent=1) + "\n")
+        os.replace(partial, self.path)
+
+    def run(self) -> bool:
+        """Do what is missing; whether all of it is there at the end."""
+        done = True
+        for part in self.arguments.only.split(","):
+            if self.left < 10:
+                print(f"{part}: no time is left; the same command goes on from here", flush=True)
+                return False
+            done &= getattr(self, part)()
+        return done
+
+    # Parts ------------------------------------------------------------------------
+
+    def correctness(self) -> bool:
+        """The tests that need a GPU."""
+        if "correctness" in self.results:
+            return True
+        root = HERE.parents[1]
+        words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+        words += ["-rfE", "--maxfail", "30", "tests/gpu"]
+        words += ["--collect-only"] * self.arguments.tiny
+        try:
+            found = subprocess.run(
+                words, cwd=root, capture_output=True, text=True, timeout=max(10, self.left)
+            )
+        except subprocess.TimeoutExpired:
+            print("correctness: the tests did not end within the limit", flush=True)
+            return False
+        (self.out / "correctness.log").write_text(found.stdout + found.stderr)
+        lines = found.stdout.strip().splitlines() or [""]
+        failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+        # 5: nothing was selected, as without a GPU.
+        good = found.returncode in (0, 5)
+        self.save("correctness", value={"passed": good, "summary": lines[-1], "failed": failed})
+        print(f"correctness: {lines[-1]}", flush=True)
+        return True
+
+    def cost(self) -> bool:
+        """Milliseconds, memory and launches of whole training steps."""
+        models = ["tiny"] if self.arguments.tiny else self.arguments.models.split(",")
+        counts = [64] if self.arguments.tiny else map(int, self.arguments.tokens.split(","))
+        pairs = [(model, tokens) for tokens in counts for model in models]
+        for model, tokens in pairs:
+            key = f"{model} {tokens}"
+            if key in self.results.get("cost", {}):
+                continue
+            if self.left < 30:
+                print("cost: no time is left; the same command goes on from here", flush=True)
+                return False
+            rows = self.measure(model, tokens)
+            self.save("cost", key, value=rows)
+            for arm, row in rows.items():
+                print(f"{key:18} {arm:24} {_row(row)}", flush=True)
+        return True
+
+    def convergence(self) -> bool:
+        """Losses by steps and by seconds, by the package's bench."""
+        output = self.out / "convergence"
+        file = _tiny_bench(self.out) if self.arguments.tiny else HERE / "gpu.toml"
+        words = [sys.executable, "-m", "hf_precond", "bench", str(file), "--output", str(output)]
+        with (self.out / "convergence.log").open("a") as log:
+            try:
+                code = subprocess.run(
+                    words, stdout=log, stderr=subprocess.STDOUT, timeout=max(10, self.left)
+                ).returncode
+            except subprocess.TimeoutExpired:
+                code = 130
+        done = code == 0
+        self.save("convergence", value={"complete": done, "code": code, "folder": output.name})
+        print(f"convergence: {'complete' if done else f'code {code}'}, see {output}", flush=True)
+        return done
+
+    # Cost ---------------------------------------------------------------------------
+
+    def measure(self, model: str, tokens: int) -> dict[str, Any]:
+        """All arms on one model.
+
+        Args:
+            model: a key of ``gpu_tables.MODELS``.
+            tokens: a step.
+        """
+        rows: dict[str, Any] = {}
+        held: dict[str, Training] = {}
+        for arm in ARMS:
+            try:
+                held[arm] = Training(arm, model, tokens, self.device)
+                rows[arm] = held[arm].warm(2 if self.arguments.tiny else WARM)
+            except Exception as error:  # an arm that fails is a result
+                held.pop(arm, None)
+                rows[arm] = {"error": f"{type(error).__name__}: {error}"[:400]}
+        span, blocks = (2, 1) if self.arguments.tiny else (SPAN, BLOCKS)
+        times: dict[str, list[float]] = {arm: [] for arm in held}
+        for _ in range(blocks):
+            for arm, training in held.items():
+                if self.left > 0 or not times[arm]:
+                    times[arm].append(training.time(span))
+        base = statistics.median(times["adamw"]) if times.get("adamw") else float("nan")
+        card = _known_card(self.results["about"]["card"])
+        for arm, training in held.items():
+            median = statistics.median(times[arm])
+            rows[arm] |= {
+                "ms": round(median, 3), "ratio": round(median / base, 3),
+                "blocks_ms": [round(t, 3) for t in times[arm]], **training.launches(span),
+            }  # fmt: skip
+            if card is not None and arm != "adamw":
+                make, optimizer = gpu_tables.MODELS[model], gpu_tables.made(arm)
+                found = predict(make, optimizer, DEVICES[card], tokens)
+                rows[arm]["predicted"] = round(found.ratio(found.tokens[0]), 3)
+            training.close()
+        return rows
+
+
+class Training:
+    """A model in training.
+
+    Args:
+        arm: its optimizer.
+        model: a key of ``gpu_tables.MODELS``.
+        tokens: a step.
+        device: where.
+    """
+
+    def __init__(self, arm: str, model: str, tokens: int, device: torch.device) -> None:
+        self.device = device
+        torch.manual_seed(0)
+        self.model = gpu_tables.MODELS[model]().to(device).train()
+        config: Any = self.model.config
+        self.batch = make_batch(self.model, tokens, device)
+        words = torch.Generator().manual_seed(1)
+        for name, tensor in self.batch.items():
+            classes = config.num_labels if name == "labels" and tensor.dim() == 1 else None
+            high = classes or config.vocab_size
+            tensor.copy_(torch.randint(high, tensor.shape, generator=words))
+        if self.batch["labels"].dim() == 2:
+            self.batch["labels"] = self.batch["input_ids"]
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self.optimizer = gpu_tables.made(arm)(self.model)
+
+    def step(self) -> None:
+        """Forward, backward and the optimizer's step."""
+        self.optimizer.zero_grad()
+        on_gpu = self.device.type == "cuda"
+        cast = torch.autocast("cuda", torch.bfloat16) if on_gpu else contextlib.nullcontext()
+        with getattr(self.optimizer, "curvature_context", contextlib.nullcontext)():
+            with cast:
+                loss = self.model(**self.batch).loss
+            if hasattr(self.optimizer, "probe"):
+                self.optimizer.probe(loss)
+            loss.backward()
+        self.optimizer.step()
+
+    def wait(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def warm(self, steps: int) -> dict[str, Any]:
+        """The first steps; their time, and the memory.
+
+        Args:
+            steps: their number.
+        """
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.step()
+        self.wait()
+        row: dict[str, Any] = {"first_steps_s": round(time.perf_counter() - start, 2)}
+        row["state_mib"] = round(MemoryCounter.state_of(self.optimizer) / 2**20, 1)
+        if self.device.type == "cuda":
+            row["peak_mib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**20)
+        return row
+
+    def time(self, span: int) -> float:
+        """Milliseconds a step of a block.
+
+        Args:
+            span: steps of the block.
+        """
+        self.wait()
+        start = time.perf_counter()
+        for _ in range(span):
+            self.step()
+        self.wait()
+        return (time.perf_counter() - start) / span * 1e3
+
+    def launches(self, span: int) -> dict[str, Any]:
+        """Kernels a step, by torch's profiler; nothing where there is no GPU.
+
+        Args:
+            span: steps that are profiled.
+        """
+        if self.device.type != "cuda":
+            return {}
+        kinds = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=kinds) as seen:
+            for _ in range(span):
+                self.step()
+            self.wait()
+        kernels = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        top: dict[str, float] = {}
+        for event in kernels:
+            name = event.name[:60]
+            top[name] = top.get(name, 0.0) + event.device_time_total / span / 1e3
+        largest = sorted(top.items(), key=lambda item: -item[1])[:12]
+        return {
+            "kernels_a_step": round(len(kernels) / span),
+            "top_kernels_ms": {name: round(value, 3) for name, value in largest},
+        }
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        if hasattr(self.optimizer, "close"):
+            self.optimizer.close()
+
+
+def _tiny_bench(folder: Path) -> Path:
+    """``gpu.toml`` for two steps of a small model on the CPU, two optimizers, one setting each."""
+    spec = tomllib.loads((HERE / "gpu.toml").read_text())
+    spec |= {"steps": 2, "trials": 1, "seeds": [1], "device": "cpu", "precision": "float32"}
+    spec |= {"tasks": {"recall": {"function": str(HERE / "tasks.py:recall")}}}
+    spec["reference"] = ["adamw"]
+    few = {name: spec["optimizers"][name] for name in ("adamw", "afopt")}
+    for entry in few.values():
+        entry["fields"]["lr"] = entry.pop("grid")["lr"][0]
+    path = folder / "convergence.json"
+    path.write_text(json.dumps(spec | {"optimizers": few}, indent=1))
+    return path
+
+
+def _known_card(name: str) -> str | None:
+    """The card as ``--device`` names it."""
+    return next((key for key in DEVICES if key.upper() in name.upper().split()), None)
+
+
+def _row(row: Mapping[str, Any]) -> str:
+    if "error" in row:
+        return str(row["error"])
+    extra = "".join(f"  {key} {row[key]}" for key in ("predicted", "peak_mib") if key in row)
+    return f"{row['ms']:9.2f} ms  {row['ratio']:.3f}{extra}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the suite.
+
+    Args:
+        argv: arguments; those of the process by default.
+
+    Returns:
+        0 where everything is there, 3 where time ran out.
+    """
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
+    parser.add_argument("--out", default="outputs/gpu")
+    parser.add_argument("--limit", type=float, default=3600.0, help="seconds")
+    parser.add_argument("--only", default=",".join(PARTS), help="of " + ", ".join(PARTS))
+    parser.add_argument("--models", default="bert-base,llama-124m")
+    parser.add_argument("--tokens", default="4096,16384,65536")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the suite")
+    arguments = parser.parse_args(argv)
+    unknown = sorted(set(arguments.only.split(",")) - set(PARTS))
+    if unknown:
+        parser.error(f"--only {unknown[0]}: it is of {', '.join(PARTS)}.")
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device here; --device cpu --tiny tries the suite.")
+    return 0 if Suite(arguments).run() else 3
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,220 @@
+"""What is assumed of a device: its peak rates, and how much of them is reached."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_precond.cost.counting import Counts, Kernel
+
+PRODUCTS = 0.55
+"""Share of the peak that every product reaches."""
+FACTORIZATIONS = 0.05
+"""Share of the peak that Cholesky factors, triangular solves and eigenvectors reach."""
+BANDWIDTH = 0.8
+"""Share of the memory's bandwidth that every kernel reaches."""
+LAUNCH = 4.0
+"""Microseconds that the host takes for a launch."""
+PRECISIONS = ("float64", "float32", "tf32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peak rates of a device.
+
+    Args:
+        name: for people.
+        peak: TFLOP/s by precision, dense; a precision that is missing runs as float32.
+        bandwidth: GB/s of the memory.
+        capability: of a CUDA device.
+        kind: ``cuda``, or ``cpu``, whose host and device are one.
+        launch: microseconds a launch, or a call on a CPU.
+        shares: reached of the peak by products and by factorisations, and of the bandwidth.
+    """
+
+    name: str
+    peak: Mapping[str, float]
+    bandwidth: float
+    capability: tuple[int, int] = (9, 0)
+    kind: str = "cuda"
+    launch: float = LAUNCH
+    shares: tuple[float, float, float] = field(default=(PRODUCTS, FACTORIZATIONS, BANDWIDTH))
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """What the passes are computed in: bfloat16, float16 on GPUs without it."""
+        if self.kind == "cpu":
+            return None
+        return torch.bfloat16 if "bfloat16" in self.peak else torch.float16
+
+    def seconds(self, kernel: Kernel) -> float:
+        """The longer of a kernel's arithmetic and its traffic.
+
+        Args:
+            kernel: the kernel.
+        """
+        product, factorization, bandwidth = self.shares
+        moving = kernel.bytes / (self.bandwidth * 1e9 * bandwidth)
+        if not kernel.flops:
+            return moving
+        peak = self.peak.get(kernel.precision, self.peak["float32"]) * 1e12
+        share = factorization if kernel.factorization else product
+        return max(kernel.flops / (peak * share), moving)
+
+    def milliseconds(self, kernels: Iterable[Kernel], launches: float | None = None) -> float:
+        """The time of kernels one after the other.
+
+        On a GPU the longer of the kernels' own time and the host's for their launches; on a CPU,
+        which does both, the sum.
+
+        Args:
+            kernels: the kernels.
+            launches: their number, or that of calls on a CPU; counted by default.
+        """
+        kernels = list(kernels)
+        own = sum(map(self.seconds, kernels)) * 1e3
+        host = (len(kernels) if launches is None else launches) * self.launch * 1e-3
+        return own + host if self.kind == "cpu" else max(own, host)
+
+    def average(self, counts: Counts) -> float:
+        """Milliseconds a step of what is counted over several.
+
+        Args:
+            counts: the kernels and the steps they are of.
+        """
+        return self.milliseconds(counts.kernels) / counts.steps
+
+
+DEVICES = {
+    "h100": Device(
+        "NVIDIA H100 SXM",
+        {"float64": 34, "float32": 67, "tf32": 495, "bfloat16": 989, "float16": 989}, 3350,
+    ),
+    "a100": Device(
+        "NVIDIA A100 SXM, 80 GB",
+        {"float64": 9.7, "float32": 19.5, "tf32": 156, "bfloat16": 312, "float16": 312}, 2039,
+        (8, 0),
+    ),
+    "l4": Device(
+        "NVIDIA L4",
+        {"float64": 0.5, "float32": 30.3, "tf32": 60, "bfloat16": 121, "float16": 121}, 300,
+        (8, 9),
+    ),
+    "t4": Device("NVIDIA T4", {"float64": 0.25, "float32": 8.1, "float16": 65}, 320, (7, 5)),
+}  # fmt: skip
+"""By the name that a command takes: peaks of the vendor's data sheets, without sparsity."""
+
+
+def find_device(name: str) -> Device:
+    """A device by its name, or as a file describes it; ``cpu`` is measured.
+
+    Args:
+        name: one of :data:`DEVICES`, ``cpu``, or the path of a TOML file::
+
+            name = "NVIDIA H20"
+            bandwidth = 4000          # GB/s
+            capability = [9, 0]       # of CUDA
+            [peak]                    # TFLOP/s, dense
+            float32 = 44
+            tf32 = 74
+            bfloat16 = 148
+
+    Raises:
+        ValueError: there is no such device, or the file is not usable.
+    """
+    if name == "cpu":
+        return measured_cpu()
+    if name in DEVICES:
+        return DEVICES[name]
+    path = Path(name)
+    if not path.is_file():
+        known = ", ".join([*DEVICES, "cpu"])
+        raise ValueError(
+            f"--device {name}: there is no such device and no such file; it is one of {known}, "
+            "or a TOML file of peak rates."
+        )
+    import tomllib
+
+    try:
+        values = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"--device {name}: this file is no TOML: {error}.") from error
+    return _from_file(name, values)
+
+
+def _from_file(path: str, values: Mapping[str, Any]) -> Device:
+    known = {"name", "bandwidth", "capability", "peak"}
+    unknown = sorted(set(values) - known)
+    peak = values.get("peak")
+    if unknown:
+        raise ValueError(
+            f"--device {path}: {unknown[0]} is no key; they are {', '.join(sorted(known))}."
+        )
+    rates = peak if isinstance(peak, Mapping) else {}
+    numbers = {**{f"peak.{key}": value for key, value in rates.items()}}
+    numbers["bandwidth"] = values.get("bandwidth")
+    numbers.setdefault("peak.float32", None)
+    for key, value in numbers.items():
+        if key.startswith("peak.") and key[5:] not in PRECISIONS:
+            raise ValueError(
+                f"--device {path}: {key} is no precision; they are {', '.join(PRECISIONS)}."
+            )
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            unit = "GB/s" if key == "bandwidth" else "TFLOP/s"
+            raise ValueError(f"--device {path}: {key} must be a number above 0, in {unit}.")
+    capability = values.get("capability", [9, 0] if "tf32" in rates else [7, 5])
+    if not isinstance(capability, list) or [type(part) for part in capability] != [int, int]:
+        raise ValueError(f"--device {path}: capability must be two integers, [9, 0] say.")
+    name = str(values.get("name", Path(path).stem))
+    return Device(name, dict(rates), float(numbers["bandwidth"]), tuple(capability))
+
+
+# The machine at hand -----------------------------------------------------------------------------
+
+
+def measured_cpu(seconds: float = 1.0) -> Device:
+    """This machine's processor, with the threads that torch uses now.
+
+    The rate of float32 products of 768 rows and columns, the bandwidth of an addition in place of
+    32 MiB, and the time of a call on a tensor of 16 numbers, the best of several each.
+
+    Args:
+        seconds: that the measurement takes, about.
+    """
+    a, b = torch.randn(768, 768), torch.randn(768, 768)
+    out = torch.empty(768, 768)
+    large, other = torch.randn(2**23), torch.randn(2**23)
+    small = torch.randn(4, 4)
+
+    def calls() -> None:
+        for _ in range(200):
+            small.add(1.0)
+
+    third = seconds / 3
+    product = _best(lambda: torch.mm(a, b, out=out), third)
+    addition = _best(lambda: large.add_(other), third)
+    call = _best(calls, third) / 200
+    flops = 2 * 768**3
+    return Device(
+        f"this processor, {torch.get_num_threads()} threads",
+        {"float32": flops / product / 1e12, "float64": flops / product / 2e12},
+        3 * 4 * 2**23 / addition / 1e9, kind="cpu", launch=call * 1e6, shares=(1.0, 0.25, 1.0),
+    )  # fmt: skip
+
+
+def _best(work: Callable[[], Any], seconds: float) -> float:
+    """The shortest of several runs; processor time where one thread works, as others may too."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    work()
+    times = []
+    start = time.perf_counter()
+    while len(times) < 3 or time.perf_counter() - start < seconds:
+        before = clock()
+        work()
+        times.append(clock() - before)
+    return min(times)
