@@ -210,7 +210,8 @@ class OperationCounter(TorchDispatchMode):
         if self._is_on_device(args, kwargs):
             self.calls += 1
             if not view:
-                self.made(result)
+                if not function._schema.is_mutable:
+                    self.made(result)
                 self.seen(function, name, args, kwargs)
                 if name not in NO_KERNEL:
                     self.records.append(self._kernel(function, name, args, kwargs, result))
@@ -233,7 +234,7 @@ class OperationCounter(TorchDispatchMode):
         """
 
     def made(self, result: Any) -> None:
-        """Called with what every operation on the device returns that is no view.
+        """Called with the new tensors of every operation on the device.
 
         Args:
             result: a tensor, or several.

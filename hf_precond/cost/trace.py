@@ -305,8 +305,29 @@ def _unseen(optimizer: Any) -> dict[str, Statistic]:
     }
 
 
-def _period(optimizer: Any, counter: OperationCounter, whole: bool) -> Iterator[TracedStep]:
-    """The steps of a period, like ones once; or its plain steps alone."""
+@dataclass
+class Schedule:
+    """The steps of a period of an optimizer, like ones once.
+
+    Args:
+        before: steps that come first, by number; of all but the first only the statistics matter.
+        steps: those of the period, with how often each comes.
+        consecutive: whether they must be taken one after the other: views of AdamR count their
+            own, and refreshes come at any of them. Then the numbers have no meaning.
+    """
+
+    before: list[int]
+    steps: list[tuple[int, int]]
+    consecutive: bool = False
+
+
+def schedule_of(optimizer: Any, whole: bool = True) -> Schedule:
+    """What there is to trace, or to measure, of an optimizer.
+
+    Args:
+        optimizer: one of this package's, or of torch's.
+        whole: ``False`` for plain steps alone.
+    """
     config = getattr(optimizer, "config", None)
     due = getattr(optimizer, "due", lambda step: False)
     intervals: dict[str, int] = {}
@@ -314,21 +335,10 @@ def _period(optimizer: Any, counter: OperationCounter, whole: bool) -> Iterator[
         named = {name: value for name, value in vars(config).items() if name.endswith("_interval")}
         intervals = {name: value for name, value in named.items() if name not in ONCE}
     period = max(intervals.values(), default=1)
-    adaptive = config is not None and "adamr" in (config.name, getattr(config, "base", ""))
-    if adaptive:  # its views count their own steps, and refreshes come at any of them
+    if "adamr" in (getattr(config, "name", ""), getattr(config, "base", "")):
         period = max(period, intervals.get("basis_interval", 3))
-        for _ in range(2 * period + 2):
-            one_step(optimizer, counter)
-        for _ in range(period):
-            yield TracedStep(1, due(optimizer.steps), one_step(optimizer, counter))
-        return
+        return Schedule([0] * (2 * period + 2), [(0, 1)] * period, consecutive=True)
     before = STARTS if intervals and whole else 1
-    for number in range(before):
-        _set_step(optimizer, number * period)
-        if number:  # for the statistics alone
-            optimizer._apply = _nothing
-        one_step(optimizer, counter)
-    optimizer.__dict__.pop("_apply", None)
     kinds: dict[Any, list[int]] = {}
     for step in range(before * period, (before + 1) * period):
         kind = (due(step), *(step % interval == 0 for interval in intervals.values()))
@@ -337,18 +347,39 @@ def _period(optimizer: Any, counter: OperationCounter, whole: bool) -> Iterator[
     kinds = kinds if whole or not quiet else {}
     busy = [step for steps in kinds.values() for step in steps]
     groups = [[step] for step in sorted(busy)] if len(busy) <= FEW else list(kinds.values())
-    for steps in (*groups, quiet):
-        if steps:
-            _set_step(optimizer, steps[0])
-            kernels = one_step(optimizer, counter)
-            yield TracedStep(len(steps), due(steps[0]), kernels)
+    steps = [(group[0], len(group)) for group in (*groups, quiet) if group]
+    return Schedule([number * period for number in range(before)], steps)
+
+
+def _period(optimizer: Any, counter: OperationCounter, whole: bool) -> Iterator[TracedStep]:
+    """The steps of a period, traced."""
+    schedule = schedule_of(optimizer, whole)
+    due = getattr(optimizer, "due", lambda step: False)
+    for number, step in enumerate(schedule.before):
+        if not schedule.consecutive:
+            set_step(optimizer, step)
+            if number:
+                optimizer._apply = _nothing
+        one_step(optimizer, counter)
+    optimizer.__dict__.pop("_apply", None)
+    for step, times in schedule.steps:
+        if not schedule.consecutive:
+            set_step(optimizer, step)
+        now = optimizer.steps if schedule.consecutive else step
+        yield TracedStep(times, due(now), one_step(optimizer, counter))
 
 
 def _nothing() -> None:
     pass
 
 
-def _set_step(optimizer: Any, step: int) -> None:
+def set_step(optimizer: Any, step: int) -> None:
+    """Make a step the next one.
+
+    Args:
+        optimizer: the optimizer.
+        step: its number.
+    """
     for group in optimizer.param_groups:
         if "step" in group:
             group["step"] = step
