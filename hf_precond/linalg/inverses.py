@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_precond.compat import devices
-from hf_precond.linalg.products import from_cpu
+from hf_precond.linalg.products import Precision, from_cpu, matmul
 
 CHOLESKY_SIZE = 128
 """Blocks up to this size are inverted by Cholesky's factorisation."""
@@ -98,7 +98,9 @@ def root_without_last(root: Tensor) -> Tensor:
     return root - root @ last.mT @ (last / last.square().sum(-1, keepdim=True))
 
 
-def newton_step(matrix: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+def newton_step(
+    matrix: Tensor, inverse: Tensor, precision: Precision = "highest"
+) -> tuple[Tensor, Tensor]:
     """One scaled and safeguarded Newton step, ``B' = c (2 B - c B A B)``: two products.
 
     With P = BA, ``c = tr P / ‖P‖_F²`` is the scale at which cB comes closest to
@@ -111,13 +113,16 @@ def newton_step(matrix: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         matrix: A, symmetric positive definite, ``[…, n, n]``.
         inverse: B, symmetric positive definite, shaped like A.
+        precision: of the two products on an accelerator. What they round
+            limits the residual ``‖I - A B'‖`` to about the condition of A times
+            their unit roundoff; a step from there corrects, it does not add.
 
     Returns:
         B', symmetric, and the rms eigenvalue error ``‖I - cP‖_F / √n`` that B
         had, ``[…]``; B' has about its square. Not finite where A or B is not.
     """
     size = matrix.shape[-1]
-    product = inverse @ matrix
+    product = matmul(inverse, matrix, precision)
     trace = product.diagonal(dim1=-2, dim2=-1).sum(-1)
     square = product.square().sum((-2, -1))
     scale = torch.minimum(trace / square, MAX_EIGENVALUE / largest_eigenvalue(product))
@@ -125,7 +130,7 @@ def newton_step(matrix: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
     factor = scale[..., None, None]
     product.mul_(-factor.square())
     product.diagonal(dim1=-2, dim2=-1).add_(2 * scale[..., None])
-    updated = product @ inverse
+    updated = matmul(product, inverse, precision)
     return (updated + updated.mT).mul_(0.5), error
 
 

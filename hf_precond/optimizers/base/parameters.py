@@ -383,27 +383,51 @@ def stacked_gradients(bound: Sequence[BoundMatrix]) -> Tensor:
     if len(bound) == 1 or not _alike(bound):
         gradients = [item.gradient() for item in bound]
         return torch.stack([gradient for gradient in gradients if gradient is not None])
-    matrix = bound[0].matrix
+    weights, biases = gradient_stacks(bound)
+    return weights if biases is None else torch.cat([weights, biases[..., None]], 2)
+
+
+def gradient_stacks(bound: Sequence[BoundMatrix]) -> tuple[Tensor, Tensor | None]:
+    """Gradients of weights, ``[n, out, in]``, and of joined biases, ``[n, out]``: copies.
+
+    Of matrices of one shape and dtype; zeros for a bias without a gradient.
+    """
+    matrix, dtype = bound[0].matrix, bound[0].dtype
+    if not _alike(bound):
+        joined = torch.stack([g for item in bound if (g := item.gradient()) is not None])
+        if matrix.bias is None:
+            return joined, None
+        return joined[..., :-1].contiguous(), joined[..., -1].contiguous()
     weights = torch.stack([item.weight.grad for item in bound if item.weight.grad is not None])
     weights = weights.mT if matrix.layout == "transposed" else weights.flatten(2)
+    weights = weights.contiguous().to(dtype)
     if matrix.bias is None:
-        return weights.contiguous().to(bound[0].dtype)
+        return weights, None
     biases = [item.matrix.bias_parameter for item in bound]
     columns = torch.stack([b.grad for b in biases if b is not None and b.grad is not None])
-    return torch.cat([weights, columns.unsqueeze(-1).to(weights.dtype)], 2).to(bound[0].dtype)
+    return weights, columns.to(dtype)
 
 
 def split_stack(bound: Sequence[BoundMatrix], matrices: Tensor) -> Sequence[Parts | None]:
     """The weight and bias parts of ``[n, out, in(+1)]``; ``None`` where each is split by itself."""
     if len(bound) == 1 or not _alike(bound):
         return [None] * len(bound)
-    matrix = bound[0].matrix
-    weights = matrices if matrix.bias is None else matrices[..., :-1]
-    weights = weights.mT if matrix.layout == "transposed" else weights
+    if bound[0].matrix.bias is None:
+        return split_stacks(bound, matrices, None)
+    return split_stacks(bound, matrices[..., :-1], matrices[..., -1].contiguous())
+
+
+def split_stacks(
+    bound: Sequence[BoundMatrix], weights: Tensor, biases: Tensor | None
+) -> Sequence[Parts]:
+    """The parts of each matrix, shaped like its weight and bias, of :func:`gradient_stacks`."""
+    if not _alike(bound):
+        joined = weights if biases is None else torch.cat([weights, biases[..., None]], 2)
+        return [item.matrix.split(matrix) for item, matrix in zip(bound, joined, strict=True)]
+    weights = weights.mT if bound[0].matrix.layout == "transposed" else weights
     weights = weights.reshape(len(bound), *bound[0].weight.shape).contiguous()
-    if matrix.bias is None:
-        return [(weight, None) for weight in weights.unbind()]
-    return list(zip(weights.unbind(), matrices[..., -1].contiguous().unbind(), strict=True))
+    columns = [None] * len(bound) if biases is None else biases.unbind()
+    return list(zip(weights.unbind(), columns, strict=True))
 
 
 def _alike(bound: Sequence[BoundMatrix]) -> bool:

@@ -5,13 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
+
 from hf_precond.config.base import OptimizerConfig, bounded, decay, interval, positive
 from hf_precond.linalg.products import Precision
+
+WELL_CONDITIONED = 5e-3
+"""Damping from which float16 holds an inverse, and inversion by blocks is exact enough."""
 
 
 @dataclass(frozen=True)
 class NKFACConfig(OptimizerConfig):
     """NKFAC: K-FAC whose inverses follow by Newton's iteration from the previous ones.
+
+    By default (``state_dtype=None``) factors and inverses are kept in float16
+    where the weights are not float64, ``damping`` is at least 0.005, so that an
+    inverse's eigenvalues differ by less than 200, and it is not ``reference``.
+    Otherwise inverses are kept in float32 (float64), factors in
+    ``state_dtype``. Factors are packed triangles.
 
     Args:
         momentum: SGD's momentum, in [0, 1). Default 0.9.
@@ -39,8 +50,9 @@ class NKFACConfig(OptimizerConfig):
             with ``base="sgd"``, AdaNKFAC with ``base="adamw"``.
             Default ``False``.
         precision: of products with preconditioners on accelerators: ``auto``
-            (TF32 where the device has it, else float32), ``highest`` (float32,
-            as release 0.1), ``tf32`` or ``bf16``. Default ``auto``.
+            (float16 where inverses are kept in it, with as many digits as TF32;
+            else TF32 where the device has it), ``highest`` (float32, as
+            release 0.1), ``tf32`` or ``bf16``. Default ``auto``.
 
     Raises:
         ValueError: ``reference`` with another base or with a solver.
@@ -72,3 +84,22 @@ class NKFACConfig(OptimizerConfig):
                 f"solver={self.solver!r}; choose such a base and leave solver out, or leave "
                 "reference out."
             )
+
+    def factor_dtype(self, parameter_dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which factors of a parameter are kept: float16 by default, see above.
+
+        Args:
+            parameter_dtype: the parameter's.
+        """
+        if self.halves(parameter_dtype):
+            return torch.float16
+        return super().factor_dtype(parameter_dtype)
+
+    def halves(self, parameter_dtype: torch.dtype) -> bool:
+        """Whether factors and inverses of a parameter are kept in float16.
+
+        Args:
+            parameter_dtype: the parameter's.
+        """
+        wide = parameter_dtype == torch.float64 or self.reference
+        return self.state_dtype is None and not wide and self.damping >= WELL_CONDITIONED

@@ -13,8 +13,10 @@ from torch import Tensor
 from hf_precond.compat import devices
 from hf_precond.linalg.factorization import spd_inverse
 from hf_precond.linalg.inverses import largest_eigenvalue, newton_step, spd_block_inverse
+from hf_precond.linalg.matrix_functions import pack, packed_size, unpack
 from hf_precond.linalg.products import Precision, averaging_weight, matmul
 from hf_precond.optimizers.base.parameters import BoundMatrix, allocate
+from hf_precond.optimizers.nkfac.config import WELL_CONDITIONED
 from hf_precond.statistics.moments import update_moments
 from hf_precond.statistics.requests import MomentRequest
 
@@ -32,11 +34,11 @@ again: float32 then holds the squares of gradients from 1e-25 to 1e13."""
 TINY = 1e-12
 """Norms below this, or above its inverse, may have lost squares to float32's range."""
 
-WELL_CONDITIONED = 5e-3
-"""Damping, relative to the largest eigenvalue, from which inversion by blocks is exact enough."""
-
 MAX_ERROR = 0.5
 """Largest rms eigenvalue error of a previous inverse that Newton's step may start from."""
+
+PIECE = 2**18
+"""Entries of an inverse that are converted at once on a CPU: they stay in its cache."""
 
 NEWTON_SIZES = {"cpu": math.inf, "cuda": 128}
 """The size from which Newton's step costs less than the exact inverse, by device: never on a CPU
@@ -49,10 +51,11 @@ class KroneckerFactor:
     """One factor of a layer: L of its output gradients, or R of its inputs.
 
     Its state lies in the optimizer's state of the layer's weight, each name
-    behind the side (``output_factor``): ``factor`` (the running average,
-    ``[n, n]``), ``inverse`` (of the damped factor, ``[n, n]``), ``updates``
-    (statistics averaged so far, a 0-d tensor) and ``refreshes`` (inverses
-    computed so far, a number).
+    behind the side (``output_factor``): ``factor`` (the running average, a
+    packed triangle, ``[n (n + 1) / 2]``), ``inverse`` (of the damped factor,
+    ``[n, n]``; in float16 times the damping, so that no eigenvalue exceeds 1),
+    ``updates`` (statistics averaged so far, a 0-d tensor) and ``refreshes``
+    (inverses computed so far, a number).
 
     Args:
         bound: the layer.
@@ -86,24 +89,45 @@ class KroneckerFactor:
             return MomentRequest(self.name, "input", self.bound.matrix, rows=rows)
         return MomentRequest(self.name, "output_grad", self.bound.matrix, rows=rows, scale=scale)
 
-    def allocate(self, dtype: torch.dtype) -> None:
+    def allocate(self, dtype: torch.dtype, inverse_dtype: torch.dtype) -> None:
         """Make the state where it is missing: a factor of zeros, the identity for its inverse.
 
         Args:
             dtype: the factor's.
+            inverse_dtype: its inverse's.
         """
         state, n, device = self.states[self.bound.weight], self.size, self.bound.weight.device
-        allocate(state, self._key("factor"), (n, n), dtype, device)
-        allocate(state, self._key("inverse"), (n, n), self.bound.dtype, device)
+        name = self._key("inverse")
+        if name not in state:
+            state[name] = torch.zeros((n, n), dtype=inverse_dtype, device=device)
+            state[name].fill_diagonal_(1.0)
+            state[self._key("refreshes")] = 0
+        elif inverse_dtype != state[name].dtype:
+            self._convert(inverse_dtype)
+        allocate(state, name, (n, n), inverse_dtype, device)
+        name = self._key("factor")
+        if name in state and state[name].dim() == 2:  # release 0.1 kept whole matrices
+            state[name] = pack(state[name])
+        allocate(state, name, (packed_size(n),), dtype, device)
         allocate(state, self._key("updates"), (), torch.int64, device)
-        if self._key("refreshes") not in state:
-            self["inverse"].fill_diagonal_(1.0)
-            self["refreshes"] = 0
+
+    def _convert(self, dtype: torch.dtype) -> None:
+        """Keep an inverse in another dtype from now on."""
+        inverse = self["inverse"]
+        if dtype == torch.float16:
+            inverse = inverse.to(self.bound.dtype)
+            inverse = inverse / largest_eigenvalue(inverse)
+        self["inverse"] = inverse.to(dtype)
+
+    def whole(self) -> Tensor:
+        """The factor as a matrix, ``[n, n]``, in the dtype of the mathematics."""
+        factor = self["factor"].to(self.bound.dtype)
+        return factor if factor.dim() == 2 else unpack(factor)
 
     def forget_other_size(self) -> None:
         """Drop the state of a factor that had another size."""
         state = self.states.get(self.bound.weight, {})
-        held = state.get(self._key("factor"))
+        held = state.get(self._key("inverse"))
         if held is not None and held.shape[0] != self.size:
             for name in ("factor", "inverse", "updates", "refreshes"):
                 state.pop(self._key(name), None)
@@ -129,7 +153,7 @@ def average_unit_moments(
     GPU a few kernels for all, and nothing is read from it.
 
     Args:
-        factors: A of each, ``[n, n]``, changed in place.
+        factors: A of each, ``[n, n]`` or packed, changed in place.
         updates: k of each, 0-d tensors, changed in place.
         sums: S of each, sums of outer products, ``[n, n]``.
         decay: in [0, 1).
@@ -146,10 +170,13 @@ def _average_on_device(
 ) -> Tensor:
     total = torch.stack(list(sums))
     largest = total.diagonal(dim1=-2, dim2=-1).amax(-1)
-    empty = largest < _smallest(total)
-    total = _near_one(total, largest)
-    total /= torch.linalg.vector_norm(total, dim=(-2, -1), keepdim=True)
-    total = total.masked_fill_(empty[:, None, None], torch.nan)
+    smallest = _smallest(total)
+    total /= largest.clamp(min=smallest)[:, None, None]  # so that squares stay within float32
+    norm = torch.linalg.vector_norm(total, dim=(-2, -1))
+    empty = largest < smallest
+    norm.masked_fill_(empty, torch.nan)
+    total = pack(total) if factors[0].dim() == 1 else total
+    total /= norm.view(-1, *[1] * (total.dim() - 1))
     return update_moments(factors, updates, total, decay) * ~empty
 
 
@@ -170,6 +197,7 @@ def _average_on_host(
             continue
         count += 1
         keep = averaging_weight(int(count), decay)
+        total = pack(total) if factor.dim() == 1 else total
         factor.copy_(factor.to(total.dtype).mul_(keep).add_(total, alpha=(1 - keep) / norm))
     return dropped
 
@@ -196,11 +224,16 @@ def _near_one(total: Tensor, largest: Tensor) -> Tensor:
     return (total * first).mul_(second)
 
 
-def damp(factors: Tensor, damping: float) -> Tensor:
-    """``A + max(1e-4, damping · λmax(A)) I``, ``[…, n, n]``."""
+def shift_of(factors: Tensor, damping: float) -> Tensor:
+    """``max(1e-4, damping · λmax(A))``, ``[…]``."""
     # One vector will do for large factors, where the products are what it costs.
     columns = 4 if factors.shape[-1] <= 512 else 1
-    shift = (damping * largest_eigenvalue(factors, columns=columns)).clamp(min=FLOOR)
+    return (damping * largest_eigenvalue(factors, columns=columns)).clamp(min=FLOOR)
+
+
+def damp(factors: Tensor, damping: float, shift: Tensor | None = None) -> Tensor:
+    """``A + λ I``, ``[…, n, n]``; λ is ``shift``, by default that of :func:`shift_of`."""
+    shift = shift_of(factors, damping) if shift is None else shift
     damped = factors.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(shift[..., None])
     return damped
@@ -218,6 +251,7 @@ def invert(
     newton_steps: int,
     damping: float,
     count: Count,
+    precision: Precision = "highest",
 ) -> tuple[Tensor, list[int]]:
     """Inverses of symmetric positive definite matrices that have changed a little.
 
@@ -232,6 +266,7 @@ def invert(
         newton_steps: 0 for exact inverses.
         damping: at most the smallest eigenvalue over the largest.
         count: called with the name of a counter and a number.
+        precision: of the products of Newton's steps.
 
     Returns:
         The inverses, ``[b, n, n]``, and the indices of the matrices that could
@@ -239,9 +274,9 @@ def invert(
     """
     if newton_steps == 0:
         return _exact_inverses(matrices, previous, damping, count)
-    inverses, error = newton_step(matrices, previous)
+    inverses, error = newton_step(matrices, previous, precision)
     for _ in range(newton_steps - 1):
-        inverses, _ = newton_step(matrices, inverses)
+        inverses, _ = newton_step(matrices, inverses, precision)
     astray = (~(error <= MAX_ERROR)).nonzero().flatten()
     if not len(astray):
         return inverses, []
@@ -268,19 +303,14 @@ def _exact_inverses(
     return inverses, wrong[failed].tolist()
 
 
-def norm_recovered(gradients: Tensor, directions: Tensor) -> Tensor:
-    """Scale directions in place to the Frobenius norms of the gradients.
+def recovery(norms: Tensor, found: Tensor) -> Tensor:
+    """What directions are multiplied by to have the gradients' norms; 1 where they are zero.
 
     Args:
-        gradients: ``[b, out, in]``.
-        directions: ``[b, out, in]``; changed.
-
-    Returns:
-        ``directions``; zero where they are zero.
+        norms: of the gradients.
+        found: of the directions, shaped like ``norms``.
     """
-    norms = torch.linalg.vector_norm(gradients, dim=(-2, -1), keepdim=True)
-    found = torch.linalg.vector_norm(directions, dim=(-2, -1), keepdim=True)
-    return directions.mul_(torch.where(found > 0, norms / found, 1.0))
+    return torch.where(found > 0, norms / found, 1.0)
 
 
 @dataclass(frozen=True)
@@ -298,5 +328,27 @@ class KroneckerBlock:
     def apply(self, matrix: Tensor, precision: Precision = "highest") -> Tensor:
         """``L X R``, ``[out, in(+1)]``; X itself where both are the identity."""
         if self.output is not None:
-            matrix = matmul(self.output, matrix, precision)
-        return matrix if self.input is None else matmul(matrix, self.input, precision)
+            matrix = _product(self.output, matrix, precision)
+        return matrix if self.input is None else _product(self.input, matrix, precision, right=True)
+
+
+def _product(
+    symmetric: Tensor, matrix: Tensor, precision: Precision, right: bool = False
+) -> Tensor:
+    """``A X``, or ``X A``, in the dtype of X; A in float16 is converted piece by piece."""
+    size = symmetric.shape[-1]
+    if symmetric.dtype == matrix.dtype:
+        a, b = (matrix, symmetric) if right else (symmetric, matrix)
+        return matmul(a, b, precision)
+    if size * size <= PIECE:
+        return _product(symmetric.to(matrix.dtype), matrix, precision, right)
+    result = torch.empty_like(matrix, memory_format=torch.contiguous_format)
+    rows = max(1, PIECE // size)
+    for start in range(0, size, rows):
+        place = slice(start, start + rows)
+        piece = symmetric[place].to(matrix.dtype)
+        if right:
+            matmul(matrix, piece.mT, precision, out=result[:, place])
+        else:
+            matmul(piece, matrix, precision, out=result[place])
+    return result

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_precond.compat import devices
+from hf_precond.linalg.matrix_functions import pack
 from hf_precond.optimizers.base.fallback import (
     AdamWFallback,
     CoupledSGD,
@@ -76,11 +77,14 @@ class NKFACReference(NKFAC):
         return previous, []
 
     @staticmethod
-    def norm_recovered(gradients: Tensor, directions: Tensor) -> Tensor:
-        """Directions scaled in place to the gradients' norms, with the authors' epsilon."""
-        norms = torch.linalg.vector_norm(gradients, dim=(-2, -1), keepdim=True)
-        found = torch.linalg.vector_norm(directions, dim=(-2, -1), keepdim=True)
-        return directions.mul_(norms / (found + NORM_EPS))
+    def recovery(norms: Tensor, found: Tensor) -> Tensor:
+        """The factor from directions to the gradients' norms, with the authors' epsilon.
+
+        Args:
+            norms: of the gradients.
+            found: of the directions, shaped like ``norms``.
+        """
+        return norms / (found + NORM_EPS)
 
 
 class AdaNKFACAdam(AdamWFallback):
@@ -106,7 +110,7 @@ def average_moment(moment: Tensor, updates: Tensor, mean: Tensor, decay: float) 
     A sum that is not finite changes nothing.
 
     Args:
-        moment: A, ``[n, n]``, changed in place.
+        moment: A, ``[n, n]`` or packed, changed in place.
         updates: statistics averaged so far, a 0-d tensor, changed in place.
         mean: S, ``[n, n]``.
         decay: b, in [0, 1).
@@ -117,6 +121,7 @@ def average_moment(moment: Tensor, updates: Tensor, mean: Tensor, decay: float) 
     norm = torch.linalg.vector_norm(mean)
     usable = torch.isfinite(norm)
     updates += usable
+    mean = pack(mean) if moment.dim() == 1 else mean
     change = (mean / (norm + NORM_EPS) - moment) * (1 - decay)
     moment.add_(torch.where(usable, change, 0.0))
     return (~usable).to(torch.int64)

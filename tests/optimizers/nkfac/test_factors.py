@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_precond.optimizers.nkfac import factors
-from hf_precond.optimizers.nkfac.factors import KroneckerBlock, norm_recovered
+from hf_precond.optimizers.nkfac.factors import KroneckerBlock, recovery
 
 PATHS = [factors._average_on_host, factors._average_on_device]
 
@@ -61,8 +61,9 @@ def test_zero_says_nothing_and_is_no_failure(average):
 
 
 def test_norm_recovery_of_a_zero_direction_stays_zero():
-    assert torch.equal(norm_recovered(torch.ones(2, 2), torch.zeros(2, 2)), torch.zeros(2, 2))
-    found = norm_recovered(3 * torch.ones(2, 2), torch.eye(2))
+    zero, norm = torch.zeros(2, 2), torch.linalg.vector_norm
+    assert torch.equal(zero * recovery(norm(torch.ones(2, 2)), norm(zero)), zero)
+    found = torch.eye(2) * recovery(norm(3 * torch.ones(2, 2)), norm(torch.eye(2)))
     assert found.norm() == pytest.approx(6.0)
 
 
