@@ -211,7 +211,7 @@ def _best(work: Callable[[], Any], seconds: float) -> float:
     """The shortest of several runs; processor time where one thread works, as others may too."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     work()
-    times = []
+    times: list[float] = []
     start = time.perf_counter()
     while len(times) < 3 or time.perf_counter() - start < seconds:
         before = clock()

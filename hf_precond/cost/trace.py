@@ -110,6 +110,18 @@ class Repeated(StatisticsSource):
             for key, old in self.taken.items()
         }
 
+    def enable(self, due: bool, step: int) -> None:
+        """They are there at every step."""
+        return
+
+    def drop(self) -> None:
+        """Nothing is kept."""
+        return
+
+    def close(self) -> None:
+        """There are no hooks."""
+        return
+
 
 @dataclass
 class TracedStep:
