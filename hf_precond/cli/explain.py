@@ -164,11 +164,19 @@ def _predicted(arguments: argparse.Namespace) -> str:
 
     pairs = parse_pairs(arguments.optim_args)
     config = config_from_pairs(get_info(arguments.optim).config_cls, pairs)
-    prediction = predict(
-        lambda: _build(arguments.model, arguments.auto_class),
-        lambda built: create_optimizer(built, config),
-        find_device(arguments.device), arguments.tokens or 4096, arguments.length,
-    )  # fmt: skip
+    device = find_device(arguments.device)
+    try:
+        prediction = predict(
+            lambda: _build(arguments.model, arguments.auto_class),
+            lambda built: create_optimizer(built, config),
+            device, arguments.tokens or 4096, arguments.length,
+        )  # fmt: skip
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"--device {arguments.device}: the passes of {arguments.model} cannot be traced without "
+            f"numbers ({reason}); leave --device out."
+        ) from error
     return f"\n\n{prediction_text(prediction, arguments.optim)}"
 
 

@@ -156,6 +156,25 @@ def test_a_terminal_that_is_not_unicode_shows_the_table(tmp_path):
     assert "2m?" in done.stdout and "encoder.layer.0" in done.stdout
 
 
+def test_explain_predicts_what_a_step_costs(tmp_path, capsys):
+    BertConfig(
+        vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, architectures=["BertForSequenceClassification"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    device = tmp_path / "small.toml"
+    device.write_text('name = "small"\nbandwidth = 100\n[peak]\nfloat32 = 1\nbfloat16 = 2\n')
+    words = ["explain", str(tmp_path), "--optim", "muon"]
+    assert main(words) == 0
+    plain = capsys.readouterr().out
+    assert main([*words, "--device", str(device), "--tokens", "64", "--length", "16"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(plain.rstrip())
+    added = shown[len(plain.rstrip()) :]
+    assert max(map(len, added.splitlines())) <= 80
+    assert "predicted, not measured: small" in added and "64 tokens a step" in added
+    assert "times as long" in added and "launches" in added
+
+
 @pytest.mark.parametrize("command", ["list", "explain"])
 def test_a_reader_that_has_seen_enough_is_no_error(command, tmp_path, capsys, monkeypatch):
     BertConfig(num_hidden_layers=1).save_pretrained(tmp_path)
