@@ -86,7 +86,7 @@ def pair_rotation(factor: Tensor, precision: Precision = "highest") -> Tensor:
     """
     skew = jacobi_tangents(factor)
     if arithmetic(precision, skew) != "highest":
-        skew = skew.half().to(factor.dtype)
+        skew = in_tf32(skew)
     with float32_products(precision, skew):
         gram = add_lower_product(torch.zeros_like(skew), skew.mT, skew, beta=0.0)
     gram.diagonal(dim1=-2, dim2=-1).add_(1.0)
@@ -124,7 +124,13 @@ def jacobi_tangents(factor: Tensor) -> Tensor:
     return tangents - tangents.mT
 
 
-def rotate(side: str, rotation: Tensor, matrix: Tensor, change: Tensor | None = None) -> Tensor:
+def rotate(
+    side: str,
+    rotation: Tensor,
+    matrix: Tensor,
+    change: Tensor | None = None,
+    orthogonal: bool = False,
+) -> Tensor:
     """Returns ``Pᵀ M`` on the left, ``M P`` on the right: M in a new basis of its rows or columns.
 
     Args:
@@ -132,10 +138,12 @@ def rotate(side: str, rotation: Tensor, matrix: Tensor, change: Tensor | None = 
         rotation: P, ``[b, n, n]``.
         matrix: M, ``[b, n, m]`` on the left, ``[b, m, n]`` on the right.
         change: of :func:`change_of`, if any.
+        orthogonal: whether M is orthogonal and is to stay so.
     """
     if change is None:
         return rotation.mT @ matrix if side == "left" else matrix @ rotation
-    operands = (change.mT, matrix) if side == "left" else (matrix, change)
+    factor = in_tf32(matrix) if orthogonal else matrix
+    operands = (change.mT, factor) if side == "left" else (factor, change)
     with float32_products("tf32", matrix):
         return torch.baddbmm(matrix, *operands)
 
@@ -153,7 +161,18 @@ def change_of(rotation: Tensor, precision: Precision) -> Tensor | None:
         return None
     change = rotation.clone()
     change.diagonal(dim1=-2, dim2=-1).sub_(1.0)
-    return change
+    return in_tf32(change)
+
+
+def in_tf32(matrix: Tensor) -> Tensor:
+    """Returns a matrix rounded to the nearest numbers that TF32 holds.
+
+    A tensor core cuts the last bits off. All products would be too small, and a basis would shrink.
+
+    Args:
+        matrix: of entries of about 1 and less; below 6e-5 they are rounded to 3e-8.
+    """
+    return matrix.half().to(matrix.dtype)
 
 
 def orthonormal(basis: Tensor) -> Tensor:

@@ -34,13 +34,18 @@ class AdamRConfig(OptimizerConfig):
             its factor holds less than this share of the energy, in [0, 1].
             Default 0.01.
         max_dim: a wider side has no basis, >= 1. Default 2048.
+        max_state_ratio: a parameter whose state would pass 64 MiB in float32 keeps
+            at most so many times what AdamW does, >= 1: only its smaller side is
+            rotated, in blocks, or none. Default 6.
         precision: of products with preconditioners on accelerators: ``auto``
             (TF32 where the device has it, else float32), ``highest`` (float32,
             as release 0.1), ``tf32`` or ``bf16``. Default ``auto``.
     """
 
     name: ClassVar[str] = "adamr"
-    layout = ("state_dtype", "basis", "basis_source", "basis_interval", "max_dim")
+    layout = (
+        "state_dtype", "basis", "basis_source", "basis_interval", "max_dim", "max_state_ratio"
+    )  # fmt: skip
 
     state_dtype: str | None = one_of("float32", "float64", "bfloat16")
     basis: Literal["auto", "two_sided", "one_sided", "identity"] = "auto"
@@ -52,4 +57,5 @@ class AdamRConfig(OptimizerConfig):
     basis_interval: int = interval(3)
     basis_tolerance: float = bounded(0.01, 0.0, 1.0)
     max_dim: int = bounded(2048, 1)
+    max_state_ratio: float = bounded(6.0, 1.0)
     precision: Precision = "auto"

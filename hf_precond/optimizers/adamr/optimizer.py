@@ -14,7 +14,7 @@ from hf_precond.architectures.parameters import ParameterSurvey
 from hf_precond.architectures.structure import LayerMatrix, ModelStructure
 from hf_precond.optimizers.adamr.config import AdamRConfig
 from hf_precond.optimizers.adamr.rotated_adam import RotatedAdam
-from hf_precond.optimizers.adamr.tiling import Side, Tiling, tile
+from hf_precond.optimizers.adamr.tiling import Side, Tiling, tile, tile_unbounded
 from hf_precond.optimizers.base.optimizer import PrecondOptimizer
 from hf_precond.optimizers.base.parameters import Bound, BoundMatrix, ParamView, Preconditioned
 from hf_precond.registry import register_optimizer
@@ -46,14 +46,38 @@ def every_matrix(model: nn.Module, config: Any) -> ModelStructure:
         elif matrix.weight.endswith("bias"):  # of experts, a row each
             reasons[name] = "bias"
         else:
+            reason = survey.describe(name) + bounded_by(matrix, config)
+            if config.basis != "identity" and not tile(matrix.weight_shape, config, matrix).sides:
+                reasons[name] = reason
+                continue
             matrices.append(matrix)
-            treated[name] = survey.describe(name)
+            treated[name] = reason
     if not matrices:
         raise ValueError(
             "adamr: no trainable parameter of this model has two dimensions, so nothing would be "
             "rotated; unfreeze a matrix, or use --optim adamw_torch."
         )
     return survey.structure(config, treated, reasons, matrices=matrices)
+
+
+def bounded_by(matrix: LayerMatrix, config: AdamRConfig) -> str:
+    """Returns what is done instead where a field keeps a matrix from its usual bases, else nothing.
+
+    Args:
+        matrix: the matrix.
+        config: the optimizer's.
+    """
+    shape = matrix.weight_shape
+    tiling, usual = tile(shape, config, matrix), tile_unbounded(shape, config, matrix)
+    if tiling == usual:
+        wide = config.basis != "identity" and not tiling.sides
+        return ", without bases: no block of at most max_dim divides a side" if wide else ""
+    if not tiling.sides:
+        return ", without bases: max_state_ratio"
+    side = "rows" if tiling.left else "columns"
+    size = tiling.rows if tiling.left else tiling.columns
+    blocks = f" in blocks of {size}" if tiling.tiles > usual.tiles else ""
+    return f", only {side} rotated{blocks}: max_state_ratio"
 
 
 @register_optimizer(

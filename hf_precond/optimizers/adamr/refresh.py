@@ -169,11 +169,11 @@ class RefreshItem:
 
     @property
     def elements(self) -> int:
-        """Entries of what is computed at a time: its factors and a moment."""
+        """Entries of its factors."""
         tiling = self.batch.tiling
         sizes = {"left": tiling.rows, "right": tiling.columns}
-        squares = sum(sizes[side] ** 2 for side in (*self.measured, *self.refreshed))
-        return tiling.tiles * (squares + tiling.rows * tiling.columns)
+        sides = {*self.measured, *self.refreshed}
+        return tiling.tiles * sum(sizes[side] ** 2 for side in sides)
 
     @property
     def cost(self) -> float:
@@ -381,7 +381,7 @@ class BasisRefresh:
             rotation, factor = eigenbasis.refresh(factor, precision=precision)
             change = eigenbasis.change_of(rotation, precision)
             old = stacked([turn["basis"] for turn in turns])
-            basis = eigenbasis.rotate("right", rotation, old, change)
+            basis = eigenbasis.rotate("right", rotation, old, change, True)
             astray = [
                 part
                 for turn, part in zip(turns, basis.split(tiles), strict=True)
@@ -508,7 +508,7 @@ def _portions(items: Sequence[RefreshItem]) -> Iterator[list[RefreshItem]]:
     portion: list[RefreshItem] = []
     elements = 0
     for item in items:
-        if portion and elements + item.elements > GPU_ELEMENTS:
+        if portion and elements + item.elements > GPU_ELEMENTS // 2:
             yield portion
             portion, elements = [], 0
         portion.append(item)

@@ -11,6 +11,7 @@ from typing import Literal
 from torch import nn
 
 from hf_precond.architectures.structure import LayerMatrix
+from hf_precond.linalg.banded import banded_size
 from hf_precond.optimizers.adamr.config import AdamRConfig
 
 Side = Literal["left", "right"]
@@ -20,16 +21,18 @@ CHEAP = 1024
 """``basis="auto"`` rotates both sides of a matrix whose longer side is at most this."""
 ELONGATED = 2
 """It also rotates both sides where the longer is at most this many times the other."""
+LARGE = 1 << 24
+"""Entries of a parameter's state up to which it may be any multiple of AdamW's: 64 MiB."""
 
 
 @dataclass(frozen=True)
 class Tiling:
     """A weight as ``tiles`` matrices of ``rows x columns``, each with its own bases.
 
-    AdamR keeps two moments, ``2 tiles m n`` numbers as AdamW does, and a factor and a basis of each
-    rotated side, ``2 tiles m²`` on the left and ``2 tiles n²`` on the right. With both sides
-    rotated that is three times AdamW's state for a square matrix; with the smaller side of
-    ``d x 4d`` rotated it is 1.25 times.
+    AdamR keeps two moments, ``2 tiles m n`` numbers as AdamW does, and of each rotated side a basis
+    and a triangle, ``1.6 tiles m²`` on the left and ``1.6 tiles n²`` on the right. With both sides
+    rotated that is 2.6 times AdamW's state for a square matrix; with the smaller side of
+    ``d x 4d`` rotated it is 1.2 times.
 
     Args:
         tiles: number of matrices: 1, the groups of a grouped convolution, the experts of a layer,
@@ -54,6 +57,13 @@ class Tiling:
         return tuple(side for side in SIDES if getattr(self, side))
 
     @functools.cached_property
+    def state_ratio(self) -> float:
+        """Entries of the state over those of AdamW's."""
+        sizes = self.left * [self.rows] + self.right * [self.columns]
+        kept = sum(size**2 + banded_size(size) for size in sizes)
+        return 1 + kept / (2 * self.rows * self.columns)
+
+    @functools.cached_property
     def refresh_cost(self) -> dict[Side, float]:
         """Multiplications of a refresh of each rotated side: n x n products, and n x n by n x m.
 
@@ -76,13 +86,29 @@ def tile(shape: Sequence[int], config: AdamRConfig, matrix: LayerMatrix | None =
     on the right; each group of a grouped convolution and each expert by itself (its rows in blocks
     where both its sides are wider than ``max_dim``).
 
+    Where that keeps more than :data:`LARGE` entries, and more than ``max_state_ratio`` times those
+    of AdamW, the smaller side alone is rotated, in blocks where that is still too much, or none.
+
     Args:
         shape: the weight's; more than two dimensions are ``[out, rest]``.
-        config: ``basis`` and ``max_dim`` are read.
+        config: ``basis``, ``max_dim`` and ``max_state_ratio`` are read.
         matrix: what the model says of the weight, where it is known.
 
     Returns:
         The tiling; without rotated sides for vectors and where ``basis`` is ``identity``.
+    """
+    return _bounded(tile_unbounded(shape, config, matrix), config.max_state_ratio)
+
+
+def tile_unbounded(
+    shape: Sequence[int], config: AdamRConfig, matrix: LayerMatrix | None = None
+) -> Tiling:
+    """Returns the tiling without a bound on the state; see :func:`tile`.
+
+    Args:
+        shape: the weight's.
+        config: ``basis`` and ``max_dim`` are read.
+        matrix: what the model says of the weight, where it is known.
     """
     fields = config.basis, config.max_dim
     if matrix is None:
@@ -118,6 +144,29 @@ def _tile(
     if left or right or groups > 1:
         return Tiling(groups, rows, rest, "rows", left, right)
     return _blocks(out, rest, "left" if out <= rest else "right", max_dim)
+
+
+@functools.lru_cache(maxsize=4096)
+def _bounded(tiling: Tiling, most: float) -> Tiling:
+    """The first of: a tiling, its smaller side alone, that in blocks, none; that keeps enough."""
+    entries = 2 * tiling.tiles * tiling.rows * tiling.columns
+    if tiling.state_ratio <= most or entries * tiling.state_ratio <= LARGE:
+        return tiling
+    left = tiling.rows <= tiling.columns
+    if left and tiling.split == "columns":  # blocks of the wider side
+        tiling = Tiling(1, tiling.rows, tiling.tiles * tiling.columns)
+    size, other = sorted((tiling.rows, tiling.columns))
+    # A basis and a triangle of b rows are at most 2b² entries, beside 2b times the other side.
+    widest = other * (most - 1)
+    divisors = [n for n in range(1, size + 1) if size % n == 0]
+    blocks = next((n for n in divisors if size <= n * widest), size)
+    divided = tiling.tiles == 1 or tiling.split == ("rows" if left else "columns")
+    if blocks == size or (blocks > 1 and not divided):
+        return replace(tiling, left=False, right=False)
+    if left:
+        return Tiling(tiling.tiles * blocks, size // blocks, other, "rows", left=True)
+    split = tiling.split if blocks == 1 else "columns"
+    return Tiling(tiling.tiles * blocks, other, size // blocks, split, right=True)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -6,8 +6,10 @@ from torch import nn
 
 from hf_precond.architectures.structure import LayerMatrix
 from hf_precond.linalg.banded import banded_size
+from hf_precond.optimizers.adamr import tiling as tiling_module
 from hf_precond.optimizers.adamr.config import AdamRConfig
-from hf_precond.optimizers.adamr.tiling import Tiling, tile
+from hf_precond.optimizers.adamr.tiling import LARGE, Tiling, tile
+from hf_precond.registry import create_optimizer
 from tests.optimizers.adamr.cases import adamr, noise, run
 
 
@@ -124,3 +126,78 @@ def test_default_state_of_encoder_layers_is_at_most_1_7_times_that_of_adamw(widt
     shapes = [(width, width)] * 4 + [(4 * width, width), (width, 4 * width)]
     ours = sum(state_elements(tile(shape, AdamRConfig())) for shape in shapes)
     assert 1.5 < ours / (2 * sum(a * b for a, b in shapes)) <= 1.7
+
+
+@pytest.mark.parametrize(
+    ("shape", "module", "fields", "expected"),
+    [
+        # Mllama's tile embedding: blocks of its hidden side would be 98 GiB.
+        ((9, 8197120), nn.Embedding(2, 2), {}, Tiling(1, 9, 8197120, "rows", True, False)),
+        ((30522, 768), nn.Embedding(2, 2), {}, Tiling(1, 30522, 768, "columns", False, True)),
+        ((256, 8192), None, {"basis": "two_sided", "max_dim": 8192},
+         Tiling(1, 256, 8192, "rows", True, False)),
+        ((8192, 256), None, {"basis": "two_sided", "max_dim": 8192},
+         Tiling(1, 8192, 256, "rows", False, True)),
+        # Below 64 MiB a state may be any multiple of AdamW's.
+        ((16, 1024), None, {}, Tiling(1, 16, 1024, "rows", True, True)),
+        ((2048, 2048), None, {}, Tiling(1, 2048, 2048, "rows", True, True)),
+        ((2048, 2048), None, {"max_state_ratio": 2.5}, Tiling(1, 2048, 2048, "rows", True, False)),
+        ((2048, 2048), None, {"max_state_ratio": 1.2}, Tiling(8, 256, 2048, "rows", True, False)),
+        ((4096, 2048), None, {"max_state_ratio": 1.2},
+         Tiling(4, 4096, 512, "columns", False, True)),
+        ((2048, 2048), None, {"max_state_ratio": 1.0}, Tiling(1, 2048, 2048, "rows", False, False)),
+    ],
+)  # fmt: skip
+def test_a_large_state_is_bounded(shape, module, fields, expected):
+    tiling = tiling_of(shape, module, **fields)
+    assert tiling == expected
+    adamw = 2 * shape[0] * shape[1]
+    most = AdamRConfig.create(**fields).max_state_ratio
+    assert state_elements(tiling) <= max(most * adamw, LARGE)
+    assert tiling.state_ratio == pytest.approx(state_elements(tiling) / adamw)
+
+
+def test_bounded_experts_and_groups_are_divided_where_they_can_be():
+    matrix = LayerMatrix("experts", nn.Module(), layout="conv", stacked=True)
+    fields = {"max_state_ratio": 1.2}
+    rows = tile((8, 512, 1024), AdamRConfig.create(**fields), matrix)
+    assert rows == Tiling(32, 128, 1024, "rows", True, False)
+    # Columns of some experts are no view of the stack.
+    assert not tile((8, 1024, 512), AdamRConfig.create(**fields), matrix).sides
+
+
+def test_the_routing_says_where_a_state_is_bounded():
+    model = nn.Sequential(nn.Embedding(4, 2_500_000, device="meta"), nn.Linear(8, 8),
+                          nn.Linear(2048, 2048, device="meta"))  # fmt: skip
+    reasons = {}
+    for most in (6.0, 1.2, 1.0):
+        optimizer = create_optimizer(model, "adamr", max_state_ratio=most)
+        reasons[most] = {route.name: (route.treatment, route.reason) for route in optimizer.routing}
+        optimizer.close()
+    treated, plain = ("preconditioned", "adamw")
+    only = "embedding, only rows rotated: max_state_ratio"
+    assert reasons[6.0]["0.weight"] == reasons[1.2]["0.weight"] == (treated, only)
+    assert "max_state_ratio" not in reasons[6.0]["2.weight"][1]
+    blocks = "only rows rotated in blocks of 256: max_state_ratio"
+    assert reasons[1.2]["2.weight"][1].endswith(blocks)
+    for name in ("0.weight", "2.weight"):
+        assert reasons[1.0][name][0] == plain
+        assert reasons[1.0][name][1].endswith("without bases: max_state_ratio")
+    assert "max_state_ratio" not in reasons[1.0]["1.weight"][1]
+
+
+def test_a_bounded_embedding_rotates_its_rows(monkeypatch):
+    """As the same matrix in a linear layer does, whichever of them a step has read."""
+    monkeypatch.setattr(tiling_module, "LARGE", 0)
+    tiling_module._bounded.cache_clear()
+    table, layer = nn.Embedding(4, 60, dtype=torch.float64), nn.Linear(60, 4, bias=False).double()
+    layer.weight.data = table.weight.data.clone()
+    gradients = noise((4, 60), steps=10)
+    for (gradient,) in gradients:
+        gradient[1:] = 0.0
+    for module, fields in ((table, {"max_state_ratio": 2.0}), (layer, {"basis": "one_sided"})):
+        optimizer = adamr([module], **fields)
+        run(optimizer, [module], gradients)
+        assert optimizer._tiling(optimizer.bound[0]).sides == ("left",)
+    torch.testing.assert_close(table.weight, layer.weight, rtol=0, atol=1e-10)
+    tiling_module._bounded.cache_clear()
