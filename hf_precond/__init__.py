@@ -13,6 +13,7 @@ from hf_precond.integrations.registration import register_at_import
 
 if TYPE_CHECKING:
     from hf_precond.architectures.attention_block import declare_attention as declare_attention
+    from hf_precond.architectures.experts import declare_experts as declare_experts
     from hf_precond.config.base import OptimizerConfig as OptimizerConfig
     from hf_precond.config.base import load_config as load_config
     from hf_precond.integrations.registration import register as register
@@ -50,6 +51,7 @@ _WHERE = {
     "SGDPHConfig": "optimizers.sgdph.config",
     "create_optimizer": "registry",
     "declare_attention": "architectures.attention_block",
+    "declare_experts": "architectures.experts",
     "list_optimizers": "registry",
     "load_config": "config.base",
     "register": "integrations.registration",

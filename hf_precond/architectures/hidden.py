@@ -12,6 +12,9 @@ from hf_precond.architectures.modules import CONVOLUTIONS, find_matrices, is_lin
 from hf_precond.architectures.parameters import ParameterSurvey
 from hf_precond.architectures.structure import LayerMatrix, RowSelection
 
+ROUTER = "router: a step of its logits sends tokens to other experts"
+"""Why optimizers with factors leave routers to the fallback optimizer."""
+
 ROLES = {
     "q": "queries",
     "k": "keys",
@@ -50,9 +53,9 @@ def in_attention(block: AttentionBlock, roles: str = "qkvo") -> list[Candidate]:
 def outside_attention(
     survey: ParameterSurvey, attentions: Sequence[AttentionBlock], convolutions: bool = False
 ) -> list[Candidate]:
-    """The linear layers outside attention that train, and what shares a weight with an attention.
+    """The linear layers outside attention, experts, and what shares a weight with an attention.
 
-    Without output heads, tied weights, adapters, and weights of a single row or column.
+    Without output heads, routers, tied weights, adapters, and weights of a single row or column.
 
     Args:
         survey: of the model.
@@ -78,6 +81,16 @@ def outside_attention(
             continue
         name = survey.name_of(matrix.weight_parameter)
         skipped = name in survey.tied or name in survey.head or survey.describe(name) == "adapter"
-        if not skipped:
+        if not skipped and name not in survey.routers:
             chosen.append((matrix, what))
-    return chosen
+    return chosen + experts_of(survey)
+
+
+def experts_of(survey: ParameterSurvey) -> list[Candidate]:
+    """The stacks of experts that train and are not tied.
+
+    Args:
+        survey: of the model.
+    """
+    stacks = [(m, survey.name_of(m.weight_parameter)) for m in survey.experts]
+    return [(m, f"{m.count} experts") for m, name in stacks if name not in survey.tied]

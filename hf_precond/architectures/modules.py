@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.weight_norm import WeightNorm
 
 from hf_precond.architectures.structure import LayerMatrix, NormParameter
-from hf_precond.architectures.tables import NORM_CLASS
+from hf_precond.architectures.tables import EXPERT, NORM_CLASS
 
 ORIGINAL = "_orig"
 """Behind the name of a parameter that was pruned."""
@@ -45,6 +46,15 @@ def has_adapters(model: nn.Module) -> bool:
     """Returns whether a model has PEFT's wrappers (:mod:`~hf_precond.architectures.peft`) in it."""
     names = ("base_layer", "modules_to_save")
     return any(hasattr(module, name) for module in model.modules() for name in names)
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether a model may have experts: by a name in it, or since some were declared."""
+    declared = "hf_precond.architectures.experts" in sys.modules
+    return declared or any(
+        EXPERT.search(path) or EXPERT.search(type(module).__name__)
+        for path, module in model.named_modules()
+    )
 
 
 def is_transposed_linear(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from hf_precond.architectures.modules import (
     TRANSPOSED_CONVOLUTIONS,
     base_of,
     has_adapters,
+    has_experts,
     is_linear,
     is_norm,
     layer_of,
@@ -31,6 +32,7 @@ from hf_precond.architectures.tables import FOR_TASK, HEAD_CHILDREN, LORA_MARK, 
 
 if TYPE_CHECKING:
     from hf_precond.architectures.attention_block import AttentionBlock
+    from hf_precond.architectures.experts import ExpertMatrix
 
 PRECONDITIONED, FROZEN = "preconditioned", "frozen"
 
@@ -59,6 +61,12 @@ class ParameterSurvey:
             from hf_precond.architectures.peft import adapter_parameters
 
             self.adapters = {id(parameter) for parameter in adapter_parameters(model)}
+        self.experts: list[ExpertMatrix] = []
+        self.routers: set[str] = set()
+        if has_experts(model):
+            from hf_precond.architectures.experts import find_experts, find_routers
+
+            self.experts, self.routers = find_experts(model), find_routers(model)
         self.owners: dict[str, tuple[nn.Module, str]] = {}
         self.layers: dict[str, tuple[nn.Module, str]] = {}
         self.computed: dict[str, str] = {}
@@ -116,6 +124,8 @@ class ParameterSurvey:
             return "adapter"
         if name in self.head:
             return "output head"
+        if name in self.routers:
+            return "router"
         if "bias" in attribute:
             return "bias"
         if is_linear(module):

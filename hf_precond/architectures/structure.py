@@ -137,6 +137,11 @@ class LayerMatrix:
         return None if self.bias is None else self.module._parameters.get(self.bias)
 
     @property
+    def stack(self) -> tuple[int, ...]:
+        """``(count,)`` where these are the matrices of so many experts; empty for one matrix."""
+        return ()
+
+    @property
     def trains(self) -> bool:
         """Whether the weight trains."""
         return self.weight_parameter.requires_grad

@@ -250,8 +250,22 @@ PARALLEL_TOWERS = ("text_model", "vision_model", "image_model", "audio_model")
 LORA_MARK = ".lora_"
 """In the name of a parameter of LoRA or DoRA."""
 
+# Experts -----------------------------------------------------------------------------
+
+EXPERT = re.compile(r"expert", re.IGNORECASE)
+"""In the name of a class that holds experts' matrices, and of a list of experts."""
+
+EXPERT_COUNTS = ("num_experts", "moe_num_experts")
+"""Attributes of such modules with the number of experts."""
+
 TRANSPOSED_EXPERTS = "is_transposed"
 """Attribute that is true in stacks of experts whose matrices are ``[in, out]``."""
+
+FLAT_EXPERTS = {"DbrxExpertGLU": {"w1": False, "v1": False, "w2": True}}
+"""Modules whose stacks are ``[experts · rows, columns]``: weight to whether it is transposed."""
+
+ROUTER = re.compile(r"gate|gating|wg|\w*router\w*")
+"""The name of a child, beside experts, that chooses among them."""
 
 # Masks -------------------------------------------------------------------------------
 

@@ -186,6 +186,61 @@ def source_of(weight: Tensor) -> tuple[Tensor, bool] | None:
     return (leaf, flipped) if tuple(weight.shape) == shape else None
 
 
+INDEX = "hf_precond.index"
+"""Under which a node of ``W[ids]`` keeps ids: to read those it saved would unpack them."""
+
+GROUPED_PRODUCTS = ("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
+"""Names of torch's products of rows that are sorted by expert, and of transformers' own."""
+
+
+def expert_source_of(weight: Tensor) -> tuple[Tensor, bool, Any] | None:
+    """The parameter whose matrices a tensor holds, all or some of them.
+
+    Args:
+        weight: with its graph.
+
+    Returns:
+        The parameter, whether the matrices are transposed, and which they are: a number, a tensor
+        of numbers, or ``None`` for all; ``None`` where ``weight`` has other numbers.
+    """
+    node: Any = weight.grad_fn
+    slot, flipped, chosen = weight.output_nr, False, None
+    while node is not None and not hasattr(node, "variable"):
+        name = node.name()
+        if name in FLIPS:
+            flipped = not flipped
+        elif name in ("SelectBackward0", "UnbindBackward0") and _signed(node._saved_dim) == 0:
+            if chosen is not None:
+                return None
+            chosen = slot if name == "UnbindBackward0" else _signed(node._saved_index)
+        elif name == "IndexBackward0" and chosen is None:
+            chosen = node.metadata.get(INDEX)
+            if chosen is None:
+                return None
+        elif name not in VIEWS | COPIES | {"ReshapeAliasBackward0", "UnsafeViewBackward0"}:
+            return None
+        node, slot = node.next_functions[0]
+    leaf = weight if node is None else node.variable
+    return (leaf, flipped, chosen) if isinstance(leaf, Tensor) else None
+
+
+def note_index(rows: Tensor, index: Tensor) -> None:
+    """Notes for :func:`expert_source_of` by which index a tensor was made.
+
+    Args:
+        rows: ``W[index]``.
+        index: the index.
+    """
+    node: Any = rows.grad_fn
+    if node is not None:
+        node.metadata[INDEX] = index
+
+
+def _signed(number: int) -> int:
+    """A number that autograd shows without its sign."""
+    return number - 2**64 if number >= 2**63 else number
+
+
 # Functions --------------------------------------------------------------------
 
 

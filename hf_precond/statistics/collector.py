@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,7 @@ from hf_precond.statistics.token_weights import Reader, TokenWeights
 
 if TYPE_CHECKING:
     from hf_precond.architectures.attention_block import AttentionBlock
+    from hf_precond.statistics.experts import Segments
 
 EVAL_ALL = (
     "no second moment was collected since the last step: the model ran in evaluation mode "
@@ -300,6 +301,7 @@ class MomentCollector(StatisticsSource):
             self.heads = HeadMoments(heads, self.tokens, paths, self.buffer)
             leave.callback(self.heads.close)
         wrappers = _wrappers(model)
+        self.stacks: dict[tuple[nn.Module, str], HookedLayer] = {}
         self._add(paths, wrappers)
         for hooked in self.layers.values():
             hook = Hook(self._after_forward, hooked)
@@ -309,6 +311,12 @@ class MomentCollector(StatisticsSource):
         self.inputs = InputCheck(self.requests, wrappers, self.tokens)
         leave.callback(self.inputs.close)
         self.functions = FunctionalCalls(self.layers, self._observe_function, self.switch)
+        if self.stacks or any("expert" in hooked.path.lower() for hooked in self.layers.values()):
+            from hf_precond.statistics.experts import ExpertCalls, is_seen
+
+            stacks, masked = list(self.stacks.values()), self.tokens.masked
+            self.functions.experts = ExpertCalls(stacks, masked, self._observe_experts)
+            self.functions.experts_see = is_seen
         self.watching = True  # the first time, and while there is something to see
         leave.callback(self.functions.leave)
         self._leave = weakref.finalize(self, leave.close)
@@ -327,15 +335,18 @@ class MomentCollector(StatisticsSource):
             module = wrappers.get(layer, layer)
             if module not in paths:
                 raise ValueError(f"{request.key}: {matrix.name} is not a layer of this model.")
-            if module not in self.layers:
+            place: Any = (module, matrix.weight) if matrix.stack else module
+            held: dict[Any, HookedLayer] = self.stacks if matrix.stack else self.layers
+            if place not in held:
                 reader = self.tokens.reader(paths[module], memory=layer in self.tokens.memory)
                 block = request.attention
                 around = None if block is None else block.module
-                self.layers[module] = HookedLayer(module, layer, paths[module], reader, around)
-            key = paths[module], *_variant(request, matrix)
+                path = matrix.name if matrix.stack else paths[module]
+                held[place] = HookedLayer(module, layer, path, reader, around)
+            key = held[place].path, *_variant(request, matrix)
             options = (request.center, request.blocks, request.rows, request.scale)
             new = Collection(request.kind, matrix, False, *options)
-            collection = self.layers[module].collections.setdefault(key, new)
+            collection = held[place].collections.setdefault(key, new)
             collection.constant |= request.kind == "input" and request.matrix.bias is not None
             self.served[request.key] = key
 
@@ -405,12 +416,28 @@ class MomentCollector(StatisticsSource):
                     moments[key] = moment
             if gradients and not isinstance(hooked.layer, CONVOLUTIONS):
                 shape = result.mT.shape if transposed else result.shape
-                weights = hooked.reader.read(tuple(shape), hooked.dtype)
+                inputs = args[0] if args else None
+                weights = self._token_weights(hooked, inputs, tuple(shape))
+
+        def output_moments(gradient: Tensor) -> Iterator[tuple[Hashable, Statistic]]:
+            gradient = gradient.mT if transposed else gradient
+            for key, collection in gradients.items():
+                yield key, self._output_moment(hooked, collection, gradient, weights)
+
+        self._add_at_gradient(hooked, result, moments, output_moments)
+
+    def _add_at_gradient(
+        self,
+        hooked: HookedLayer,
+        result: Tensor,
+        moments: Mapping[Hashable, Statistic],
+        output_moments: Callable[[Tensor], Iterable[tuple[Hashable, Statistic]]],
+    ) -> None:
+        """Adds the input moments of a call, and those of its output's gradient, when that comes."""
         around = hooked.attention or hooked.module
         accumulator = OutputGradAccumulator(PassKind(hooked.layer, around))
 
         def add(gradient: Tensor) -> None:
-            gradient = gradient.mT if transposed else gradient
             changed = accumulator.add(gradient.detach(), self.buffer.epoch)
             if changed is None:
                 return
@@ -419,14 +446,73 @@ class MomentCollector(StatisticsSource):
             if before is None:
                 for key, moment in moments.items():
                     self.buffer.add(key, moment, kind)
-            for key, collection in gradients.items():
-                moment = self._output_moment(hooked, collection, total, weights)
+            for key, moment in output_moments(total):
                 self.buffer.add(key, moment, kind)
-                if before is not None:
-                    replaced = self._output_moment(hooked, collection, before, weights)
+            if before is not None:
+                for key, replaced in output_moments(before):
                     self.buffer.add(key, Statistic(-replaced.sum, -replaced.count), kind)
 
         on_gradient(result, add)
+
+    def _observe_experts(
+        self,
+        hooked: HookedLayer,
+        inputs: Tensor,
+        result: Tensor,
+        as_rows: Callable[[Tensor], Tensor],
+        segments: Segments,
+    ) -> None:
+        """Collects from a product with the weights of experts, those of each expert by themselves.
+
+        Args:
+            hooked: the stack of their weights.
+            inputs: ``[rows, in]``.
+            result: as it was returned.
+            as_rows: makes ``[rows, out]`` of the result, or of its gradient.
+            segments: the rows' experts.
+        """
+        if not self.enabled or not result.requires_grad:
+            return
+        self.called.add(hooked.module)
+        if not hooked.module.training:
+            on_gradient(result, lambda _: self.evaluated.__setitem__(hooked.path, hooked))
+            return
+        moments: dict[Hashable, Statistic] = {}
+        kinds = {kind: {k: c for k, c in hooked.collections.items() if c.kind == kind}
+                 for kind in ("input", "output_grad")}  # fmt: skip
+
+        def of(kind: str, rows: Tensor) -> Iterator[tuple[Hashable, Statistic]]:
+            with torch.no_grad(), without_autocast(rows.device):
+                for expert, own, weights in segments.of(rows) if kinds[kind] else ():
+                    kept = None if weights is None else weights.to(hooked.dtype)
+                    for key, collection in kinds[kind].items():
+                        part = own.to(hooked.dtype)
+                        part = part if kind == "input" else self._scaled(part, collection)
+                        yield (key, expert), second_moment(collection, part, kept, self.step)
+
+        def output_moments(gradient: Tensor) -> Iterator[tuple[Hashable, Statistic]]:
+            return of("output_grad", as_rows(gradient))
+
+        moments.update(of("input", inputs.detach()))
+        self._add_at_gradient(hooked, result, moments, output_moments)
+
+    def _token_weights(
+        self, hooked: HookedLayer, inputs: Any, shape: tuple[int, ...]
+    ) -> Tensor | None:
+        """The weights of a call's tokens, ``None`` for ones.
+
+        Args:
+            hooked: the layer.
+            inputs: what it was called with.
+            shape: of what the weights are of, input or output.
+        """
+        experts = self.functions.experts
+        if experts is not None and isinstance(inputs, Tensor):
+            known, weights = experts.of_layer(hooked, inputs)
+            if known:
+                self.functions.found = True
+                return None if weights is None else weights.to(hooked.dtype)
+        return hooked.reader.read(shape, hooked.dtype)
 
     def _output_moment(
         self,
@@ -437,10 +523,13 @@ class MomentCollector(StatisticsSource):
     ) -> Statistic:
         with torch.no_grad(), without_autocast(gradient.device):
             rows = output_rows(hooked.layer, gradient).to(hooked.dtype)
-            scale = self.loss_scale() if callable(self.loss_scale) else self.loss_scale
-            rows = rows if scale is None else rows / scale
-            rows = rows if collection.scale == 1 else rows * collection.scale
-            return second_moment(collection, rows, weights, self.step)
+            return second_moment(collection, self._scaled(rows, collection), weights, self.step)
+
+    def _scaled(self, rows: Tensor, collection: Collection) -> Tensor:
+        """Output gradients without the loss scale, and by the factor that was asked for."""
+        scale = self.loss_scale() if callable(self.loss_scale) else self.loss_scale
+        rows = rows if scale is None else rows / scale
+        return rows if collection.scale == 1 else rows * collection.scale
 
     def _input_moment(
         self,
@@ -466,7 +555,7 @@ class MomentCollector(StatisticsSource):
             return patch_moment(collection, hooked.layer, inputs.detach().to(dtype), self.step)
 
         def compute() -> Statistic:
-            weights = reader.read(tuple(inputs.shape), dtype)
+            weights = self._token_weights(hooked, inputs, tuple(inputs.shape))
             return second_moment(collection, inputs.detach().to(dtype), weights, self.step)
 
         # Layers of one parent read the same mask.
@@ -521,6 +610,8 @@ class MomentCollector(StatisticsSource):
             if request.kind in HEAD_KINDS:
                 assert self.heads is not None
                 statistic = self.heads.get(request)
+            elif request.matrix.stack:
+                statistic = self._of_experts(request)
             else:
                 statistic = self.buffer.get(self.served[request.key])
                 if statistic is not None and request.kind == "input" and request.blocks == 1:
@@ -535,6 +626,18 @@ class MomentCollector(StatisticsSource):
         self.called.clear()
         self.tokens.forget()
         return taken
+
+    def _of_experts(self, request: MomentRequest) -> Statistic | None:
+        """The statistics of every expert of a stack: zeros where one had no tokens."""
+        key, experts = self.served[request.key], range(request.matrix.stack[0])
+        found = [self.buffer.get((key, expert)) for expert in experts]
+        first = next((statistic for statistic in found if statistic is not None), None)
+        if first is None:
+            return None
+        empty = Statistic(torch.zeros_like(first.sum), torch.zeros_like(first.count))
+        held = [empty if statistic is None else statistic for statistic in found]
+        sums = torch.stack([statistic.sum for statistic in held])
+        return Statistic(sums, torch.stack([statistic.count for statistic in held]))
 
     def watch(self) -> None:
         """Looks, when statistics are next collected, for weights that are given to functions."""
@@ -553,9 +656,11 @@ class MomentCollector(StatisticsSource):
         if request.kind in HEAD_KINDS:
             return "its attention did not call the kernel that transformers looks up"
         path = str(self.served[request.key][0])  # type: ignore[index]
-        hooked = next(h for h in self.layers.values() if h.path == path)
+        hooked = next(h for h in (*self.layers.values(), *self.stacks.values()) if h.path == path)
         if path in self.evaluated:
             return "its passes ran in evaluation mode"
+        if hooked.module not in self.called and request.matrix.stack:
+            return "no function that is read got its experts' weights (a fused kernel?)"
         if hooked.module not in self.called:
             return "its layer was not called: the weight is used some other way"
         if hooked.module in self.functions.unlike:
@@ -563,7 +668,8 @@ class MomentCollector(StatisticsSource):
         return "no gradient reached its layer's output"
 
     def _warn_of_evaluation(self) -> None:
-        collected = self.buffer.answers.keys()
+        keys: Iterable[Any] = self.buffer.answers  # those of experts are pairs
+        collected = {key[0] if isinstance(key[0], tuple) else key for key in keys}
         missed = [
             path
             for path, hooked in self.evaluated.items()
@@ -617,6 +723,8 @@ def _source(request: MomentRequest) -> LayerMatrix:
 def _refuse(request: MomentRequest, matrix: LayerMatrix) -> None:
     """Raises ValueError for what has no such second moment."""
     layer = matrix.module
+    if matrix.stack:
+        return
     if request.kind == "input" and not (
         is_linear(layer) or isinstance(layer, (*CONVOLUTIONS, nn.MultiheadAttention))
     ):

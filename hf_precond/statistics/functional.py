@@ -27,6 +27,7 @@ from hf_precond.compat.torch_internals import (
 
 if TYPE_CHECKING:
     from hf_precond.statistics.collector import HookedLayer
+    from hf_precond.statistics.experts import ExpertCalls
 
 CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
 CONVOLVE_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -96,6 +97,8 @@ class FunctionalCalls(TorchFunctionMode):
         self.unlike: set[nn.Module] = set()  # subclasses that compute more than their weight does
         self.by_weight: dict[int, HookedLayer] = {}
         self.unknown: dict[int, Tensor] = {}
+        self.experts: ExpertCalls | None = None  # where there are some
+        self.experts_see: Callable[[Any], bool] = lambda function: False
         self.reader: FixedWeights | None = None
         self.memory: tuple[Any, ...] = ()
         self.hooks = ExitStack()
@@ -107,6 +110,8 @@ class FunctionalCalls(TorchFunctionMode):
         Args:
             model: whose forward pass begins.
         """
+        if self.experts is not None:
+            self.experts.begin()
         if self.entered:
             return
         self.entered, self.found = True, False
@@ -127,6 +132,8 @@ class FunctionalCalls(TorchFunctionMode):
             self.inside.clear()
             self.by_weight.clear()
             self.unknown.clear()
+            if self.experts is not None:
+                self.experts.begin()
 
     def _index(self) -> None:
         read = (hooked for hooked in self.layers.values() if _is_read(hooked))
@@ -165,9 +172,15 @@ class FunctionalCalls(TorchFunctionMode):
         self, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         read = READERS.get(func)
-        if read is None or not self.entered or not torch.is_grad_enabled():
+        seen = self.experts is not None and self.experts_see(func)
+        if not (read or seen) or not self.entered or not torch.is_grad_enabled():
             return func(*args, **(kwargs or {}))
-        return read(self, func, args, kwargs or {})
+        result = (
+            func(*args, **(kwargs or {})) if read is None else read(self, func, args, kwargs or {})
+        )
+        if seen and self.experts is not None:
+            self.found |= self.experts.note(func, args, kwargs or {}, result)
+        return result
 
     def linear(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``x Wᵀ + b``."""

@@ -19,6 +19,7 @@ from hf_precond.statistics.requests import CurvatureRequest, MomentRequest, Stat
 GOLDEN = (5**0.5 - 1) / 2
 _PATCHES = 2**24  # entries of a convolution's patches that are laid out at once
 
+
 def request_shape(request: MomentRequest | CurvatureRequest) -> tuple[int, ...]:
     """Returns the shape of the statistic that answers a request.
 
@@ -27,14 +28,15 @@ def request_shape(request: MomentRequest | CurvatureRequest) -> tuple[int, ...]:
     """
     if isinstance(request, CurvatureRequest):
         return tuple(request.norm.parameter.shape)
+    stack = request.matrix.stack
     if request.kind == "output_grad":
-        return (request.matrix.shape[0],) * 2
+        return (*stack, *(request.matrix.shape[0],) * 2)
     if request.kind == "input" or request.attention is None:
         columns = request.matrix.columns
         if request.blocks > 1:
             width = -(-columns // request.blocks)
-            return (request.blocks, width, width)
-        return (columns, columns)
+            return (*stack, request.blocks, width, width)
+        return (*stack, columns, columns)
     heads = request.attention.heads
     if request.kind == "entropy":
         return (heads.query,)

@@ -31,6 +31,9 @@ class MomentRequest:
     ``entropy``: per head, the sum over query positions of the entropy of their
     attention weights in nats, ``[H]``; ``attention`` is set.
 
+    Of a stack of experts sum and count are those of each, ``[experts, …]`` and ``[experts]``, over
+    the tokens that were routed to it.
+
     Args:
         key: the name of the statistic in what the source returns; unique.
         kind: what is collected.
@@ -105,7 +108,8 @@ class Statistic:
     Args:
         sum: the sum, in float32 (float64 for float64 models), detached.
         count: what the sum is divided by for a mean: tokens (weighted by the
-            attention mask) or passes; a 0-d tensor on the sum's device.
+            attention mask) or passes; a 0-d tensor on the sum's device, ``[n]``
+            of n experts.
     """
 
     sum: Tensor
@@ -206,6 +210,7 @@ def all_reduce_statistics(
     shapes: Mapping[str, Sequence[int]],
     dtype: torch.dtype,
     device: torch.device,
+    experts: Mapping[str, int] | None = None,
 ) -> dict[str, Statistic]:
     """Sums every statistic over the ranks, in one collective.
 
@@ -218,23 +223,30 @@ def all_reduce_statistics(
         shapes: every requested key, with its shape; the same on all ranks.
         dtype: dtype of the sums.
         device: where the collective runs.
+        experts: keys whose statistics are those of so many experts.
 
     Returns:
         A statistic for every key of ``shapes``.
     """
+    experts = experts or {}
     parts: list[Tensor] = []
     for key, shape in shapes.items():
         own = collected.get(key)
         if own is None:
-            parts.append(torch.zeros(math.prod(shape) + 1, dtype=dtype, device=device))
+            size = math.prod(shape) + experts.get(key, 1)
+            parts.append(torch.zeros(size, dtype=dtype, device=device))
             continue
         if tuple(own.sum.shape) != tuple(shape):
             raise ValueError(f"{key}: its sum is {tuple(own.sum.shape)}, not {tuple(shape)}.")
-        parts += [own.sum.to(dtype).flatten(), own.count.to(own.sum.device, dtype).view(1)]
+        parts += [own.sum.to(dtype).flatten(), own.count.to(own.sum.device, dtype).flatten()]
     bucket = torch.cat(parts)
     dist.all_reduce(bucket)
-    blocks = bucket.split([math.prod(shape) + 1 for shape in shapes.values()])
+    sizes = {key: math.prod(shape) for key, shape in shapes.items()}
+    blocks = bucket.split([size + experts.get(key, 1) for key, size in sizes.items()])
     return {
-        key: Statistic(block[:-1].view(*shape), block[-1])
+        key: Statistic(
+            block[: sizes[key]].view(*shape),
+            block[sizes[key] :] if key in experts else block[-1],
+        )
         for (key, shape), block in zip(shapes.items(), blocks, strict=True)
     }

@@ -133,6 +133,10 @@ class TokenWeights:
             masks["decoder_tokens"] = torch.cat([mask[:, 1:], mask[:, -1:]], dim=1)
         masked.masks = [*masked.masks[1 - _KEPT :], masks]
 
+    def masked(self) -> bool:
+        """Whether a model was called with a mask in its last pass."""
+        return any(masked.masks and masked.masks[-1] for masked in self.models)
+
     def forget(self) -> None:
         """Releases the masks."""
         for masked in self.models:

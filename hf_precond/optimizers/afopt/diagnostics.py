@@ -15,7 +15,7 @@ from hf_precond.compat import devices
 from hf_precond.compat.warn import warn
 from hf_precond.linalg.inverses import largest_eigenvalue
 from hf_precond.linalg.matrix_functions import largest_entry
-from hf_precond.optimizers.afopt.factors import CHUNK, Factors, heads_of, times_right
+from hf_precond.optimizers.afopt.factors import CHUNK, Factors, heads_of, parts_of, times_right
 from hf_precond.optimizers.afopt.plan import MatrixPlan, RightFactor, StateMatrix
 from hf_precond.optimizers.base.parameters import grouped, in_batches
 from hf_precond.statistics.moments import mean_of
@@ -57,7 +57,7 @@ class ObservedStep:
         self.plans.extend(batch)
         pair = momenta.flatten(1), directions.flatten(1)
         self.cosines.append(torch.cosine_similarity(*pair, dim=1, eps=1e-30))
-        for plan, direction in zip(batch, directions, strict=True):
+        for plan, direction in zip(batch, directions, strict=batch[0].experts is None):
             block = plan.block
             if block not in self.plan.moments_of or plan.side or plan.role in block.downs:
                 continue
@@ -176,7 +176,7 @@ def _input_conditions(factors: Factors, rights: Sequence[RightFactor]) -> list[T
         return right.shape, right.kind, right.bound.dtype, right.bound.weight.device
 
     conditions = []
-    for alike in grouped(rights, kind):
+    for alike in grouped((part for right in rights for part in parts_of(right)), kind):
         for batch in in_batches(alike, math.prod(alike[0].shape), CHUNK):
             moments, means = zip(*(factors.moment(right) for right in batch), strict=True)
             moment = torch.stack(moments)

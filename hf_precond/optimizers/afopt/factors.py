@@ -32,9 +32,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -61,16 +64,20 @@ from hf_precond.optimizers.afopt.plan import (
     State,
     StateMatrix,
 )
-from hf_precond.optimizers.base.parameters import grouped, in_batches
+from hf_precond.optimizers.base.parameters import BoundMatrix, grouped, in_batches
 from hf_precond.optimizers.base.refresh import FailureRecord, ShardedRefresh
 from hf_precond.statistics.moments import mean_of, update_moments
 from hf_precond.statistics.requests import Statistic
 
 CHUNK = 1 << 25
 """Elements that are stepped, or averaged on a GPU, in one batch, to bound the temporaries."""
+FactorT = TypeVar("FactorT", bound=StateMatrix)
+
 COUNTERS = ("failed_refreshes", "identity_factors")
 STARTS = 3
 """Statistics of a moment at each of which its factors are recomputed."""
+EVERY_EXPERT = "every expert of "
+"""Before the key of a moment: whether each expert of the stack has had more statistics."""
 JITTER = 8
 """Damping beside the covariant one, in units of rounding times the mean eigenvalue (1e-6)."""
 ROOT_COST = 60
@@ -99,22 +106,34 @@ class Factors:
         Returns:
             By layer and moment 1 where a mean was not finite and dropped, else 0: 0-d tensors.
         """
-        seen = [moment for moment in self.plan.moments if moment.request.key in statistics]
-        dropped: dict[str, Tensor] = {}
-        for alike in grouped(seen, lambda m: (m.shape, m.bound.dtype, m.bound.weight.device)):
+        seen = [
+            average
+            for moment in self.plan.moments
+            if moment.request.key in statistics
+            for average in _averages(moment, statistics[moment.request.key], self.state)
+        ]
+        dropped: dict[str, list[Tensor]] = {}
+
+        def kind(average: _Average) -> tuple[Any, ...]:
+            return average.total.shape, average.bound.dtype, average.bound.weight.device
+
+        for alike in grouped(seen, kind):
             limit = CHUNK if devices.is_accelerator(alike[0].bound.weight) else 0
-            for batch in in_batches(alike, math.prod(alike[0].shape), limit):
-                collected = [statistics[moment.request.key] for moment in batch]
-                counts = torch.stack([statistic.count for statistic in collected])
-                sums = torch.stack([statistic.sum for statistic in collected])
+            for batch in in_batches(alike, alike[0].total.numel(), limit):
+                counts = torch.stack([average.count for average in batch])
+                sums = torch.stack([average.total for average in batch])
                 means = pack(mean_of(sums, counts.view(-1, *[1] * (sums.dim() - 1))))
-                stored = [moment.stored(self.state) for moment in batch]
-                updates = [moment.updates(self.state) for moment in batch]
+                stored = [average.stored for average in batch]
+                updates = [average.updates for average in batch]
                 flags = update_moments(stored, updates, means, self.config.stat_decay)
                 # Without a single token, on any rank, there was nothing to drop.
                 flags = flags * (counts > 0).to(flags)
-                dropped |= zip(map(_title, batch), flags.unbind(), strict=True)
-        return dropped
+                for average, flag in zip(batch, flags.unbind(), strict=True):
+                    dropped.setdefault(average.title, []).append(flag)
+        return {
+            title: flags[0] if len(flags) == 1 else torch.stack(flags).amax()
+            for title, flags in dropped.items()
+        }
 
     # Refresh ---------------------------------------------------------------------
 
@@ -123,7 +142,7 @@ class Factors:
         step: int,
         failures: FailureRecord,
         count: Callable[[str, int | Tensor], None],
-        late: Collection[Moment] = (),
+        late: Mapping[Moment, Sequence[int]],
     ) -> None:
         """Recomputes the factors that are due, every rank its share, those of one shape together.
 
@@ -131,16 +150,23 @@ class Factors:
             step: number of the step.
             failures: the optimizer's record.
             count: the optimizer's counter.
-            late: moments whose first statistics come now, not at the first steps.
+            late: moments whose first statistics come now, not at the first steps, and which of the
+                experts of a stack they are of.
         """
-        factors: list[StateMatrix] = [*self.plan.rights, *self.plan.lefts]
-        due = [f for f in factors if self._is_due(f, step) or self._is_late(f, late)]
+        due: list[StateMatrix] = []
+        for factor in (*self.plan.rights, *self.plan.lefts):
+            if self._is_due(factor, step):
+                due += parts_of(factor)
+            elif self._is_late(factor, late):
+                due += parts_of(factor, late)
         for items in grouped(due, _gathers):
             costs, device = [self._cost(factor) for factor in items], items[0].bound.weight.device
             # Gathering a sharded weight takes all ranks.
             refresh = ShardedRefresh(items, costs, device, COUNTERS, shared=not _gathers(items[0]))
-            for batch in grouped(refresh.mine(), _batch_key):
-                refresh.attempt(partial(self._compute, refresh=refresh), batch)
+            for alike in grouped(refresh.mine(), _batch_key):
+                limit = CHUNK if alike[0].bound.matrix.stack else sys.maxsize
+                for batch in in_batches(alike, math.prod(alike[0].shape), limit):
+                    refresh.attempt(partial(self._compute, refresh=refresh), batch)
             refresh.share(lambda factor: [factor.stored(self.state)])
             refresh.report(failures, _title, count, zeros=True)
 
@@ -150,29 +176,52 @@ class Factors:
             return True
         return step % config.inverse_interval == self.plan.phases[factor.bound]
 
-    def late(self, step: int, keys: Collection[str], seen: Counter[str]) -> list[Moment]:
+    def late(
+        self, step: int, statistics: Mapping[str, Statistic], seen: Counter[str]
+    ) -> dict[Moment, Sequence[int]]:
         """The moments that have had :data:`STARTS` statistics or fewer, after the first steps.
 
-        Reads from the device at a moment's first statistics and once after a checkpoint is loaded.
+        Reads from the device at a moment's first statistics and once after a checkpoint is loaded;
+        while an expert of a stack has had so few, at every step with statistics.
 
         Args:
             step: number of the step.
-            keys: of the requests that were answered at this step.
+            statistics: by the keys of the requests that were answered at this step.
             seen: how often each was answered since the checkpoint; added to.
-        """
-        seen.update(keys)
-        if step <= (STARTS - 1) * self.config.stat_interval:
-            return []
-        moments = [m for m in self.plan.moments if 0 < seen[m.request.key] <= STARTS]
-        if not moments:
-            return moments
-        updates = torch.stack([moment.updates(self.state) for moment in moments]).tolist()
-        numbers = list(zip(moments, updates, strict=True))
-        for moment, number in numbers:
-            seen[moment.request.key] = max(seen[moment.request.key], number)
-        return [m for m, number in numbers if 0 < number <= STARTS and m.request.key in keys]
 
-    def _is_late(self, factor: StateMatrix, late: Collection[Moment]) -> bool:
+        Returns:
+            These moments, and the experts of a stack of which this is so.
+        """
+        seen.update(statistics.keys())
+        if step <= (STARTS - 1) * self.config.stat_interval:
+            return {}
+        moments = [
+            moment
+            for moment in self.plan.moments
+            if (seen[moment.request.key] in range(1, STARTS + 1))
+            or (moment.bound.matrix.stack and not seen[EVERY_EXPERT + moment.request.key])
+        ]
+        if not moments:
+            return {}
+        device = moments[0].bound.weight.device
+        parts = []
+        for moment in moments:
+            updates, new = moment.updates(self.state), statistics.get(moment.request.key)
+            came = torch.zeros_like(updates) if new is None else (new.count > 0).to(updates)
+            parts += [updates.flatten().to(device), came.flatten().to(device)]
+        numbers = [part.tolist() for part in torch.cat(parts).cpu().split([len(p) for p in parts])]
+        late: dict[Moment, Sequence[int]] = {}
+        for moment, updates, came in zip(moments, numbers[::2], numbers[1::2], strict=True):
+            key, stack = moment.request.key, moment.bound.matrix.stack
+            seen[key] = max(seen[key], *updates)
+            seen[EVERY_EXPERT + key] = int(bool(stack) and min(updates) > STARTS)
+            pairs = enumerate(zip(updates, came, strict=True))
+            own = [e for e, (number, new) in pairs if new and 0 < number <= STARTS]
+            if own:
+                late[moment] = own
+        return late
+
+    def _is_late(self, factor: StateMatrix, late: Mapping[Moment, Sequence[int]]) -> bool:
         if not late:
             return False
         if isinstance(factor, RightFactor):
@@ -184,7 +233,7 @@ class Factors:
         *copies, size, _ = factor.shape
         if isinstance(factor, RightFactor):
             return math.prod(copies) * size**3 * (ROOT_COST if factor.kind == "root" else 1)
-        return math.prod(copies) * size * factor.bound.matrix.columns ** 2
+        return math.prod(copies) * size * factor.bound.matrix.columns**2
 
     def _compute(
         self, factors: Sequence[StateMatrix], refresh: ShardedRefresh[StateMatrix]
@@ -210,7 +259,7 @@ class Factors:
     def _inverse(self, factor: StateMatrix, moments: Tensor, means: Tensor) -> DampedInverse:
         damping = self.damping(factor)
         if factor.kind == "root":
-            blocks = math.prod(factor.shape[:-2]) if isinstance(factor, RightFactor) else 1
+            blocks = factor.blocks if isinstance(factor, RightFactor) else 1
             return inverse_sqrt(moments, damping, means, blocks)
         return (inverse if factor.kind == "inverse" else inverse_factor)(moments, damping, means)
 
@@ -230,8 +279,12 @@ class Factors:
 
         Returns:
             ``[k, n, n]``, k heads or diagonal blocks, and ``[k]``: a head's own, and that of all
-            blocks together.
+            blocks together (of an expert, in a stack).
         """
+        if isinstance(factor, RightFactor) and factor.bound.matrix.stack:
+            moment = factor.moment.read(self.state).flatten(0, -3)
+            traces = moment.diagonal(dim1=-2, dim2=-1).sum(-1).view(-1, factor.blocks).sum(1)
+            return moment, (traces / factor.columns).repeat_interleave(factor.blocks)
         if isinstance(factor, RightFactor):
             moment = self._input_moment(factor)
             return moment, (_trace(moment) / factor.columns).expand(len(moment))
@@ -375,7 +428,7 @@ def heads_of(matrix: Tensor, heads: int) -> Tensor:
 
 def times_right(
     matrices: Tensor,
-    rights: Sequence[Tensor],
+    rights: Sequence[Tensor] | Tensor,
     transposed: bool = False,
     precision: Precision = "highest",
 ) -> Tensor:
@@ -384,7 +437,8 @@ def times_right(
     Args:
         matrices: ``[n, rows, c]``.
         rights: n factors, ``[c, c]`` or diagonal blocks ``[b, w, w]`` with ``b · w >= c``.
-            Neighbours with the same tensor (q, k and v) share one product.
+            Neighbours with the same tensor (q, k and v) share one product. Those of experts are
+            one tensor, ``[n, c, c]`` or ``[n, b, w, w]``.
         transposed: multiply with the factors' transposes.
         precision: of products on GPUs.
 
@@ -392,6 +446,16 @@ def times_right(
         ``[n, rows, c]``.
     """
     matrices, start = matrices.contiguous(), 0
+    if isinstance(rights, Tensor):
+        rights = rights if rights.dim() == 4 else rights.unsqueeze(1)
+        products = [
+            matmul(part, (block.mT if transposed else block)[:, : part.shape[-1], : part.shape[-1]],
+                   precision)
+            for part, block in zip(
+                matrices.split(rights.shape[-1], -1), rights.unbind(1), strict=True
+            )
+        ]  # fmt: skip
+        return products[0] if len(products) == 1 else torch.cat(products, -1)
     result = torch.empty_like(matrices)
     for _, siblings in itertools.groupby(rights, id):
         right, *others = siblings
@@ -430,4 +494,44 @@ def _title(factor: StateMatrix) -> str:
     if isinstance(factor, Moment):
         return f"{factor.request.matrix.name} ({factor.name.replace('_', ' ')})"
     side = "input" if isinstance(factor, RightFactor) else "left"
-    return f"{factor.bound.matrix.name} ({side} factor {factor.key})"
+    first, last = factor.experts or (0, 0)
+    experts = f" of experts {first} to {last - 1}" if last else ""
+    return f"{factor.bound.matrix.name} ({side} factor {factor.key}{experts})"
+
+
+@dataclass(frozen=True)
+class _Average:
+    """A running moment, or that of one expert, and what is averaged into it."""
+
+    bound: BoundMatrix
+    title: str
+    stored: Tensor
+    updates: Tensor
+    total: Tensor
+    count: Tensor
+
+
+def _averages(moment: Moment, statistic: Statistic, state: State) -> list[_Average]:
+    """A moment's; of a stack those of each expert."""
+    held = moment.stored(state), moment.updates(state), statistic.sum, statistic.count
+    rows = zip(*(t.unbind() for t in held), strict=True) if moment.bound.matrix.stack else [held]
+    return [_Average(moment.bound, _title(moment), *row) for row in rows]
+
+
+def parts_of(
+    factor: FactorT, late: Mapping[Moment, Sequence[int]] | None = None
+) -> Sequence[FactorT]:
+    """A factor; of a stack of experts runs of them, or those that are late one by one.
+
+    Args:
+        factor: left or right.
+        late: experts by moment.
+    """
+    if not factor.bound.matrix.stack:
+        return [factor]
+    from hf_precond.optimizers.base.experts import runs
+
+    assert isinstance(factor, RightFactor)
+    if late is not None:
+        return [factor.part(expert, expert + 1) for expert in late[factor.moment]]
+    return [factor.part(*run) for run in runs(factor.bound, math.prod(factor.shape[1:]), CHUNK)]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,6 +50,7 @@ from hf_precond.statistics.requests import Request, Statistic
 
 if TYPE_CHECKING:
     from hf_precond.optimizers.afopt.diagnostics import EntropyMonitor, ObservedStep
+    from hf_precond.optimizers.base.experts import Assembly
 
 RMS = 0.2
 """Root mean square of a step's entries per unit of learning rate: what AdamW's usually is."""
@@ -110,7 +113,7 @@ class AFOpt(PrecondOptimizer):
     entropy: EntropyMonitor | None = None
     observed: ObservedStep | None = None
     _plan: AFOptPlan | None = None
-    _late: Sequence[Moment] = ()
+    _late: Mapping[Moment, Sequence[int]] = MappingProxyType({})
 
     def _bind(self) -> None:
         super()._bind()
@@ -178,9 +181,10 @@ class AFOpt(PrecondOptimizer):
         """Makes momentum, moments (zeros) and factors (identities)."""
         state, device = self.state[bound.weight], bound.weight.device
         if self.config.scaling != "norm_recovery":
-            shape = (bound.matrix.shape[0], bound.matrix.columns)
+            stack = bound.matrix.stack
+            shape = (*stack, bound.matrix.shape[0], bound.matrix.columns)
             allocate(state, f"{bound.prefix}momentum", shape, bound.dtype, device)
-            allocate(state, f"{bound.prefix}fade", (), bound.dtype, device)
+            allocate(state, f"{bound.prefix}fade", stack, bound.dtype, device)
         dtype = self.config.factor_dtype(bound.weight.dtype)
         for stored in self.plan.stored[bound]:
             stored.allocate(state, dtype)
@@ -193,20 +197,21 @@ class AFOpt(PrecondOptimizer):
             self.entropy.update(statistics)
         factors = self.factors
         self.count_dropped("statistics_dropped", factors.average(statistics))
-        self._late = factors.late(self.steps, statistics.keys(), self._seen)
+        self._late = factors.late(self.steps, statistics, self._seen)
 
     def refresh(self) -> None:
         """``W Wᵀ = (A + λ·tr(A)/n·I)⁻¹`` of the factors that are due."""
-        late, self._late = self._late, ()
+        late, self._late = self._late, {}
         self.factors.refresh(self.steps, self.failures, self.count, late)
 
     def precondition(self, ready: Sequence[BoundMatrix]) -> Iterable[Preconditioned]:
         """From Ĝ to the scaled direction U, matrices of one shape together."""
         kind: Kind = "gradient" if self.config.scaling == "norm_recovery" else "direction"
         observed = self._observed_step() if self.observing else None
+        assembly: Assembly | None = None
         for batch in self.batches([self.plan.of[bound] for bound in ready]):
             bound = [plan.bound for plan in batch]
-            gradients = stacked_gradients(bound)
+            gradients = self.gradients(batch)
             if kind == "direction":
                 gradients = self._momentum(batch, gradients)
             # The length is set below: with entries near 1 no square vanishes or overflows.
@@ -214,6 +219,16 @@ class AFOpt(PrecondOptimizer):
             directions *= self.lengths(batch, directions)
             if observed is not None:
                 observed.add(batch, gradients, directions)
+            if batch[0].experts is not None:
+                from hf_precond.optimizers.base.experts import Assembly
+
+                assembly = assembly or Assembly()
+                sizes = [_experts(plan) for plan in batch]
+                for plan, part in zip(batch, directions.split(sizes), strict=True):
+                    whole = assembly.add(plan.bound, plan.experts or (0, 0), part)
+                    if whole is not None:
+                        yield Preconditioned(plan.bound, whole, kind)
+                continue
             parts = split_stack(bound, directions)
             for item, direction, part in zip(bound, directions, parts, strict=True):
                 yield Preconditioned(item, direction, kind, part)
@@ -232,12 +247,35 @@ class AFOpt(PrecondOptimizer):
             bound, matrix = plan.bound, plan.bound.matrix
             block = plan.block if plan.left_moment or plan.own else None
             logits = block and (block.heads, block.logit_scale)
-            alike = (matrix.shape, matrix.columns, plan.heads, plan.left is None, logits)
+            sizes = matrix.shape, matrix.columns, matrix.stack
+            alike = *sizes, plan.heads, plan.left is None, logits
             return *alike, bound.group, bound.bias_rests, bound.weight.dtype, bound.weight.device
 
         for alike in grouped(plans, key):
             matrix = alike[0].bound.matrix
-            yield from in_batches(alike, matrix.shape[0] * matrix.columns, CHUNK)
+            size = matrix.shape[0] * matrix.columns
+            if not matrix.stack:
+                yield from in_batches(alike, size, CHUNK)
+                continue
+            from hf_precond.optimizers.base.experts import runs
+
+            limit = CHUNK if self.config.scaling != "graft" else sys.maxsize
+            parts = [replace(p, experts=run) for p in alike for run in runs(p.bound, size, limit)]
+            for equal in grouped(parts, _experts):
+                yield from in_batches(equal, size * _experts(equal[0]), CHUNK)
+
+    def gradients(self, batch: Sequence[MatrixPlan]) -> Tensor:
+        """``[dW | db]`` of a batch, ``[n, out, in(+1)]``; experts count one by one. A copy.
+
+        Args:
+            batch: matrices that are stepped alike, with gradients.
+        """
+        if batch[0].experts is None:
+            return stacked_gradients([plan.bound for plan in batch])
+        from hf_precond.optimizers.base import experts
+
+        parts = [experts.gradients(p.bound, p.experts) for p in batch if p.experts is not None]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def tensors(self, batch: Sequence[MatrixPlan], name: str) -> list[Tensor]:
         """The tensors of one name in the state of each matrix.
@@ -245,8 +283,15 @@ class AFOpt(PrecondOptimizer):
         Args:
             batch: the matrices.
             name: the state's, without the prefix of fused weights.
+
+        Returns:
+            One a matrix; views of it, one an expert, where it is a stack.
         """
-        return [self.state[plan.bound.weight][plan.bound.prefix + name] for plan in batch]
+        held = [self.state[plan.bound.weight][plan.bound.prefix + name] for plan in batch]
+        if batch[0].experts is None:
+            return held
+        runs = [slice(*plan.experts) for plan in batch if plan.experts is not None]
+        return [own for t, run in zip(held, runs, strict=True) for own in t[run].unbind()]
 
     def _momentum(self, batch: Sequence[MatrixPlan], gradients: Tensor) -> Tensor:
         """``M ← β M + (1-β) G``; N (or M) in the place of G. Fades where all of G is zero."""
@@ -288,6 +333,11 @@ class AFOpt(PrecondOptimizer):
         """
         first, dtype = batch[0], batch[0].bound.dtype
         rights = [plan.right for plan in batch if plan.right is not None]
+        if first.experts is not None:
+            stacks = self._rights_of_experts(batch)
+            return TwoSidedPreconditioner(
+                1, first.form, None, () if stacks is None else stacks, self.config.precision
+            )
         unpacked: dict[RightFactor, Tensor] = {}
         for alike in grouped(dict.fromkeys(rights), lambda right: right.shape):
             stored = [right.stored(self.state) for right in alike]
@@ -301,9 +351,23 @@ class AFOpt(PrecondOptimizer):
         if first.left is not None:
             left = torch.cat(self.tensors(batch, "left")).to(dtype)
         factors = [unpacked[right] for right in rights]
-        return TwoSidedPreconditioner(
-            first.heads, first.form, left, factors, self.config.precision
-        )
+        return TwoSidedPreconditioner(first.heads, first.form, left, factors, self.config.precision)
+
+    def _rights_of_experts(self, batch: Sequence[MatrixPlan]) -> Tensor | None:
+        """The right factors of experts, one tensor for all."""
+        stored = []
+        for plan in batch:
+            if plan.right is None or plan.experts is None:
+                return None
+            factor = plan.right.part(*plan.experts).stored(self.state)
+            stored.append(unpack(factor) if plan.right.packed else factor)
+        factors = torch.cat(stored).to(batch[0].bound.dtype)
+        if batch[0].bound.bias_rests and batch[0].right is not None:
+            from hf_precond.optimizers.afopt.variants import without_bias
+
+            right = batch[0].right
+            factors = torch.stack([without_bias(right, factor) for factor in factors])
+        return factors
 
     def lengths(self, batch: Sequence[MatrixPlan], directions: Tensor) -> Tensor:
         """``m·βᵏ·0.2·√numel/‖U‖_F``, or another ``scaling``.
@@ -359,6 +423,12 @@ class AFOpt(PrecondOptimizer):
         return self.observed
 
 
+def _experts(plan: MatrixPlan) -> int:
+    """How many experts of a stack are meant."""
+    first, last = plan.experts or (0, 0)
+    return last - first
+
+
 @dataclass
 class TwoSidedPreconditioner:
     """The factors around a batch of gradients ``[n, out, c]``.
@@ -368,14 +438,14 @@ class TwoSidedPreconditioner:
         form: how the matrix sign is computed.
         left: ``[n · heads, rows, rows]``, or ``None`` for the identity.
         rights: one a matrix, ``[c, c]`` or blocks ``[b, w, w]``, the same tensor object for
-            siblings; empty for the identity.
+            siblings; empty for the identity. One tensor for all of experts.
         precision: of products on GPUs.
     """
 
     heads: int
     form: Form
     left: Tensor | None
-    rights: Sequence[Tensor]
+    rights: Sequence[Tensor] | Tensor
     precision: Precision = "highest"
 
     def linear(self, gradient: Tensor) -> Tensor:
@@ -425,13 +495,13 @@ class TwoSidedPreconditioner:
 
     def _times_right(self, matrices: Tensor, transposed: bool = False) -> Tensor:
         """``X W_R`` (transposed: ``X W_Rᵀ``) of ``[n, …, c]``."""
-        if not self.rights:
+        if not len(self.rights):
             return matrices
         return times_right(matrices, self.rights, transposed, self.precision)
 
     def _between_rights(self, symmetric: Tensor, transposed: bool = False) -> Tensor:
         """``W_R S W_Rᵀ`` (transposed: ``W_Rᵀ S W_R``) of symmetric ``[n · heads, c, c]``."""
-        if not self.rights:
+        if not len(self.rights):
             return symmetric
         stack = (-1, self.heads * symmetric.shape[-1], symmetric.shape[-1])
         once = self._times_right(symmetric.view(stack), not transposed).view_as(symmetric)

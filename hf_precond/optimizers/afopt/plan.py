@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from hf_precond.architectures.attention_block import AttentionBlock
 from hf_precond.architectures.hidden import (
     CONVOLUTION,
     ROLES,
+    ROUTER,
     Candidate,
     in_attention,
     outside_attention,
@@ -42,6 +44,9 @@ SPECTRAL_KINDS: dict[Form, tuple[Kind, Kind]] = {
     "square": ("factor", "factor"),
 }
 """Kinds of the left and right factors, by the form of the matrix sign."""
+EXPERT_WIDTH = 4
+"""Columns of an input's diagonal block over the rows of an expert, at most: so that the factors of
+many narrow experts hold at most six numbers a weight."""
 
 # Which matrices ----------------------------------------------------------------------
 
@@ -112,7 +117,7 @@ def attention_matrices(model: nn.Module, config: AFOptConfig) -> ModelStructure:
     left += [(matrix, what, outside_scope) for matrix, what in linears]
     left = [candidate for candidate in left if candidate[0] not in inside]
     treated: dict[str, str] = {}
-    outside: dict[str, str] = {}
+    outside = dict.fromkeys(survey.routers, ROUTER)
     for matrix, what in chosen:
         add_reason(treated, survey.matrix_names(matrix), what)
     for matrix, what, why in left:
@@ -186,6 +191,8 @@ class StateMatrix:
         packed: kept as one triangle.
         kind: ``moment``, A itself; or of A, damped, ``inverse``; ``factor``, W with ``W Wᵀ`` the
             inverse; ``root``, the symmetric inverse square root.
+        experts: of a stack of experts the first and the last (exclusive) that are meant; ``None``
+            for all.
     """
 
     bound: BoundMatrix
@@ -193,6 +200,7 @@ class StateMatrix:
     shape: tuple[int, ...]
     packed: bool
     kind: Kind
+    experts: tuple[int, int] | None = field(default=None, kw_only=True)
 
     @property
     def key(self) -> str:
@@ -201,7 +209,19 @@ class StateMatrix:
 
     def stored(self, state: State) -> Tensor:
         """As it is kept: packed or not."""
-        return state[self.bound.weight][self.key]
+        return self._chosen(state[self.bound.weight][self.key])
+
+    def _chosen(self, tensor: Tensor) -> Tensor:
+        return tensor if self.experts is None else tensor[slice(*self.experts)]
+
+    def part(self, first: int, last: int) -> Self:
+        """That of some experts of a stack.
+
+        Args:
+            first: the first of them.
+            last: the last, exclusive.
+        """
+        return replace(self, experts=(first, last), shape=(last - first, *self.shape[1:]))
 
     def read(self, state: State) -> Tensor:
         """``[…, n, n]`` in the dtype of the mathematics."""
@@ -229,13 +249,14 @@ class Moment(StateMatrix):
     request: MomentRequest
 
     def updates(self, state: State) -> Tensor:
-        """How many means it holds."""
-        return state[self.bound.weight][f"{self.key}_updates"]
+        """How many means it holds; ``[experts]`` of a stack."""
+        return self._chosen(state[self.bound.weight][f"{self.key}_updates"])
 
     def allocate(self, state: dict[str, Any], dtype: torch.dtype) -> None:
         """Makes it and the count of its means."""
         super().allocate(state, dtype)
-        allocate(state, f"{self.key}_updates", (), torch.int64, self.bound.weight.device)
+        counts, device = self.bound.matrix.stack, self.bound.weight.device
+        allocate(state, f"{self.key}_updates", counts, torch.int64, device)
 
 
 @dataclass(eq=False)
@@ -253,6 +274,15 @@ class RightFactor(StateMatrix):
     columns: int
     down: LayerMatrix | None
 
+    @property
+    def blocks(self) -> int:
+        """How many diagonal blocks it has."""
+        return math.prod(self.shape[len(self.bound.matrix.stack) : -2])
+
+    def part(self, first: int, last: int) -> Self:
+        """That of some experts of a stack, and of their moments."""
+        return replace(super().part(first, last), moment=self.moment.part(first, last))
+
 
 @dataclass(eq=False)
 class MatrixPlan:
@@ -269,6 +299,8 @@ class MatrixPlan:
         left_moment: the moments under ``left``, where changes of the logits are predicted.
         own: under ``joint``, the inverse moments of its own queries (q) or keys (k).
         moments: what its factors are made of.
+        experts: of a stack of experts the first and the last (exclusive) that are stepped; ``None``
+            for all.
     """
 
     bound: BoundMatrix
@@ -281,6 +313,7 @@ class MatrixPlan:
     left_moment: StateMatrix | None = None
     own: StateMatrix | None = None
     moments: list[Moment] = field(default_factory=list)
+    experts: tuple[int, int] | None = None
 
     @property
     def rows(self) -> int:
@@ -403,7 +436,7 @@ class AFOptPlan:
             if alike and known.down is down is None:
                 return known
         blocked = down is None and moment.request.blocks > 1
-        shape = moment.shape if blocked else (columns, columns)
+        shape = moment.shape if blocked else (*plan.bound.matrix.stack, columns, columns)
         name, packed = f"{moment.name}_{kind}", kind != "factor"
         factor = RightFactor(plan.bound, name, shape, packed, kind, moment, columns, down)
         self.rights.append(factor)
@@ -448,7 +481,10 @@ class AFOptPlan:
     def _add_moment(
         self, bound: BoundMatrix, name: str, kind: Any, matrix: LayerMatrix, **fields: Any
     ) -> Moment:
-        blocks = -(-matrix.shape[1] // self.config.max_dim) if kind == "input" else 1
+        widest = self.config.max_dim
+        if matrix.stack:
+            widest = min(widest, EXPERT_WIDTH * matrix.shape[0])
+        blocks = -(-matrix.shape[1] // widest) if kind == "input" else 1
         request = MomentRequest(f"{matrix.name}:{name}", kind, matrix, blocks=blocks, **fields)
         self.moments.append(Moment(bound, name, request_shape(request), True, "moment", request))
         return self.moments[-1]

@@ -46,7 +46,7 @@ from hf_precond.linalg.products import compute_dtype
 from hf_precond.optimizers.afopt.factors import Factors, heads_of, quadratic, times_right
 from hf_precond.optimizers.afopt.plan import MatrixPlan, RightFactor
 from hf_precond.optimizers.base.fallback import AdamWFallback, FallbackOptimizer, SGDFallback
-from hf_precond.optimizers.base.parameters import ParamView, stacked_gradients
+from hf_precond.optimizers.base.parameters import ParamView
 
 if TYPE_CHECKING:
     from hf_precond.optimizers.afopt.optimizer import AFOpt
@@ -117,17 +117,21 @@ def logit_lengths(optimizer: AFOpt, batch: Batch, directions: Tensor) -> Tensor:
 
 def graft(optimizer: AFOpt, batch: Batch, directions: Tensor) -> Tensor:
     """``‖B‖_F/‖U‖_F``; the fallback optimizer's moments advance."""
-    gradients, groups, state = _gradients(batch), optimizer.param_groups, optimizer.state
+    gradients, groups, state = optimizer.gradients(batch), optimizer.param_groups, optimizer.state
+    if batch[0].experts is not None:
+        gradients = gradients.unflatten(0, (len(batch), -1))
     norms = [
-        fallback_step_norm(optimizer.fallback, plan.bound.views(gradient, groups, state, {}))
+        fallback_step_norms(
+            optimizer.fallback, plan.bound.views(gradient, groups, state, {}), plan.bound.matrix
+        )
         for plan, gradient in zip(batch, gradients, strict=True)
     ]
-    return torch.stack(norms)[:, None, None].to(directions.dtype) / frobenius_norm(directions)
+    return torch.cat(norms)[:, None, None].to(directions.dtype) / frobenius_norm(directions)
 
 
 def recover_norms(optimizer: AFOpt, batch: Batch, directions: Tensor) -> Tensor:
     """``norm_recovery``: ``‖Ĝ‖_F/‖U‖_F``."""
-    gradients = _gradients(batch)
+    gradients = optimizer.gradients(batch)
     size = largest_entry(gradients)
     return size * (frobenius_norm(gradients / size) / frobenius_norm(directions))
 
@@ -170,14 +174,17 @@ def logit_change(optimizer: AFOpt, batch: Batch, steps: Tensor) -> Tensor:
     return (squares.sum(1) / block.heads.query).sqrt()
 
 
-def fallback_step_norm(fallback: FallbackOptimizer, views: Sequence[ParamView]) -> Tensor:
-    """Norm of the step per unit of learning rate that AdamW or SGD would take; a 0-d tensor.
+def fallback_step_norms(
+    fallback: FallbackOptimizer, views: Sequence[ParamView], matrix: LayerMatrix
+) -> Tensor:
+    """Norm of the step per unit of learning rate that AdamW or SGD would take, ``[1]``.
 
     Its moments advance, nothing is stepped.
 
     Args:
         fallback: AdamW's or SGD's.
         views: weight and bias of one matrix, with their raw gradients.
+        matrix: the matrix; of a stack the norm is that of each expert, ``[count]``.
     """
     if isinstance(fallback, AdamWFallback):
         parts = [
@@ -193,11 +200,9 @@ def fallback_step_norm(fallback: FallbackOptimizer, views: Sequence[ParamView]) 
             if view.group["momentum"] != 0:
                 gradient = view["momentum_buffer"].mul_(view.group["momentum"]).add_(gradient)
             parts.append(gradient)
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p) for p in parts]))
-
-
-def _gradients(batch: Batch) -> Tensor:
-    return stacked_gradients([plan.bound for plan in batch])
+    (count,) = matrix.stack or (1,)
+    norms = [torch.linalg.vector_norm(part.reshape(count, -1), dim=1) for part in parts]
+    return torch.linalg.vector_norm(torch.stack(norms), dim=0)
 
 
 # Adapters ------------------------------------------------------------------------------

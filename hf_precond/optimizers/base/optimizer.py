@@ -297,9 +297,11 @@ class PrecondOptimizer(torch.optim.Optimizer):
 
             shapes = {request.key: moments.request_shape(request) for request in self.requests()}
             dtype, device = compute_dtype(self._first.dtype), self._first.device
-            collected = requests.all_reduce_statistics(collected, shapes, dtype, device)
+            stacks = {r.key: r.matrix.stack for r in self.requests() if hasattr(r, "matrix")}
+            experts = {key: stack[0] for key, stack in stacks.items() if stack}
+            collected = requests.all_reduce_statistics(collected, shapes, dtype, device, experts)
             if self.coverage.needs:  # what no rank has collected; waits for the device
-                counts = torch.stack([statistic.count for statistic in collected.values()])
+                counts = torch.stack([statistic.count.sum() for statistic in collected.values()])
                 numbers = zip(collected, counts.tolist(), strict=True)
                 collected = {key: collected[key] for key, number in numbers if number}
         if self.statistics.outdated:

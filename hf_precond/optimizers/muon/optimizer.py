@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_precond.architectures.attention import find_attention
-from hf_precond.architectures.hidden import in_attention, outside_attention
+from hf_precond.architectures.hidden import ROUTER, in_attention, outside_attention
 from hf_precond.architectures.modules import find_matrices, is_layer
 from hf_precond.architectures.parameters import ParameterSurvey, add_reason
 from hf_precond.architectures.structure import LayerMatrix, ModelStructure, RowSelection
@@ -59,7 +59,7 @@ def hidden_matrices(model: nn.Module, config: MuonConfig) -> ModelStructure:
     named = [(survey.name_of(m.weight_parameter), m, what) for m, what in chosen]
     matrices: dict[tuple[str, RowSelection | None], LayerMatrix] = {}
     treated: dict[str, str] = {}
-    reasons: dict[str, str] = {}
+    reasons = dict.fromkeys(survey.routers, ROUTER)
     for name, matrix, what in sorted(named, key=lambda found: order[found[0]]):
         if name in survey.head:
             reasons[name] = f"output head ({what})"
@@ -78,8 +78,6 @@ def hidden_matrices(model: nn.Module, config: MuonConfig) -> ModelStructure:
 
 def _kind(survey: ParameterSurvey, matrix: LayerMatrix) -> str | None:
     """What a matrix of a hidden layer is that no attention and no linear layer holds."""
-    if matrix.stacked:
-        return f"{len(matrix.weight_parameter)} experts"
     if not matrix.of_layer or not is_layer(matrix.module):
         return None
     what = survey.describe(survey.name_of(matrix.weight_parameter))

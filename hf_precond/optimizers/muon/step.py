@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from hf_precond.architectures.structure import LayerMatrix
-from hf_precond.architectures.tables import TRANSPOSED_EXPERTS
 from hf_precond.distributed import collectives
 from hf_precond.distributed.collectives import full, like
 from hf_precond.linalg.matrix_functions import STEPS, frobenius_norm, newton_schulz
@@ -177,9 +176,9 @@ def stack_shape(matrix: LayerMatrix) -> tuple[int, int, int]:
     Args:
         matrix: the weight.
     """
-    if matrix.stacked:
-        count, rows, columns = matrix.weight_parameter.shape
-        return count, rows, columns
+    if matrix.stack:
+        rows, columns = matrix.shape[::-1] if holds_transposes(matrix) else matrix.shape
+        return matrix.stack[0], rows, columns
     rows, columns = matrix.shape
     if matrix.layout == "transposed":
         return 1, columns, rows
@@ -192,8 +191,7 @@ def holds_transposes(matrix: LayerMatrix) -> bool:
     Args:
         matrix: the weight.
     """
-    experts = matrix.stacked and getattr(matrix.module, TRANSPOSED_EXPERTS, False)
-    return bool(experts) or matrix.layout == "transposed"
+    return matrix.layout == "transposed"
 
 
 def as_matrices(view: ParamView, tensor: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -57,15 +57,20 @@ class KroneckerFactor:
     ``updates`` (statistics averaged so far, a 0-d tensor) and ``refreshes``
     (inverses computed so far, a number).
 
+    Of a stack of experts each of these is one an expert (``[count, n, n]``, …), and
+    a factor may be that of one of them.
+
     Args:
         bound: the layer.
         side: ``output`` or ``input``.
         states: the optimizer's state, by parameter.
+        expert: whose it is in a stack of experts; ``None`` for all of them.
     """
 
     bound: BoundMatrix
     side: Side
     states: dict[Tensor, dict[str, Any]]
+    expert: int | None = None
 
     @property
     def size(self) -> int:
@@ -76,7 +81,13 @@ class KroneckerFactor:
     @property
     def name(self) -> str:
         """Key of its statistic, and its name in messages."""
-        return f"{self.bound.matrix.name}.{self.side}"
+        own = f"{self.bound.matrix.name}.{self.side}"
+        return own if self.expert is None else f"{own}[{self.expert}]"
+
+    def of_experts(self) -> list[KroneckerFactor]:
+        """Itself; of a stack of experts the factor of each."""
+        experts = [e for count in self.bound.matrix.stack for e in range(count)]
+        return [replace(self, expert=expert) for expert in experts] or [self]
 
     def request(self, rows: int, scale: float = GRADIENT_SCALE) -> MomentRequest:
         """The second moment that it averages.
@@ -97,46 +108,56 @@ class KroneckerFactor:
             inverse_dtype: its inverse's.
         """
         state, n, device = self.states[self.bound.weight], self.size, self.bound.weight.device
-        name = self._key("inverse")
+        stack, name = self.bound.matrix.stack, self._key("inverse")
         if name not in state:
-            state[name] = torch.zeros((n, n), dtype=inverse_dtype, device=device)
-            state[name].fill_diagonal_(1.0)
-            state[self._key("refreshes")] = 0
+            state[name] = torch.zeros((*stack, n, n), dtype=inverse_dtype, device=device)
+            state[name].diagonal(dim1=-2, dim2=-1).fill_(1.0)
+            state[self._key("refreshes")] = [0] * stack[0] if stack else 0
         elif inverse_dtype != state[name].dtype:
             self._convert(inverse_dtype)
-        allocate(state, name, (n, n), inverse_dtype, device)
+        allocate(state, name, (*stack, n, n), inverse_dtype, device)
         name = self._key("factor")
-        if name in state and state[name].dim() == 2:  # release 0.1 kept whole matrices
+        if name in state and state[name].dim() == 2 + len(stack):  # release 0.1 kept whole matrices
             state[name] = pack(state[name])
-        allocate(state, name, (packed_size(n),), dtype, device)
-        allocate(state, self._key("updates"), (), torch.int64, device)
+        allocate(state, name, (*stack, packed_size(n)), dtype, device)
+        allocate(state, self._key("updates"), stack, torch.int64, device)
 
     def _convert(self, dtype: torch.dtype) -> None:
         """Keep an inverse in another dtype from now on."""
         inverse = self["inverse"]
         if dtype == torch.float16:
             inverse = inverse.to(self.bound.dtype)
-            inverse = inverse / largest_eigenvalue(inverse)
+            inverse = inverse / largest_eigenvalue(inverse)[..., None, None]
         self["inverse"] = inverse.to(dtype)
 
     def whole(self) -> Tensor:
         """The factor as a matrix, ``[n, n]``, in the dtype of the mathematics."""
         factor = self["factor"].to(self.bound.dtype)
-        return factor if factor.dim() == 2 else unpack(factor)
+        return factor if factor.dim() == 2 + len(self.bound.matrix.stack) else unpack(factor)
 
     def forget_other_size(self) -> None:
         """Drop the state of a factor that had another size."""
         state = self.states.get(self.bound.weight, {})
         held = state.get(self._key("inverse"))
-        if held is not None and held.shape[0] != self.size:
+        if held is not None and held.shape[-1] != self.size:
             for name in ("factor", "inverse", "updates", "refreshes"):
                 state.pop(self._key(name), None)
 
     def __getitem__(self, name: str) -> Any:
-        return self.states[self.bound.weight][self._key(name)]
+        value = self.states[self.bound.weight][self._key(name)]
+        return value if self.expert is None else value[self.expert]
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self.states[self.bound.weight][self._key(name)] = value
+        if self.expert is None:
+            self.states[self.bound.weight][self._key(name)] = value
+        else:
+            self.states[self.bound.weight][self._key(name)][self.expert] = value
+
+    @property
+    def is_refreshed(self) -> bool:
+        """Whether it has an inverse; in a stack of experts, whether any has one."""
+        refreshes = self["refreshes"]
+        return any(refreshes) if isinstance(refreshes, list) else bool(refreshes)
 
     def _key(self, name: str) -> str:
         return f"{self.bound.prefix}{self.side}_{name}"
@@ -315,15 +336,25 @@ def recovery(norms: Tensor, found: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class KroneckerBlock:
-    """``L ⊗ R``, acting on ``[W | b]`` (rows stacked) as ``L X R``.
+    """``L ⊗ R``, acting on ``[W | b]`` (rows stacked) as ``L X R``; also those of several experts.
 
     Args:
-        output: L, ``[out, out]``, symmetric; ``None`` for the identity.
-        input: R, ``[in(+1), in(+1)]``, symmetric; ``None`` for the identity.
+        output: L, ``[…, out, out]``, symmetric; ``None`` for the identity.
+        input: R, ``[…, in(+1), in(+1)]``, symmetric; ``None`` for the identity.
     """
 
     output: Tensor | None
     input: Tensor | None
+
+    def of_experts(self, run: tuple[int, int], dtype: torch.dtype) -> KroneckerBlock:
+        """Those of some experts of a stack.
+
+        Args:
+            run: the first and the last (exclusive) of them.
+            dtype: what they are converted to.
+        """
+        sides = (None if s is None else s[slice(*run)].to(dtype) for s in (self.output, self.input))
+        return KroneckerBlock(*sides)
 
     def apply(self, matrix: Tensor, precision: Precision = "highest") -> Tensor:
         """``L X R``, ``[out, in(+1)]``; X itself where both are the identity."""

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_precond.architectures.modules import CONVOLUTIONS, find_matrices, is_linear
+from hf_precond.architectures.hidden import ROUTER, experts_of
+from hf_precond.architectures.modules import find_matrices, is_layer
 from hf_precond.architectures.parameters import ParameterSurvey, add_reason
 from hf_precond.architectures.structure import LayerMatrix, ModelStructure
 from hf_precond.compat import devices
@@ -45,6 +46,10 @@ GPU_BATCH = 2**25
 INVERSE_BATCH = {"cpu": 2**20, "cuda": 2**26}
 """Entries of the factors inverted in one batch: more gain nothing, and cost memory."""
 
+EXPERT_WIDTH = 8
+"""Width of a side of experts that has a factor, over the other side, at most: so that the factors
+of many narrow experts hold at most 16 numbers a weight, and two."""
+
 
 def layer_matrices(model: nn.Module, config: NKFACConfig) -> ModelStructure:
     """Find the linear layers and convolutions of a model, the bias joined, fused weights whole.
@@ -65,28 +70,44 @@ def layer_matrices(model: nn.Module, config: NKFACConfig) -> ModelStructure:
     hidden = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     matrices: list[LayerMatrix] = []
     preconditioned: dict[str, str] = {}
-    reasons: dict[str, str] = {}
-    for matrix in find_matrices(model):
-        name, module = survey.name_of(matrix.weight_parameter), matrix.module
-        layer = is_linear(module) or isinstance(module, CONVOLUTIONS)
-        if not layer or not matrix.of_layer or name in survey.tied:
+    reasons = dict.fromkeys(survey.routers, ROUTER)
+    stacks = dict(experts_of(survey))
+    own = {matrix.weight_parameter: matrix for matrix in stacks}
+    for found in find_matrices(model):
+        matrix, module = own.get(found.weight_parameter, found), found.module
+        name = survey.name_of(matrix.weight_parameter)
+        layer = is_layer(module) and matrix.of_layer
+        if (not layer and not matrix.stack) or name in {*survey.tied, *survey.routers}:
             continue
-        wide = [side for side in matrix.shape if side > config.max_dim]
+        widest = widest_side(matrix, config.max_dim)
+        wide = [side for side in matrix.shape if side > widest]
         if module in hidden:
             reasons[name] = "nn.MultiheadAttention calls no layer whose gradient could be read"
         elif len(wide) == 2:
             reasons[name] = f"both sides wider than max_dim={config.max_dim}"
         else:
             matrices.append(matrix)
-            one_sided = f", one side only (max_dim={config.max_dim})" if wide else ""
+            limit = "" if widest < config.max_dim else f" (max_dim={config.max_dim})"
+            one_sided = f", one side only{limit}" if wide else ""
             names = survey.matrix_names(matrix)
-            add_reason(preconditioned, names, survey.describe(name) + one_sided)
+            what = stacks[matrix] if matrix.stack else survey.describe(name)
+            add_reason(preconditioned, names, what + one_sided)
     if not matrices:
         raise ValueError(
             "nkfac: this model has no linear layer or convolution that trains, is not tied and is "
             f"at most max_dim={config.max_dim} wide on a side; unfreeze one, or raise max_dim."
         )
     return survey.structure(config, preconditioned, reasons, matrices=matrices)
+
+
+def widest_side(matrix: LayerMatrix, max_dim: int) -> int:
+    """The widest side of a weight that has a factor.
+
+    Args:
+        matrix: the weight; of experts no side has one that is much wider than the other.
+        max_dim: the config's.
+    """
+    return min(max_dim, EXPERT_WIDTH * min(matrix.shape)) if matrix.stack else max_dim
 
 
 @register_optimizer(
@@ -179,10 +200,11 @@ class NKFAC(PrecondOptimizer):
             bound: the layer's matrix.
         """
         sides: tuple[Side, Side] = ("output", "input")
+        widest = widest_side(bound.matrix, self.config.max_dim)
         return [
             KroneckerFactor(bound, side, self.state)
             for side, width in zip(sides, bound.matrix.shape, strict=True)
-            if width <= self.config.max_dim
+            if width <= widest
         ]
 
     def all_factors(self) -> list[KroneckerFactor]:
@@ -219,13 +241,19 @@ class NKFAC(PrecondOptimizer):
 
     def update_statistics(self, statistics: Mapping[str, Statistic]) -> None:
         """Average the new second moments into the factors that have one."""
-        seen = [factor for factor in self.all_factors() if factor.name in statistics]
+        seen: list[KroneckerFactor] = []
+        answers: dict[KroneckerFactor, Statistic] = {}
+        for factor in self.all_factors():
+            if factor.name in statistics:
+                own = factor.of_experts()
+                seen += own
+                answers |= zip(own, _of_experts(factor, statistics[factor.name]), strict=True)
         self.arrived = [factor for factor in seen if not factor["refreshes"]]
         dropped: dict[str, Tensor] = {}
         for alike in grouped(seen, lambda f: (f.size, f.bound.dtype, f.bound.weight.device)):
             limit = GPU_BATCH if devices.is_accelerator(alike[0].bound.weight) else 0
             for batch in in_batches(alike, alike[0].size ** 2, limit):
-                flags = self.average(batch, [statistics[factor.name] for factor in batch])
+                flags = self.average(batch, [answers[factor] for factor in batch])
                 dropped |= zip([factor.name for factor in batch], flags.unbind(), strict=True)
         self.count_dropped("statistics_dropped", dropped)
 
@@ -257,7 +285,9 @@ class NKFAC(PrecondOptimizer):
         gets its first inverse with them.
         """
         regular = self.steps % self.config.inverse_interval == 0
-        due = self.factors_to_invert(self.all_factors() if regular else self.arrived)
+        whole = self.all_factors() if regular else ()
+        every = [own for factor in whole for own in factor.of_experts()]
+        due = self.factors_to_invert(every if regular else self.arrived)
         self.arrived = ()
         if not due:
             return
@@ -359,11 +389,15 @@ class NKFAC(PrecondOptimizer):
         """``L̂ G R̂`` at the gradient's norm, for the fallback optimizer."""
 
         def kind(bound: BoundMatrix) -> tuple[Any, ...]:
-            inverted = [factor.side for factor in self.factors(bound) if factor["refreshes"]]
+            inverted = [factor.side for factor in self.factors(bound) if factor.is_refreshed]
             size = (bound.matrix.shape, bound.matrix.columns)
             return *size, bound.weight.dtype, bound.weight.device, bound.bias_rests, *inverted
 
-        ready = [b for b in ready if any(factor["refreshes"] for factor in self.factors(b))]
+        ready = [b for b in ready if any(factor.is_refreshed for factor in self.factors(b))]
+        stacks = [bound for bound in ready if bound.matrix.stack]
+        if stacks:
+            yield from self._precondition_experts(stacks)
+            ready = [bound for bound in ready if not bound.matrix.stack]
         for alike in grouped(ready, kind):
             if devices.is_accelerator(alike[0].weight):
                 from hf_precond.optimizers.nkfac import stacked
@@ -379,6 +413,25 @@ class NKFAC(PrecondOptimizer):
                 direction *= self.recovery(norms, torch.linalg.vector_norm(direction))
                 yield Preconditioned(bound, direction)
 
+    def _precondition_experts(self, stacks: Sequence[BoundMatrix]) -> Iterable[Preconditioned]:
+        """The same of every expert, in runs that bound the temporaries."""
+        from hf_precond.optimizers.base import experts
+
+        for bound in stacks:
+            block, assembly = self.preconditioner(bound), experts.Assembly()
+            size = bound.matrix.shape[0] * bound.matrix.columns
+            for run in experts.runs(bound, size, GPU_BATCH):
+                gradients = experts.gradients(bound, run)
+                own = block.of_experts(run, bound.dtype)
+                directions = own.apply(gradients, self.config.precision)
+                norms = (
+                    torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
+                    for matrices in (gradients, directions)
+                )
+                whole = assembly.add(bound, run, directions * self.recovery(*norms))
+                if whole is not None:
+                    yield Preconditioned(bound, whole)
+
     recovery = staticmethod(kronecker.recovery)
 
     def preconditioner(self, bound: BoundMatrix) -> KroneckerBlock:
@@ -389,7 +442,7 @@ class NKFAC(PrecondOptimizer):
         Args:
             bound: the layer's matrix.
         """
-        inverses = {f.side: f["inverse"] for f in self.factors(bound) if f["refreshes"]}
+        inverses = {f.side: f["inverse"] for f in self.factors(bound) if f.is_refreshed}
         inputs = inverses.get("input")
         if inputs is not None and bound.bias_rests:
             inputs = without_last(inputs.to(bound.dtype))
@@ -403,3 +456,11 @@ class NKFAC(PrecondOptimizer):
         """
         averages = {factor.side: factor.whole() for factor in self.factors(bound)}
         return KroneckerBlock(averages.get("output"), averages.get("input"))
+
+
+def _of_experts(factor: KroneckerFactor, statistic: Statistic) -> list[Statistic]:
+    """A statistic; that of each expert of a stack."""
+    if not factor.bound.matrix.stack:
+        return [statistic]
+    pairs = zip(statistic.sum.unbind(), statistic.count.unbind(), strict=True)
+    return [Statistic(*pair) for pair in pairs]
