@@ -104,10 +104,7 @@ class _Candidate:
             return self._multihead(self.module)
         if not is_named_attention(self.module):
             return None
-        latent = (
-            Convention(query, None, None, fused, "interleaved", query_down=down, latent=latent)
-            for query, down, fused, latent in tables.LATENT_CONVENTIONS
-        )
+        latent = itertools.starmap(_latent_convention, tables.LATENT_CONVENTIONS)
         known = (Convention(*names) for names in tables.CONVENTIONS)
         readings = map(self._by_convention, itertools.chain(latent, known))
         return next((block for block in readings if block is not None), None)
@@ -195,14 +192,22 @@ class _Candidate:
         outputs = (self._resolve(name) for name in names.outputs)
         output = next((found for found in outputs if found is not None), None)
         shapes = {role: projection.matrix().shape for role, projection in parts.items()}
+        groups = 1 if output is None else int(getattr(output.layer, tables.OUTPUT_GROUPS, 1))
+        if heads and heads % groups:  # parts of a head in several groups
+            output, groups = None, 1
         if output is not None:
-            shapes["o"] = output.matrix().shape
+            height, width = output.matrix().shape
+            shapes["o"] = height, groups * width
         declaration, key_value = self.declaration, heads
+        one = names.key is not None and names.key == names.value  # keys that are values too
+        if one:
+            key_value = 1
         if declaration is not None and declaration.key_value_heads is not None:
             key_value = self._declared_number(declaration.key_value_heads)
         if not heads or not key_value or heads % key_value:
             return None
-        shared = self._stated(tables.SHARED_KEY_SIZES) or 0
+        elsewhere = names.latent == ""
+        shared = self._stated(tables.SHARED_KEY_SIZES) or 0 if elsewhere else 0
         layout = latent_layout((heads, key_value), shapes, shared, names.layout)
         if layout is None or (output is None and declaration is not None and names.outputs):
             return None
@@ -215,7 +220,10 @@ class _Candidate:
                 matrices[role] = projection.matrix(role, rows)
                 if self.adapted:
                     _add_adapter(adapters, role, projection, rows)
+        if one:
+            matrices["v"] = matrices["k"]
         block = self._block(matrices, layout.heads, adapters)
+        block.output_groups = groups
         layout.complete(block, matrices, of_latent=names.latent is not None)
         return block
 
@@ -388,6 +396,16 @@ class _Candidate:
         block.cross = not (own and self.path.endswith("self_attn"))
         block.separate_inputs = frozenset() if own else frozenset({"v"})
         return block
+
+
+def _latent_convention(
+    query: str, down: str | None, together: str, latent: str | None
+) -> Convention:
+    """A row of the table of latent attentions."""
+    if latent is None:
+        outputs = (tables.GROUPED_OUTPUT,)
+        return Convention(query, together, together, outputs=outputs, query_down=down)
+    return Convention(query, None, None, together, "interleaved", query_down=down, latent=latent)
 
 
 def is_named_attention(module: nn.Module) -> bool:

@@ -114,7 +114,8 @@ class AttentionBlock:
         name: module path of the attention.
         module: the attention module: the one that ``transformers``' attention
             functions receive as their first argument.
-        q, k, v, o: the matrices; ``o`` is ``None`` where the model has none.
+        q, k, v, o: the matrices; ``o`` is ``None`` where the model has none,
+            ``v`` is ``k`` where the keys are the values too.
         heads: head counts and widths.
         trainable: the roles (``"q"``, ``"k"``, ``"v"``, ``"o"``) that train.
         rotary: queries and keys are rotated by position (RoPE).
@@ -162,10 +163,13 @@ class AttentionBlock:
     inputs: dict[str, str] = field(default_factory=dict)
     plain: int = 0
     paired_values: bool = False
+    output_groups: int = 1
 
     def roles(self) -> dict[str, LayerMatrix]:
         """Role to matrix, for the roles this attention has."""
-        roles = {"q": self.q, "k": self.k, "v": self.v}
+        roles = {"q": self.q, "k": self.k}
+        if self.v is not self.k:
+            roles["v"] = self.v
         if self.o is not None:
             roles["o"] = self.o
         return roles | {role: more.matrix for role, more in (self.parts | self.downs).items()}

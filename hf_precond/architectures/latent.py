@@ -6,7 +6,8 @@ the queries (or ``u = x``)::
     q_h = W_q,h u          k_h = (W_k,h c, R W_r x)          v_h = W_v,h c
 
 W_r makes the part of the keys that all heads share, which alone is rotated. W_c and W_r are rows of
-one weight; so are W_k,h and W_v,h.
+one weight; so are W_k,h and W_v,h. In DeepSeek V4 one head of keys, rotated as a whole, is the
+values too: ``k = v = R c``.
 """
 
 from __future__ import annotations
@@ -56,12 +57,14 @@ class LatentLayout:
             matrices: of all roles.
             of_latent: keys and values are made of one.
         """
-        block.plain = self.plain if block.rotary else 0
+        block.plain = self.plain if block.rotary and self.plain < self.heads.size else 0
         block.spans["k"] = (0, self.plain)
         block.inputs["q"] = "query_latent" if self.latent_queries else "x"
         if of_latent:
             block.inputs |= {"k": "latent", "v": "latent"}
         images = {"q_down": ("q",), "kv_down": ("k", "v")}
+        if block.v is block.k:
+            images["k"] = ("k", "v")
         for role, matrix in matrices.items():
             if role == "k_rot":
                 block.parts[role] = Part(matrix, "k", (self.plain, self.heads.size), shared=True)

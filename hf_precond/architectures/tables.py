@@ -52,12 +52,19 @@ LATENT_CONVENTIONS = (
     ("q_gate_proj", "q_a_proj", "kv_b_proj", "kv_a_proj_with_mqa"),
     ("q_proj", None, "kv_b_proj", "kv_a_proj_with_mqa"),
     ("q_proj", None, "kv_b_proj", ""),
+    ("q_b_proj", "q_a_proj", "kv_proj", None),
 )
 """The same of attentions whose keys and values are images of a latent (DeepSeek's).
 
 Each is query, the down-projection before it, keys and values together, and the down-projection
-that makes their latent (empty: another attention has it).
+that makes their latent (empty: another attention has it; ``None``: the keys are the values).
 """
+
+GROUPED_OUTPUT, OUTPUT_GROUPS = "o_a_proj", "n_groups"
+"""Output projection that projects groups of heads apart, and its attribute with their number."""
+
+ROTATION_KIND = "rope_layer_type"
+"""Attribute of an attention that is called with rotations by name: which of them is its own."""
 
 SHARED_KEY_SIZES = ("qk_rope_head_dim",)
 """Attributes of such an attention with the width of the part of the keys that heads share."""

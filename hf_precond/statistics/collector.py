@@ -121,7 +121,8 @@ class InputCheck:
             pairs = [
                 (role, other)
                 for role, other in (("k", "q"), ("v", "k"))
-                if block.reads(role) == block.reads(other) and layers[role] is not layers[other]
+                if block.reads(role) == block.reads(other)
+                and layers.get(role) not in (None, layers[other])
             ]
             for role in {role for pair in pairs for role in pair}:
                 module = wrappers.get(layers[role], layers[role])

@@ -13,7 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_precond.architectures.attention import forward_names
-from hf_precond.architectures.tables import INTERLEAVED_FLAG, INTERLEAVED_ROTATION, ROTARY
+from hf_precond.architectures.tables import (
+    INTERLEAVED_FLAG,
+    INTERLEAVED_ROTATION,
+    ROTARY,
+    ROTATION_KIND,
+)
 from hf_precond.compat.torch_internals import Hook
 from hf_precond.linalg.products import compute_dtype
 from hf_precond.statistics.moments import count_of
@@ -161,8 +166,10 @@ class RopeReader:
     ) -> None:
         if self.enabled:
             given = kwargs.get("position_embeddings", self.default if len(args) < 2 else self)
+            if isinstance(given, dict):
+                given = given.get(getattr(module, ROTATION_KIND, None))
             self.unrotated = given is None
-            rotations = map(Rotation.read, (kwargs.get("position_embeddings"), *args))
+            rotations = map(Rotation.read, (given, *args))
             self.rotation = next((found for found in rotations if found is not None), None)
 
     def _after_child(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -346,7 +346,8 @@ class Factors:
             moment = self.vector_moment(block, "q", damped)
         elif role == "v" and block.o is not None:
             heads, size = block.heads.query, block.heads.value_size
-            parts = self.weight(block, "o")[:, : heads * size].mT.reshape(heads, size, -1)
+            weight = self.weight(block, "o")[:, : heads * size // block.output_groups]
+            parts = weight.unflatten(0, (block.output_groups, -1)).mT.reshape(heads, size, -1)
             if block.paired_values:
                 parts = parts.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
             moment = torch.bmm(parts, parts.mT) * (1 + damped * self.config.damping)

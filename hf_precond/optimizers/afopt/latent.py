@@ -8,6 +8,7 @@ whole queries and keys:
   ``Σ_h A_Q,h`` in its columns
 - values: ``W_o,hᵀ W_o,h``
 - the down-projection of the queries: ``D Σ_h W_q,hᵀ A_K,h W_q,h D``
+- keys that are values: ``D (M_k + M_v) D`` too, of ``Σ_h A_Q,h`` and ``Σ_h W_o,hᵀ W_o,h``
 - that of keys and values: ``D (M_k + M_v) D``, ``M_k = Σ_h W_k,hᵀ A_Q,h W_k,h`` and ``M_v = Σ_h
   W_v,hᵀ W_o,hᵀ W_o,h W_v,h``, each over its mean eigenvalue: logits and outputs have no common unit
 
@@ -49,7 +50,12 @@ def output_moment(
     """
     if role in block.downs:
         return _latent_moment(factors, block, role, damped)
-    queries = block.serves(role) == "q"
+    return _part_moment(factors, block, role, damped)
+
+
+def _part_moment(factors: Factors, block: AttentionBlock, role: str, damped: bool) -> Tensor:
+    """That of queries or keys, in the columns that a matrix makes."""
+    queries = "q" in block.serves(role)
     moment = factors.vector_moment(block, "k" if queries else "q", damped)
     start, stop = block.span(role)
     moment = moment[:, start:stop, start:stop]
@@ -64,8 +70,14 @@ def _latent_moment(
     down = block.downs[role]
     terms = []
     for image in down.images:
+        if image == role:  # keys that are values
+            terms.append(_part_moment(factors, block, role, damped).sum(0))
+            continue
         moment = factors.output_moment(block, image, damped)
         if moment is None:
+            continue
+        if block.v is block.k and image == "v":
+            terms.append(moment.sum(0))
             continue
         weight = factors.weight(block, image)[:, : down.matrix.shape[0]]
         parts = weight.unflatten(0, (len(moment), -1))

@@ -16,6 +16,7 @@ from hf_precond.statistics import attention_heads
 from tests import ranks
 from tests.architectures.families import TEXT, text
 from tests.optimizers.afopt.support import cosine, directions, inputs
+from tests.optimizers.test_every_architecture import example
 
 DOUBLE = torch.float64
 D, H, RANK, PLAIN, SHARED, VALUE = 20, 3, 8, 4, 2, 5
@@ -285,6 +286,54 @@ def test_predicted_change_of_deepseeks_logits_is_within_a_tenth(interleave):
         assert predicted == pytest.approx(change.square().mean().sqrt().item(), rel=0.1), plan.role
     assert len(logits) == 4
     attention_heads.stop_observing([block.module], see)
+    optimizer.close()
+
+
+def test_keys_that_are_values_have_both_factors():
+    """DeepSeek V4: one head of keys and values, rotated as a whole, and grouped outputs."""
+    model, batch, _ = example("deepseek_v4")
+    model.config.o_groups = 2
+    torch.manual_seed(0)
+    model = type(model)(model.config)
+    model.double().train().set_experts_implementation("eager")
+    optimizer = create_optimizer(model, "afopt", stat_interval=1)
+    block = optimizer.structure.attention[0]
+    assert block.v is block.k and set(block.roles()) == {"q", "k", "o", "q_down"}
+    seen = []
+    see = lambda module, call: seen.append((call.query.detach(), call.key.detach()))  # noqa: E731
+    attention_heads.observe([block.module], see)
+    rotations = []
+    block.module.register_forward_pre_hook(
+        lambda m, args, kwargs: rotations.append(kwargs["position_embeddings"][m.rope_layer_type]),
+        with_kwargs=True,
+    )
+    model(**batch).loss.backward()
+    attention_heads.stop_observing([block.module], see)
+    optimizer.step()
+    (query, _), size, heads = seen[0], block.heads.size, block.heads.query
+    rotate = tf.models.deepseek_v4.modeling_deepseek_v4.apply_rotary_pos_emb
+    cos, sin = (part.double()[:1] for part in rotations[0])
+    count = cos.shape[1]
+    columns = torch.eye(size, dtype=DOUBLE)[None, :, None].expand(1, -1, count, -1)
+    every = rotate(columns, cos, sin)[0].permute(1, 2, 0)
+    mask = batch["attention_mask"].bool()
+    kept = torch.cat([every[row] for row in mask])
+    rows = query.transpose(0, 1)[:, mask]
+    moment = rows.mT @ rows / mask.sum()
+    queries = torch.stack([(kept.mT @ m @ kept).mean(0) for m in moment])
+    torch.testing.assert_close(
+        optimizer.factors.vector_moment(block, "q"), queries, rtol=1e-5, atol=1e-9
+    )
+    layer = block.module
+    groups = layer.o_a_proj.n_groups
+    outputs = layer.o_a_proj.weight.detach().unflatten(0, (groups, -1))
+    outputs = outputs.unflatten(2, (heads // groups, size)).transpose(1, 2).flatten(0, 1)
+    shares = (queries.sum(0), (outputs.mT @ outputs).sum(0))
+    scale = layer.kv_norm.weight.detach()
+    expected = scale[:, None] * sum(m / m.diagonal().mean() for m in shares) * scale
+    torch.testing.assert_close(
+        optimizer.factors.output_moment(block, "k")[0], expected, rtol=1e-5, atol=1e-7
+    )
     optimizer.close()
 
 
