@@ -502,11 +502,17 @@ class CurvatureProbe(CurvatureSource):
     ) -> None:
         vectors = self._vectors(requests)
         estimates = diagonal_estimates(product, requests[0].probe, vectors)
-        for request, estimate, reached in zip(requests, estimates, product.reached, strict=True):
+        if isinstance(weight, Tensor):  # perhaps of another device
+            terms = [estimate * weight for estimate in estimates]
+        else:
+            terms = list(torch._foreach_mul(estimates, weight))
+        counts = terms[0].new_ones(len(terms)).unbind()
+        pairs = zip(terms, counts, strict=True)
+        for request, pair, reached in zip(requests, pairs, product.reached, strict=True):
             if reached and request.key in self.estimates:
-                self.estimates[request.key].sum += estimate * weight
+                self.estimates[request.key].sum += pair[0]
             elif reached:
-                self.estimates[request.key] = Statistic(estimate * weight, estimate.new_ones(()))
+                self.estimates[request.key] = Statistic(*pair)
 
     def _vectors(self, requests: Sequence[CurvatureRequest]) -> list[Tensor]:
         """The vectors of the step, drawn once for all its micro-batches."""

@@ -63,7 +63,7 @@ def diagonal_estimates(
     products = product(vectors)
     if probe == "ones":
         return products
-    return [z * hz for z, hz in zip(vectors, products, strict=True)]
+    return list(torch._foreach_mul(list(vectors), products))
 
 
 def _exact_diagonal(product: Product, vectors: Sequence[Tensor]) -> list[Tensor]:

@@ -1,5 +1,7 @@
 """Exact inverses by blocks, inverses by Newton's step, and the largest eigenvalue."""
 
+import math
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from hf_precond.linalg.inverses import (
     start_vectors,
     without_last,
 )
+from tests import rounding
 
 F64 = torch.float64
 
@@ -264,3 +267,23 @@ def test_a_product_of_two_positive_definite_matrices():
     left, right = moment(30, seed=1), moment(30, seed=2)
     exact = torch.linalg.eigvals(left @ right).real.max().item()
     assert largest_eigenvalue(left @ right, rounds=60).item() == pytest.approx(exact, rel=1e-2)
+
+
+@pytest.mark.parametrize("precision", ["highest", "auto"])
+@pytest.mark.parametrize("condition", [10, 100, 200])
+def test_newtons_step_corrects_and_stays_at_what_its_products_round(condition, precision):
+    """TF32 cuts at 2^-10: the residual's limit is about the condition times that."""
+    size, generator = 96, torch.Generator().manual_seed(0)
+    start = torch.randn(size, size, dtype=torch.float64, generator=generator)
+    basis, _ = torch.linalg.qr(start)
+    values = torch.logspace(0, -math.log10(condition), size, dtype=torch.float64)
+    matrix = (basis * values) @ basis.T
+    inverse = torch.linalg.inv(1.1 * matrix + 0.1 / condition * torch.eye(size)).float()
+    residuals = []
+    with rounding.accelerator():
+        for _ in range(12):
+            inverse, _ = newton_step(matrix.float(), inverse, precision)
+            lost = torch.eye(size) - inverse.double() @ matrix
+            residuals.append(float(lost.norm() / size**0.5))
+    limit = condition * 2.0 ** (-10 if precision == "auto" else -22)
+    assert residuals[0] < 0.02 + limit and max(residuals[3:]) < limit, residuals

@@ -71,6 +71,9 @@ def make_fallback(
 class FallbackOptimizer(ABC):
     """Steps views of parameters in place; keeps its state in theirs."""
 
+    elementwise = False
+    """Whether views may be stepped one after the other, which bounds what a step holds of them."""
+
     @abstractmethod
     def allocate(self, views: Sequence[ParamView]) -> None:
         """Make the state that :meth:`update` needs, where it is missing."""
@@ -89,6 +92,8 @@ class AdamWFallback(FallbackOptimizer):
 
     ``p ← (1 - lr·wd) p - lr · m̂ / (√v̂ + ε)``
     """
+
+    elementwise = True
 
     def allocate(self, views: Sequence[ParamView]) -> None:
         for view in views:
@@ -152,6 +157,8 @@ class AdamWFallback(FallbackOptimizer):
 
 class SGDFallback(FallbackOptimizer):
     """SGD with momentum: ``p ← (1 - lr·wd) p``, ``v ← μ v + g``, ``p ← p - lr v``."""
+
+    elementwise = True
 
     def allocate(self, views: Sequence[ParamView]) -> None:
         for view in views:

@@ -40,6 +40,9 @@ from hf_precond.registry import make_config, read_model
 if TYPE_CHECKING:
     from hf_precond.statistics.requests import Request, Statistic, StatisticsSource
 
+STEP_ENTRIES = 2**25
+"""Entries of preconditioned gradients that a step holds before AdamW or SGD takes them."""
+
 REPORT_INTERVAL = 100
 """Steps between two reports in the logs under ``diagnostics="auto"``."""
 
@@ -325,6 +328,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
         directions: list[ParamView] = []
         gradients: list[ParamView] = []
         gathered: dict[Tensor, Tensor] = {}
+        held = 0
         for item in self.precondition(ready):
             handled.add(item.bound)
             if item.matrix is None:
@@ -333,6 +337,10 @@ class PrecondOptimizer(torch.optim.Optimizer):
             state = self.state if item.kind == "gradient" else {}
             args = (item.matrix, self.param_groups, state, gathered, item.parts)
             (gradients if item.kind == "gradient" else directions).extend(item.bound.views(*args))
+            held += item.matrix.numel() if item.kind == "gradient" else 0
+            if held > STEP_ENTRIES and self.fallback.elementwise:
+                self.fallback.update(gradients)
+                gradients, held = [], 0
         gradients.extend(self._raw_views(handled, gathered))
         if gradients:
             self.fallback.update(gradients)

@@ -147,9 +147,9 @@ class NKFAC(PrecondOptimizer):
     ``3 · (n_in² + n_out²)`` bytes, a packed triangle and an inverse in float16
     (see :class:`~hf_precond.optimizers.nkfac.config.NKFACConfig`); with
     ``state_dtype="float32"`` twice as much. The rounding turns a direction by
-    a cosine of 1 - 1e-5 on MiniLM, one statistic more by 1 - 2e-3. A step needs
-    memory for the preconditioned gradients, and for one batch of
-    :data:`GPU_BATCH` entries on its way.
+    a cosine of 1 - 1e-5 on MiniLM, one statistic more by 1 - 2e-3. On an
+    accelerator a step needs memory for two batches of :data:`GPU_BATCH` entries,
+    or two layers, over AdamW or SGD.
 
     ``reference=True`` reproduces the authors' published code: NKFAC with
     ``base="sgd"`` (weight decay coupled), AdaNKFAC with ``base="adamw"``

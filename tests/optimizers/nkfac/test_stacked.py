@@ -11,6 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from hf_precond.compat import devices
 from hf_precond.linalg.matrix_functions import pack, unpack
+from hf_precond.optimizers.base import optimizer as base
 from hf_precond.optimizers.nkfac import factors
 from hf_precond.registry import create_optimizer
 from hf_precond.statistics.requests import Statistic, StatisticsSource
@@ -234,21 +235,43 @@ def bert(layers, **sizes):
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize(
-    ("fields", "most"),
-    [({}, 90), pytest.param({"precision": "highest"}, 100, marks=pytest.mark.slow)],
+    ("layers", "fields"),
+    [
+        (1, {}),
+        pytest.param(12, {}, marks=pytest.mark.slow),
+        pytest.param(12, {"precision": "highest"}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
-def test_launches_of_a_plain_step_of_bert_base(fields, most, monkeypatch):
+def test_launches_of_a_plain_step_of_bert_base(layers, fields, monkeypatch):
     with pretended(monkeypatch):
         monkeypatch.setattr(devices, "has_tf32", lambda device: True)
-        optimizer = with_source(create_optimizer(on_gpu(bert(12)), "nkfac", **fields))
+        optimizer = with_source(create_optimizer(on_gpu(bert(layers)), "nkfac", **fields))
         monkeypatch.setattr(optimizer, "refresh", lambda: None)
         step(optimizer)
         for factor in optimizer.all_factors():
             factor["refreshes"] = 1
         step(optimizer)  # makes the stacks
         seen = step(optimizer)
-    assert seen.total <= most and seen.waits == []
+    assert seen.total <= 110 and seen.waits == []
+
+
+def test_adamw_takes_what_is_ready_and_the_numbers_are_the_same(monkeypatch):
+    trained = []
+    for entries in (10**9, 40):
+        monkeypatch.setattr(base, "STEP_ENTRIES", entries)
+        optimizer, _ = case(1e2)
+        calls, update = [], optimizer.fallback.update
+        monkeypatch.setattr(
+            optimizer.fallback, "update", lambda v, u=update, c=calls: (c.append(len(v)), u(v))
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2
+        for _ in range(3):
+            optimizer.step()
+        assert calls == ([6] * 3 if entries > 40 else [2] * 9)
+        trained.append([p.clone() for group in optimizer.param_groups for p in group["params"]])
+    assert all(map(torch.equal, *trained))
 
 
 def ratio(model, **fields):
