@@ -96,7 +96,7 @@ def collected(optimizer: Any) -> Iterator[set[str]]:
     update = optimizer.update_statistics
 
     def recording(statistics: dict[str, Any]) -> None:
-        keys.update(key for key, found in statistics.items() if float(found.count) > 0)
+        keys.update(key for key, found in statistics.items() if float(found.count.sum()) > 0)
         update(statistics)
 
     optimizer.update_statistics = recording
