@@ -250,6 +250,29 @@ as other linear layers.
 """
 
 
+WHY_NOT_READ = {
+    "MultiscaleDeformableAttention": "it has no keys",
+    "ChannelAttention": "its logits are between channels",
+    "DetrDecoder": "its queries and keys are sums of two projections",
+    "SqueezeBert": "its projections are convolutions in groups",
+    "EfficientAdditiveAttention": "it has no logits of queries and keys",
+    "Rwkv": "it has no queries",
+    "PoolingHead": "its query is a parameter",
+    "SequenceAligner": "its keys and values are of several sequences",
+    "AriaCross": "what is inside, an nn.MultiheadAttention, is read",
+    "GRUCell": "its logits are no products",
+    "Merger": "the attention inside is read",
+    "DecoderLayer": "the attention inside is read",
+}
+"""Part of the name of a class that is not read to the reason."""
+
+
+def with_reason(kind: str) -> str:
+    """The name of a class that is not read, and the first reason that is known."""
+    reason = next((why for part, why in WHY_NOT_READ.items() if part in kind), "")
+    return f"{kind} ({reason})" if reason else kind
+
+
 def page(recorded: dict[str, Any]) -> str:
     """The text of ``docs/architectures.md``."""
     types, names = recorded["types"], recorded["optimizers"]
@@ -270,7 +293,8 @@ def page(recorded: dict[str, Any]) -> str:
             if "attentions" in result:
                 cell += f" / {result['attentions']}"
             if "not read" in result:
-                cell += note(f"not read as attentions: {', '.join(result['not read'])}")
+                kinds = ", ".join(map(with_reason, result["not read"]))
+                cell += note(f"not read as attentions: {kinds}")
             if "differences" in result:
                 cell += note("curvature by differences of gradients, from a function of the loss")
             cells.append(cell + "".join(note(text) for text in result.get("left", ())))
