@@ -133,8 +133,8 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
             others.append(error)
     if not runs:
         raise others[0]
-    for error in others:
-        print(f"hf_precond: left out: {error}", file=sys.stderr)
+    for other in others:
+        print(f"hf_precond: left out: {other}", file=sys.stderr)
     return runs
 
 

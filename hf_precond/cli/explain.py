@@ -174,8 +174,8 @@ def _predicted(arguments: argparse.Namespace) -> str:
     except (RuntimeError, NotImplementedError, TypeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"--device {arguments.device}: the passes of {arguments.model} cannot be traced without "
-            f"numbers ({reason}); leave --device out."
+            f"--device {arguments.device}: the passes of {arguments.model} cannot be traced "
+            f"without numbers ({reason}); leave --device out."
         ) from error
     return f"\n\n{prediction_text(prediction, arguments.optim)}"
 
