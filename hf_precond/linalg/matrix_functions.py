@@ -37,7 +37,6 @@ def newton_schulz(matrix: Tensor, steps: int = STEPS, eps: float | None = None) 
     Returns:
         ``[…, m, n]``; zeros stay zeros.
     """
-    a, b, c = COEFFICIENTS
     tall = matrix.shape[-2] > matrix.shape[-1]
     shape = matrix.shape
     x = (matrix.mT if tall else matrix).reshape(-1, min(shape[-2:]), max(shape[-2:]))
@@ -46,11 +45,18 @@ def newton_schulz(matrix: Tensor, steps: int = STEPS, eps: float | None = None) 
         x = x / frobenius_norm(x)
     else:
         x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
+    x = _quintic(x, steps)
+    return (x.mT if tall else x).reshape(shape)
+
+
+def _quintic(x: Tensor, steps: int) -> Tensor:
+    """``X ← a X + (b XXᵀ + c (XXᵀ)²) X``."""
+    a, b, c = COEFFICIENTS
     for _ in range(steps):
         gram = torch.bmm(x, x.mT)
         update = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, update, x, beta=a)
-    return (x.mT if tall else x).reshape(shape)
+    return x
 
 
 def gram_newton_schulz(gram: Tensor, steps: int = STEPS) -> Tensor:
@@ -60,7 +66,7 @@ def gram_newton_schulz(gram: Tensor, steps: int = STEPS) -> Tensor:
     the small dimension: ``P ← h P``, ``G ← h G h``, ``h = a I + b G + c G²``. For ``Z = L N R``
     neither the root R nor Z is needed: ``G = L (N R Rᵀ Nᵀ) Lᵀ``. Rounding in G limits this form to
     float32 and wider (singular values below 1e-3 of the largest come out smaller than
-    :func:`newton_schulz` would make them); do not call it in bfloat16.
+    :func:`newton_schulz` would make them); in half precision take :func:`half_newton_schulz`.
 
     Args:
         gram: G, ``[…, m, m]``, symmetric, positive semi-definite.
@@ -69,23 +75,98 @@ def gram_newton_schulz(gram: Tensor, steps: int = STEPS) -> Tensor:
     Returns:
         P, ``[…, m, m]``, symmetric.
     """
-    a, b, c = COEFFICIENTS
     size = gram.shape[-1]
     trace = _positive(gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None])
-    g = (gram / trace).reshape(-1, size, size)
+    product = _gram_steps((gram / trace).reshape(-1, size, size), steps)
+    return product.reshape(gram.shape) * trace.rsqrt()
+
+
+def _gram_steps(g: Tensor, steps: int) -> Tensor:
+    """The product of ``h = a I + u``, ``u = b G + c G²``, over the steps ``G ← h G h``."""
+    a, b, c = COEFFICIENTS
     product: Tensor | None = None
     for step in range(steps):
-        h = torch.baddbmm(g, g, g, beta=b, alpha=c)
-        h.diagonal(dim1=-2, dim2=-1).add_(a)
-        product = h if product is None else torch.bmm(h, product)
-        if step + 1 < steps:
-            g = torch.bmm(torch.bmm(h, g), h)
+        u = torch.baddbmm(g, g, g, beta=b, alpha=c)
+        if product is None or not devices.is_accelerator(g):
+            h = u
+            h.diagonal(dim1=-2, dim2=-1).add_(a)
+            product = h if product is None else torch.bmm(h, product)
+            g = torch.bmm(torch.bmm(h, g), h) if step + 1 < steps else g
+        else:  # the identity's part in the product's own kernel
+            product = torch.baddbmm(product, u, product, beta=a)
+            if step + 1 < steps:
+                half = torch.baddbmm(g, u, g, beta=a)
+                g = torch.baddbmm(half, half, u, beta=a)
     assert product is not None
-    return product.reshape(gram.shape) * trace.rsqrt()
+    return product
+
+
+RESTART = 2
+"""Steps after which :func:`half_newton_schulz` forms the Gram matrix anew."""
+
+DIVERGED = 64.0
+"""An entry of the later steps' product that tells divergence: eigenvalues of it are below 41."""
+
+
+def half_newton_schulz(matrix: Tensor, weighed: Tensor | None = None) -> Tensor:
+    """``msign(Z S^½) S^½`` by the steps of :func:`newton_schulz` in float16, given Z and ``Z S``.
+
+    float16 has the 10 bits of TF32 at twice its speed, and more than bfloat16; the entries of Z and
+    Y are scaled to 1, the Gram matrix to trace 1, which float16 holds. Of matrices at least twice
+    as long as wide the steps are taken on Gram matrices, as in :func:`gram_newton_schulz`: with
+    ``Y = Z S``, ``Y Zᵀ`` is that of ``Z S^½``, P is computed from it, and the result is ``P Y``.
+    Where an eigenvalue is small, a step multiplies the rounding in a Gram matrix by ``a² = 12``; so
+    after two steps it is formed anew from ``P Y`` and ``P Z``. Meant for S with a condition number
+    up to 1e3, which damping 1 ensures. Where rounding made Y useless all the same, and the later
+    steps diverge, the first two are the result.
+
+    Args:
+        matrix: Z, ``[b, m, n]`` with ``m <= n``, float32.
+        weighed: Y, ``[b, m, n]``, for S symmetric positive definite. Default ``None``: S is the
+            identity.
+
+    Returns:
+        ``[b, m, n]``, float32; zeros stay zeros.
+    """
+    size = largest_entry(matrix)
+    x = _halved(matrix, size)
+    if weighed is None and matrix.shape[2] < 2 * matrix.shape[1]:
+        return _quintic(x.div_(_norm(x)), STEPS).to(matrix.dtype)
+    y, height = x, size
+    if weighed is not None:
+        height = largest_entry(weighed)
+        y = _halved(weighed, height)
+    gram = torch.bmm(y, x.mT)
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=matrix.dtype)[..., None, None]
+    if weighed is not None:  # of a positive definite matrix it is the larger; rounding may undo it
+        trace = torch.maximum(trace, _norm(gram))
+    trace = trace.clamp(min=torch.finfo(x.dtype).smallest_normal)
+    first = _gram_steps(gram.div_(trace), RESTART)
+    x = torch.bmm(first, x)
+    y = x if weighed is None else torch.bmm(first, y)
+    last = _gram_steps(torch.bmm(y, x.mT).div_(trace), STEPS - RESTART)
+    result = torch.bmm(last, y)
+    if weighed is not None:
+        largest = torch.linalg.vector_norm(last, math.inf, dim=(-2, -1), keepdim=True)
+        result = torch.where(largest < DIVERGED, result, y)
+    return result * (height / (size * trace)).sqrt()
+
+
+def _halved(matrix: Tensor, divisor: Tensor) -> Tensor:
+    """``matrix / divisor`` in float16, in one kernel and the same order of memory."""
+    return torch.div(matrix, divisor, out=torch.empty_like(matrix, dtype=torch.float16))
+
+
+def _norm(matrix: Tensor) -> Tensor:
+    """Frobenius norms of float16 matrices in float32, never zero, ``[b, m, n] -> [b, 1, 1]``."""
+    norm = torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+    return norm.clamp(min=torch.finfo(matrix.dtype).smallest_normal)
 
 
 def largest_entry(matrices: Tensor) -> Tensor:
     """Largest magnitude in each matrix, ``[…, m, n] -> […, 1, 1]``, never zero."""
+    if devices.is_accelerator(matrices):
+        return _positive(torch.linalg.vector_norm(matrices, math.inf, dim=(-2, -1), keepdim=True))
     low, high = matrices.flatten(-2).aminmax(dim=-1, keepdim=True)
     return _positive(torch.maximum(high, -low)).unsqueeze(-1)
 

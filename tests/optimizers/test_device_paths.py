@@ -6,6 +6,7 @@ import torch
 from hf_precond.registry import create_optimizer, get_info, list_optimizers
 from tests.optimizers.models import batch, make, train_step, weights
 from tests.optimizers.test_shared import QUICK
+from tests.rounding import accelerator
 
 CASES = [(name, {}) for name in list_optimizers()]
 CASES += [
@@ -30,37 +31,25 @@ def trained(name, values, steps, dtype):
     return losses, weights(model)
 
 
-@pytest.fixture
-def elsewhere(monkeypatch):
-    """Called, it makes every tensor claim to be a GPU's."""
-
-    def claim():
-        for name, value in (("is_cpu", False), ("is_cuda", True)):
-            answer = property(lambda tensor, value=value: value)
-            monkeypatch.setattr(torch.Tensor, name, answer, raising=False)
-
-    return claim
-
-
 @pytest.mark.parametrize(("name", "values"), CASES, ids=str)
-def test_float64_steps_are_the_same(name, values, elsewhere):
+def test_float64_steps_are_the_same(name, values):
     # AdamR's eigenvectors of close eigenvalues multiply rounding by 1e5 a step, and what NKFAC
     # makes of the head's gradient has a null space.
     steps = {"adamr": 3}.get(name, 2 if "base" in values else 5)
     _, expected = trained(name, values, steps, torch.float64)
-    elsewhere()
-    _, found = trained(name, values, steps, torch.float64)
+    with accelerator():
+        _, found = trained(name, values, steps, torch.float64)
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-8, msg=key)
 
 
-@pytest.mark.parametrize("precision", ["highest", "tf32", "bf16"])
+@pytest.mark.parametrize("precision", ["auto", "highest", "tf32", "bf16"])
 @pytest.mark.parametrize(
     "name", [n for n in list_optimizers() if hasattr(get_info(n).config_cls, "precision")]
 )
-def test_float32_losses_are_alike(name, precision, elsewhere):
+def test_float32_losses_are_alike(name, precision):
     expected, _ = trained(name, {}, 6, torch.float32)
-    elsewhere()
-    found, _ = trained(name, {"precision": precision}, 6, torch.float32)
+    with accelerator():
+        found, _ = trained(name, {"precision": precision}, 6, torch.float32)
     # AFOpt takes the matrix sign of square matrices in bfloat16 then.
     assert found == pytest.approx(expected, abs=2e-2)

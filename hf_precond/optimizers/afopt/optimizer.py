@@ -21,7 +21,7 @@ from hf_precond.linalg.matrix_functions import (
     newton_schulz,
     unpack,
 )
-from hf_precond.linalg.products import Precision
+from hf_precond.linalg.products import Precision, arithmetic
 from hf_precond.optimizers.afopt.config import AFOptConfig
 from hf_precond.optimizers.afopt.factors import CHUNK, Factors, times_right
 from hf_precond.optimizers.afopt.plan import (
@@ -211,16 +211,20 @@ class AFOpt(PrecondOptimizer):
         assembly: Assembly | None = None
         for batch in self.batches([self.plan.of[bound] for bound in ready]):
             bound = [plan.bound for plan in batch]
-            gradients = self.gradients(batch)
+            gradients, fades = self.gradients(batch), None
             if kind == "direction":
-                gradients = self._momentum(batch, gradients)
-            # The length is set below: with entries near 1 no square vanishes or overflows.
-            directions = self.directions(batch, gradients.div_(largest_entry(gradients)))
-            directions *= self.lengths(batch, directions)
+                fades = self._momentum(batch, gradients)
+            if not self._in_half(batch[0]):
+                # The length is set below: with entries near 1 no square vanishes or overflows.
+                gradients.div_(largest_entry(gradients))
+            directions = self.directions(batch, gradients)
+            lengths = self.lengths(batch, directions, fades)
             if observed is not None:
-                observed.add(batch, gradients, directions)
+                observed.add(batch, gradients, directions * lengths)
             if batch[0].experts is not None:
                 from hf_precond.optimizers.base.experts import Assembly
+
+                directions *= lengths
 
                 assembly = assembly or Assembly()
                 sizes = [_experts(plan) for plan in batch]
@@ -229,9 +233,17 @@ class AFOpt(PrecondOptimizer):
                     if whole is not None:
                         yield Preconditioned(plan.bound, whole, kind)
                 continue
-            parts = split_stack(bound, directions)
+            parts = split_stack(bound, directions, lengths)
+            if None in parts:  # else the parts alone are stepped
+                directions *= lengths
             for item, direction, part in zip(bound, directions, parts, strict=True):
                 yield Preconditioned(item, direction, kind, part)
+
+    def _in_half(self, plan: MatrixPlan) -> bool:
+        """Whether the sign is computed in half precision, which scales what it is given."""
+        kind = arithmetic(self.config.precision, plan.bound.weight, "sign")
+        spectral = self.config.direction == "spectral" and plan.experts is None
+        return kind == "half" and spectral
 
     def batches(self, plans: Sequence[MatrixPlan]) -> Iterator[Sequence[MatrixPlan]]:
         """Yields matrices that are stepped alike, with one parameter group, dtype and device.
@@ -247,8 +259,9 @@ class AFOpt(PrecondOptimizer):
             bound, matrix = plan.bound, plan.bound.matrix
             block = plan.block if plan.left_moment or plan.own else None
             logits = block and (block.heads, block.logit_scale)
+            side = plan.right and (plan.right.shape, plan.right.kind)
             sizes = matrix.shape, matrix.columns, matrix.stack
-            alike = *sizes, plan.heads, plan.left is None, logits
+            alike = *sizes, plan.heads, plan.left is None, side, logits
             return *alike, bound.group, bound.bias_rests, bound.weight.dtype, bound.weight.device
 
         for alike in grouped(plans, key):
@@ -294,16 +307,16 @@ class AFOpt(PrecondOptimizer):
         return [own for t, run in zip(held, runs, strict=True) for own in t[run].unbind()]
 
     def _momentum(self, batch: Sequence[MatrixPlan], gradients: Tensor) -> Tensor:
-        """``M ← β M + (1-β) G``; N (or M) in the place of G. Fades where all of G is zero."""
+        """``M ← β M + (1-β) G``, N (or M) in the place of G; returns :meth:`fades`, advanced."""
         beta = self.param_groups[batch[0].bound.group]["momentum"]
         momenta, fades = self.tensors(batch, "momentum"), self.tensors(batch, "fade")
         largest = torch.linalg.vector_norm(gradients, float("inf"), dim=(1, 2))
-        faded = torch.where(largest == 0, beta * torch.stack(fades), 1.0)
+        faded = torch.stack(fades).mul_(beta).masked_fill_(largest != 0, 1.0)
         torch._foreach_copy_(fades, faded.unbind())
         ahead = gradients.unbind()
         torch._foreach_lerp_(momenta, ahead, 1 - beta)
         torch._foreach_lerp_(ahead, momenta, beta if self.config.nesterov else 1.0)
-        return gradients
+        return faded[:, None, None]
 
     def directions(self, batch: Sequence[MatrixPlan], gradients: Tensor) -> Tensor:
         """The directions of gradients; their lengths are set afterwards.
@@ -332,6 +345,10 @@ class AFOpt(PrecondOptimizer):
             batch: matrices that are stepped alike.
         """
         first, dtype = batch[0], batch[0].bound.dtype
+        if devices.is_accelerator(first.bound.weight) and first.experts is None:
+            from hf_precond.optimizers.afopt.batched import batched
+
+            return batched(self, batch)
         rights = [plan.right for plan in batch if plan.right is not None]
         if first.experts is not None:
             stacks = self._rights_of_experts(batch)
@@ -369,12 +386,15 @@ class AFOpt(PrecondOptimizer):
             factors = torch.stack([without_bias(right, factor) for factor in factors])
         return factors
 
-    def lengths(self, batch: Sequence[MatrixPlan], directions: Tensor) -> Tensor:
+    def lengths(
+        self, batch: Sequence[MatrixPlan], directions: Tensor, fades: Tensor | None = None
+    ) -> Tensor:
         """``m·βᵏ·0.2·√numel/‖U‖_F``, or another ``scaling``.
 
         Args:
             batch: matrices that are stepped alike.
             directions: U of each, ``[n, out, in(+1)]``.
+            fades: :meth:`fades` of the batch, where they are at hand.
 
         Returns:
             What each direction is multiplied by, ``[n, 1, 1]``.
@@ -383,7 +403,11 @@ class AFOpt(PrecondOptimizer):
             from hf_precond.optimizers.afopt.variants import SCALINGS
 
             return SCALINGS[self.config.scaling](self, batch, directions)
-        return self.rms_lengths(directions) * self.fades(batch)
+        fades = self.fades(batch) if fades is None else fades
+        if devices.is_accelerator(directions):  # in two kernels
+            size = RMS * math.sqrt(directions[0].numel()) * self.config.lr_scale
+            return fades * size / frobenius_norm(directions)
+        return self.rms_lengths(directions) * fades
 
     def rms_lengths(self, directions: Tensor) -> Tensor:
         """``m·0.2·√numel/‖U‖_F``, ``[n, 1, 1]``.

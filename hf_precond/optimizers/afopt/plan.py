@@ -381,6 +381,8 @@ class AFOptPlan:
         for plan in self.matrices:
             number = layers.setdefault(plan.block or plan.bound, len(layers))
             self.phases[plan.bound] = number % phases * config.stat_interval
+        # Where in a packed triangle the entries of a matrix are, by size and device.
+        self.positions: dict[tuple[int, torch.device], Tensor] = {}
 
     def _kinds(self, plan: MatrixPlan) -> tuple[Kind, Kind]:
         """Kinds of the left and right factors."""

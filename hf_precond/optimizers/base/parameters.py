@@ -408,13 +408,24 @@ def gradient_stacks(bound: Sequence[BoundMatrix]) -> tuple[Tensor, Tensor | None
     return weights, columns.to(dtype)
 
 
-def split_stack(bound: Sequence[BoundMatrix], matrices: Tensor) -> Sequence[Parts | None]:
-    """The weight and bias parts of ``[n, out, in(+1)]``; ``None`` where each is split by itself."""
+def split_stack(
+    bound: Sequence[BoundMatrix], matrices: Tensor, scales: Tensor | None = None
+) -> Sequence[Parts | None]:
+    """The weight and bias parts of matrices; ``None`` where each is split by itself.
+
+    Args:
+        bound: what the matrices are the directions of.
+        matrices: ``[n, out, in(+1)]``.
+        scales: what the parts are multiplied by on the way, ``[n, 1, 1]``.
+    """
     if len(bound) == 1 or not _alike(bound):
         return [None] * len(bound)
-    if bound[0].matrix.bias is None:
-        return split_stacks(bound, matrices, None)
-    return split_stacks(bound, matrices[..., :-1], matrices[..., -1].contiguous())
+    weights, biases = matrices, None
+    if bound[0].matrix.bias is not None:
+        weights, biases = matrices[..., :-1], matrices[..., -1]
+    if scales is not None:
+        weights, biases = weights * scales, None if biases is None else biases * scales[..., 0]
+    return split_stacks(bound, weights, None if biases is None else biases.contiguous())
 
 
 def split_stacks(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_precond.architectures.structure import LayerMatrix
 from hf_precond.distributed import collectives
-from hf_precond.distributed.collectives import full, like
+from hf_precond.distributed.collectives import full, is_sharded, like
 from hf_precond.linalg.matrix_functions import STEPS, frobenius_norm, newton_schulz
 from hf_precond.linalg.products import compute_dtype
 from hf_precond.optimizers.base.fallback import AdamWFallback, descend
@@ -99,9 +99,10 @@ class MuonStep:
         Returns:
             ``[n, m, k]``, every expert and every group of a convolution a matrix of its own.
         """
-        # Rounded before they are gathered and stacked: half the traffic.
-        rounded = [full(momentum.bfloat16()) for momentum in momenta]
-        stack = torch.cat([as_matrices(v, m) for v, m in zip(batch, rounded, strict=True)])
+        if is_sharded(momenta[0]):  # rounded before they are gathered: half the traffic
+            momenta = [full(momentum.bfloat16()) for momentum in momenta]
+        stacked = torch.cat([as_matrices(v, m) for v, m in zip(batch, momenta, strict=True)])
+        stack = stacked.bfloat16()
         directions = self._signs(stack).to(compute_dtype(batch[0].param.dtype))
         if self.variant == "normuon":
             directions = self._even_rows(batch, directions, advance)
