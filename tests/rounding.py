@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_precond.compat import devices
+from hf_precond.statistics import collector
 
 aten = torch.ops.aten
 HALF = (torch.bfloat16, torch.float16)
@@ -74,11 +75,13 @@ class Rounding(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def accelerator(tf32=True):
+def accelerator(tf32=True, activations=None):
     """Inside, tensors on the CPU take the accelerator's path, with its rounding.
 
     Args:
         tf32: whether the device has TF32.
+        activations: the dtype that second moments see of activations and output gradients, as
+            under autocast; ``None`` for their own.
 
     Yields:
         The :class:`Rounding`.
@@ -86,9 +89,13 @@ def accelerator(tf32=True):
     patches = (
         mock.patch.object(devices, "is_accelerator", lambda tensor: True),
         mock.patch.object(devices, "has_tf32", lambda device: tf32),
+        mock.patch.object(devices, "accumulates", lambda device: True),
         mock.patch.object(torch.Tensor, "is_cpu", property(lambda tensor: False)),
     )
     with contextlib.ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)
+        if activations is not None:
+            rows = lambda tensor, dtype: tensor.detach().to(activations)  # noqa: E731
+            stack.enter_context(mock.patch.object(collector, "as_rows", rows))
         yield stack.enter_context(Rounding())

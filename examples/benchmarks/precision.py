@@ -3,9 +3,9 @@
     python examples/benchmarks/precision.py --tasks gpt,vit --optimizers afopt,muon
 
 Every run of ``precision.toml`` is made twice from the same seed, weights and batches. ``exact`` is
-the CPU's own arithmetic. ``rounded`` takes the path of an accelerator with TF32: the operands of the
-optimizer's products are cut to TF32, bfloat16 or float16 as the path has them and accumulated in
-float32, and second moments are taken of activations rounded to bfloat16, as under autocast. The
+the CPU's own arithmetic. ``rounded`` takes the path of an accelerator with TF32: the operands of
+the optimizer's products are cut to TF32, bfloat16 or float16 as the path has them and accumulated
+in float32, and second moments are taken of activations rounded to bfloat16, as under autocast. The
 model's own passes are exact in both, so the difference is the optimizer's.
 
 Results go to ``outputs/precision``, a file a run; a command that was stopped goes on, and several

@@ -117,6 +117,14 @@ def has_tf32(device: torch.device) -> bool:
     return False
 
 
+def accumulates(device: torch.device) -> bool:
+    """Whether a product of half-precision matrices can be returned as it is summed, in float32.
+
+    ``torch.mm(…, out_dtype=torch.float32)``, from torch 2.8 on, is CUDA's alone.
+    """
+    return device.type == "cuda" and torch.version.hip is None
+
+
 def kernel(function: Callable[..., Any], *tensors: Tensor, **options: Any) -> Any:
     """``function(*tensors)``; on the host where the device has no such kernel (MPS has no eigh).
 

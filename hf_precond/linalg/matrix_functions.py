@@ -295,11 +295,17 @@ def _cholesky(
     """Lower factors, where they are usable, and where they are the identity's."""
     damped, identity = damp(moment, damping, mean)
     lower, info = devices.kernel(torch.linalg.cholesky_ex, damped)
+    mean = mean_eigenvalue(moment) if mean is None else mean
     for attempt in range(1, RETRIES):
         # An accelerator always retries: asking whether it must would stall the host.
-        if not devices.is_accelerator(info) and not info.any():
+        if devices.is_accelerator(info):
+            raised = damped.clone()
+            more = (mean * (damping * (10.0**attempt - 1))).masked_fill_(identity, 0.0)
+            raised.diagonal(dim1=-2, dim2=-1).add_(more[..., None])
+        elif info.any():
+            raised, _ = damp(moment, damping * 10.0**attempt, mean)
+        else:
             break
-        raised, _ = damp(moment, damping * 10.0**attempt, mean)
         again, again_info = devices.kernel(torch.linalg.cholesky_ex, raised)
         lower = torch.where((info == 0)[..., None, None], lower, again)
         info = torch.where(info == 0, info, again_info)

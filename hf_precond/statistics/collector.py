@@ -21,6 +21,7 @@ from hf_precond.linalg.products import compute_dtype, without_autocast
 from hf_precond.statistics.functional import FixedWeights, FunctionalCalls
 from hf_precond.statistics.moments import (
     Collection,
+    as_rows,
     multihead_input,
     multihead_role,
     output_rows,
@@ -523,8 +524,13 @@ class MomentCollector(StatisticsSource):
         weights: Tensor | None,
     ) -> Statistic:
         with torch.no_grad(), without_autocast(gradient.device):
-            rows = output_rows(hooked.layer, gradient).to(hooked.dtype)
-            return second_moment(collection, self._scaled(rows, collection), weights, self.step)
+            rows = as_rows(output_rows(hooked.layer, gradient), hooked.dtype)
+            if rows.dtype == hooked.dtype:
+                return second_moment(collection, self._scaled(rows, collection), weights, self.step)
+            # Scaled once summed: half precision has no room for it.
+            statistic = second_moment(collection, rows, weights, self.step)
+            factor = self._scaled(statistic.sum.new_ones(()), collection)
+            return Statistic(statistic.sum * factor.square(), statistic.count)
 
     def _scaled(self, rows: Tensor, collection: Collection) -> Tensor:
         """Output gradients without the loss scale, and by the factor that was asked for."""
@@ -545,7 +551,7 @@ class MomentCollector(StatisticsSource):
             role = multihead_role(collection.matrix)
             inputs, weights = multihead_input(hooked.module, role, args, kwargs)
             if weights is not None:
-                rows = inputs.detach().to(dtype)
+                rows = as_rows(inputs, dtype)
                 return second_moment(collection, rows, weights.to(dtype), self.step)
         else:
             inputs = args[0] if args else next(iter(kwargs.values()), None)
@@ -557,7 +563,7 @@ class MomentCollector(StatisticsSource):
 
         def compute() -> Statistic:
             weights = self._token_weights(hooked, inputs, tuple(inputs.shape))
-            return second_moment(collection, inputs.detach().to(dtype), weights, self.step)
+            return second_moment(collection, as_rows(inputs, dtype), weights, self.step)
 
         # Layers of one parent read the same mask.
         parent = hooked.path.rpartition(".")[0]

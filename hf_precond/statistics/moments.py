@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from hf_precond.architectures.modules import CONVOLUTIONS
 from hf_precond.architectures.structure import LayerMatrix
+from hf_precond.compat import devices
 from hf_precond.compat.torch_internals import padding_for_pad
 from hf_precond.linalg.products import averaging_weight
 from hf_precond.statistics.requests import CurvatureRequest, MomentRequest, Statistic
 
+HALF = (torch.bfloat16, torch.float16)
 GOLDEN = (5**0.5 - 1) / 2
 _PATCHES = 2**24  # entries of a convolution's patches that are laid out at once
 
@@ -47,6 +49,31 @@ def request_shape(request: MomentRequest | CurvatureRequest) -> tuple[int, ...]:
 # Second moments of rows -------------------------------------------------------
 
 
+def as_rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns activations or gradients as their moment is taken of them.
+
+    Half precision stays as it is where a device sums its products in float32: the moment is that
+    of the same numbers, at a fraction of the cost. Otherwise they are converted.
+
+    Args:
+        tensor: activations or gradients.
+        dtype: of the moment.
+    """
+    tensor = tensor.detach()
+    half = tensor.dtype in HALF and dtype == torch.float32
+    return tensor if half and devices.accumulates(tensor.device) else tensor.to(dtype)
+
+
+def moment_dtype(rows: Tensor) -> torch.dtype:
+    """The dtype in which the moment of rows is summed.
+
+    Args:
+        rows: the rows.
+    """
+    return torch.float32 if rows.dtype in HALF else rows.dtype
+
+
+
 def weighted(rows: Tensor, weights: Tensor | None) -> Tensor:
     """Returns rows times their weights.
 
@@ -54,7 +81,7 @@ def weighted(rows: Tensor, weights: Tensor | None) -> Tensor:
         rows: ``[…, n, d]``.
         weights: ``[…, n]``, or ``None`` for ones.
     """
-    return rows if weights is None else rows * weights.unsqueeze(-1)
+    return rows if weights is None else rows * weights.to(rows.dtype).unsqueeze(-1)
 
 
 def centred(rows: Tensor, weights: Tensor | None) -> Tensor:
@@ -89,15 +116,19 @@ def moment(rows: Tensor, weights: Tensor | None = None, constant: bool = False) 
         weights: w, ``[n]``, or ``None`` for ones.
         constant: put a 1 behind every row.
     """
-    product = weighted(rows, weights).mT @ rows
+    left, half = weighted(rows, weights), rows.dtype in HALF
+    product = torch.mm(left.mT, rows, out_dtype=torch.float32) if half else left.mT @ rows
     if not constant:
         return product
     size = rows.shape[-1]
-    result = rows.new_empty(size + 1, size + 1)
+    result = product.new_empty(size + 1, size + 1)
     result[:size, :size] = product
-    result[size, :size] = (rows.new_ones(len(rows)) if weights is None else weights) @ rows
+    if half:
+        result[size, :size] = left.sum(0, dtype=torch.float32)
+    else:
+        result[size, :size] = (rows.new_ones(len(rows)) if weights is None else weights) @ rows
     result[:size, size] = result[size, :size]
-    result[size, size].copy_(count_of(len(rows), weights, rows))
+    result[size, size].copy_(count_of(len(rows), weights, product))
     return result
 
 
@@ -116,7 +147,7 @@ def block_moment(rows: Tensor, weights: Tensor | None, constant: bool, blocks: i
     """
     columns = rows.shape[-1] + constant
     width = -(-columns // blocks)
-    result = rows.new_zeros(blocks, width, width)
+    result = rows.new_zeros(blocks, width, width, dtype=moment_dtype(rows))
     for number, start in enumerate(range(0, columns, width)):
         size = min(width, columns - start)
         last = constant and start + size == columns
@@ -182,11 +213,11 @@ def second_moment(
         step: the optimizer's step; it chooses the rows where not all enter.
     """
     if collection.center:
-        rows = centred(rows, weights)
+        rows = centred(rows.to(moment_dtype(rows)), weights)
     rows = thinned(rows.flatten(0, -2), collection.rows, step)
     if weights is not None:
         weights = thinned(weights.flatten(), collection.rows, step)
-    count = count_of(len(rows), weights, rows)
+    count = count_of(len(rows), weights, rows.new_empty(0, dtype=moment_dtype(rows)))
     if collection.kind == "output_grad":
         rows, weights = select_outputs(collection.matrix, rows), None
     constant = collection.constant

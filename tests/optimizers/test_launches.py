@@ -61,8 +61,17 @@ def test_a_plain_step(name, fields, limit, build):
 
 
 @pytest.mark.slow
-def test_afopt_with_statistics_and_refreshes():
-    """Averaged over an interval between refreshes, after the first steps."""
+def test_afopt_with_statistics_and_refreshes(build):
+    """Averaged over an interval between refreshes, long after the first steps."""
+    optimizer = build("afopt")
+    step(optimizer)
+    optimizer._seen.update({moment.request.key: 10 for moment in optimizer.plan.moments})
+    for group in optimizer.param_groups:
+        group["step"] = 4 * optimizer.config.inverse_interval
+    due, plain = step(optimizer), step(optimizer)
+    assert due.waits == plain.waits == []
+    rate = 1 / optimizer.config.stat_interval
+    assert rate * due.total + (1 - rate) * plain.total <= 350
 
 
 @pytest.mark.parametrize("name", ["afopt", "muon"])

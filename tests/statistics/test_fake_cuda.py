@@ -49,6 +49,14 @@ def test_moments(shape, constant, weights):
     assert found.device == GPU and found.shape == (size, size)
 
 
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_moments_of_half_precision(blocks):
+    collection = Collection("input", None, constant=True, blocks=blocks)
+    rows, weights = there(2, 5, 8, dtype=torch.bfloat16), there(2, 5)
+    found = watched(lambda: second_moment(collection, rows, weights))
+    assert found.sum.dtype == found.count.dtype == torch.float32
+
+
 @pytest.mark.parametrize(("blocks", "rows", "center"), [(1, 0, False), (3, 4, False), (1, 0, True)])
 @pytest.mark.parametrize("kind", ["input", "output_grad"])
 def test_statistics_add_up(kind, blocks, rows, center):

@@ -53,6 +53,7 @@ from hf_precond.linalg.matrix_functions import (
     inverse_sqrt,
     mean_eigenvalue,
     pack,
+    unpack,
 )
 from hf_precond.linalg.products import Precision, compute_dtype, matmul
 from hf_precond.optimizers.afopt.plan import (
@@ -94,6 +95,7 @@ class Factors:
 
     def __init__(self, plan: AFOptPlan, state: State) -> None:
         self.plan, self.state, self.config = plan, state, plan.config
+        self.known: dict[Moment, Tensor] = {}  # moments read together
 
     # Averages -----------------------------------------------------------------------
 
@@ -241,7 +243,9 @@ class Factors:
         """Recomputes factors of one shape and kind; one whose moment has no inverse stays."""
         first, count = factors[0], len(factors)
         stored = [factor.stored(self.state) for factor in factors]
+        self._read_together(factors)
         moments, means = zip(*(self.moment(factor) for factor in factors), strict=True)
+        self.known.clear()
         if first.kind == "moment":
             torch._foreach_copy_(stored, moments)
             return
@@ -271,6 +275,24 @@ class Factors:
 
     # Moments -----------------------------------------------------------------------
 
+    def _read_together(self, factors: Sequence[StateMatrix]) -> None:
+        """Unpacks, on an accelerator, the moments under some factors in a few kernels a shape."""
+        if not devices.is_accelerator(factors[0].bound.weight):
+            return
+        moments: list[Moment] = []
+        for factor in factors:
+            if isinstance(factor, RightFactor):
+                moments.append(factor.moment)
+            else:
+                moments += self.plan.of[factor.bound].moments
+        for alike in grouped(dict.fromkeys(moments), lambda m: (m.shape, m.bound.dtype)):
+            stored = torch.stack([moment.stored(self.state) for moment in alike])
+            whole = unpack(stored).to(alike[0].bound.dtype)
+            self.known |= zip(alike, whole.unbind(), strict=True)
+
+    def _read(self, moment: Moment) -> Tensor:
+        return self.known[moment] if moment in self.known else moment.read(self.state)
+
     def moment(self, factor: StateMatrix) -> tuple[Tensor, Tensor]:
         """The moment under a factor, and mean eigenvalues.
 
@@ -299,7 +321,7 @@ class Factors:
 
     def _input_moment(self, right: RightFactor) -> Tensor:
         """A_X, or the leading block of it that a narrower matrix reads, ``[blocks, n, n]``."""
-        moment, columns = right.moment.read(self.state), right.columns
+        moment, columns = self._read(right.moment), right.columns
         if right.down is not None:
             from hf_precond.optimizers.afopt.variants import up_input_moment
 
@@ -358,7 +380,7 @@ class Factors:
     def vector_moment(self, block: AttentionBlock, role: str, damped: bool = False) -> Tensor:
         """A_Q (role q), ``[H, d_h, d_h]``, or A_K (role k), ``[H_kv, d_h, d_h]``."""
         observed = self.plan.moments_of.get(block, {}).get(VECTORS[role])
-        moment = None if observed is None else observed.read(self.state)
+        moment = None if observed is None else self._read(observed)
         if moment is not None and not damped:
             return moment
         if block.parts or block.spans:
@@ -384,10 +406,10 @@ class Factors:
             return torch.bmm(weight, weight.mT) * (1 + damped * config.damping)
         moments, name = self.plan.moments_of[block], self.plan.input_of(block, role)
         if observed is None:
-            inputs = moments[name].read(self.state)
+            inputs = self._read(moments[name])
             observed = quadratic(weight.to(inputs.dtype), inputs)
         if damped:
-            mean = _trace(moments[name].read(self.state)) / moments[name].request.matrix.columns
+            mean = _trace(self._read(moments[name])) / moments[name].request.matrix.columns
             observed = observed + torch.bmm(weight, weight.mT) * config.damping * mean
         return observed
 
