@@ -1,5 +1,8 @@
 """What is done otherwise with tensors of a GPU, done on the CPU."""
 
+import contextlib
+import warnings
+
 import pytest
 import torch
 
@@ -53,3 +56,24 @@ def test_float32_losses_are_alike(name, precision):
         found, _ = trained(name, {"precision": precision}, 6, torch.float32)
     # AFOpt takes the matrix sign of square matrices in bfloat16 then.
     assert found == pytest.approx(expected, abs=2e-2)
+
+
+@pytest.mark.parametrize("sizes", [(12, 30), (30, 12), (12, 12), (40, 9)])
+def test_afopt_steps_every_form_alike(sizes):
+    """Rows and columns longer than the other side, and neither; widths that are padded."""
+    found = []
+    for context in (contextlib.nullcontext(), accelerator()):
+        torch.manual_seed(0)
+        first, second = torch.nn.Linear(*sizes), torch.nn.Linear(sizes[1], 8)
+        model = torch.nn.Sequential(first, torch.nn.Tanh(), second).double()
+        rows = torch.randn(64, sizes[0], dtype=torch.float64)
+        with context, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # there is no attention
+            optimizer = create_optimizer(model, "afopt", lr=1e-2, stat_interval=1)
+            for _ in range(3):
+                optimizer.zero_grad()
+                model(rows).square().mean().backward()
+                optimizer.step()
+            optimizer.close()
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-7, atol=1e-9)

@@ -133,11 +133,11 @@ def batched(optimizer: AFOpt, batch: Sequence[MatrixPlan]) -> BatchedPreconditio
     if first.left is not None:
         left = torch.cat(optimizer.tensors(batch, "left")).to(first.bound.dtype)
     narrow = config.damping >= DAMPED and not config.covariant_damping
+    stack = _stacked(optimizer, first, [right for right, _ in runs])
     return BatchedPreconditioner(
-        first.heads, first.form, left, (), config.precision if narrow else "highest",
-        stack=_stacked(optimizer, first, [right for right, _ in runs]),
-        siblings=[count for _, count in runs],
-        half=arithmetic(config.precision, first.bound.weight, "sign") == "half",
+        first.heads, first.form, left, () if stack is None else (stack,),
+        config.precision if narrow else "highest", stack, [count for _, count in runs],
+        arithmetic(config.precision, first.bound.weight, "sign") == "half",
     )  # fmt: skip
 
 
