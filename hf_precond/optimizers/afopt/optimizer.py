@@ -225,7 +225,6 @@ class AFOpt(PrecondOptimizer):
                 from hf_precond.optimizers.base.experts import Assembly
 
                 directions *= lengths
-
                 assembly = assembly or Assembly()
                 sizes = [_experts(plan) for plan in batch]
                 for plan, part in zip(batch, directions.split(sizes), strict=True):
