@@ -75,13 +75,16 @@ def _pinned(tensor):
 
 
 def _place():
-    """The innermost lines of the package that are being run, or call a kernel."""
+    """The innermost lines of the package that are being run, or call a kernel; not who counts."""
     import traceback
 
+    counting = ("counting.py", "pretended_device.py")
     lines = [
         f
         for f in traceback.extract_stack()
-        if f"{os.sep}hf_precond{os.sep}" in f.filename and f.name != "kernel"
+        if f"{os.sep}hf_precond{os.sep}" in f.filename
+        and f.name != "kernel"
+        and not f.filename.endswith(counting)
     ]
     return " < ".join(f"{os.path.basename(f.filename)}:{f.lineno}" for f in reversed(lines[-2:]))
 

@@ -74,7 +74,7 @@ class Kernel(NamedTuple):
 
     Args:
         name: of the operation.
-        phase: what it was for; see :attr:`OperationCounter.phase`.
+        phase: what it was for; see ``OperationCounter.phase``.
         flops: floating-point operations of products and factorisations; 0 for all others.
         precision: ``float64``, ``float32``, ``tf32``, ``bfloat16`` or ``float16``; empty where
             there are no operations.

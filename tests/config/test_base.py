@@ -119,5 +119,7 @@ def test_a_config_of_another_optimizer_is_refused():
 def test_state_dtype():
     assert NKFACConfig(state_dtype=torch.bfloat16).state_dtype == "bfloat16"
     assert NKFACConfig().factor_dtype(torch.float64) == torch.float64
-    assert NKFACConfig().factor_dtype(torch.bfloat16) == torch.float32
+    assert NKFACConfig().factor_dtype(torch.bfloat16) == torch.float16
+    assert NKFACConfig(state_dtype="float32").factor_dtype(torch.bfloat16) == torch.float32
+    assert AFOptConfig().factor_dtype(torch.bfloat16) == torch.float32
     assert NKFACConfig(state_dtype="bfloat16").factor_dtype(torch.float64) == torch.bfloat16

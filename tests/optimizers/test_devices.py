@@ -54,7 +54,8 @@ def run(name, kind, monkeypatch, **fields):
     devices._missing.clear()
     device, model = torch.device(kind, 0), make("bert")
     model.bert.encoder.layer = model.bert.encoder.layer[:1]
-    with pretended(monkeypatch, kind):
+    with pretended(monkeypatch, kind), monkeypatch.context() as patch:
+        patch.setattr(devices, "has_tf32", lambda device: False)  # the same of all
         model = on_gpu(model, device=device)
         optimizer = with_source(create_optimizer(model, name, **QUICK[name] | fields), device)
         with Trace(kind) as trace:

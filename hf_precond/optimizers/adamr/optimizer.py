@@ -85,7 +85,7 @@ def bounded_by(matrix: LayerMatrix, config: AdamRConfig) -> str:
     config=AdamRConfig,
     select=every_matrix,
     description="Adam in the eigenbasis of the gradient's Kronecker second moments",
-    memory="2mn, and 1.6m² (1.6n²) where its left (right) side is rotated, 2 where that is short",
+    memory="2mn, and up to 2m² and 2n² for rotated sides, 1.6 of wide ones",
 )
 class AdamR(PrecondOptimizer):
     """Adam's step in the eigenbasis of the gradient's Kronecker second moments.

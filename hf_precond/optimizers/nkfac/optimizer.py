@@ -115,7 +115,7 @@ def widest_side(matrix: LayerMatrix, max_dim: int) -> int:
     config=NKFACConfig,
     select=layer_matrices,
     description="K-FAC, each inverse by Newton's iteration from the one before",
-    memory="¾m² + ¾n² in float32's size, factor and inverse of each side, and the fallback's",
+    memory="¾m² + ¾n² (in float32's size), and the fallback's",
 )
 class NKFAC(PrecondOptimizer):
     """K-FAC with unit-norm factors, lazily refreshed inverses and the gradient's own norm.

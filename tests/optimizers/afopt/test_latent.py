@@ -104,12 +104,24 @@ class FusedLatent(Latent):
     pass
 
 
+OPEN = []
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    while OPEN:
+        OPEN.pop().close()
+
+
 def made(split=False, seed=0, normed=True, **fields):
     torch.manual_seed(seed)
     module = (SplitLatent if split else FusedLatent)(split, normed)
     defaults = {"momentum": 0.0, "nesterov": False, "stat_interval": 1, "scope": "attention"}
     with declared():
-        return module, create_optimizer(module, "afopt", **(defaults | fields))
+        optimizer = create_optimizer(module, "afopt", **(defaults | fields))
+    OPEN.append(optimizer)
+    return module, optimizer
 
 
 def backward(module, x):
