@@ -201,12 +201,13 @@ class HeadMoments:
         self.called.add(module)
 
         accumulator = OutputGradAccumulator(PassKind(None, module))
+        buffer = self.buffer  # the graph, which the model may keep, does not hold the model
 
         def add(gradient: Tensor) -> None:
-            changed = accumulator.add(gradient.new_zeros(()), self.buffer.epoch)
+            changed = accumulator.add(gradient.new_zeros(()), buffer.epoch)
             if changed is not None and changed[2] is None:  # once, however many passes there are
                 for key, moment in moments.items():
-                    self.buffer.add(key, moment, changed[0])
+                    buffer.add(key, moment, changed[0])
 
         on_gradient(call.output, add)
 

@@ -248,6 +248,12 @@ class HookedLayer:
         return output.shape[-1] == rows
 
 
+OutputMoments = Callable[
+    ["MomentCollector", HookedLayer, Tensor], Iterable[tuple[Hashable, Statistic]]
+]
+"""The moments of an output's gradient, with their keys."""
+
+
 class MomentCollector(StatisticsSource):
     """The source of second moments.
 
@@ -282,7 +288,7 @@ class MomentCollector(StatisticsSource):
         self.step = -1
         self.buffer = StatisticsBuffer()
         self.shared = SharedInputs()
-        self.evaluated: dict[str, HookedLayer] = {}  # had gradients in evaluation mode
+        self.evaluated: set[str] = set()  # paths of those with gradients in evaluation mode
         self.called: set[nn.Module] = set()  # since the last statistics were taken
         self.reasons: dict[str, str] = {}  # why a request had no answer
         self.tokens = TokenWeights(model)
@@ -394,7 +400,12 @@ class MomentCollector(StatisticsSource):
         if hooked.module.training:
             self._observe(hooked, args, kwargs, result, transposed)
         else:
-            on_gradient(result, lambda _: self.evaluated.__setitem__(hooked.path, hooked))
+            self._note_evaluated(hooked, result)
+
+    def _note_evaluated(self, hooked: HookedLayer, result: Tensor) -> None:
+        """Notes a call in evaluation mode when its gradient comes."""
+        evaluated, path = self.evaluated, hooked.path
+        on_gradient(result, lambda _: evaluated.add(path))
 
     def _observe(
         self,
@@ -405,13 +416,13 @@ class MomentCollector(StatisticsSource):
         transposed: bool = False,
     ) -> None:
         """Computes the input moments of a call, and adds them when its gradient comes."""
-        gradients: dict[Hashable, Collection] = {}
+        gradients: list[Hashable] = []
         moments: dict[Hashable, Statistic] = {}
         weights: Tensor | None = None
         with torch.no_grad(), without_autocast(result.device):
             for key, collection in hooked.collections.items():
                 if collection.kind == "output_grad":
-                    gradients[key] = collection
+                    gradients.append(key)
                     continue
                 moment = self._input_moment(hooked, collection, args, kwargs)
                 if moment is not None:
@@ -421,38 +432,51 @@ class MomentCollector(StatisticsSource):
                 inputs = args[0] if args else None
                 weights = self._token_weights(hooked, inputs, tuple(shape))
 
-        def output_moments(gradient: Tensor) -> Iterator[tuple[Hashable, Statistic]]:
+        def output_moments(
+            collector: MomentCollector, hooked: HookedLayer, gradient: Tensor
+        ) -> Iterator[tuple[Hashable, Statistic]]:
             gradient = gradient.mT if transposed else gradient
-            for key, collection in gradients.items():
-                yield key, self._output_moment(hooked, collection, gradient, weights)
+            for key in gradients:
+                collection = hooked.collections[key]
+                yield key, collector._output_moment(hooked, collection, gradient, weights)
 
-        self._add_at_gradient(hooked, result, moments, output_moments)
+        # A call that a function makes comes as a copy, with an input side of its own.
+        self._add_at_gradient(self.layers[hooked.module], result, moments, output_moments)
 
     def _add_at_gradient(
         self,
         hooked: HookedLayer,
         result: Tensor,
         moments: Mapping[Hashable, Statistic],
-        output_moments: Callable[[Tensor], Iterable[tuple[Hashable, Statistic]]],
+        output_moments: OutputMoments,
     ) -> None:
-        """Adds the input moments of a call, and those of its output's gradient, when that comes."""
+        """Adds the input moments of a call, and those of its output's gradient, when that comes.
+
+        The graph holds the collector and the layer weakly: a model that keeps an output, and with
+        it the graph, would never be freed.
+        """
         around = hooked.attention or hooked.module
         accumulator = OutputGradAccumulator(PassKind(hooked.layer, around))
+        held, place = weakref.ref(self), weakref.ref(hooked)
 
         def add(gradient: Tensor) -> None:
-            changed = accumulator.add(gradient.detach(), self.buffer.epoch)
+            collector, hooked = held(), place()
+            if collector is None or hooked is None:
+                return
+            buffer = collector.buffer
+            changed = accumulator.add(gradient.detach(), buffer.epoch)
             if changed is None:
                 return
             kind, total, before = changed
-            self.shared.forget()
+            collector.shared.forget()
             if before is None:
                 for key, moment in moments.items():
-                    self.buffer.add(key, moment, kind)
-            for key, moment in output_moments(total):
-                self.buffer.add(key, moment, kind)
+                    buffer.add(key, moment, kind)
+            for key, moment in output_moments(collector, hooked, total):
+                buffer.add(key, moment, kind)
             if before is not None:
-                for key, replaced in output_moments(before):
-                    self.buffer.add(key, Statistic(-replaced.sum, -replaced.count), kind)
+                for key, replaced in output_moments(collector, hooked, before):
+                    buffer.add(key, Statistic(-replaced.sum, -replaced.count), kind)
 
         on_gradient(result, add)
 
@@ -477,25 +501,28 @@ class MomentCollector(StatisticsSource):
             return
         self.called.add(hooked.module)
         if not hooked.module.training:
-            on_gradient(result, lambda _: self.evaluated.__setitem__(hooked.path, hooked))
+            self._note_evaluated(hooked, result)
             return
         moments: dict[Hashable, Statistic] = {}
-        kinds = {kind: {k: c for k, c in hooked.collections.items() if c.kind == kind}
-                 for kind in ("input", "output_grad")}  # fmt: skip
 
-        def of(kind: str, rows: Tensor) -> Iterator[tuple[Hashable, Statistic]]:
+        def of(
+            collector: MomentCollector, hooked: HookedLayer, kind: str, rows: Tensor
+        ) -> Iterator[tuple[Hashable, Statistic]]:
+            asked = [each for each in hooked.collections.items() if each[1].kind == kind]
             with torch.no_grad(), without_autocast(rows.device):
-                for expert, own, weights in segments.of(rows) if kinds[kind] else ():
+                for expert, own, weights in segments.of(rows) if asked else ():
                     kept = None if weights is None else weights.to(hooked.dtype)
-                    for key, collection in kinds[kind].items():
+                    for key, collection in asked:
                         part = own.to(hooked.dtype)
-                        part = part if kind == "input" else self._scaled(part, collection)
-                        yield (key, expert), second_moment(collection, part, kept, self.step)
+                        part = part if kind == "input" else collector._scaled(part, collection)
+                        yield (key, expert), second_moment(collection, part, kept, collector.step)
 
-        def output_moments(gradient: Tensor) -> Iterator[tuple[Hashable, Statistic]]:
-            return of("output_grad", as_rows(gradient))
+        def output_moments(
+            collector: MomentCollector, hooked: HookedLayer, gradient: Tensor
+        ) -> Iterator[tuple[Hashable, Statistic]]:
+            return of(collector, hooked, "output_grad", as_rows(gradient))
 
-        moments.update(of("input", inputs.detach()))
+        moments.update(of(self, hooked, "input", inputs.detach()))
         self._add_at_gradient(hooked, result, moments, output_moments)
 
     def _token_weights(
@@ -678,9 +705,9 @@ class MomentCollector(StatisticsSource):
         keys: Iterable[Any] = self.buffer.answers  # those of experts are pairs
         collected = {key[0] if isinstance(key[0], tuple) else key for key in keys}
         missed = [
-            path
-            for path, hooked in self.evaluated.items()
-            if collected.isdisjoint(hooked.collections)
+            hooked.path
+            for hooked in (*self.layers.values(), *self.stacks.values())
+            if hooked.path in self.evaluated and collected.isdisjoint(hooked.collections)
         ]
         if missed:
             some = EVAL_SOME.format(count=len(missed), first=missed[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from contextlib import nullcontext
@@ -91,7 +92,14 @@ class RecordedLoss:
         if not (isinstance(loss, Tensor) and loss.requires_grad):
             return returned
         copy = loss.clone()
-        copy.register_hook(self._note)
+        held = weakref.ref(self)  # whoever keeps the loss, and its graph, does not keep the record
+
+        def note(gradient: Tensor) -> None:
+            record = held()
+            if record is not None:
+                record._note(gradient)
+
+        copy.register_hook(note)
         self.node = copy.grad_fn
         return (copy, *returned[1:]) if isinstance(returned, tuple) else copy
 
