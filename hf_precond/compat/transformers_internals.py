@@ -203,3 +203,15 @@ def uses_deepspeed(args: Any) -> bool:
         args: the training arguments.
     """
     return bool(getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None))
+
+
+def was_loaded(parameter: Any) -> bool:
+    """Whether ``from_pretrained`` found a parameter in the checkpoint.
+
+    It marks those that it did not have to initialise. A model from a config alone has no marks, nor
+    has a deep copy.
+
+    Args:
+        parameter: of a model.
+    """
+    return bool(getattr(parameter, "_is_hf_initialized", False))

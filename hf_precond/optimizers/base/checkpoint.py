@@ -37,18 +37,21 @@ UNKNOWN = re.compile(r"parameter \d+")
 """What stands for the name of a parameter that is not known."""
 
 
-def identity(config: OptimizerConfig, groups: Groups, owners: Sequence[Owner]) -> dict[str, Any]:
+def identity(
+    config: OptimizerConfig, groups: Groups, owners: Sequence[Owner], head: Sequence[str] = ()
+) -> dict[str, Any]:
     """What must be equal where a state is loaded.
 
     Args:
         config: the optimizer's.
         groups: its parameter groups.
         owners: name, module and attribute of the model's parameters.
+        head: names of the layers of a new head that has steps of its own.
 
     Returns:
         ``optimizer``, its name; ``layout``, the fields that decide which
         tensors the state has; ``parameters``, a list of ``[name, [sizes]]``
-        for every group. Plain values, so that ``weights_only`` loads it. Names
+        for every group; ``head``. Plain values, so that ``weights_only`` loads it. Names
         are those in the model without its wrappers (compilation, DDP), or
         ``parameter 3`` where they are not known: before a model is attached the
         names in the groups may be those of its parts.
@@ -66,7 +69,8 @@ def identity(config: OptimizerConfig, groups: Groups, owners: Sequence[Owner]) -
     ]
     return {
         "optimizer": config.name,
-        "layout": {name: getattr(config, name) for name in config.layout},
+        "layout": {name: getattr(config, name) for name in ("head", *config.layout)},
+        "head": list(head),
         "parameters": _unwrapped(parameters),
     }
 

@@ -26,6 +26,7 @@ from hf_precond.optimizers.base.fallback import (
     make_fallback,
 )
 from hf_precond.optimizers.base.groups import check_group, note_added, routed
+from hf_precond.optimizers.base.new_head import NewHead
 from hf_precond.optimizers.base.parameters import (
     Bound,
     BoundMatrix,
@@ -97,6 +98,8 @@ class PrecondOptimizer(torch.optim.Optimizer):
     _carried: dict[str, Statistic] | None = None  # from hooks that were replaced before the step
     _pruned: Sequence[BoundMatrix] = ()
     rates: Sequence[Any] = ()  # of the last step, by group: a scheduler may have changed them since
+    head: NewHead | None = None  # what is stepped by what it does to the outputs
+    resumed_head: Sequence[str] | None = None  # its layers in the training that is resumed
     observing = False  # whether the next step keeps what :meth:`report` needs
     _reported_at: int | None = None
 
@@ -257,6 +260,8 @@ class PrecondOptimizer(torch.optim.Optimizer):
             return
         if self.config.skip_nonfinite and self._skips():
             return
+        if self.head is not None:
+            self.head.update()
         self._update_statistics()
         self.refresh()
         self.failures.check()
@@ -270,7 +275,8 @@ class PrecondOptimizer(torch.optim.Optimizer):
     def allocate_fallback(self) -> None:
         """Make the fallback optimizer's state of everything with a gradient that it steps."""
         stepped_here = {bound for bound in self.bound if not self.uses_fallback(bound)}
-        self.fallback.allocate(self._raw_views(stepped_here, {}))
+        views: Sequence[ParamView] = self._raw_views(stepped_here, {})
+        self.fallback.allocate(views if self.head is None else self.head.allocate(views))
 
     def _only_allocates(self) -> bool:
         """Whether this is a step of zero gradients and lr 0, by which checkpointing makes state."""
@@ -286,9 +292,14 @@ class PrecondOptimizer(torch.optim.Optimizer):
         self.failures.note("step", self.config.name, skips)
         if skips:
             self.count("skipped_steps")
-            if self.statistics is not None:
-                self.statistics.drop()
+            self._drop()
         return skips
+
+    def _drop(self) -> None:
+        """Forget what was collected for a step that did not come."""
+        for source in (self.statistics, self.head):
+            if source is not None:
+                source.drop()
 
     def _update_statistics(self) -> None:
         if self.statistics is None or not self.due(self.steps):
@@ -342,8 +353,9 @@ class PrecondOptimizer(torch.optim.Optimizer):
                 self.fallback.update(gradients)
                 gradients, held = [], 0
         gradients.extend(self._raw_views(handled, gathered))
-        if gradients:
-            self.fallback.update(gradients)
+        left = gradients if self.head is None else self.head.step(gradients)
+        if left:
+            self.fallback.update(left)
         if directions:
             descend(directions)
         for parameter, whole in gathered.items():
@@ -454,7 +466,13 @@ class PrecondOptimizer(torch.optim.Optimizer):
         groups, structure = self._group_numbers(), self.structure
         self.validator = ParamGroupValidator(structure.owners, groups)
         self.bound: list[Any] = []
-        for matrix in structure.matrices:
+        if self.head is not None:
+            self.head.close()
+        args = (self.config, self.param_groups, self.state, self.resumed_head)
+        self.head = NewHead.find(structure.model, *args)
+        head = set() if self.head is None else {matrix.name for matrix in self.head.matrices}
+        matrices = [matrix for matrix in structure.matrices if matrix.name not in head]
+        for matrix in matrices:
             bias = matrix.bias_parameter
             bias_group = None if bias is None else groups.get(id(bias))
             group = groups.get(id(matrix.weight_parameter))
@@ -464,14 +482,14 @@ class PrecondOptimizer(torch.optim.Optimizer):
             group = groups.get(id(norm.parameter))
             if group is not None:
                 self.bound.append(BoundNorm(norm, group))
-        names = [matrix.name for matrix in structure.matrices]
+        names = [matrix.name for matrix in matrices]
         names += [norm.name for norm in structure.norms]
         if names and not self.bound:
             name, optimizer = names[0], self.config.name
             raise ValueError(messages.NOT_IN_GROUPS.format(name=name, optimizer=optimizer))
         self._remainders = parameters.fused_remainders(self.bound)
-        matrices = [bound for bound in self.bound if isinstance(bound, BoundMatrix)]
-        self._pruned = [bound for bound in matrices if bound.matrix.mask is not None]
+        held = [bound for bound in self.bound if isinstance(bound, BoundMatrix)]
+        self._pruned = [bound for bound in held if bound.matrix.mask is not None]
 
     def _open(self) -> None:
         requests, structure = self.requests(), self.structure
@@ -503,6 +521,8 @@ class PrecondOptimizer(torch.optim.Optimizer):
     def _enable_statistics(self) -> None:
         if self.statistics is not None:
             self.statistics.enable(self.due(self.steps), self.steps)
+        if self.head is not None:
+            self.head.enable(self.steps)
 
     def attach_scaler(self, scaler: torch.amp.GradScaler) -> None:
         """Name the loss scaler of a float16 loop that runs without a ``Trainer``.
@@ -552,7 +572,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
         self.joined = ()
         if self.structure.reread is not None:
             routing = routed(self.structure, self.param_groups, self.config, self.given)
-            self.structure.routing = routing
+            self.structure.routing = routing if self.head is None else self.head.routed(routing)
 
     def refuse_joined(self) -> None:
         """Refuse to train a model of which other parameters train than when this was made.
@@ -571,6 +591,8 @@ class PrecondOptimizer(torch.optim.Optimizer):
         if self.statistics is not None:
             self.statistics.close()
             self.statistics = None
+        if self.head is not None:
+            self.head.close()
 
     # What torch optimizers have ----------------------------------------------------------
 
@@ -605,8 +627,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
             set_to_none: as for any torch optimizer.
         """
         super().zero_grad(set_to_none)
-        if self.statistics is not None:
-            self.statistics.drop()
+        self._drop()
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as of any torch optimizer, and the identity of optimizer and model.
@@ -615,7 +636,8 @@ class PrecondOptimizer(torch.optim.Optimizer):
             Plain values and tensors, which ``weights_only`` loads. Once there
             is state, every parameter has an entry.
         """
-        own = checkpoint.identity(self.config, self.param_groups, self.structure.owners)
+        head = () if self.head is None else self.head.names
+        own = checkpoint.identity(self.config, self.param_groups, self.structure.owners, head)
         checkpoint.forget_empty(self.state)
         return checkpoint.complete(super().state_dict()) | {checkpoint.KEY: own}
 
@@ -635,15 +657,22 @@ class PrecondOptimizer(torch.optim.Optimizer):
         if not self.attached:
             self.loaded = state_dict.get(checkpoint.KEY, own)["parameters"]
         checkpoint.forget_empty(self.state)
+        if checkpoint.KEY in state_dict:
+            self.resumed_head = state_dict[checkpoint.KEY].get("head", ())
+        if self.structure.model is not None and self.config.head == "auto":
+            self.close()
+            self._bind()
+            self._route()
+            self._open()
         self.coverage.restore(self.state)
-        if self.statistics is not None:
-            self.statistics.drop()  # of a step that was given up
+        self._drop()  # of a step that was given up
         self._enable_statistics()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has its own statistics and counters, and no hooks until :meth:`attach`."""
         own = ("config", "structure", "fallback", "counters", "failures", "coverage")
-        names = (*own, "given", "loaded", "joined", "bound", "_remainders", "validator")
+        bound = ("given", "loaded", "joined", "bound", "_remainders", "validator")
+        names = (*own, *bound, "resumed_head")
         return super().__getstate__() | {name: getattr(self, name) for name in names}
 
     # What a person sees --------------------------------------------------------------------

@@ -1,0 +1,248 @@
+"""Steps of a newly initialised head, measured in what they change of its outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_precond.architectures.new_head import find_new_head, head_layers
+from hf_precond.architectures.structure import LayerMatrix, RoutingTable
+from hf_precond.compat.torch_internals import WRAPPERS
+from hf_precond.config.base import OptimizerConfig
+from hf_precond.distributed import collectives
+from hf_precond.linalg.products import compute_dtype
+from hf_precond.optimizers.base.fallback import AdamWFallback, descend
+from hf_precond.optimizers.base.parameters import ParamView
+from hf_precond.statistics.requests import MomentRequest, StatisticsSource, all_reduce_statistics
+
+INTERVAL = 20
+"""Steps between two looks at the head's input, which changes as slowly as the body does."""
+MOMENT = "head_input"
+"""The state of a layer that holds its input's second moment."""
+
+
+def moment_is_due(step: int) -> bool:
+    """Whether the head's input is looked at: at steps 0, 1, 2, 4, …, then every 20.
+
+    Args:
+        step: the step's number, from 0.
+    """
+    return step % INTERVAL == 0 if step >= INTERVAL else step & (step - 1) == 0
+
+
+class NewHead:
+    """The linear layers of a new head, stepped along AdamW's direction D by a step of known effect.
+
+    ``W ← (1 - lr·wd) W - ρ (lr / lr₀) D / rms``, ``rms² = tr(D A Dᵀ) / out``: the root mean square
+    change of a layer's outputs per unit step, with A ``[in, in]`` the mean of x xᵀ over the tokens
+    of a batch (a bias enters W, and a constant 1 enters x). ρ is ``head_step``, lr₀ the rate that a
+    schedule starts from or rises to. So the rate of the body, the width of the features and their
+    scale do not matter.
+
+    A layer whose input was not seen is stepped by AdamW at ``lr``.
+
+    Args:
+        model: the model.
+        matrices: the layers.
+        config: the optimizer's.
+        state: the optimizer's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        matrices: Sequence[LayerMatrix],
+        config: OptimizerConfig,
+        state: MutableMapping[Tensor, dict[str, Any]],
+    ) -> None:
+        from hf_precond.statistics.collector import MomentCollector
+
+        self.matrices, self.config, self.state = matrices, config, state
+        self.adamw = AdamWFallback()
+        self.requests = [MomentRequest(matrix.name, "input", matrix) for matrix in matrices]
+        self.source: StatisticsSource | None = MomentCollector(model, self.requests)
+        self.due = False
+
+    @property
+    def names(self) -> list[str]:
+        """Of the layers, as in the model without its wrappers."""
+        return [WRAPPERS.sub("", matrix.name) for matrix in self.matrices]
+
+    @classmethod
+    def find(
+        cls,
+        model: nn.Module | None,
+        config: OptimizerConfig,
+        groups: Sequence[Mapping[str, Any]],
+        state: MutableMapping[Tensor, dict[str, Any]],
+        names: Collection[str] | None = None,
+    ) -> NewHead | None:
+        """The new head of a model, ``None`` where there is none or its rate was given.
+
+        Args:
+            model: the model.
+            config: the optimizer's.
+            groups: the optimizer's; one with a rate of its own keeps it.
+            state: the optimizer's.
+            names: of the layers in the training that is resumed, whose head is no longer new.
+        """
+        if model is None or config.head != "auto":
+            return None
+        common = {
+            id(parameter)
+            for group in groups
+            if group.get("initial_lr", group["lr"]) == config.lr
+            for parameter in group["params"]
+        }
+        layers = find_new_head(model) if names is None else head_layers(model)
+        found = [
+            matrix
+            for matrix in layers
+            if all(id(parameter) in common for parameter in _parameters(matrix))
+            and (names is None or WRAPPERS.sub("", matrix.name) in names)
+        ]
+        return cls(model, found, config, state) if found else None
+
+    def routed(self, routing: RoutingTable) -> RoutingTable:
+        """A routing table that says how the head is stepped.
+
+        Args:
+            routing: the optimizer's.
+        """
+        reason = f"new head, whose outputs a step changes by {self.config.head_step:g}"
+        own = {f"{m.name}.{each}" for m in self.matrices for each in (m.weight, m.bias)}
+        return RoutingTable([
+            dataclasses.replace(route, treatment="adamw", reason=reason)
+            if route.name in own
+            else route
+            for route in routing
+        ])
+
+    def enable(self, step: int) -> None:
+        """Look at the input of the passes before a step, or do not.
+
+        Args:
+            step: the step's number.
+        """
+        if self.source is None:
+            return
+        known = all(MOMENT in self.state[m.weight_parameter] for m in self.matrices)
+        self.due = not known or moment_is_due(step)
+        self.source.enable(self.due, step)
+
+    def update(self) -> None:
+        """Take the moments that were collected for this step, summed over ranks."""
+        if self.source is None or not self.due:
+            return
+        collected = self.source.take()
+        if collectives.world_size() > 1:
+            from hf_precond.statistics.moments import request_shape
+
+            shapes = {request.key: request_shape(request) for request in self.requests}
+            first = self.matrices[0].weight_parameter
+            dtype = compute_dtype(first.dtype)
+            collected = all_reduce_statistics(collected, shapes, dtype, first.device)
+        for matrix in self.matrices:
+            found = collected.get(matrix.name)
+            if found is None:
+                continue
+            state, mean = self.state[matrix.weight_parameter], found.sum / found.count.clamp_min(1)
+            held = state.get(MOMENT, torch.zeros_like(mean))
+            usable = (found.count > 0) & mean.isfinite().all()
+            state[MOMENT] = torch.where(usable, mean, held)
+
+    def allocate(self, views: Sequence[ParamView]) -> Sequence[ParamView]:
+        """Make AdamW's state of the head.
+
+        Args:
+            views: of parameters that are about to be stepped.
+
+        Returns:
+            The others.
+        """
+        own, others = self._divide(views)
+        self.adamw.allocate(own)
+        return others
+
+    def step(self, views: Sequence[ParamView]) -> Sequence[ParamView]:
+        """Step the head by its gradients.
+
+        Args:
+            views: of parameters that are about to be stepped.
+
+        Returns:
+            The others.
+        """
+        own, others = self._divide(views)
+        measured = {
+            id(parameter): matrix
+            for matrix in self.matrices
+            if MOMENT in self.state[matrix.weight_parameter]
+            for parameter in _parameters(matrix)
+        }
+        known = [view for view in own if id(view.param) in measured]
+        self.adamw.update([view for view in own if id(view.param) not in measured])
+        pairs = zip(known, self.adamw.directions(known), strict=True)
+        directions = {
+            id(view.param): first / (root + view.group["eps"]) for view, (first, root) in pairs
+        }
+        scales = {id(m): self._scale(m, directions) for m in measured.values()}
+        steps = []
+        for view in known:
+            group = view.group
+            peak = group.get("max_lr", group.get("initial_lr", self.config.lr))
+            step = directions[id(view.param)] * (scales[id(measured[id(view.param)])] / peak)
+            steps.append(dataclasses.replace(view, grad=step))
+        descend(steps)
+        return others
+
+    def _divide(
+        self, views: Sequence[ParamView]
+    ) -> tuple[Sequence[ParamView], Sequence[ParamView]]:
+        """The head's views, and the others."""
+        held = {id(parameter) for matrix in self.matrices for parameter in _parameters(matrix)}
+        fields = {"betas": self.config.betas, "eps": self.config.eps}  # groups of SGD have none
+        own = [
+            dataclasses.replace(view, group=fields | view.group)
+            for view in views
+            if id(view.param) in held
+        ]
+        return own, [view for view in views if id(view.param) not in held]
+
+    def _scale(self, matrix: LayerMatrix, directions: Mapping[int, Tensor]) -> Tensor:
+        """ρ over the root mean square change of a layer's outputs along a direction.
+
+        Args:
+            matrix: the layer's.
+            directions: by ``id`` of the parameter; one without a gradient has none.
+        """
+        moment = self.state[matrix.weight_parameter][MOMENT]
+        zeros = moment.new_zeros(())
+        weight = collectives.full(directions.get(id(matrix.weight_parameter), zeros))
+        rows = moment.new_zeros(matrix.shape[0], len(moment))
+        columns = matrix.shape[1]
+        rows[:, :columns] = weight.mT if matrix.layout == "transposed" else weight
+        if matrix.bias_parameter is not None:
+            rows[:, columns] = collectives.full(directions.get(id(matrix.bias_parameter), zeros))
+        squared = ((rows @ moment) * rows).sum() / len(rows)
+        return self.config.head_step / squared.clamp_min(torch.finfo(moment.dtype).tiny).sqrt()
+
+    def drop(self) -> None:
+        """Forget what was collected for a step that did not come."""
+        if self.source is not None:
+            self.source.drop()
+
+    def close(self) -> None:
+        """Remove every hook; steps go on by what was seen of the input."""
+        if self.source is not None:
+            self.source.close()
+            self.source = None
+
+
+def _parameters(matrix: LayerMatrix) -> list[Tensor]:
+    bias = matrix.bias_parameter
+    return [matrix.weight_parameter, *([] if bias is None else [bias])]

@@ -1,0 +1,208 @@
+"""Steps of a new head: what they change of its outputs, and which heads are new."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+import transformers as tf
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import hf_precond
+from hf_precond.architectures.new_head import find_new_head
+from hf_precond.optimizers.base.new_head import MOMENT, moment_is_due
+from hf_precond.optimizers.sgdph.optimizer import SGDPH
+from tests.architectures.families import FAMILIES, text
+
+NAMES = hf_precond.list_optimizers()
+RHO = 0.04
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A body without a head."""
+    path = str(tmp_path_factory.mktemp("body"))
+    torch.manual_seed(0)
+    config = tf.RobertaConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=32, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, pad_token_id=1,
+    )  # fmt: skip
+    tf.RobertaModel(config).save_pretrained(path)
+    return path
+
+
+def fresh(folder: str, kind: type = tf.RobertaForSequenceClassification) -> nn.Module:
+    torch.manual_seed(1)
+    return kind.from_pretrained(folder, num_labels=3).train()
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    probing = isinstance(optimizer, SGDPH)
+    with optimizer.curvature_context() if probing else nullcontext():
+        loss = model(**text()).loss
+        if probing:
+            optimizer.probe(loss)
+        loss.backward()
+    optimizer.step()
+
+
+def test_new_is_what_the_checkpoint_lacks(folder: str, tmp_path) -> None:
+    model = fresh(folder)
+    names = ["classifier.dense", "classifier.out_proj"]
+    assert [matrix.name for matrix in find_new_head(model)] == names
+    model.save_pretrained(tmp_path)
+    trained = fresh(str(tmp_path))
+    assert find_new_head(trained) == []
+    assert find_new_head(tf.RobertaForSequenceClassification(model.config)) == []
+    lora = LoraConfig(task_type="SEQ_CLS", target_modules=["query"])
+    found = [matrix.name for matrix in find_new_head(get_peft_model(model, lora))]
+    within = "base_model.model.classifier.modules_to_save.default"
+    assert found == [f"{within}.dense", f"{within}.out_proj"]
+    assert find_new_head(get_peft_model(trained, lora)) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("lr", [1e-5, 1e-2])
+def test_a_step_changes_the_outputs_by_what_was_asked(folder: str, name: str, lr: float) -> None:
+    """Of each layer, over the inputs that it had: whatever the rate, with and without a bias."""
+    model = fresh(folder)
+    if name == "muon":
+        model.classifier.out_proj.bias = None
+    optimizer = hf_precond.create_optimizer(model, name, lr=lr, head="auto", head_step=RHO)
+    layers = {n: getattr(model.classifier, n) for n in ("dense", "out_proj")}
+    for _ in range(3):
+        inputs: list[torch.Tensor] = []
+        handles = [
+            layer.register_forward_pre_hook(
+                lambda module, args, seen=inputs: seen.append(args[0].detach())
+            )
+            for layer in layers.values()
+        ]
+        before = {n: copy.deepcopy(layer) for n, layer in layers.items()}
+        step(model, optimizer)
+        for handle in handles:
+            handle.remove()
+        for (n, layer), x in zip(layers.items(), inputs[:2], strict=True):
+            with torch.no_grad():
+                change = layer(x) - before[n](x)
+            torch.testing.assert_close(change.square().mean().sqrt().item(), RHO, rtol=1e-4, atol=0)
+    assert {r.treatment for r in optimizer.routing if "classifier" in r.name} == {"adamw"}
+
+
+def test_the_direction_is_adamws(folder: str) -> None:
+    """Proportional to the step of torch's AdamW on the layer's gradients; decay by the rate."""
+    model = fresh(folder)
+    optimizer = hf_precond.create_optimizer(model, "afopt", lr=1e-2, head="auto", weight_decay=0.1)
+    layer = model.classifier.out_proj
+    twin = layer.weight.detach().clone().requires_grad_()
+    adamw = torch.optim.AdamW([twin], lr=1.0, weight_decay=0.0)
+    for _ in range(4):
+        before = layer.weight.detach().clone()
+        start = twin.detach().clone()
+        step(model, optimizer)
+        twin.grad = layer.weight.grad.clone()
+        adamw.step()
+        moved, direction = layer.weight - before * (1 - 1e-2 * 0.1), twin.detach() - start
+        cosine = torch.cosine_similarity(moved.flatten(), direction.flatten(), 0)
+        assert cosine > 1 - 1e-5
+
+
+def test_steps_follow_the_schedule(folder: str) -> None:
+    """A warm-up from zero, and a cycle whose rate rises above the group's own."""
+    for make, factors in (
+        (lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda n: n / 4), [0, 0.25, 0.5]),
+        (lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 1e-3, 10, cycle_momentum=False), None),
+    ):
+        model = fresh(folder)
+        optimizer = hf_precond.create_optimizer(model, "adamr", lr=1e-3, head="auto")
+        schedule = make(optimizer)
+        layer, seen = model.classifier.out_proj, []
+        layer.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
+        for number in range(3):
+            rate = optimizer.param_groups[0]["lr"]
+            before = copy.deepcopy(layer)
+            step(model, optimizer)
+            x = seen[-1].detach()
+            with torch.no_grad():
+                changed = (nn.functional.linear(x, layer.weight, layer.bias) - nn.functional.linear(
+                    x, before.weight, before.bias)).square().mean().sqrt()  # fmt: skip
+            factor = rate / 1e-3 if factors is None else factors[number]
+            torch.testing.assert_close(changed.item(), RHO * factor, rtol=1e-3, atol=1e-7)
+            schedule.step()
+
+
+def test_a_rate_of_its_own_is_kept(folder: str) -> None:
+    model = fresh(folder)
+    groups = [
+        {"params": model.roberta.parameters()},
+        {"params": model.classifier.parameters(), "lr": 3e-3},
+    ]
+    optimizer = hf_precond.create_optimizer(model, "afopt", groups, lr=1e-3, head="auto")
+    assert optimizer.head is None
+    with pytest.raises(ValueError, match="head_lr_scale=33"):
+        hf_precond.create_optimizer(model, "afopt", head="auto", head_lr_scale=33.0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("reloaded", [False, True])
+def test_a_resumed_head_goes_on(folder: str, tmp_path, name: str, reloaded: bool) -> None:
+    """Also where the weights come from the checkpoint's own folder, in which the head is known."""
+    model = fresh(folder)
+    optimizer = hf_precond.create_optimizer(model, name, lr=1e-3, head="auto")
+    for _ in range(3):
+        step(model, optimizer)
+    model.save_pretrained(tmp_path / "weights")
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    for _ in range(3):
+        step(model, optimizer)
+    other = fresh(str(tmp_path / "weights") if reloaded else folder)
+    other.load_state_dict(tf.RobertaForSequenceClassification.from_pretrained(
+        tmp_path / "weights").state_dict())  # fmt: skip
+    resumed = hf_precond.create_optimizer(other, name, lr=1e-3, head="auto")
+    assert (resumed.head is None) == reloaded
+    resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    assert resumed.head is not None and resumed.head.names == optimizer.head.names
+    for _ in range(3):
+        step(other, resumed)
+    for (n, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two), n
+    with pytest.raises(ValueError, match="head='auto' there"):
+        plain = hf_precond.create_optimizer(fresh(folder), name, lr=1e-3)
+        plain.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+
+
+def test_padding_does_not_count(folder: str) -> None:
+    """The input of a token head is that of the tokens that the mask keeps."""
+    model = fresh(folder, tf.RobertaForTokenClassification)
+    optimizer = hf_precond.create_optimizer(model, "muon", head="auto")
+    batch, seen = text("tokens"), []
+    batch["labels"] = batch["labels"].clamp(max=2)
+    model.classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    model(**batch).loss.backward()
+    optimizer.step()
+    rows = seen[0][batch["attention_mask"].bool()]
+    rows = torch.cat([rows, torch.ones(len(rows), 1)], 1)
+    found = optimizer.state[model.classifier.weight][MOMENT]
+    torch.testing.assert_close(found, rows.mT @ rows / len(rows))
+
+
+def test_looks_are_rare() -> None:
+    assert [n for n in range(101) if moment_is_due(n)] == [0, 1, 2, 4, 8, 16, 20, 40, 60, 80, 100]
+
+
+def test_a_layer_that_was_not_seen_is_stepped_by_adamw(folder: str) -> None:
+    """As in evaluation mode: at the rate, from the first step."""
+    model, plain = fresh(folder), fresh(folder)
+    batch = FAMILIES["bert"].batch()
+    for each, fields in ((model, {"head": "auto"}), (plain, {})):
+        each.eval()
+        optimizer = hf_precond.create_optimizer(each, "muon", lr=1e-3, **fields)
+        each(**batch).loss.backward()
+        optimizer.step()
+    for one, two in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one, two)
