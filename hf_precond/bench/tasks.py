@@ -268,20 +268,112 @@ def gpt(seed: int, data: str | None = None) -> Task:
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    def model(size: int) -> nn.Module:
+        sizes: dict[str, Any] = {"num_key_value_heads": 4, "intermediate_size": 344}
+        return LlamaForCausalLM(LlamaConfig(**_for_characters(size), **sizes))
+
+    return _on_characters(model, seed, data, 16)
+
+
+def mixtral(
+    seed: int, data: str | None = None, layers: int = 4, rows: int = 8, balance: float = 0.02
+) -> Task:
+    """A Mixtral of width 128 on the characters of tinyshakespeare, 128 a sequence.
+
+    Each token goes to 2 of 4 experts of width 172, together as wide as the
+    MLP of :func:`gpt`. Training adds the loss that balances their load, the
+    evaluation leaves it out.
+
+    Args:
+        seed: of weights and batches.
+        data: the folder that holds ``tinyshakespeare``.
+        layers: their number.
+        rows: sequences of a batch.
+        balance: factor of the balancing loss, Mixtral 8x7B's own.
+    """
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    def model(size: int) -> nn.Module:
+        sizes: dict[str, Any] = {"num_key_value_heads": 2, "intermediate_size": 172}
+        experts: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+        experts["router_aux_loss_coef"] = balance
+        return MixtralForCausalLM(
+            MixtralConfig(**_for_characters(size, layers), **sizes, **experts)
+        )
+
+    task = _on_characters(model, seed, data, rows)
+    task.loss = lambda model, batch: model(**batch, output_router_logits=True).loss
+    return task
+
+
+def deepseek(
+    seed: int, data: str | None = None, layers: int = 4, rows: int = 8, balance: float = 0.001
+) -> Task:
+    """A DeepSeek-V3 of width 128 on the characters of tinyshakespeare, 128 a sequence.
+
+    Latent attention: queries from 64 features, keys and values from 32, 16
+    features of a head rotated and 32 not. In every layer each token goes to a
+    shared expert and 2 of 4, of width 112, together about as wide as the MLP
+    of :func:`gpt`. After each pass of training the bias that chooses experts
+    moves by ``balance``, up for those with fewer tokens than the mean (Wang et
+    al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts",
+    2024), which transformers leaves to the training.
+
+    Args:
+        seed: of weights and batches.
+        data: the folder that holds ``tinyshakespeare``.
+        layers: their number.
+        rows: sequences of a batch.
+        balance: how far the bias moves, DeepSeek-V3's own.
+    """
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    def model(size: int) -> nn.Module:
+        latent: dict[str, Any] = {"q_lora_rank": 64, "kv_lora_rank": 32, "v_head_dim": 32}
+        latent |= {"qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "num_key_value_heads": 4}
+        experts: dict[str, Any] = {"n_routed_experts": 4, "num_experts_per_tok": 2}
+        experts |= {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}
+        experts |= {"moe_intermediate_size": 112, "num_mtp_layers": 0}
+        config = DeepseekV3Config(**_for_characters(size, layers), **latent, **experts)
+        return DeepseekV3ForCausalLM(config)
+
+    def balanced(router: nn.Module, inputs: Any, output: Any) -> None:
+        if router.training:
+            bias: Any = router.e_score_correction_bias
+            load = output[-1].flatten().bincount(minlength=len(bias)).to(bias)
+            bias += balance * (load.mean() - load).sign()
+
+    task = _on_characters(model, seed, data, rows)
+    for module in task.model.modules():
+        if hasattr(module, "e_score_correction_bias"):
+            module.register_forward_hook(balanced)
+    return task
+
+
+def _for_characters(size: int, layers: int = 4) -> dict[str, Any]:
+    given = {"vocab_size": size, "max_position_embeddings": 128}
+    return {**SMALL, **given, "num_hidden_layers": layers}
+
+
+def _on_characters(
+    model: Callable[[int], nn.Module], seed: int, data: str | None, rows: int
+) -> Task:
+    """A language model on the characters of tinyshakespeare, 128 a sequence.
+
+    Args:
+        model: makes it for so many different characters.
+        seed: of weights and batches.
+        data: the folder that holds the text.
+        rows: sequences of a batch.
+    """
     train, held, size = _characters(folder_of(data, "tinyshakespeare"))
     generator = torch.Generator().manual_seed(1000 + seed)
     torch.manual_seed(seed)
-    sizes: dict[str, Any] = {
-        "num_key_value_heads": 4,
-        "intermediate_size": 344,
-        "max_position_embeddings": 128,
-    }
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=size, **sizes, **SMALL))
-    rows = held[: 64 * 128].view(64, 128)
-    held_out = [{"input_ids": part, "labels": part} for part in rows.split(16)]
+    pieces = held[: 64 * 128].view(64, 128)
+    held_out = [{"input_ids": part, "labels": part} for part in pieces.split(16)]
     return Task(
-        model,
-        lambda step: _pieces(train, 16, 128, generator),
+        model(size),
+        lambda step: _pieces(train, rows, 128, generator),
         functools.partial(mean_loss, batches=held_out),
     )
 
@@ -489,6 +581,8 @@ def python_sources(
 TASKS: dict[str, Callable[..., Task]] = {
     "vit": vit,
     "gpt": gpt,
+    "mixtral": mixtral,
+    "deepseek": deepseek,
     "banking77": banking77,
     "python_sources": python_sources,
 }

@@ -17,7 +17,7 @@ The file, TOML or JSON, names tasks, optimizers, grids, seeds and budgets:
   seeds = [1, 2, 3]
   reference = "adamw"      # others are timed to the loss that it ends with
 
-  [tasks.gpt]              # vit, gpt, banking77, python_sources
+  [tasks.gpt]              # vit, gpt, mixtral, deepseek, banking77, python_sources
   [tasks.mine]             # or your own:
   function = "my_task.py:make"  # make(seed) -> model, batches, evaluate
   [tasks.glue]             # or a script with a Trainer:

@@ -38,6 +38,41 @@ def test_gpt_predicts_characters():
     assert loss == pytest.approx(torch.tensor(len(alphabet)).log().item(), abs=0.2)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "deepseek"])
+def test_mixtures_predict_characters(name):
+    task = tasks.make(name, 0, DATA, {"layers": 2, "rows": 3})
+    assert task.batches(0)["input_ids"].shape == (3, 128)
+    assert len(task.model.model.layers) == 2
+    # From random weights the loss is about that of guessing.
+    size = task.model.config.vocab_size
+    assert task.figures()["loss"] == pytest.approx(torch.tensor(size).log().item(), abs=0.2)
+
+
+def test_mixtrals_training_adds_the_balancing_loss():
+    task = tasks.make("mixtral", 0, DATA, {"layers": 1, "rows": 2, "balance": 0.5})
+    task.model.model.layers[0].mlp.gate.weight.data.zero_()
+    batch = task.batches(0)
+    # 4 Σ_e share_e · probability_e: with probabilities of 1/4 the sum of shares, two experts each.
+    added = task.loss_of(batch) - task.model(**batch).loss
+    assert added.item() == pytest.approx(0.5 * 2, rel=1e-5)
+
+
+def test_deepseeks_bias_moves_towards_experts_with_few_tokens():
+    task = tasks.make("deepseek", 0, DATA, {"layers": 1, "rows": 2, "balance": 0.25})
+    router, batch = task.model.model.layers[0].mlp.gate, task.batches(0)
+    chosen = []
+    router.register_forward_hook(lambda module, args, output: chosen.append(output[-1]))
+    expected = torch.zeros(4)
+    for _ in range(3):
+        task.loss_of(batch)
+        load = torch.stack([(chosen[-1] == expert).sum() for expert in range(4)])
+        expected += 0.25 * torch.sign(2 * 128 * 2 / 4 - load)
+        assert torch.equal(router.e_score_correction_bias, expected)
+    assert expected.any()
+    task.figures()  # an evaluation moves nothing
+    assert torch.equal(router.e_score_correction_bias, expected)
+
+
 def test_vit_classifies_the_shipped_images():
     task = tasks.make("vit", 0, DATA, {})
     batch = task.batches(0)
