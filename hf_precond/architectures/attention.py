@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Collection, Iterable, Mapping
+import operator
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import nn
 
 from hf_precond.architectures import tables
 from hf_precond.architectures.attention_block import (
+    DECLARED,
     AttentionBlock,
+    AttentionDeclaration,
     Convention,
-    Declaration,
+    DownProjection,
     Heads,
     LowRankAdapter,
-    declared,
+    Part,
 )
 from hf_precond.architectures.modules import (
     class_names,
@@ -48,8 +51,15 @@ def find_attention(model: nn.Module) -> list[AttentionBlock]:
         ValueError: when a declared module does not have what the declaration names.
     """
     modules, adapted = dict(model.named_modules()), has_adapters(model)
-    blocks = (_Candidate(modules, path, adapted).read() for path in modules)
-    return [block for block in blocks if block is not None]
+    blocks: list[AttentionBlock] = []
+    for path, module in modules.items():
+        candidate = _Candidate(modules, path, adapted)
+        block = candidate.read()
+        if block is None and getattr(module, tables.BORROWS, None) is True:
+            block = candidate.borrow(blocks)
+        if block is not None:
+            blocks.append(block)
+    return blocks
 
 
 def forward_names(module: nn.Module) -> tuple[str, ...]:
@@ -91,7 +101,7 @@ class _Candidate:
     def __init__(self, modules: dict[str, nn.Module], path: str, adapted: bool) -> None:
         self.modules, self.path, self.module = modules, path, modules[path]
         self.adapted = adapted
-        self.declaration = declared(path, self.module)
+        self.declaration = DECLARED.of(path, self.module)
 
     def read(self) -> AttentionBlock | None:
         """The attention, or ``None`` where the module is not one that can be read."""
@@ -109,7 +119,38 @@ class _Candidate:
         readings = map(self._by_convention, itertools.chain(latent, known))
         return next((block for block in readings if block is not None), None)
 
-    def _misdeclared(self, declaration: Declaration) -> str:
+    def borrow(self, others: Sequence[AttentionBlock]) -> AttentionBlock | None:
+        """The attention of an own query projection and another's keys and values.
+
+        Args:
+            others: the attentions before it; that which lends is told of it.
+        """
+        module = self.module
+        lenders = [
+            other
+            for other in others
+            if type(other.module) is type(module)
+            and other.lender is None
+            and getattr(other.module, tables.LENDS, None) is True
+            and _kind(other.module) == _kind(module)
+        ]
+        names = (self._resolve(row[0]) for row in tables.CONVENTIONS)
+        query = next((found for found in names if found is not None), None)
+        if not lenders or query is None or query.matrix().shape[0] != lenders[-1].q.shape[0]:
+            return None
+        lender = lenders[-1]
+        output = self._output(Convention(), lender.heads)
+        matrices = {"q": query.matrix()} | ({} if output is None else {"o": output.matrix()})
+        adapters: dict[str, LowRankAdapter] = {}
+        for role, projection in (("q", query), ("o", output)) if self.adapted else ():
+            if projection is not None:
+                _add_adapter(adapters, role, projection, None)
+        block = self._block(matrices | {"k": lender.k, "v": lender.v}, lender.heads, adapters)
+        block.lender, block.trainable = lender, block.trainable - {"k", "v"}
+        lender.borrowers.append(block)
+        return block
+
+    def _misdeclared(self, declaration: AttentionDeclaration) -> str:
         children = ", ".join(name for name, _ in self.module.named_children()) or "none"
         return (
             f"declare_attention: {self.path or 'the model'} ({type(self.module).__name__}) does "
@@ -143,6 +184,10 @@ class _Candidate:
         wanted = {"q": names.query, "k": names.key, "v": names.value, "qkv": names.fused}
         wanted |= {"q_down": names.query_down, "kv_down": names.latent or None}
         resolved = {role: self._resolve(name) for role, name in wanted.items() if name is not None}
+        one = bool(getattr(self.module, tables.KEYS_ARE_VALUES, False))
+        one = one and resolved.get("v", self) is None
+        if one:
+            del resolved["v"]
         parts = {role: part for role, part in resolved.items() if part is not None}
         if len(parts) < len(resolved):
             return None
@@ -173,10 +218,45 @@ class _Candidate:
             matrices[role] = projection.matrix(role, selected)
             if self.adapted:
                 _add_adapter(adapters, role, projection, selected)
+        if one:
+            matrices["v"] = matrices["k"]
         block = self._block(matrices, heads, adapters)
+        if one:
+            block.downs["k"] = DownProjection(matrices["k"], ("k", "v"))
         if names.query and names.key and names.value:
             block.separate_inputs = self._separate_inputs(matrices)
+        if self.declaration is None:
+            self._add_positions(block)
         return block
+
+    def _add_positions(self, block: AttentionBlock) -> None:
+        """Adds the projections of positions, which are added to queries and keys or stand beside.
+
+        Where those of the queries stand beside them, those of the keys do too, and are added to the
+        keys as well where others are added to the queries.
+        """
+        found: dict[str, LayerMatrix] = {}
+        for role, names in tables.POSITION_PROJECTIONS.items():
+            resolved = (self._resolve(name) for name in names)
+            projection = next((part for part in resolved if part is not None), None)
+            if projection is not None:
+                found[role] = projection.matrix()
+                if self.adapted:
+                    _add_adapter(block.adapters, role, projection, None)
+        size = block.heads.size
+        if "k_pos" not in found:
+            return
+        spans = {"q_pos": (0, size), "k_pos": (0, size)}
+        if "q_sine" in found:
+            block.heads = replace(block.heads, size=2 * size)
+            block.scale = _logit_scale(self.module, 2 * size)
+            block.spans |= {"q": (0, size), "k": (0, size)}
+            spans = {"q_pos": (0, size), "q_sine": (size, 2 * size)}
+            spans["k_pos"] = 0 if "q_pos" in found else size, 2 * size
+        for role, matrix in found.items():
+            block.parts[role] = Part(matrix, cast(Literal["q", "k"], role[0]), spans[role])
+            block.inputs[role] = role if block.cross else "position"
+        block.trainable |= {role for role, matrix in found.items() if matrix.trains}
 
     def _by_latents(
         self, names: Convention, parts: Mapping[str, _Projection]
@@ -290,8 +370,8 @@ class _Candidate:
         for holder in (self.module, getattr(self.module, "config", None)):
             for name in names:
                 try:
-                    value = getattr(holder, name, None)
-                except Exception:  # a config's own property, which may raise anything
+                    value = operator.attrgetter(name)(holder)
+                except Exception:  # none, or a config's own property, which may raise anything
                     continue
                 if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                     return value
@@ -339,8 +419,7 @@ class _Candidate:
             not isinstance(getattr(module, name, None), nn.Identity | type(None))
             for name in tables.QUERY_NORMS
         )
-        unread = rotary and _is_one_of(module, tables.UNREAD_ROTATIONS)
-        observed = "get_interface" in forward_names(module) and not unread
+        observed = "get_interface" in forward_names(module)
         return AttentionBlock(
             name=self.path,
             module=module,
@@ -420,6 +499,11 @@ def is_named_attention(module: nn.Module) -> bool:
 
 def _is_one_of(module: nn.Module, classes: Iterable[str]) -> bool:
     return not class_names(module).isdisjoint(classes)
+
+
+def _kind(module: nn.Module) -> Any:
+    """Among attentions that share keys and values, which of them share."""
+    return getattr(module, tables.LENDING_KIND, None)
 
 
 def _gates_values(module: nn.Module) -> bool:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from hf_precond.architectures.modules import class_names
+from hf_precond.architectures.declarations import Declaration, Declarations
 from hf_precond.architectures.structure import LayerMatrix
 from hf_precond.architectures.tables import OUTPUTS
 from hf_precond.distributed.collectives import full
@@ -73,7 +72,8 @@ class Part:
     Args:
         matrix: the matrix.
         of: ``"q"`` or ``"k"``: what it makes a part of.
-        span: the columns of a head that it makes, first and last (exclusive).
+        span: the columns of a head that it makes, first and last (exclusive); where there are more
+            than it has rows, these stand there several times.
         shared: its rows are one head, which all heads share.
     """
 
@@ -136,6 +136,9 @@ class AttentionBlock:
             another than it would follow from the fields above.
         plain: so many columns in front of each query and key that are not
             rotated and that the function which rotates does not get.
+        lender: the attention whose keys and values it uses: it has no
+            projections of its own for these.
+        borrowers: the attentions that use its keys and values beside it.
         scale: what its logits are multiplied with; ``None``: ``1/√d_h``.
         note: what the routing table should say of this block (an
             approximation, say), or the empty string.
@@ -164,12 +167,16 @@ class AttentionBlock:
     plain: int = 0
     paired_values: bool = False
     output_groups: int = 1
+    lender: AttentionBlock | None = None
+    borrowers: list[AttentionBlock] = field(default_factory=list)
 
     def roles(self) -> dict[str, LayerMatrix]:
         """Role to matrix, for the roles this attention has."""
-        roles = {"q": self.q, "k": self.k}
-        if self.v is not self.k:
-            roles["v"] = self.v
+        roles = {"q": self.q}
+        if self.lender is None:
+            roles["k"] = self.k
+            if self.v is not self.k:
+                roles["v"] = self.v
         if self.o is not None:
             roles["o"] = self.o
         return roles | {role: more.matrix for role, more in (self.parts | self.downs).items()}
@@ -179,6 +186,10 @@ class AttentionBlock:
         if role in self.downs:
             return "".join(self.downs[role].images)
         return self.parts[role].of if role in self.parts else role
+
+    def meeting(self, role: str) -> list[AttentionBlock]:
+        """The attentions whose queries meet its keys (``q``), or whose keys its queries (``k``)."""
+        return [self, *self.borrowers] if role == "q" else [self.lender or self]
 
     def makers(self, role: str) -> list[str]:
         """The roles whose matrices make the queries (``q``) or keys (``k``)."""
@@ -192,7 +203,8 @@ class AttentionBlock:
     def heads_of(self, role: str) -> int:
         """Heads that the rows of a role's matrix fall into: 1 for those that all heads share."""
         part = self.parts.get(role)
-        if role == "o" or role in self.downs or (part is not None and part.shared):
+        down = role in self.downs and role != "k"
+        if role == "o" or down or (part is not None and part.shared):
             return 1
         return self.heads.query if self.serves(role) == "q" else self.heads.key_value
 
@@ -287,10 +299,9 @@ class Convention:
 
 
 @dataclass(frozen=True)
-class Declaration:
+class AttentionDeclaration(Declaration):
     """One call of :func:`declare_attention`, which explains the fields."""
 
-    target: str | type[nn.Module]
     convention: Convention
     heads: int | str
     key_value_heads: int | str | None
@@ -300,17 +311,8 @@ class Declaration:
     normed: bool
     separate_inputs: frozenset[str]
 
-    def matches(self, path: str, module: nn.Module) -> bool:
-        """Whether the module at ``path`` is meant."""
-        if isinstance(self.target, type):
-            return isinstance(module, self.target)
-        if self.target in class_names(module):
-            return True
-        parts, patterns = path.split("."), self.target.split(".")
-        return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
 
-
-_DECLARED: list[Declaration] = []
+DECLARED = Declarations[AttentionDeclaration]()
 
 
 def declare_attention(
@@ -331,7 +333,7 @@ def declare_attention(
     separate_inputs: Iterable[str] = (),
     latent: str | None = None,
     query_down: str | None = None,
-) -> Declaration:
+) -> AttentionDeclaration:
     """Declare which modules of a model are attentions, and which of their layers is which.
 
     ::
@@ -408,7 +410,7 @@ def declare_attention(
         raise ValueError(
             f"separate_inputs={separate_inputs!r}: declare_attention takes 'k', 'v' or both."
         )
-    declaration = Declaration(
+    declaration = AttentionDeclaration(
         target,
         Convention(
             *(query, key, value, fused, layout),
@@ -424,22 +426,13 @@ def declare_attention(
         normed,
         roles,
     )
-    _DECLARED.append(declaration)
-    return declaration
+    return DECLARED.add(declaration)
 
 
-def forget_attention(declaration: Declaration) -> None:
+def forget_attention(declaration: AttentionDeclaration) -> None:
     """Undo one :func:`declare_attention`.
 
     Args:
         declaration: what it returned.
     """
-    _DECLARED.remove(declaration)
-
-
-def declared(path: str, module: nn.Module) -> Declaration | None:
-    """The latest declaration that means the module at ``path``."""
-    for declaration in reversed(_DECLARED):
-        if declaration.matches(path, module):
-            return declaration
-    return None
+    DECLARED.forget(declaration)

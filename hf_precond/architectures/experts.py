@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_precond.architectures.declarations import Declaration, Declarations
 from hf_precond.architectures.modules import (
     PARAMETRISED,
     class_names,
@@ -93,23 +93,13 @@ class ExpertMatrix(LayerMatrix):
 
 
 @dataclass(frozen=True)
-class ExpertDeclaration:
+class ExpertDeclaration(Declaration):
     """One call of :func:`declare_experts`, which explains the fields."""
 
-    target: str | type[nn.Module]
     weights: Mapping[str, str | None]
     count: int | str | None = None
     transposed: bool | frozenset[str] = False
     routers: tuple[str, ...] = field(default=())
-
-    def matches(self, path: str, module: nn.Module) -> bool:
-        """Whether the module at ``path`` is meant."""
-        if isinstance(self.target, type):
-            return isinstance(module, self.target)
-        if self.target in class_names(module):
-            return True
-        parts, patterns = path.split("."), self.target.split(".")
-        return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
 
     def matrices(self, path: str, module: nn.Module) -> Iterator[ExpertMatrix]:
         """The stacks of a module.
@@ -144,7 +134,7 @@ class ExpertDeclaration:
         return self.count
 
 
-_DECLARED: list[ExpertDeclaration] = []
+DECLARED = Declarations[ExpertDeclaration]()
 
 
 def declare_experts(
@@ -213,9 +203,7 @@ def declare_experts(
             f"declare_experts: name the weights, and in transposed only weights among them; got "
             f"weights={weights!r}, transposed={transposed!r}."
         )
-    declaration = ExpertDeclaration(target, named, count, turned, tuple(routers))
-    _DECLARED.append(declaration)
-    return declaration
+    return DECLARED.add(ExpertDeclaration(target, named, count, turned, tuple(routers)))
 
 
 def forget_experts(declaration: ExpertDeclaration) -> None:
@@ -224,11 +212,7 @@ def forget_experts(declaration: ExpertDeclaration) -> None:
     Args:
         declaration: what it returned.
     """
-    _DECLARED.remove(declaration)
-
-
-def _declared(path: str, module: nn.Module) -> ExpertDeclaration | None:
-    return next((d for d in reversed(_DECLARED) if d.matches(path, module)), None)
+    DECLARED.forget(declaration)
 
 
 # Reading a model ------------------------------------------------------------------------------
@@ -260,7 +244,7 @@ def find_experts(model: nn.Module) -> list[ExpertMatrix]:
 
 def _stacks(path: str, module: nn.Module) -> Iterator[ExpertMatrix]:
     """The stacks of one module."""
-    declaration = _declared(path, module)
+    declaration = DECLARED.of(path, module)
     if declaration is not None:
         yield from declaration.matrices(path, module)
         return
@@ -338,7 +322,7 @@ def find_routers(model: nn.Module) -> set[str]:
     blocks: set[str] = set()
     named: set[str] = set()
     for path, module in model.named_modules():
-        declaration = _declared(path, module)
+        declaration = DECLARED.of(path, module)
         if declaration is not None:
             parent = path.rpartition(".")[0]
             bases = {path, parent} if path else {path}

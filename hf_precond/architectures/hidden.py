@@ -21,6 +21,9 @@ ROLES = {
     "v": "values",
     "o": "attention output",
     "k_rot": "keys that all heads share",
+    "q_pos": "queries, of positions",
+    "k_pos": "keys, of positions",
+    "q_sine": "queries, of positions beside content",
     "q_down": "latent of queries",
     "kv_down": "latent of keys and values",
 }

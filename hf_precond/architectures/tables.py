@@ -28,10 +28,19 @@ CONVENTIONS = (
     ("q_head", "k_head", "v_head"),
     ("projection_query", "projection_key", "projection_value"),
     ("q_proj.linear", "k_proj.linear", "v_proj.linear"),
+    ("q_content_proj", "k_content_proj", "v_proj"),
+    (
+        "self_attn_query_content_proj", "self_attn_key_content_proj", "self_attn_value_proj",
+    ),
+    (
+        "cross_attn_query_content_proj", "cross_attn_key_content_proj", "cross_attn_value_proj",
+    ),
+    ("vision_proj", "text_proj", "values_text_proj"),
     ("q_attn", None, None, "c_attn"),
     ("to_q", None, None, "to_kv"),
     ("queries.linear", None, None, "keys_values.linear", "interleaved"),
     (None, None, None, "c_attn"),
+    (None, None, None, "att_proj"),
     (None, None, None, "Wqkv"),
     (None, None, None, "qkv_proj"),
     (None, None, None, "qkv"),
@@ -60,6 +69,13 @@ Each is query, the down-projection before it, keys and values together, and the 
 that makes their latent (empty: another attention has it; ``None``: the keys are the values).
 """
 
+POSITION_PROJECTIONS = {
+    "q_pos": ("q_pos_proj", "self_attn_query_pos_proj", "cross_attn_query_pos_proj"),
+    "k_pos": ("k_pos_proj", "self_attn_key_pos_proj", "cross_attn_key_pos_proj"),
+    "q_sine": ("q_pos_sine_proj", "cross_attn_query_pos_sine_proj"),
+}
+"""Role to names of further projections of queries and keys, of positions (Conditional DETR's)."""
+
 GROUPED_OUTPUT, OUTPUT_GROUPS = "o_a_proj", "n_groups"
 """Output projection that projects groups of heads apart, and its attribute with their number."""
 
@@ -73,7 +89,8 @@ OUTPUTS = (
     "o_proj", "out_proj", "proj", "dense", "out_lin", "o", "Wo", "wo", "c_proj",
     "to_out.0", "to_out", "linear_out", "projection_layer", "projection", "attention_out",
     "..output.dense", "output", "..output", "post_proj", "proj_out", "projection.linear",
-    "o_proj.linear",
+    "o_proj.linear", "out_vision_proj", "output_projection.o_proj", "self_attn.output_proj",
+    "cross_attn.output_proj",
 )
 """Names of the output projection, in the same order."""
 
@@ -89,6 +106,13 @@ how many groups, or how else, and what comes after what in a group; ``z`` is a g
 
 VALUE_ROWS = ("value_dim", "out_dim_projection")
 """Attributes of an attention with the rows of all values, where a head's values are wider."""
+
+BORROWS, LENDS, LENDING_KIND = "is_kv_shared_layer", "store_full_length_kv", "layer_type"
+"""Attributes that are true in an attention which uses the keys and values of another, the last one
+of its class and kind before it that lends them; that are true in the latter; with the kind."""
+
+KEYS_ARE_VALUES = "use_alternative_attention"
+"""Attribute that is true in an attention whose key projection makes its values too."""
 
 PAIRED_VALUES = ("DiffLlamaAttention",)
 """Attentions whose output projection reads, a pair of heads, the values of a head of the first
@@ -111,9 +135,10 @@ UNREADABLE = ("AriaCrossAttention", "Florence2VisionChannelAttention")
 
 HEAD_COUNTS = (
     "num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "nhead",
-    "num_attn_heads", "decoder_self_attention_heads", "num_k_heads",
+    "num_attn_heads", "decoder_self_attention_heads", "num_k_heads", "self_attn.attention_heads",
+    "cross_attn.attention_heads",
 )
-"""Attributes of an attention or its config with the number of query heads."""
+"""Attributes (dotted) of an attention or its config with the number of query heads."""
 
 KEY_VALUE_HEAD_COUNTS = (
     "num_key_value_heads", "num_kv_heads", "n_kv_heads", "num_heads_kv", "kv_heads",
@@ -135,7 +160,7 @@ GATED = (
 )
 """Attentions whose query projection holds, a head, its rows and then those of a gate."""
 
-OUTPUT_GATES = ("gate_proj", "g_proj", "q_gate_proj")
+OUTPUT_GATES = ("gate_proj", "g_proj", "q_gate_proj", "exclusive_self_attention")
 """Children of an attention that make a gate of what its heads give to the output projection."""
 
 UNSCALED = ("GPTNeoSelfAttention",)
@@ -162,8 +187,9 @@ SEPARATE_INPUTS = {
     "k": (
         "CanineSelfAttention", "CpmAntAttention", "EvollaSequenceCompressorAttention",
         "FunnelRelMultiheadAttention", "GLPNEfficientSelfAttention", "GroupViTAssignAttention",
-        "Idefics2PerceiverAttention", "LevitAttentionSubsample", "LocalSelfAttention",
-        "LongT5TransientGlobalAttention", "LxmertAttention", "MuseGlimmerAssistantAttention",
+        "GroundingDinoBiMultiHeadAttention", "Idefics2PerceiverAttention",
+        "LevitAttentionSubsample", "LocalSelfAttention", "LongT5TransientGlobalAttention",
+        "LxmertAttention", "MMGroundingDinoBiMultiHeadAttention", "MuseGlimmerAssistantAttention",
         "PerceiverSelfAttention", "PvtEfficientSelfAttention", "PvtV2SelfAttention",
         "SegformerAttention", "SegformerEfficientSelfAttention", "SuperGlueSelfAttention",
         "VideoPrismMultiheadAttentionPoolingHead", "VisualBertRegionToPhraseAttention",
@@ -207,8 +233,11 @@ ROTATION_FLAGS = ("use_rope", "is_local_attention")
 ROTATED_INPUTS = ("Wav2Vec2BertSelfAttention", "Wav2Vec2ConformerSelfAttention")
 """Attentions that rotate, if anything, what their q and k read, and not queries and keys."""
 
-UNREAD_ROTATIONS = ("VJEPA2RopeAttention",)
-"""Attentions that call the look-up and compute their rotation inside."""
+OWN_ROTATIONS = {
+    "VJEPA2RopeAttention": ("position_mask", "get_position_ids", "apply_rotary_embeddings"),
+}
+"""Attentions that compute their rotation inside, of pairs of neighbours: the name of the argument
+with the positions, and methods that make of an input and these what rotates, and rotate by it."""
 
 UNROTATED_ACROSS = ("Moonshine", "Idefics")
 """Families (first words of a class) that rotate where an attention is not across two sequences."""

@@ -122,8 +122,9 @@ class InputCheck:
             pairs = [
                 (role, other)
                 for role, other in (("k", "q"), ("v", "k"))
-                if block.reads(role) == block.reads(other)
-                and layers.get(role) not in (None, layers[other])
+                if {role, other} <= layers.keys()
+                and block.reads(role) == block.reads(other)
+                and layers[role] is not layers[other]
             ]
             for role in {role for pair in pairs for role in pair}:
                 module = wrappers.get(layers[role], layers[role])

@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_precond.architectures.attention import forward_names
+from hf_precond.architectures.modules import class_names
 from hf_precond.architectures.tables import (
     INTERLEAVED_FLAG,
     INTERLEAVED_ROTATION,
+    OWN_ROTATIONS,
     ROTARY,
     ROTATION_KIND,
 )
@@ -153,7 +155,12 @@ class RopeReader:
         self.layout: Layout | None = None
         self.rotation: Rotation | None = None
         self.unrotated = False
-        known = inspect.signature(module.forward).parameters.get("position_embeddings")
+        parameters = inspect.signature(module.forward).parameters
+        names = class_names(module) & OWN_ROTATIONS.keys()
+        self.own = next((OWN_ROTATIONS[name] for name in names), None)
+        self.place = list(parameters).index(self.own[0]) if self.own else 0
+        self.positions: Tensor | None = None
+        known = parameters.get("position_embeddings")
         self.default = self if known is None else known.default
         before = module.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True)
         hooks.callback(before.remove)
@@ -164,7 +171,10 @@ class RopeReader:
     def _before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if self.enabled:
+        if self.enabled and self.own is not None:
+            behind = args[self.place] if len(args) > self.place else None
+            self.positions = kwargs.get(self.own[0], behind)
+        elif self.enabled:
             given = kwargs.get("position_embeddings", self.default if len(args) < 2 else self)
             if isinstance(given, dict):
                 given = given.get(getattr(module, ROTATION_KIND, None))
@@ -187,7 +197,7 @@ class RopeReader:
             UnreadRotationError: there is not one cosine and sine per position.
         """
         batch, _, length, size = query.shape
-        rotation = self.rotation
+        rotation = self.rotation if self.own is None else self._inside(query)
         width = size - self.plain
         if rotation is None and self.unrotated:
             rotation = Rotation(query.new_ones(1, 1, width), query.new_zeros(1, 1, width))
@@ -212,6 +222,17 @@ class RopeReader:
         weights = reader.read((batch, positions, size), dtype)
         total = tables(self.layout, cos, sin, weights)
         return Statistic(total, count_of(batch * positions, weights, total))
+
+    def _inside(self, query: Tensor) -> Rotation:
+        """The rotation that an attention computes itself, from what it makes of unit vectors."""
+        assert self.own is not None
+        locate, apply = (getattr(self.module, name) for name in self.own[1:])
+        positions = locate(query[:, 0], self.positions)
+        even = torch.zeros_like(query)
+        even[..., ::2] = 1
+        ahead, behind = (apply(part, positions)[:, 0] for part in (even, 1 - even))
+        cos = torch.where(even[:, 0] > 0, ahead, behind)
+        return Rotation(cos, torch.where(even[:, 0] > 0, -behind, ahead), paired=True)
 
     def average(self, moment: Tensor, rotation: Statistic) -> Tensor:
         """Returns :func:`average` of a moment.

@@ -366,26 +366,6 @@ def test_conformers_rotate_what_q_and_k_read(kind: str | None) -> None:
     optimizer.close()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_rotation_inside_is_said_and_left_out() -> None:
-    """V-JEPA 2's, over three axes: a first pass stopped in search of it."""
-    config = tf.VJEPA2Config(
-        crop_size=16, frames_per_clip=2, hidden_size=16, num_attention_heads=2,
-        num_hidden_layers=1, mlp_ratio=1, pred_hidden_size=16, pred_num_attention_heads=2,
-        pred_num_hidden_layers=1, num_labels=3, num_pooler_layers=1,
-    )  # fmt: skip
-    model = tf.VJEPA2ForVideoClassification(config).train()
-    with pytest.warns(UserWarning, match="cannot be read"):
-        optimizer = create_optimizer(model, "afopt", lr=1e-3)
-    pixels = torch.randn(1, 2, 3, 16, 16)
-    model(pixel_values_videos=pixels, labels=torch.tensor([1])).loss.backward()
-    optimizer.step()
-    blocks = optimizer.structure.attention
-    assert any(block.rotary for block in blocks)
-    assert not any(block.rotary and block.observed for block in blocks)
-    optimizer.close()
-
-
 @pytest.mark.skipif(not hasattr(tf, "Kolibri1Config"), reason="a later release has it")
 def test_global_layers_of_kolibri_are_not_rotated():
     types = ["sliding_attention", "full_attention"]

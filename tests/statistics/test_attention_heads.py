@@ -12,6 +12,7 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
+from transformers.models.vjepa2.modeling_vjepa2 import VJEPA2RopeAttention
 
 from hf_precond.architectures.attention import find_attention
 from hf_precond.architectures.attention_block import AttentionBlock
@@ -193,6 +194,41 @@ def test_average_over_rotations_equals_brute_force(name: str) -> None:
             torch.testing.assert_close(found.sum, expected, rtol=1e-6, atol=1e-8)
             assert found.count == mask.sum()
             assert not torch.allclose(found.sum, moment, rtol=1e-3), "the average does something"
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_rotation_that_an_attention_computes_inside_equals_brute_force(masked: bool) -> None:
+    """V-JEPA 2's, over three axes, in heads of which two columns are not rotated."""
+    torch.manual_seed(0)
+    config = tf.VJEPA2Config(crop_size=16, patch_size=4, frames_per_clip=4, tubelet_size=2)
+    module = VJEPA2RopeAttention(config, hidden_size=40, num_attention_heads=2).double().train()
+    (block,) = find_attention(module)
+    assert block.rotary and block.observed
+    plain = head_requests([block])
+    averaged = [
+        MomentRequest(f"{r.key}/mean", r.kind, r.matrix, r.attention, average_rotation=True)
+        for r in plain
+    ]
+    collector = opened(module, plain + averaged)
+    mask = torch.stack([torch.randperm(32)[:9] for _ in range(2)]) if masked else None
+    x = torch.randn(2, 9 if masked else 32, 40, dtype=torch.float64)
+    module(x, mask)[0].square().sum().backward()
+    taken = collector.take()
+    collector.close()
+    positions = module.get_position_ids(x, masks=mask)
+    columns = torch.eye(20, dtype=torch.float64)[:, None, None].expand(-1, 2, x.shape[1], -1)
+    every = [
+        module.apply_rotary_embeddings(
+            columns, [p[row : row + 1] if masked else p for p in positions]
+        )
+        for row in range(2)
+    ]
+    turned = torch.cat([rotated[:, 0].permute(1, 2, 0) for rotated in every])
+    for kind in ("query", "key"):
+        moment = taken[f"/{kind}"].sum
+        expected = torch.stack([(turned.mT @ head @ turned).mean(0) for head in moment])
+        torch.testing.assert_close(taken[f"/{kind}/mean"].sum, expected)
+        assert not torch.allclose(expected, moment, rtol=1e-3)
 
 
 def test_images_that_are_attended_one_by_one_have_the_positions_of_all() -> None:

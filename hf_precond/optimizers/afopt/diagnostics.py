@@ -155,10 +155,13 @@ def layer_change(
         moved = heads_of(times_right(step[None], [moment])[0], plan.heads)
         parts = heads_of(step, plan.heads)
         moved, parts = (t.repeat_interleave(heads // plan.heads, 0) for t in (moved, parts))
-        left = factors.vector_moment(block, "k" if block.serves(role) == "q" else "q")
+        other = "k" if block.serves(role) == "q" else "q"
+        left = factors.vector_moment(block.meeting(other)[0], other)
         left = left.repeat_interleave(heads // len(left), 0)
-        start, stop = block.span(role)
-        left = left[:, start:stop, start:stop]
+        if block.spans or block.parts:
+            from hf_precond.optimizers.afopt import latent
+
+            left = latent.in_span(block, role, left)
         terms.append((torch.bmm(moved, parts.mT) * left.to(step.dtype)).sum((-2, -1)))
         weight = heads_of(block.effective(role).to(step.dtype), plan.heads)
         weight = weight.repeat_interleave(heads // plan.heads, 0)[..., : moved.shape[-1]]

@@ -5,6 +5,7 @@ Left factors of a head h, in torch's layout (``Ŵ = [W | b]``, ``x̂ = (x, 1)``)
 - q: ``A_K,h = E[k kᵀ] = Ŵ_k,h A_X Ŵ_k,hᵀ`` (its key-value head's, under grouped queries)
 - k: ``A_Q,h = Ŵ_q,h A_X Ŵ_q,hᵀ``, summed over the query heads that share the key
 - v: ``W_o,hᵀ W_o,h``, summed likewise
+- k and v that other attentions use too: these sums over all of them
 - parts of queries and keys, latents: :mod:`~hf_precond.optimizers.afopt.latent`
 - adapters: :mod:`~hf_precond.optimizers.afopt.variants`
 
@@ -363,19 +364,34 @@ class Factors:
             return latent.output_moment(self, block, role, damped)
         group = block.heads.group
         if role == "q":
-            return self.vector_moment(block, "k", damped).repeat_interleave(group, 0)
+            return self.met(block, "k", damped).repeat_interleave(group, 0)
         if role == "k":
-            moment = self.vector_moment(block, "q", damped)
-        elif role == "v" and block.o is not None:
-            heads, size = block.heads.query, block.heads.value_size
-            weight = self.weight(block, "o")[:, : heads * size // block.output_groups]
-            parts = weight.unflatten(0, (block.output_groups, -1)).mT.reshape(heads, size, -1)
-            if block.paired_values:
-                parts = parts.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
-            moment = torch.bmm(parts, parts.mT) * (1 + damped * self.config.damping)
+            moment = self.met(block, "q", damped)
+        elif role == "v":
+            outputs = [self._outputs(each) for each in block.meeting("q") if each.o is not None]
+            if not outputs:
+                return None
+            moment = sum(outputs[1:], outputs[0]) * (1 + damped * self.config.damping)
         else:
             return None
         return moment.unflatten(0, (-1, group)).sum(1)
+
+    def _outputs(self, block: AttentionBlock) -> Tensor:
+        """``W_o,hᵀ W_o,h``, ``[H, d_v, d_v]``."""
+        heads, size = block.heads.query, block.heads.value_size
+        weight = self.weight(block, "o")[:, : heads * size // block.output_groups]
+        parts = weight.unflatten(0, (block.output_groups, -1)).mT.reshape(heads, size, -1)
+        if block.paired_values:
+            parts = parts.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
+        return torch.bmm(parts, parts.mT)
+
+    def met(self, block: AttentionBlock, role: str, damped: bool = False) -> Tensor:
+        """A_K that an attention's queries meet (role k), or A_Q that its keys meet (role q).
+
+        The latter is summed over the attentions that use its keys.
+        """
+        moments = [self.vector_moment(each, role, damped) for each in block.meeting(role)]
+        return sum(moments[1:], moments[0])
 
     def vector_moment(self, block: AttentionBlock, role: str, damped: bool = False) -> Tensor:
         """A_Q (role q), ``[H, d_h, d_h]``, or A_K (role k), ``[H_kv, d_h, d_h]``."""

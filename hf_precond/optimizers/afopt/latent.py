@@ -1,4 +1,4 @@
-"""Left factors where queries, keys and values are made of latents, or of several tensors.
+"""Left factors where queries, keys and values are made of latents, or of several matrices.
 
 With the notation of :mod:`~hf_precond.architectures.latent`, ``D = diag(γ)`` the scale of a
 latent's norm, ``[·]`` the columns of a head that a matrix makes, and A_Q, A_K, d_h wide, of the
@@ -6,6 +6,8 @@ whole queries and keys:
 
 - queries: A_K,h; keys made of the latent: ``A_Q,h`` in their columns; the shared part of the keys:
   ``Σ_h A_Q,h`` in its columns
+- one of several matrices whose images are added, or stand side by side: the same in its columns;
+  where its image stands there twice, ``E = (I, I)ᵀ``, ``Eᵀ A_Q,h E``
 - values: ``W_o,hᵀ W_o,h``
 - the down-projection of the queries: ``D Σ_h W_q,hᵀ A_K,h W_q,h D``
 - keys that are values: ``D (M_k + M_v) D`` too, of ``Σ_h A_Q,h`` and ``Σ_h W_o,hᵀ W_o,h``
@@ -56,12 +58,27 @@ def output_moment(
 def _part_moment(factors: Factors, block: AttentionBlock, role: str, damped: bool) -> Tensor:
     """That of queries or keys, in the columns that a matrix makes."""
     queries = "q" in block.serves(role)
-    moment = factors.vector_moment(block, "k" if queries else "q", damped)
-    start, stop = block.span(role)
-    moment = moment[:, start:stop, start:stop]
+    moment = factors.met(block, "k" if queries else "q", damped)
+    moment = in_span(block, role, moment)
     if queries:
         moment = moment.repeat_interleave(block.heads.group, 0)
     return moment.unflatten(0, (block.heads_of(role), -1)).sum(1)
+
+
+def in_span(block: AttentionBlock, role: str, moment: Tensor) -> Tensor:
+    """What a moment of queries or keys is to the rows of a matrix: ``Eᵀ A E``.
+
+    Args:
+        block: the attention.
+        role: of the matrix, which makes ``E W x`` of its input.
+        moment: A, ``[heads, d_h, d_h]``.
+    """
+    start, stop = block.span(role)
+    moment = moment[:, start:stop, start:stop]
+    rows = block.roles()[role].shape[0] // block.heads_of(role)
+    if rows == stop - start:
+        return moment
+    return moment.unflatten(2, (-1, rows)).sum(2).unflatten(1, (-1, rows)).sum(1)
 
 
 def _latent_moment(
@@ -71,22 +88,22 @@ def _latent_moment(
     terms = []
     for image in down.images:
         if image == role:  # keys that are values
-            terms.append(_part_moment(factors, block, role, damped).sum(0))
+            terms.append(_part_moment(factors, block, role, damped))
             continue
         moment = factors.output_moment(block, image, damped)
         if moment is None:
             continue
         if block.v is block.k and image == "v":
-            terms.append(moment.sum(0))
+            terms.append(moment)
             continue
         weight = factors.weight(block, image)[:, : down.matrix.shape[0]]
         parts = weight.unflatten(0, (len(moment), -1))
-        term = torch.bmm(parts.mT, torch.bmm(moment.to(parts.dtype), parts)).sum(0)
-        terms.append(term)
+        term = torch.bmm(parts.mT, torch.bmm(moment.to(parts.dtype), parts))
+        terms.append(term.sum(0, keepdim=True))
     if len(terms) > 1:
         tiny = torch.finfo(terms[0].dtype).tiny
-        terms = [term / mean_eigenvalue(term[None]).clamp(min=tiny) for term in terms]
-    total = torch.stack(terms).sum(0, keepdim=True)
+        terms = [term / mean_eigenvalue(term).mean().clamp(min=tiny) for term in terms]
+    total = torch.stack(terms).sum(0)
     scale = down.scale()
     if scale is None:
         return total
@@ -116,7 +133,8 @@ def vector_moment(
             with_damping = factors.image_moment(block, maker, moment, True)
             moment = with_damping if observed is None else with_damping - moment
         start, stop = block.span(maker)
-        edges = (start, size - stop)
+        times, edges = (stop - start) // moment.shape[-1], (start, size - stop)
+        moment = moment.repeat(1, times, times)
         terms.append(F.pad(moment, edges * 2).expand(count, -1, -1))
     total = torch.stack(terms).sum(0)
     return total if observed is None else observed + total

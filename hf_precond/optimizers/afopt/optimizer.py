@@ -257,7 +257,7 @@ class AFOpt(PrecondOptimizer):
         def key(plan: MatrixPlan) -> tuple:
             bound, matrix = plan.bound, plan.bound.matrix
             block = plan.block if plan.left_moment or plan.own else None
-            logits = block and (block.heads, block.logit_scale)
+            logits = block and (block.heads, block.logit_scale, len(block.borrowers))
             side = plan.right and (plan.right.shape, plan.right.kind)
             sizes = matrix.shape, matrix.columns, matrix.stack
             alike = *sizes, plan.heads, plan.left is None, side, logits

@@ -147,11 +147,11 @@ def check_attention(attentions: Sequence[AttentionBlock], config: AFOptConfig) -
         ValueError: ``joint`` for an attention without a known joint solution.
     """
     for block in attentions:
-        made = block.parts or block.downs
+        made = block.parts or block.downs or block.lender or block.borrowers
         if config.joint and (block.heads.group > 1 or made or observes(block, config)):
             raise ValueError(
-                f"joint=True: {block.name} has grouped, rotated or normed queries and keys, or "
-                "several matrices that make them, "
+                f"joint=True: {block.name} has grouped, rotated, normed or shared queries and "
+                "keys, or several matrices that make them, "
                 "for which the joint solution is not known; set joint=False (or "
                 "rope='ignored' where they are only rotated)."
             )
@@ -416,16 +416,17 @@ class AFOptPlan:
             plan.right = self._right(plan, moment)
             plan.moments.append(moment)
             return
-        plan.right = self._right(plan, self._moment(block, self.input_of(block, role)))
+        plan.right = self._right(plan, self._moment(plan, block, self.input_of(block, role)))
         plan.moments.append(plan.right.moment)
         serves = block.serves(role)
-        for other in [b for a, b in ("qk", "kq") if a in serves or (config.joint and b in serves)]:
+        others = [b for a, b in ("qk", "kq") if a in serves or (config.joint and b in serves)]
+        for met, other in [(met, vector) for vector in others for met in block.meeting(vector)]:
             # Covariant damping is in units of the input's moment.
-            if not observes(block, config) or config.covariant_damping:
-                inputs = [self.input_of(block, maker) for maker in block.makers(other)]
-                plan.moments += [self._moment(block, name) for name in inputs]
-            if observes(block, config):
-                plan.moments.append(self._moment(block, VECTORS[other]))
+            if not observes(met, config) or config.covariant_damping:
+                inputs = [self.input_of(met, maker) for maker in met.makers(other)]
+                plan.moments += [self._moment(plan, met, name) for name in inputs]
+            if observes(met, config):
+                plan.moments.append(self._moment(plan, met, VECTORS[other]))
 
     def _right(self, plan: MatrixPlan, moment: Moment) -> RightFactor:
         """The right factor of a matrix: a sibling's, or a new one in its own state."""
@@ -450,8 +451,10 @@ class AFOptPlan:
             return "centered" if role == "k" else f"centered_{role}"
         return block.reads(role)
 
-    def _moment(self, block: AttentionBlock, name: str) -> Moment:
+    def _moment(self, plan: MatrixPlan, block: AttentionBlock, name: str) -> Moment:
         """A moment of an attention, made once; its first matrix's state holds it.
+
+        Where none of its matrices is in scope, that of the plan that asks does.
 
         ``x``, ``context``, ``value``, ``o``: of a tensor that :meth:`AttentionBlock.reads` names;
         ``centered``: of k's input about each sequence's mean (``centered_k_rot`` and its like: of
@@ -469,9 +472,12 @@ class AFOptPlan:
             # v first: DeBERTa calls q and k with its relative positions too.
             readers = [block.roles()[role] for role in sorted(block.readers(tensor), reverse=True)]
             matrix = max(readers, key=lambda m: (m.columns, m.trains))
+        holders = (each.bound for each in self.matrices if each.block is block)
+        holder = next(holders, None)
+        suffix = "" if holder is not None else f"_of_{block.name}"
         moments[name] = self._add_moment(
-            next(plan.bound for plan in self.matrices if plan.block is block),
-            {"x": "input", "o": "output"}.get(name, name) + "_moment",
+            holder or plan.bound,
+            {"x": "input", "o": "output"}.get(name, name) + "_moment" + suffix,
             name if vectors else "input",
             matrix,
             attention=block,

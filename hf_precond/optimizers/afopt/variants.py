@@ -171,7 +171,8 @@ def logit_change(optimizer: AFOpt, batch: Batch, steps: Tensor) -> Tensor:
     moved = times_right(steps, moments).view(len(left), -1, steps.shape[-1])
     gram = torch.bmm(moved, steps.reshape(moved.shape).mT)
     squares = (gram * left).sum((-2, -1)).view(len(batch), -1).clamp(min=0) * block.logit_scale**2
-    return (squares.sum(1) / block.heads.query).sqrt()
+    attentions = len(block.meeting("q")) if block.serves(batch[0].role) == "k" else 1
+    return (squares.sum(1) / (attentions * block.heads.query)).sqrt()
 
 
 def fallback_step_norms(
