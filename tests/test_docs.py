@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import hf_precond
+from hf_precond.architectures import attention_block, experts
 from hf_precond.integrations.arguments import config_from_pairs, parse_pairs
 from hf_precond.registry import get_info, list_optimizers
 from tests.messages import PACKAGE, leading_words, messages
@@ -135,3 +137,30 @@ def test_what_a_page_tells_to_write_exists(page):
         pairs = parse_pairs(" ".join(given.split()))
         pairs.pop("config", None)
         config_from_pairs(get_info(named[0]).config_cls, pairs)
+
+
+def test_the_layers_of_ones_own_that_are_declared_are_preconditioned(capsys):
+    text = (DOCS / "recipes.md").read_text()
+    (code,) = re.findall(r"```python\n(import torch\n.*?)```", text, re.DOTALL)
+    scope = {}
+    exec(code, scope)
+    latent, mixture = scope["model"]
+    try:
+        optimizer = scope["optimizer"]
+        reasons = {row.name: (row.treatment, row.reason) for row in optimizer.routing}
+        assert reasons["0.down.weight"] == ("preconditioned", "latent of keys and values")
+        assert reasons["0.up.weight"] == ("preconditioned", "keys; values")
+        assert reasons["1.first"] == reasons["1.second"] == ("preconditioned", "3 experts")
+        assert reasons["1.choose.weight"][0] == "adamw"
+        assert "router" in capsys.readouterr().out
+        before = {name: p.detach().clone() for name, p in scope["model"].named_parameters()}
+        for _ in range(3):
+            optimizer.zero_grad()
+            scope["model"](torch.randn(2, 9, 16)).square().sum().backward()
+            optimizer.step()
+        assert all((p != before[name]).any() for name, p in scope["model"].named_parameters())
+        assert "unobserved_matrices" not in optimizer.diagnostics()
+        optimizer.close()
+    finally:
+        attention_block.DECLARED.forget(attention_block.DECLARED.of("0", latent))
+        experts.DECLARED.forget(experts.DECLARED.of("1", mixture))

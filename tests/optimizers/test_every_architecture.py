@@ -2,7 +2,8 @@
 
 ``python -m tests.optimizers.test_every_architecture [TYPE …]`` trains all of them (or those named)
 anew, writes what happened to ``tests/data/architectures.json`` and from it the page
-``docs/architectures.md``; read the differences before they are committed.
+``docs/architectures.md`` and a section of ``docs/support.md``, which it prints; read the
+differences before they are committed.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import re
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ import transformers
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from hf_precond.architectures.attention import find_attention, is_named_attention
 from hf_precond.architectures.modules import is_linear
 from hf_precond.registry import create_optimizer, list_optimizers
 from tests.optimizers.models import NO_STATISTICS
@@ -31,6 +35,7 @@ from tests.tiny_models import model_types, tiny_model
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "tests" / "data" / "architectures.json"
 PAGE = ROOT / "docs" / "architectures.md"
+SUPPORT = ROOT / "docs" / "support.md"
 STEPS = 3
 EVERY_STEP = {
     "afopt": {"stat_interval": 1, "inverse_interval": 1},
@@ -171,9 +176,6 @@ def outcome(model_type: str, batch: Batch, name: str, moving: set[str]) -> dict[
     result: dict[str, Any] = {
         "preconditioned": sum(row.treatment == "preconditioned" for row in rows)
     }
-    if name == "afopt":
-        result["attentions"] = len(optimizer.structure.attention)
-        result["not read"] = attentions_not_read(model, optimizer)
     if differences:
         result["differences"] = True
     left = {row.name: row.reason for row in rows if row.reason != before[row.name].reason}
@@ -181,22 +183,63 @@ def outcome(model_type: str, batch: Batch, name: str, moving: set[str]) -> dict[
     return {key: value for key, value in result.items() if value or isinstance(value, int)}
 
 
-def attentions_not_read(model: nn.Module, optimizer: Any) -> list[str]:
-    """Classes of modules that are attentions by name, and of which no projection was found."""
-    blocks = optimizer.structure.attention
-    found = {matrix.module for block in blocks for matrix in block.roles().values()}
-    classes = set()
+BEFORE = "[wW]_?|(?:self|cross)_attn_|(?:to|project|linear|projection)_"
+Q, K, V = (
+    re.compile(rf"(?:{BEFORE})?(?:{name})(?:_|s?$)")
+    for name in ("q|query|queries", "k|key|keys", "v|value|values")
+)
+FUSED = re.compile(r"qkv|query_key_value|queries_keys_values|c_attn$|att_proj$")
+KEYS_VALUES = re.compile(r"kv_proj|kv_b_proj|keys_values|to_kv|in_proj$")
+
+
+def has_queries_keys_values(module: nn.Module) -> bool:
+    """Whether a module's children or matrices are named queries, keys and values."""
+    names = [
+        name
+        for name, child in module.named_children()
+        if not isinstance(child, nn.Identity) and any(p.dim() > 1 for p in child.parameters())
+    ]
+    names += [name for name, p in module.named_parameters(recurse=False) if p.dim() > 1]
+    if any(map(FUSED.search, names)):
+        return True
+    apart = all(any(map(kind.match, names)) for kind in (Q, K, V))
+    return apart or (is_named_attention(module) and any(map(KEYS_VALUES.search, names)))
+
+
+def attentions(model: nn.Module) -> dict[str, Any]:
+    """How many attentions AFOpt reads, and the classes of which it reads no projection.
+
+    Returns:
+        ``attentions``, their number; ``not read``: classes of modules with queries, keys and
+        values, and how many; ``others``: those of what is an attention by name alone.
+    """
+    blocks = find_attention(model)
+    layers = {matrix.module for block in blocks for matrix in block.roles().values()}
+    layers |= {block.module for block in blocks}
+    missed, others = [], set()
     for module in model.modules():
-        layers = [child for child in module.children() if is_linear(child)]
-        if "attention" in type(module).__name__.lower() and len(layers) > 1:
-            classes |= set() if found.intersection(layers) else {type(module).__name__}
-    return sorted(classes)
+        if not layers.isdisjoint(module.modules()):
+            continue
+        if has_queries_keys_values(module):
+            missed.append(module)
+        elif "attention" in type(module).__name__.lower():
+            projections = [child for child in module.children() if is_linear(child)]
+            others |= {type(module).__name__} if len(projections) > 1 else set()
+    inside = {part for module in missed for part in list(module.modules())[1:]}
+    outermost = Counter(type(module).__name__ for module in missed if module not in inside)
+    found = {
+        "attentions": len(blocks),
+        "not read": dict(sorted(outermost.items())),
+        "others": sorted(others - outermost.keys()),
+    }
+    return {key: value for key, value in found.items() if value}
 
 
 def record(model_type: str) -> dict[str, Any]:
     """The outcomes of all optimizers for one type."""
     model, batch, words = example(model_type)
     found: dict[str, Any] = {"model": type(model).__name__} | ({"batch": words} if words else {})
+    found |= attentions(model)
     # With this eps what is only rounding, as gradients of q and k at a single token, moves nothing.
     adamw = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, eps=1e-5)
     moving, _ = train(model, batch, adamw, least=1e-4)
@@ -244,8 +287,8 @@ are covered. The others need packages that are not installed, have no `forward` 
 inputs that no rule makes; a model type that is not here may still train.
 
 A number is that of the parameters preconditioned. For AFOpt, the number of attentions whose q, k, v
-and o it reads is behind a slash; the projections of an attention that it does not read are stepped
-as other linear layers.
+and o it reads is behind a slash; what it [does not read](support.md#attentions-that-afopt-does-not-read)
+is stepped as other linear layers.
 
 """
 
@@ -253,16 +296,19 @@ as other linear layers.
 WHY_NOT_READ = {
     "MultiscaleDeformableAttention": "it has no keys",
     "ChannelAttention": "its logits are between channels",
-    "DetrDecoder": "its queries and keys are sums of two projections",
     "SqueezeBert": "its projections are convolutions in groups",
+    "MobileViTV2": "its queries are one number a token",
     "EfficientAdditiveAttention": "it has no logits of queries and keys",
     "Rwkv": "it has no queries",
     "PoolingHead": "its query is a parameter",
     "SequenceAligner": "its keys and values are of several sequences",
-    "AriaCross": "what is inside, an nn.MultiheadAttention, is read",
     "GRUCell": "its logits are no products",
-    "Merger": "the attention inside is read",
-    "DecoderLayer": "the attention inside is read",
+    "IBert": "its projections round what they multiply",
+    "JetMoe": "its queries and outputs are those of experts",
+    "LSH": "its queries are its keys",
+    "XLNet": "its projections are no layers but arrays of three dimensions",
+    "Zaya": "convolutions mix its queries and keys",
+    "xLSTM": "it has no logits of queries and keys",
 }
 """Part of the name of a class that is not read to the reason."""
 
@@ -271,6 +317,43 @@ def with_reason(kind: str) -> str:
     """The name of a class that is not read, and the first reason that is known."""
     reason = next((why for part, why in WHY_NOT_READ.items() if part in kind), "")
     return f"{kind} ({reason})" if reason else kind
+
+
+def counted(recorded: dict[str, Any]) -> tuple[int, Counter[str], dict[str, set[str]]]:
+    """How many attentions are read, which are not, and of which model types these are.
+
+    The second counts modules with queries, keys and values alone; the third has the others too.
+    """
+    read, missed, where = 0, Counter[str](), dict[str, set[str]]()
+    for model_type, found in recorded["types"].items():
+        read += found.get("attentions", 0)
+        missed.update(found.get("not read", {}))
+        for kind in (*found.get("not read", {}), *found.get("others", ())):
+            where.setdefault(kind, set()).add(model_type)
+    return read, missed, where
+
+
+NOT_READ = "## Attentions that AFOpt does not read\n"
+
+
+def not_read(recorded: dict[str, Any]) -> str:
+    """The section of ``docs/support.md`` on attentions that are not read."""
+    read, missed, where = counted(recorded)
+    total = read + missed.total()
+    lines = [
+        "Their projections are stepped as other linear layers, where they are such. Of the modules",
+        f"with queries, keys and values in the [architectures](architectures.md), {read} of {total}",
+        f"are read ({read / total:.1%}); those without a number have no queries, keys and values of",
+        "their own.",
+        "",
+        "| class | modules | of | why not |",
+        "|---|---|---|---|",
+    ]
+    for kind in sorted(where, key=lambda kind: (-missed[kind], kind)):
+        reason = with_reason(kind).removeprefix(kind).strip(" ()")
+        types = ", ".join(sorted(where[kind]))
+        lines.append(f"| `{kind}` | {missed[kind] or ''} | {types} | {reason} |")
+    return NOT_READ + "\n" + "\n".join(lines) + "\n"
 
 
 def page(recorded: dict[str, Any]) -> str:
@@ -290,11 +373,11 @@ def page(recorded: dict[str, Any]) -> str:
                 cells.append("refused" + note(result["refused"]))
                 continue
             cell = str(result["preconditioned"])
-            if "attentions" in result:
-                cell += f" / {result['attentions']}"
-            if "not read" in result:
-                kinds = ", ".join(map(with_reason, result["not read"]))
-                cell += note(f"not read as attentions: {kinds}")
+            if name == "afopt":
+                cell += f" / {found.get('attentions', 0)}"
+                kinds = [*found.get("not read", {}), *found.get("others", ())]
+                if kinds:
+                    cell += note(f"not read: {', '.join(map(with_reason, kinds))}")
             if "differences" in result:
                 cell += note("curvature by differences of gradients, from a function of the loss")
             cells.append(cell + "".join(note(text) for text in result.get("left", ())))
@@ -311,8 +394,15 @@ def page(recorded: dict[str, Any]) -> str:
     )
 
 
-def test_the_page_says_what_is_recorded() -> None:
+def test_nearly_all_attentions_are_read_and_the_others_have_a_reason() -> None:
+    read, missed, where = counted(RECORDED)
+    assert read / (read + missed.total()) >= 0.97
+    assert all(with_reason(kind) != kind for kind in where)
+
+
+def test_the_pages_say_what_is_recorded() -> None:
     assert PAGE.read_text() == page(RECORDED)
+    assert not_read(RECORDED) in SUPPORT.read_text()
     assert set(RECORDED["optimizers"]) == set(list_optimizers())
 
 
@@ -326,6 +416,11 @@ def write(types: dict[str, Any]) -> None:
     rows = [f"{json.dumps(name)}: {json.dumps(found)}" for name, found in recorded["types"].items()]
     RECORD.write_text("{\n" + "".join(lines) + '"types": {\n' + ",\n".join(rows) + "\n}\n}\n")
     PAGE.write_text(page(recorded))
+    section, text = not_read(recorded), SUPPORT.read_text()
+    before, _, rest = text.partition(NOT_READ)
+    _, heading, after = rest.partition("\n## ")
+    SUPPORT.write_text(before + section + heading + after)
+    print(section)
 
 
 if __name__ == "__main__":

@@ -418,6 +418,58 @@ def test_declared_experts(name):
         assert count[e] == len(rows)
 
 
+class Flat(Mixture):
+    """The same in two dimensions: the experts' matrices one below the other, ``[out, in]``."""
+
+    def __init__(self, width, inner, count):
+        super().__init__(width, inner, count)
+        del self.b1
+        self.count = count
+        self.w1 = nn.Parameter(self.w1.detach().mT.flatten(0, 1))
+        self.w2 = nn.Parameter(self.w2.detach().mT.flatten(0, 1))
+
+    def forward(self, x):
+        probability, expert = self.choose(x).softmax(-1).max(-1)
+        y = torch.zeros_like(x)
+        stacks = [weight.view(self.count, -1, weight.shape[1]) for weight in (self.w1, self.w2)]
+        for e in range(self.count):
+            rows = (expert == e).nonzero().squeeze(1)
+            y = y.index_add(0, rows, (x[rows] @ stacks[0][e].T).relu() @ stacks[1][e].T)
+        return y * probability.unsqueeze(-1)
+
+
+@pytest.mark.parametrize("name", ["afopt", "nkfac"])
+@pytest.mark.filterwarnings("ignore:afopt. no attention")
+def test_fused_weights_are_stepped_as_stacks(name):
+    """All experts in the rows of one matrix, against transposed matrices of three dimensions."""
+    declarations = [
+        declare_experts(Mixture, weights=("w1", "w2"), transposed=True, routers=("choose",)),
+        declare_experts("Flat", weights=("w1", "w2"), count="count", routers=("choose",)),
+    ]
+    found = []
+    try:
+        for kind in (Mixture, Flat):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(5, 6), kind(6, 4, 3), nn.Linear(6, 2)).double()
+            if kind is Mixture:
+                model[1].b1.requires_grad_(False)
+            optimizer = hf_precond.create_optimizer(model, name, lr=1e-2, **EVERY_STEP)
+            generator = torch.Generator().manual_seed(1)
+            for _ in range(4):
+                optimizer.zero_grad()
+                data = torch.randn(20, 5, generator=generator, dtype=torch.float64)
+                model(data).square().sum().backward()
+                optimizer.step()
+            found.append(model[1])
+    finally:
+        for declaration in declarations:
+            forget_experts(declaration)
+    stacked, flat = found
+    for weight in ("w1", "w2"):
+        own = getattr(flat, weight).unflatten(0, (3, -1)).mT
+        torch.testing.assert_close(own, getattr(stacked, weight), rtol=1e-9, atol=1e-11)
+
+
 def test_a_declaration_that_does_not_fit_says_so():
     declaration = declare_experts(Mixture, weights=("w1", "w3"))
     try:
