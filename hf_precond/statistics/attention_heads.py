@@ -162,6 +162,7 @@ class HeadMoments:
         self.attentions: dict[nn.Module, _ObservedAttention] = {}
         self.called: set[nn.Module] = set()  # their rotation was read, or was not to be read
         self.unread: set[nn.Module] = set()
+        self.rotations: dict[str, Statistic] = {}  # of all ranks
         self.hooks = ExitStack()
         for request in requests:
             block = request.attention
@@ -254,9 +255,32 @@ class HeadMoments:
         moment = self.buffer.get(_key(attention, request))
         if moment is None or not request.average_rotation:
             return moment
-        rotation = self.buffer.get((attention.path, "rotation"))
+        rotation = self.rotations.get(attention.path)
+        rotation = self.buffer.get((attention.path, "rotation")) if rotation is None else rotation
         assert rotation is not None and attention.rope is not None
         return Statistic(attention.rope.average(moment.sum, rotation), moment.count)
+
+    def share_rotations(self) -> None:
+        """Adds the rotations over the ranks: the average is over the positions of all of them."""
+        found = [attention for attention in self.attentions.values() if attention.rope is not None]
+        if not found or collectives.world_size() == 1:
+            return
+        parts = []
+        for attention in found:
+            layer, size = attention.block.q.module, attention.block.heads.size
+            held = next(itertools.chain(layer.parameters(), layer.buffers()))  # may be quantised
+            dtype = torch.float64 if held.dtype == torch.float64 else torch.float32
+            part = torch.zeros(3 * size**2 + 1, dtype=dtype, device=held.device)
+            own = self.buffer.get((attention.path, "rotation"))
+            if own is not None:
+                part[:-1], part[-1] = own.sum.flatten(), own.count
+            parts.append(part)
+        bucket = torch.cat(parts)
+        collectives.sum_over_ranks(bucket)
+        for attention, total in zip(found, bucket.split([len(p) for p in parts]), strict=True):
+            size = attention.block.heads.size
+            tables = total[:-1].view(3, size, size)
+            self.rotations[attention.path] = Statistic(tables, total[-1])
 
     def settle(self) -> bool:
         """Marks attentions whose rotation could not be read as not observed, on every rank alike.

@@ -635,6 +635,7 @@ class MomentCollector(StatisticsSource):
         self.outdated = bool(corrected)
         if self.heads is not None:
             self.outdated |= self.heads.settle()
+            self.heads.share_rotations()
         if self.functions.entered:
             self.functions.leave()
             self.watching = self.functions.found
