@@ -283,12 +283,13 @@ routing table.
 
 `python -m tests.optimizers.test_every_architecture` makes this page;
 `tests/optimizers/test_every_architecture.py` repeats what it says. {covered} model types of {all}
-are covered. The others need packages that are not installed, have no `forward` to train by, or
-inputs that no rule makes; a model type that is not here may still train.
+are covered: {trained}.
+The others need packages that are not installed, have no `forward` to train by, or inputs that no
+rule makes; a model type that is not here may still train.
 
 A number is that of the parameters preconditioned. For AFOpt, the number of attentions whose q, k, v
-and o it reads is behind a slash; what it [does not read](support.md#attentions-that-afopt-does-not-read)
-is stepped as other linear layers.
+and o it reads is behind a slash; what it
+[does not read](support.md#attentions-that-afopt-does-not-read) is stepped as other linear layers.
 
 """
 
@@ -342,9 +343,9 @@ def not_read(recorded: dict[str, Any]) -> str:
     total = read + missed.total()
     lines = [
         "Their projections are stepped as other linear layers, where they are such. Of the modules",
-        f"with queries, keys and values in the [architectures](architectures.md), {read} of {total}",
-        f"are read ({read / total:.1%}); those without a number have no queries, keys and values of",
-        "their own.",
+        f"with queries, keys and values in the [architectures](architectures.md), {read} of",
+        f"{total} are read ({read / total:.1%}); those without a number have no queries, keys and",
+        "values of their own.",
         "",
         "| class | modules | of | why not |",
         "|---|---|---|---|",
@@ -382,8 +383,13 @@ def page(recorded: dict[str, Any]) -> str:
                 cell += note("curvature by differences of gradients, from a function of the loss")
             cells.append(cell + "".join(note(text) for text in result.get("left", ())))
         lines.append(f"| {' | '.join(cells)} |")
+    trained = {n: sum("refused" not in found[n] for found in types.values()) for n in names}
     head = HEAD.format(
-        steps=STEPS, version=recorded["transformers"], covered=len(types), all=recorded["all"]
+        steps=STEPS,
+        version=recorded["transformers"],
+        covered=len(types),
+        all=recorded["all"],
+        trained=", ".join(f"{name} trains {number}" for name, number in trained.items()),
     )
     return (
         head

@@ -99,7 +99,8 @@ def attention_matrices(model: nn.Module, config: AFOptConfig) -> ModelStructure:
     model_name = type(model).__name__
     if not attentions and (scope != "all_linear" or not matrices):
         raise ValueError(
-            f"afopt: no attention that it knows was found in {model_name}; {HOW_TO_DECLARE}."
+            f"afopt: no attention that it knows was found in {model_name}; {HOW_TO_DECLARE}; or "
+            "choose adamr, which needs none."
         )
     if not matrices:
         raise ValueError(

@@ -95,7 +95,8 @@ def layer_matrices(model: nn.Module, config: NKFACConfig) -> ModelStructure:
     if not matrices:
         raise ValueError(
             "nkfac: this model has no linear layer or convolution that trains, is not tied and is "
-            f"at most max_dim={config.max_dim} wide on a side; unfreeze one, or raise max_dim."
+            f"at most max_dim={config.max_dim} wide on a side; unfreeze one, raise max_dim, or "
+            "choose adamr."
         )
     return survey.structure(config, preconditioned, reasons, matrices=matrices)
 
