@@ -60,7 +60,7 @@ def config_from_arguments(args: Any, *, warn: bool = False) -> OptimizerConfig:
             raise ValueError(f"{options}: {error}") from error
     config = config_from_pairs(config_cls, pairs, own)
     if warn and args.process_index == 0:
-        _warn_of_unused(args, config, set(FOLLOWS) - set(own))
+        _warn_of_unused(args, config, pairs)
     return config
 
 
@@ -132,17 +132,25 @@ def parse_pairs(text: str | None) -> dict[str, str]:
     return pairs
 
 
-def _warn_of_unused(args: Any, config: OptimizerConfig, fields: set[str]) -> None:
-    """Warn of given arguments of the Trainer that ``--optim_args`` overrules."""
+def _warn_of_unused(args: Any, config: OptimizerConfig, pairs: Mapping[str, str]) -> None:
+    """Warn of given arguments of the Trainer that ``--optim_args`` overrules.
+
+    A saved config's learning rate is told also where ``--learning_rate`` has its default.
+    """
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
-    for field in sorted(fields, key=list(FOLLOWS).index):
+    for field, names in FOLLOWS.items():
+        saved = field not in pairs and CONFIG_KEY in pairs
+        if field not in pairs and not saved:
+            continue
+        source = f" {CONFIG_KEY}={pairs[CONFIG_KEY]}" if saved else ""
         used = getattr(config, field)
         values = used if isinstance(used, tuple) else (used,)
-        for name, value in zip(FOLLOWS[field], values, strict=True):
-            if getattr(args, name) not in (value, defaults.get(name)):
+        for name, value in zip(names, values, strict=True):
+            legal = {value} if saved and field == "lr" else {value, defaults.get(name)}
+            if getattr(args, name) not in legal:
                 logger.warning(
-                    "--%s %s is not used: --optim_args sets %s=%s.",
-                    name, getattr(args, name), field, used,
+                    "--%s %s is not used: --optim_args%s sets %s=%s.",
+                    name, getattr(args, name), source, field, used,
                 )  # fmt: skip
 
 

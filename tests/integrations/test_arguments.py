@@ -65,9 +65,18 @@ def test_a_saved_config_stands_before_the_trainers_and_behind_the_other_pairs(tm
         )
     assert config == NKFACConfig(lr=0.1, damping=0.25, base="sgd", betas=(0.5, 0.6))
     assert [r.getMessage() for r in caplog.records] == [
-        "--weight_decay 0.3 is not used: --optim_args sets weight_decay=0.0.",
-        "--adam_beta2 0.9 is not used: --optim_args sets betas=(0.5, 0.6).",
+        f"--learning_rate 5e-05 is not used: --optim_args config={folder} sets lr=0.1.",
+        f"--weight_decay 0.3 is not used: --optim_args config={folder} sets weight_decay=0.0.",
+        f"--adam_beta2 0.9 is not used: --optim_args config={folder} sets betas=(0.5, 0.6).",
     ]
+
+
+def test_a_saved_learning_rate_that_is_the_trainers_is_not_told(tmp_path, caplog):
+    NKFACConfig(lr=3e-4).save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        given = arguments("nkfac", f"config={tmp_path}", learning_rate=3e-4)
+        assert config_from_arguments(given, warn=True).lr == 3e-4
+    assert not caplog.records
 
 
 def test_another_optimizers_config_is_refused(tmp_path):
