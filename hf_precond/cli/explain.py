@@ -341,7 +341,7 @@ def memory(optimizer: Any) -> str:
     adamw = sum(2 * p.numel() * max(p.element_size(), 4) for p in parameters)
     formula = get_info(optimizer.config.name).memory
     line = f"state: {kept / 2**20:,.1f} MiB, {kept / adamw:.2f} of AdamW's in float32"
-    return f"{line}\n    {formula}"
+    return f"{line}; numbers for a weight [m, n]:\n    {formula}"
 
 
 def _build(model: str, auto_class: str | None) -> Any:

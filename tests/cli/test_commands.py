@@ -132,6 +132,7 @@ def test_explain_tells_the_memory_that_a_step_takes(name, tmp_path, capsys):
     assert main(["explain", str(tmp_path), "--optim", name]) == 0
     shown, formula = capsys.readouterr().out.splitlines()[-2:]
     assert formula.strip() == get_info(name).memory and len(formula) <= 80
+    assert shown.endswith("; numbers for a weight [m, n]:") and len(shown) <= 80
 
     model = BertForSequenceClassification(config)
     optimizer = create_optimizer(model, name)
