@@ -3,8 +3,7 @@
 Offline, on the shipped Fashion-MNIST subset, a small ViT from random weights:
 
     python examples/image_classification.py --do_train --do_eval --optim afopt \\
-        --learning_rate 1e-3 --max_steps 200 \\
-        --per_device_train_batch_size 64
+        --learning_rate 1e-3 --max_steps 200 --per_device_train_batch_size 64
 
 A pretrained checkpoint on folders of images (one sub-folder per class), or on the Hub's data:
 
@@ -19,12 +18,10 @@ Needs pillow, not torchvision.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import datasets
 import evaluate
-import torch
-from classification import (
+from common import (
     HERE,
     DataArguments,
     check_pair,
@@ -33,42 +30,36 @@ from classification import (
     load_splits,
     number_labels,
     parse_arguments,
+    refuse,
     train_and_evaluate,
+    with_head,
 )
 from transformers import (
-    AutoConfig,
     AutoModelForImageClassification,
     Trainer,
     TrainingArguments,
     ViTConfig,
     ViTImageProcessor,
+    default_data_collator,
     set_seed,
 )
-
-# Early releases of transformers 5 ask for torchvision where it is imported from the top.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.auto.image_processing_auto import (
+    AutoImageProcessor,
+)  # wants no torchvision
 
 import hf_precond  # noqa: F401  the stock Trainer then takes --optim afopt, muon, adamr, ...
 
 
 @dataclass
-class ModelArguments:
+class ViTArguments:
     """Which model is trained."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Folder or Hub id; default: a small ViT, random weights."}
     )
-    image_size: int = field(default=28, metadata={"help": "The small ViT's image side, in pixels."})
-    patch_size: int = field(default=7, metadata={"help": "The small ViT's patch side, in pixels."})
-    hidden_size: int = field(default=128, metadata={"help": "The small ViT's width."})
-    num_hidden_layers: int = field(default=4, metadata={"help": "The small ViT's depth."})
-    num_attention_heads: int = field(default=4, metadata={"help": "The small ViT's heads."})
-
-    def __post_init__(self) -> None:
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"patch_size={self.patch_size}: it must divide image_size={self.image_size}."
-            )
+    config_overrides: str = field(
+        default="", metadata={"help": "Of the small ViT: hidden_size=192,num_hidden_layers=6."}
+    )
 
 
 @dataclass
@@ -79,6 +70,7 @@ class ImageArguments(DataArguments):
         default=None, metadata={"help": "Folder with one sub-folder of images per class."}
     )
     validation_dir: str | None = field(default=None, metadata={"help": "The same, evaluated on."})
+    label_column: str = field(default="label", metadata={"help": "Column of the label."})
     image_column: str = field(default="image", metadata={"help": "Column of the image."})
 
     def __post_init__(self) -> None:
@@ -87,41 +79,32 @@ class ImageArguments(DataArguments):
 
 def load_images(arguments: ImageArguments) -> datasets.DatasetDict:
     """The splits, by default those of the shipped Fashion-MNIST subset."""
-    if arguments.train_dir and arguments.validation_dir:
+    if arguments.train_dir:
         folders = {"train": arguments.train_dir, "validation": arguments.validation_dir}
-        files = {split: str(Path(folder) / "**") for split, folder in folders.items()}
-        return load_splits(arguments, "imagefolder", files)
+        return load_splits(arguments, "imagefolder", {k: f"{v}/**" for k, v in folders.items()})
+    names = {"train": "train", "validation": "test"}
     shipped = HERE / "data" / "fashion_mnist"
-    files = {
-        "train": str(shipped / "train-00000-of-00001.parquet"),
-        "validation": str(shipped / "test-00000-of-00001.parquet"),
-    }
+    files = {k: str(shipped / f"{v}-00000-of-00001.parquet") for k, v in names.items()}
     return load_splits(arguments, "parquet", files)
 
 
-def load_model(arguments: ModelArguments, names: list[str]) -> tuple:
-    """The model with one output per class, and the processor of its images."""
-    name = arguments.model_name_or_path
-    if name:
-        config = AutoConfig.from_pretrained(name, **label_config(names))
-        model = AutoModelForImageClassification.from_pretrained(
-            name, config=config, ignore_mismatched_sizes=True  # a head for other classes
-        )  # fmt: skip
-        return model, AutoImageProcessor.from_pretrained(name)
+def load_model(arguments: ViTArguments, names: list[str]) -> tuple:
+    """The processor of the images, and the model with one output per class."""
+    if name := arguments.model_name_or_path:
+        return with_head(name, names, AutoImageProcessor, AutoModelForImageClassification)
     config = ViTConfig(
-        image_size=arguments.image_size,
-        patch_size=arguments.patch_size,
-        hidden_size=arguments.hidden_size,
-        num_hidden_layers=arguments.num_hidden_layers,
-        num_attention_heads=arguments.num_attention_heads,
-        intermediate_size=4 * arguments.hidden_size,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
+        hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512,
+        image_size=28, patch_size=7, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         **label_config(names),
-    )
-    side = arguments.image_size
-    processor = ViTImageProcessor(size={"height": side, "width": side})
-    return AutoModelForImageClassification.from_config(config), processor
+    )  # fmt: skip
+    try:
+        if arguments.config_overrides:
+            config.update_from_string(arguments.config_overrides)
+        model = AutoModelForImageClassification.from_config(config)
+    except ValueError as error:
+        refuse(f"--config_overrides {arguments.config_overrides}: {error}")
+    side = config.image_size
+    return ViTImageProcessor(size={"height": side, "width": side}), model
 
 
 def preprocess(rows: datasets.Dataset, processor, arguments: ImageArguments) -> datasets.Dataset:
@@ -135,33 +118,25 @@ def preprocess(rows: datasets.Dataset, processor, arguments: ImageArguments) -> 
     return rows.with_transform(transform)
 
 
-def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-    return {
-        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
-        "labels": torch.tensor([row["labels"] for row in rows]),
-    }
-
-
 def main() -> dict[str, float]:
     model_arguments, data, arguments = parse_arguments(
-        ModelArguments, ImageArguments, TrainingArguments
+        ViTArguments, ImageArguments, TrainingArguments
     )
     arguments.remove_unused_columns = False  # the transform reads the image column
     set_seed(arguments.seed)
 
     splits, names = number_labels(load_images(data), data.label_column)
-    model, processor = load_model(model_arguments, names)
+    processor, model = load_model(model_arguments, names)
     metric = evaluate.load(data.metric)
 
-    seed = arguments.data_seed
-    train_rows = first_rows(splits["train"], data.max_train_samples, seed)
-    eval_rows = first_rows(splits["validation"], data.max_eval_samples, seed)
+    train = first_rows(splits["train"], data.max_train_samples, arguments.data_seed)
+    held = first_rows(splits["validation"], data.max_eval_samples, arguments.data_seed)
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=preprocess(train_rows, processor, data),
-        eval_dataset=preprocess(eval_rows, processor, data),
-        data_collator=collate,
+        train_dataset=preprocess(train, processor, data),
+        eval_dataset=preprocess(held, processor, data),
+        data_collator=default_data_collator,
         processing_class=processor,
         compute_metrics=lambda p: metric.compute(
             predictions=p.predictions.argmax(-1), references=p.label_ids

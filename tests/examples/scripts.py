@@ -27,3 +27,21 @@ def run_example(script: str, *arguments: str, folder: Path) -> str:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def tiny_bert(folder: Path, words: list[str], **fields) -> str:
+    """A folder with a BERT of one layer, its random weights, and a tokenizer of words."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = folder / "vocab.txt"
+    vocabulary.write_text("\n".join([*special, *words]))
+    BertTokenizerFast(vocab=str(vocabulary)).save_pretrained(folder / "model")
+    config = BertConfig(
+        vocab_size=len(special) + len(words), hidden_size=16, num_hidden_layers=1,
+        num_attention_heads=2, intermediate_size=32, max_position_embeddings=64,
+    )  # fmt: skip
+    kind = fields.pop("kind", BertModel)
+    config.update(fields)
+    kind(config).save_pretrained(folder / "model")
+    return str(folder / "model")

@@ -5,38 +5,35 @@ import sys
 
 import pytest
 
-from tests.examples.scripts import EXAMPLES, run_example
+from tests.examples.scripts import EXAMPLES, run_example, tiny_bert
 
 
 @pytest.fixture
-def classification(monkeypatch):
+def common(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    import classification
+    import common
 
-    yield classification
-    del sys.modules["classification"]
+    yield common
+    del sys.modules["common"]
 
 
 def test_text_script_on_own_files(tmp_path):
-    """A tiny BERT from a folder, json files with integer labels, two steps with AFOpt."""
-    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+    """A tiny BERT from a folder, json files with integer labels, two steps with AFOpt.
 
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]
-    (tmp_path / "vocab.txt").write_text("\n".join(words))
-    model = tmp_path / "model"
-    BertTokenizerFast(vocab=str(tmp_path / "vocab.txt")).save_pretrained(model)
-    config = BertConfig(
-        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=32,
-    )  # fmt: skip
-    BertForSequenceClassification(config).save_pretrained(model)
+    The folder's head has three classes and the files two: it is made anew, and counts as new.
+    """
+    from transformers import BertForSequenceClassification
+
+    model = tiny_bert(
+        tmp_path, ["good", "bad", "film"], kind=BertForSequenceClassification, num_labels=3
+    )
     for name in ("train.json", "test.json"):
         rows = [{"words": f"{w} film", "sentiment": int(w == "good")} for w in ("good", "bad")] * 8
         (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
 
     run_example(
         "text_classification.py", "--do_train", "--do_eval", "--optim", "afopt",
-        "--model_name_or_path", str(model),
+        "--model_name_or_path", model,
         "--train_file", str(tmp_path / "train.json"),
         "--validation_file", str(tmp_path / "test.json"),
         "--text_column", "words", "--label_column", "sentiment",
@@ -46,8 +43,23 @@ def test_text_script_on_own_files(tmp_path):
     )  # fmt: skip
     scores = json.loads((tmp_path / "out" / "all_results.json").read_text())
     assert 0 <= scores["eval_accuracy"] <= 1 and scores["train_loss"] > 0
-    config = json.loads((tmp_path / "out" / "checkpoint-2" / "optimizer_config.json").read_text())
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    config = json.loads((checkpoint / "optimizer_config.json").read_text())
     assert config["optimizer"] == "afopt" and config["head_lr_scale"] == 10
+    assert json.loads((checkpoint / "config.json").read_text())["id2label"] == {"0": "0", "1": "1"}
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    assert state["max_steps"] == 2
+
+    printed = run_example(
+        "text_classification.py", "--do_eval", "--model_name_or_path", str(checkpoint),
+        "--train_file", str(tmp_path / "train.json"),
+        "--validation_file", str(tmp_path / "test.json"),
+        "--text_column", "words", "--label_column", "sentiment", "--output_dir", "evaluated",
+        folder=tmp_path,
+    )  # fmt: skip
+    assert "Without --do_train nothing is trained" in printed
+    again = json.loads((tmp_path / "evaluated" / "all_results.json").read_text())
+    assert again["eval_loss"] == scores["eval_loss"]
 
 
 @pytest.mark.slow
@@ -108,40 +120,45 @@ def test_image_script_on_folders_of_images(tmp_path):
     assert sorted(saved["label2id"]) == ["dark", "light"]
 
 
-def test_half_a_pair_of_sources_is_refused(classification):
-    arguments = classification.DataArguments()
+def test_half_a_pair_of_sources_is_refused(common, tmp_path):
+    arguments = common.DataArguments()
     arguments.train_dir, arguments.validation_dir = "images", None
-    with pytest.raises(ValueError, match="train_dir and validation_dir"):
-        classification.check_pair(arguments, "train_dir", "validation_dir")
+    with pytest.raises(ValueError, match="--train_dir and --validation_dir"):
+        common.check_pair(arguments, "train_dir", "validation_dir")
     arguments.validation_dir, arguments.dataset_name = "images", "beans"
     with pytest.raises(ValueError, match="one of the two"):
-        classification.check_pair(arguments, "train_dir", "validation_dir")
+        common.check_pair(arguments, "train_dir", "validation_dir")
+    arguments.dataset_name, arguments.train_dir = None, str(tmp_path)
+    with pytest.raises(ValueError, match="--validation_dir: there is nothing at 'images'"):
+        common.check_pair(arguments, "train_dir", "validation_dir")
 
 
 @pytest.mark.parametrize("column", ["label_column", "text_column", "image_column"])
 def test_a_column_that_is_not_there_is_refused_with_those_that_are(
-    column, classification, tmp_path
+    column, common, tmp_path, capsys
 ):
     (tmp_path / "rows.csv").write_text("text,label\na,b\n")
-    arguments = classification.DataArguments()
+    arguments = common.DataArguments()
     setattr(arguments, column, "body")
     files = {split: str(tmp_path / "rows.csv") for split in ("train", "validation")}
-    with pytest.raises(ValueError, match=f"{column}='body': the columns are text, label"):
-        classification.load_splits(arguments, "csv", files)
+    with pytest.raises(SystemExit, match="2"):
+        common.load_splits(arguments, "csv", files)
+    assert f"--{column} body: the columns are text, label." in capsys.readouterr().err
 
 
-def test_labels_are_numbered_by_name(classification):
+def test_labels_are_numbered_by_name(common, capsys):
     import datasets
 
     splits = datasets.DatasetDict(
         train=datasets.Dataset.from_dict({"label": ["b", "a", "c"]}),
         validation=datasets.Dataset.from_dict({"label": ["c", "a"]}),
     )
-    numbered, names = classification.number_labels(splits, "label")
+    numbered, names = common.number_labels(splits, "label")
     assert names == ["a", "b", "c"]
     assert numbered["train"]["label"][:] == [1, 0, 2]
     assert numbered["validation"]["label"][:] == [2, 0]
 
     splits["validation"] = datasets.Dataset.from_dict({"label": ["d"]})
-    with pytest.raises(ValueError, match="no training row has: d"):
-        classification.number_labels(splits, "label")
+    with pytest.raises(SystemExit, match="2"):
+        common.number_labels(splits, "label")
+    assert "no training row has: d" in capsys.readouterr().err

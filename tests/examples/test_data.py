@@ -39,6 +39,17 @@ def test_no_text_in_both_splits():
     assert not texts[0] & texts[1]
 
 
+@pytest.mark.parametrize(("split", "rows"), [("train", 1000), ("test", 400)])
+def test_wnut17_has_a_tag_for_each_word_and_all_types(split, rows):
+    lines = (DATA / "wnut17" / f"{split}.jsonl").read_text().splitlines()
+    assert len(lines) == rows
+    found = [json.loads(line) for line in lines]
+    assert all(len(row["tokens"]) == len(row["ner_tags"]) for row in found)
+    types = {tag.partition("-")[2] for row in found for tag in row["ner_tags"]}
+    names = ["corporation", "creative-work", "group", "location", "person", "product"]
+    assert sorted(types) == ["", *names]
+
+
 def test_tinyshakespeare_is_cut_after_nine_tenths():
     train, held = (
         (DATA / "tinyshakespeare" / f"{n}.txt").read_text() for n in ("train", "validation")
@@ -47,8 +58,8 @@ def test_tinyshakespeare_is_cut_after_nine_tenths():
     assert train.startswith("First Citizen:\n") and set(held) <= set(train)
 
 
-def test_at_most_five_megabytes_and_licences_named():
-    assert sum(file.stat().st_size for file in DATA.rglob("*") if file.is_file()) <= 5_100_000
+def test_at_most_five_and_a_half_megabytes_and_licences_named():
+    assert sum(file.stat().st_size for file in DATA.rglob("*") if file.is_file()) <= 5_500_000
     assert "MIT" in (DATA / "fashion_mnist" / "LICENSE").read_text()
     readme = (DATA / "README.md").read_text()
     assert "CC BY 4.0" in readme and "MIT" in readme and "public domain" in readme
