@@ -388,8 +388,9 @@ def _known(where: str, table: Mapping[str, Any], names: Iterable[str]) -> None:
     for name in table:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"{where} {name}: {hint}The names here are {', '.join(names)}.")
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            known = ", ".join(names)
+            raise ValueError(f"{where} {name}: unknown{hint} The names here are {known}.")
 
 
 def _listed(value: Any) -> list[str]:

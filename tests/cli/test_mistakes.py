@@ -32,6 +32,9 @@ def launcher(monkeypatch, tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
     BertConfig(num_hidden_layers=1).save_pretrained("model")
+    for name, text in BENCHES.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "x.tsv").touch()
 
     def launch(words):
         try:
@@ -120,6 +123,49 @@ MISTAKES = [
     (["explain", "broken", "--optim", "afopt"], ["broken", "config.json"]),
     (["explain", "model", "--optim", "afopt", "--optim_args", "dampin=1"], ["'damping'"]),
     (["explain", "model", "--optim", "afopt", "--auto_class", "Trainer"], ["--auto_class"]),
+    (["explain", "model", "--optim", "afopt", "--device", "h1000"], ["h1000", "h100"]),
+    (["explain", "model", "--optim", "afopt", "--device", "h100", "--tokens", "0"], ["--tokens"]),
+    (["explain", "model", "--optim", "afopt", "--device", "h100", "--length", "-1"], ["--length"]),
+    (["explain", "model", "--optim", "afopt", "--tokens", "many"], ["--tokens", "int"]),
+    (["explain", "model", "--optim", "afopt", "--tokens", "64"], ["--tokens", "--device"]),
+    (["bench"], ["file", "hf-precond bench --help"]),
+    (["bench", "nowhere.toml"], ["nowhere.toml", "no such file"]),
+    (["bench", "empty"], ["empty", "no such file"]),
+    (["bench", "tasks.toml", "--jobs", "0"], ["--jobs 0", "at least 1"]),
+    (["bench", "tasks.toml", "--jobs", "all"], ["--jobs", "int"]),
+    (["bench", "no.toml"], ["no.toml", "at end of document"]),
+    (["bench", "tasks.toml"], ["tasks.toml", "optimizers"]),
+    (["bench", "arms.toml"], ["arms.toml", "did you mean 'afopt'?"]),
+    (["bench", "place.toml"], ["place.toml", "[optimizers.afopt] lr: unknown", "are fields"]),
+    (["bench", "field.toml"], ["field.toml", "did you mean 'damping'?"]),
+    (["bench", "trials.toml"], ["trials.toml", "trials = 0", "at least"]),
+]
+
+TASK = '[tasks.text]\nfunction = "gpt"\n'
+BENCHES = {
+    "no.toml": "trials = [",
+    "tasks.toml": TASK,
+    "arms.toml": TASK + "[optimizers.afop]\nfields = { lr = 1e-3 }\n",
+    "place.toml": TASK + "[optimizers.afopt]\nlr = 1e-3\n",
+    "field.toml": TASK + "[optimizers.afopt]\nfields = { lr = 1e-3, dampin = 1 }\n",
+    "trials.toml": "trials = 0\n" + TASK + "[optimizers.afopt]\nfields = { lr = 1e-3 }\n",
+}
+
+EXAMPLES = [
+    ("text_classification", "", ["nothing to do", "--do_train, --do_eval or both"]),
+    ("text_classification", "--do_trian", ["--do_trian", "did you mean --do_train?"]),
+    ("text_classification", "--do_train --optim afpot", ["did you mean 'afopt'?"]),
+    ("text_classification", "--do_train --optim afopt --optim_args damping=-1", ["(0, infinity)"]),
+    ("text_classification", "--do_train --optim muon --learning_rate -1", ["lr=-1.0", "infinity"]),
+    ("text_classification", "--do_train --learning_rate fast", ["--learning_rate", "'fast'"]),
+    ("text_classification", "--do_train --train_file a.csv", ["--validation_file", "give both"]),
+    ("text_classification", "--do_train --train_file a.csv --validation_file a.csv", ["'a.csv'"]),
+    ("text_classification", "--do_train --train_file x.tsv --validation_file x.tsv", [".parquet"]),
+    ("text_classification", "nowhere.json", ["nowhere.json"]),
+    ("image_classification", "--do_train --train_dir empty --dataset_name beans", ["give both"]),
+    ("causal_lm_lora", "--do_train --lora_r 0", ["--lora_r", "[1, infinity)"]),
+    ("accelerate_loop", "--max_steps 0", ["--max_steps", "[1, infinity)"]),
+    ("accelerate_loop", "--mixed_precision fp8", ["--mixed_precision fp8", "no, bf16 or fp16"]),
 ]
 
 
@@ -131,6 +177,28 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(words, said, launcher, capsys
     assert shown.err.startswith("hf_precond: ") and shown.err.count("\n") == 1, shown.err
     for part in said:
         assert part in shown.err
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "said"), EXAMPLES, ids=[f"{e[0]} {e[1]}" for e in EXAMPLES]
+)
+def test_so_is_a_mistake_in_the_arguments_of_an_example(script, words, said, launcher, capsys):
+    before = set(sys.modules)
+    path = ROOT / "examples" / f"{script}.py"
+    assert launcher(["run", str(path), *words.split()]) == 2
+    for name in (
+        "common",
+        "shakespeare",
+        "text_classification",
+    ):  # of other folders they are others
+        if name not in before:
+            sys.modules.pop(name, None)
+    shown = capsys.readouterr()
+    lines = [line for line in shown.err.splitlines() if "error: " in line or "hf_precond: " in line]
+    assert len(lines) == 1 and "Traceback" not in shown.err, shown.err
+    assert shown.err.splitlines()[-1] == lines[0]
+    for part in said:
+        assert part in lines[0]
 
 
 def test_a_name_that_only_transformers_knows_is_left_to_it(launcher, capsys):
