@@ -9,9 +9,19 @@ import torch
 import transformers as tf
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers.models.bark.configuration_bark import BarkSemanticConfig
+from transformers.models.bark.modeling_bark import BarkSelfAttention
+from transformers.models.grounding_dino.modeling_grounding_dino import (
+    GroundingDinoBiMultiHeadAttention,
+)
 
 from hf_precond.architectures.attention import find_attention
-from hf_precond.architectures.attention_block import Heads, declare_attention, forget_attention
+from hf_precond.architectures.attention_block import (
+    AttentionBlock,
+    Heads,
+    declare_attention,
+    forget_attention,
+)
 from hf_precond.registry import create_optimizer
 from hf_precond.statistics import attention_heads
 from hf_precond.statistics.collector import MomentCollector
@@ -364,6 +374,42 @@ def test_conformers_rotate_what_q_and_k_read(kind: str | None) -> None:
     after = model.wav2vec2_bert.encoder.layers[0].self_attn.linear_q.weight
     assert (after - before).abs().max() > 1e-4
     optimizer.close()
+
+
+def computed(block: AttentionBlock, x: torch.Tensor, memory: torch.Tensor) -> list[torch.Tensor]:
+    """Attention weights and output, from the matrices and heads that were found."""
+
+    def split(role: str, rows: torch.Tensor) -> torch.Tensor:
+        matrix = block.roles()[role].read()
+        rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1)[..., : matrix.shape[1]]
+        return (rows @ matrix.mT).unflatten(-1, (block.heads_of(role), -1)).transpose(1, 2)
+
+    logits = split("q", x) @ split("k", memory).mT * block.logit_scale
+    weights = logits.softmax(-1)
+    return [weights, split("o", (weights @ split("v", memory)).transpose(1, 2).flatten(2))[:, 0]]
+
+
+def test_projections_of_grounding_dinos_fusion() -> None:
+    """Image to text; the values and outputs of text to image are other linear layers."""
+    torch.manual_seed(0)
+    config = tf.GroundingDinoConfig(d_model=12, encoder_ffn_dim=32, encoder_attention_heads=4)
+    module = GroundingDinoBiMultiHeadAttention(config).double().eval()
+    (block,) = find_attention(module)
+    assert block.heads == Heads(2, 2, 8, 8) and block.reads("k") == block.reads("v") == "context"
+    image, words = (torch.randn(2, n, 12, dtype=torch.float64) for n in (7, 5))
+    (output, weights), _ = module(image, words)
+    expected, made = computed(block, image, words)
+    torch.testing.assert_close(weights.view(expected.shape), expected)
+    torch.testing.assert_close(output, made)
+
+
+def test_projections_of_bark() -> None:
+    torch.manual_seed(0)
+    config = BarkSemanticConfig(hidden_size=16, num_heads=2, block_size=8, bias=True, dropout=0.0)
+    module = BarkSelfAttention(config).double().eval()
+    (block,) = find_attention(module)
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    torch.testing.assert_close(module(x)[0], computed(block, x, x)[1])
 
 
 @pytest.mark.skipif(not hasattr(tf, "Kolibri1Config"), reason="a later release has it")
