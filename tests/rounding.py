@@ -96,6 +96,6 @@ def accelerator(tf32=True, activations=None):
         for patch in patches:
             stack.enter_context(patch)
         if activations is not None:
-            rows = lambda tensor, dtype: tensor.detach().to(activations)  # noqa: E731
+            rows = lambda tensor, dtype, low=None: tensor.detach().to(activations)  # noqa: E731
             stack.enter_context(mock.patch.object(collector, "as_rows", rows))
         yield stack.enter_context(Rounding())

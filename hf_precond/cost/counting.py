@@ -254,7 +254,8 @@ class OperationCounter(TorchDispatchMode):
         if name in OTHERS:
             flops = OTHERS[name](*args, **kwargs)
         elif packet in flop_registry:
-            flops = flop_registry[packet](*args, **kwargs, out_val=result)
+            operands = [a for a in args if not isinstance(a, torch.dtype)]  # of the result
+            flops = flop_registry[packet](*operands, **kwargs, out_val=result)
         else:
             return Kernel(name, self.phase, bytes=moved)
         operand = args[1] if name in SECOND else args[0]

@@ -24,6 +24,7 @@ from torch import Tensor
 from hf_precond.compat import devices
 from hf_precond.linalg import factorization
 from hf_precond.linalg.banded import add_lower_product
+from hf_precond.linalg.inverses import inverse_cholesky
 from hf_precond.linalg.products import Precision, arithmetic, float32_products
 
 
@@ -91,10 +92,13 @@ def pair_rotation(factor: Tensor, precision: Precision = "highest") -> Tensor:
         gram = add_lower_product(torch.zeros_like(skew), skew.mT, skew, beta=0.0)
     gram.diagonal(dim1=-2, dim2=-1).add_(1.0)
     skew.diagonal(dim1=-2, dim2=-1).fill_(1.0)
-    with float32_products("highest", skew):
-        lower, _ = devices.kernel(torch.linalg.cholesky_ex, gram)
-        # (C⁻ᵀ (I + X)ᵀ)ᵀ: the library solves by columns, and these are in its order of memory.
-        solved: Tensor = devices.kernel(torch.linalg.solve_triangular, lower, skew.mT, upper=False)
+    if devices.is_accelerator(gram):
+        inverse, _ = inverse_cholesky(gram)
+        with float32_products("highest", skew):
+            return skew @ inverse.mT
+    lower, _ = torch.linalg.cholesky_ex(gram)
+    # (C⁻ᵀ (I + X)ᵀ)ᵀ: the library solves by columns, and these are in its order of memory.
+    solved: Tensor = torch.linalg.solve_triangular(lower, skew.mT, upper=False)
     return solved.mT
 
 

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from hf_precond.compat import devices
-from hf_precond.linalg.products import Precision, from_cpu, matmul
+from hf_precond.linalg.products import Precision, float32_products, from_cpu, matmul
 
 CHOLESKY_SIZE = 128
 """Blocks up to this size are inverted by Cholesky's factorisation."""
+
+FACTOR_SIZE = 512
+"""Cholesky factors up to this size are computed, and inverted, by one call of the library."""
 
 MAX_EIGENVALUE = 1.8
 """Largest estimated eigenvalue of ``c B A`` that :func:`newton_step` allows.
@@ -74,6 +77,46 @@ def _invert(matrix: Tensor, result: Tensor) -> None:
     corner.add_(shares.mT @ product)
     result[..., last, first] = product.neg_()
     result[..., first, last] = product.mT
+
+
+def inverse_cholesky(batch: Tensor) -> tuple[Tensor, Tensor]:
+    """``L⁻¹`` of the Cholesky factor, ``A = L Lᵀ``, by halves; for accelerators.
+
+    Factorisations reach a twentieth of a device's rate, products half of it. With
+    ``A = [[P, Qᵀ], [Q, S]]``, ``V = Q L_P⁻ᵀ`` and T = ``S - V Vᵀ``::
+
+        L⁻¹ = [[L_P⁻¹, 0], [-L_T⁻¹ V L_P⁻¹, L_T⁻¹]]
+
+    and P and T in the same way, down to :data:`FACTOR_SIZE`. Products in float32; with a residual
+    ``‖L⁻¹ A L⁻ᵀ - I‖`` of about the condition of A times the unit roundoff, as the library's.
+
+    Args:
+        batch: A, ``[…, n, n]``, symmetric positive definite; the lower triangle is read.
+
+    Returns:
+        The inverse, ``[…, n, n]``, zeros above the diagonal; and ``[…]``, nonzero where A is not
+        positive definite and the inverse is of no use.
+    """
+    with float32_products("highest", batch):
+        return _inverse_cholesky(batch)
+
+
+def _inverse_cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    size = matrix.shape[-1]
+    if size <= FACTOR_SIZE:
+        lower, info = devices.kernel(torch.linalg.cholesky_ex, matrix)
+        eye = torch.eye(size, dtype=matrix.dtype, device=matrix.device).expand_as(lower)
+        return devices.kernel(torch.linalg.solve_triangular, lower, eye, upper=False), info
+    half = size // 2
+    first, last = slice(None, half), slice(half, None)
+    inverse, info = _inverse_cholesky(matrix[..., first, first])
+    share = matrix[..., last, first] @ inverse.mT
+    rest, other = _inverse_cholesky(matrix[..., last, last] - share @ share.mT)
+    result = torch.zeros_like(matrix)
+    result[..., first, first] = inverse
+    result[..., last, last] = rest
+    result[..., last, first] = ((rest @ share) @ inverse).neg_()
+    return result, info | other
 
 
 def without_last(inverse: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from hf_precond.compat import devices
+from hf_precond.linalg.inverses import inverse_cholesky
+from hf_precond.linalg.products import float32_products
 
 # Matrix sign ---------------------------------------------------------------------
 
@@ -130,26 +132,70 @@ def half_newton_schulz(matrix: Tensor, weighed: Tensor | None = None) -> Tensor:
     """
     size = largest_entry(matrix)
     x = _halved(matrix, size)
-    if weighed is None and matrix.shape[2] < 2 * matrix.shape[1]:
+    if _is_short(x, weighed):
         return _quintic(x.div_(_norm(x)), STEPS).to(matrix.dtype)
-    y, height = x, size
-    if weighed is not None:
-        height = largest_entry(weighed)
-        y = _halved(weighed, height)
-    gram = torch.bmm(y, x.mT)
-    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=matrix.dtype)[..., None, None]
-    if weighed is not None:  # of a positive definite matrix it is the larger; rounding may undo it
-        trace = torch.maximum(trace, _norm(gram))
+    height = size if weighed is None else largest_entry(weighed)
+    last, y, trace = _last_steps(x, None if weighed is None else _halved(weighed, height))
+    return torch.bmm(last, y) * (height / (size * trace)).sqrt()
+
+
+def half_direction(
+    matrix: Tensor, weighed: Tensor | None = None, sizes: Tensor | None = None, heads: int = 1
+) -> Tensor:
+    """:func:`half_newton_schulz` of float16 matrices, up to a number, in fewer passes.
+
+    Args:
+        matrix: Z, ``[n · heads, m, k]`` with ``m <= k``, float16 with entries of about 100 and
+            less.
+        weighed: Y, likewise.
+        sizes: what the results are multiplied by, ``[n · heads, 1, 1]``, float32; ones by default.
+        heads: neighbours whose results keep their proportions.
+
+    Returns:
+        ``[n · heads, m, k]``, float16, each group of heads divided by a number.
+    """
+    if _is_short(matrix, weighed):
+        sign = _quintic(_halved(matrix, _norm(matrix)), STEPS)
+        return sign if sizes is None else _in_proportion(sign, sizes, heads)
+    last, y, trace = _last_steps(matrix, weighed)
+    if heads > 1:
+        scale = trace.rsqrt() if sizes is None else trace.rsqrt().mul_(sizes)
+        last = _in_proportion(last, scale, heads)
+    return torch.bmm(last, y)
+
+
+def _in_proportion(matrices: Tensor, scale: Tensor, heads: int) -> Tensor:
+    """Matrices times ``scale`` over the largest of its group of heads, in place."""
+    each = scale.view(-1, heads)
+    return torch.mul(matrices, (each / each.amax(1, keepdim=True)).view_as(scale), out=matrices)
+
+
+def _is_short(x: Tensor, weighed: Tensor | None) -> bool:
+    return weighed is None and x.shape[2] < 2 * x.shape[1]
+
+
+def _last_steps(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """P of the last steps, Y after the first ones, and the trace that all are divided by."""
+    gram, weighed = _wide_gram(x if y is None else y, x), y is not None
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    if weighed:  # of a positive definite matrix it is the larger; rounding may undo it
+        trace = torch.maximum(trace, torch.linalg.matrix_norm(gram, keepdim=True))
     trace = trace.clamp(min=torch.finfo(x.dtype).smallest_normal)
-    first = _gram_steps(gram.div_(trace), RESTART)
+    first = _gram_steps(_halved(gram, trace), RESTART)
     x = torch.bmm(first, x)
-    y = x if weighed is None else torch.bmm(first, y)
-    last = _gram_steps(torch.bmm(y, x.mT).div_(trace), STEPS - RESTART)
-    result = torch.bmm(last, y)
-    if weighed is not None:
+    y = x if y is None else torch.bmm(first, y)
+    last = _gram_steps(_halved(_wide_gram(y, x), trace), STEPS - RESTART)
+    if weighed:
         largest = torch.linalg.vector_norm(last, math.inf, dim=(-2, -1), keepdim=True)
-        result = torch.where(largest < DIVERGED, result, y)
-    return result * (height / (size * trace)).sqrt()
+        last = torch.where(largest < DIVERGED, last, _eye(last))
+    return last, y, trace
+
+
+def _wide_gram(y: Tensor, x: Tensor) -> Tensor:
+    """``Y Xᵀ`` of float16 matrices in float32, whose range it needs."""
+    if devices.accumulates(x.device):
+        return torch.bmm(y, x.mT, out_dtype=torch.float32)
+    return torch.bmm(y, x.mT).float()
 
 
 def _halved(matrix: Tensor, divisor: Tensor) -> Tensor:
@@ -189,6 +235,10 @@ FLOOR = 1e-12
 
 RETRIES = 3
 """Attempts at a Cholesky factorisation, each with ten times the damping."""
+
+SAFE = 0.5
+"""Damping from which an accelerator makes one attempt: the condition is at most ``1 + 2n``, and a
+matrix that fails all the same keeps its previous factor."""
 
 
 class DampedInverse(NamedTuple):
@@ -232,8 +282,12 @@ def damp(moment: Tensor, damping: float, mean: Tensor | None = None) -> tuple[Te
 
 def inverse(moment: Tensor, damping: float, mean: Tensor | None = None) -> DampedInverse:
     """``(A + λ·tr(A)/n·I)⁻¹`` by Cholesky; arguments as for :func:`damp`."""
+    if devices.is_accelerator(moment):
+        found = inverse_factor(moment, damping, mean)
+        with float32_products("highest", moment):
+            return found._replace(value=found.value @ found.value.mT)
     lower, usable, identity = _cholesky(moment, damping, mean)
-    return DampedInverse(devices.kernel(torch.cholesky_inverse, lower), usable, identity)
+    return DampedInverse(torch.cholesky_inverse(lower), usable, identity)
 
 
 def inverse_factor(moment: Tensor, damping: float, mean: Tensor | None = None) -> DampedInverse:
@@ -242,9 +296,31 @@ def inverse_factor(moment: Tensor, damping: float, mean: Tensor | None = None) -
     W is the inverse square root up to an orthogonal factor, ``W = A^(-1/2) Q``. That is all the
     spectral step needs, since ``msign(Qᵀ Z) = Qᵀ msign(Z)``. Arguments as for :func:`damp`.
     """
+    if devices.is_accelerator(moment):
+        return _inverse_factor_on_device(moment, damping, mean)
     lower, usable, identity = _cholesky(moment, damping, mean)
     eye = _eye(moment).expand_as(lower)
-    inverse = devices.kernel(torch.linalg.solve_triangular, lower, eye, upper=False)
+    inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
+    return DampedInverse(inverse.mT, usable, identity)
+
+
+def _inverse_factor_on_device(
+    moment: Tensor, damping: float, mean: Tensor | None
+) -> DampedInverse:
+    """As :func:`inverse_factor`; nothing is read back, so no one knows whether to try again."""
+    damped, identity = damp(moment, damping, mean)
+    inverse, info = inverse_cholesky(damped)
+    mean = mean_eigenvalue(moment) if mean is None else mean
+    for attempt in range(1, RETRIES if damping < SAFE else 1):
+        more = (mean * (damping * (10.0**attempt - 1))).masked_fill_(identity, 0.0)
+        raised = damped.clone()
+        raised.diagonal(dim1=-2, dim2=-1).add_(more[..., None])
+        again, again_info = inverse_cholesky(raised)
+        inverse = torch.where((info == 0)[..., None, None], inverse, again)
+        info = torch.where(info == 0, info, again_info)
+    usable = info == 0
+    if damping < SAFE:
+        inverse = torch.where(usable[..., None, None], inverse, _eye(moment))
     return DampedInverse(inverse.mT, usable, identity)
 
 
@@ -294,19 +370,12 @@ def _cholesky(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Lower factors, where they are usable, and where they are the identity's."""
     damped, identity = damp(moment, damping, mean)
-    lower, info = devices.kernel(torch.linalg.cholesky_ex, damped)
-    mean = mean_eigenvalue(moment) if mean is None else mean
+    lower, info = torch.linalg.cholesky_ex(damped)
     for attempt in range(1, RETRIES):
-        # An accelerator always retries: asking whether it must would stall the host.
-        if devices.is_accelerator(info):
-            raised = damped.clone()
-            more = (mean * (damping * (10.0**attempt - 1))).masked_fill_(identity, 0.0)
-            raised.diagonal(dim1=-2, dim2=-1).add_(more[..., None])
-        elif info.any():
-            raised, _ = damp(moment, damping * 10.0**attempt, mean)
-        else:
+        if not info.any():
             break
-        again, again_info = devices.kernel(torch.linalg.cholesky_ex, raised)
+        raised, _ = damp(moment, damping * 10.0**attempt, mean)
+        again, again_info = torch.linalg.cholesky_ex(raised)
         lower = torch.where((info == 0)[..., None, None], lower, again)
         info = torch.where(info == 0, info, again_info)
     usable = info == 0

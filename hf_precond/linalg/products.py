@@ -28,7 +28,8 @@ def arithmetic(precision: Precision, like: Tensor, kind: Kind = "factor") -> Ari
     solve     in inverses, roots, decompositions                  float32
     ========  ==================================================  =======================
 
-    ``tf32`` and ``bf16`` change ``factor`` alone. ``highest`` is float32 for all kinds. TF32 where
+    Where all of a step is in half precision (AFOpt's of whole layers, NKFAC's), factors are float16
+    too, scaled into its range. ``tf32`` and ``bf16`` change ``factor`` alone. ``highest`` is float32 for all kinds. TF32 where
     a device has none is float32. On CPUs, and in float64, all are the plain product: nothing is
     gained there by a lower precision. Nothing is read from the device.
 
@@ -113,6 +114,14 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast rounds the operands of products to at this moment; ``None`` where it is off."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
 
 
 def compute_dtype(parameter_dtype: torch.dtype) -> torch.dtype:

@@ -17,7 +17,7 @@ from hf_precond.architectures.structure import LayerMatrix
 from hf_precond.compat.torch_internals import EagerCode, Hook, transforming
 from hf_precond.compat.warn import warn
 from hf_precond.distributed import collectives
-from hf_precond.linalg.products import compute_dtype, without_autocast
+from hf_precond.linalg.products import autocast_dtype, compute_dtype, without_autocast
 from hf_precond.statistics.functional import FixedWeights, FunctionalCalls
 from hf_precond.statistics.moments import (
     Collection,
@@ -420,12 +420,13 @@ class MomentCollector(StatisticsSource):
         gradients: list[Hashable] = []
         moments: dict[Hashable, Statistic] = {}
         weights: Tensor | None = None
+        low = autocast_dtype(result.device)
         with torch.no_grad(), without_autocast(result.device):
             for key, collection in hooked.collections.items():
                 if collection.kind == "output_grad":
                     gradients.append(key)
                     continue
-                moment = self._input_moment(hooked, collection, args, kwargs)
+                moment = self._input_moment(hooked, collection, args, kwargs, low)
                 if moment is not None:
                     moments[key] = moment
             if gradients and not isinstance(hooked.layer, CONVOLUTIONS):
@@ -572,6 +573,7 @@ class MomentCollector(StatisticsSource):
         collection: Collection,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        low: torch.dtype | None,
     ) -> Statistic | None:
         """The moment of what a call brings to a matrix: the layer's own input in most layers."""
         dtype, reader = hooked.dtype, hooked.reader
@@ -591,7 +593,8 @@ class MomentCollector(StatisticsSource):
 
         def compute() -> Statistic:
             weights = self._token_weights(hooked, inputs, tuple(inputs.shape))
-            return second_moment(collection, as_rows(inputs, dtype), weights, self.step)
+            rows = as_rows(inputs, dtype, low if is_linear(hooked.layer) else None)
+            return second_moment(collection, rows, weights, self.step)
 
         # Layers of one parent read the same mask.
         parent = hooked.path.rpartition(".")[0]

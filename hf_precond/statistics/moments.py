@@ -18,6 +18,8 @@ from hf_precond.linalg.products import averaging_weight
 from hf_precond.statistics.requests import CurvatureRequest, MomentRequest, Statistic
 
 HALF = (torch.bfloat16, torch.float16)
+ROWS = 4096
+"""Rows of a call that enter a moment on accelerators, at most, where nothing else is said."""
 GOLDEN = (5**0.5 - 1) / 2
 _PATCHES = 2**24  # entries of a convolution's patches that are laid out at once
 
@@ -49,19 +51,38 @@ def request_shape(request: MomentRequest | CurvatureRequest) -> tuple[int, ...]:
 # Second moments of rows -------------------------------------------------------
 
 
-def as_rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def as_rows(tensor: Tensor, dtype: torch.dtype, low: torch.dtype | None = None) -> Tensor:
     """Returns activations or gradients as their moment is taken of them.
 
     Half precision stays as it is where a device sums its products in float32: the moment is that
-    of the same numbers, at a fraction of the cost. Otherwise they are converted.
+    of the same numbers, at a fraction of the cost. So are float32 numbers that the layer rounds
+    to half precision, as those that a norm returns under autocast. Otherwise they are converted.
 
     Args:
         tensor: activations or gradients.
         dtype: of the moment.
+        low: what the layer's own product rounds them to; ``None`` for nothing.
     """
     tensor = tensor.detach()
-    half = tensor.dtype in HALF and dtype == torch.float32
-    return tensor if half and devices.accumulates(tensor.device) else tensor.to(dtype)
+    if dtype == torch.float32 and devices.accumulates(tensor.device):
+        if tensor.dtype in HALF:
+            return tensor
+        if low in HALF and tensor.dtype == torch.float32:
+            return tensor.to(low)
+    return tensor.to(dtype)
+
+
+def rows_of(rows: int | None, like: Tensor) -> int:
+    """Returns how many rows of a call enter a moment, at most; 0 for all.
+
+    Args:
+        rows: what a config says; ``None`` for all on CPUs, :data:`ROWS` on accelerators, whose
+            batches are so large that further rows cost more than they tell.
+        like: on the device.
+    """
+    if rows is None:
+        return ROWS if devices.is_accelerator(like) else 0
+    return rows
 
 
 def moment_dtype(rows: Tensor) -> torch.dtype:
@@ -71,7 +92,6 @@ def moment_dtype(rows: Tensor) -> torch.dtype:
         rows: the rows.
     """
     return torch.float32 if rows.dtype in HALF else rows.dtype
-
 
 
 def weighted(rows: Tensor, weights: Tensor | None) -> Tensor:
@@ -418,7 +438,8 @@ def update_moments(
     Returns:
         Per mean 1 where it was not finite, else 0: int64, ``[n]``.
     """
-    usable = torch.isfinite(means).flatten(1).all(1)
+    # The largest magnitude tells in one pass what isfinite() takes four for.
+    usable = torch.linalg.vector_norm(means.flatten(1), torch.inf, dim=1).isfinite()
     counts = torch.stack(list(updates)) + usable
     shape = -1, *[1] * (means.dim() - 1)
     kept = torch.stack(list(moments)).to(means.dtype)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_precond.linalg.matrix_functions import half_newton_schulz, newton_schulz
+from hf_precond.linalg.matrix_functions import half_direction, half_newton_schulz, newton_schulz
 from hf_precond.linalg.products import matmul
 from tests.linalg.test_matrix_functions import with_condition
 from tests.rounding import accelerator
@@ -92,3 +92,44 @@ def test_an_indefinite_gram_matrix_does_not_diverge():
         with accelerator():
             found = half_newton_schulz(matrix, matrix + noise)
         assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("decay", [0.5, 1.0, 2.0])
+def test_the_direction_in_half_precision_from_end_to_end(decay, condition):
+    """Gradients scaled to 64 and factors to 1, float16 like their products; up to its length."""
+    left = torch.linalg.inv(torch.linalg.cholesky(damped(32, decay, 1))).mT
+    inverse = torch.linalg.inv(damped(128, decay, 2))
+    root = torch.linalg.cholesky(inverse)
+    whitened = with_condition(32, 128, condition)
+    gradient = torch.linalg.inv(left.mT) @ whitened @ torch.linalg.inv(root)
+    exact = left @ newton_schulz(whitened) @ root.mT
+    half = (gradient * 64 / gradient.abs().amax((-2, -1), keepdim=True)).half()
+    low, weight, factor = ((f / f.abs().max()).half().expand(len(half), -1, -1)
+                           for f in (left, inverse, root))  # fmt: skip
+    with accelerator() as seen:
+        peer = left @ newton_schulz(whitened.bfloat16()).double() @ root.mT
+        seen.operations.clear()
+        z = low.mT @ half
+        by_rows = low @ half_direction(z, z @ weight)
+        directly = low @ half_direction(z @ factor) @ factor.mT
+        assert set(seen.operations) == {"float16"}
+    for found in (by_rows, directly):
+        assert cosine(found, exact) >= cosine(peer, exact) - 2e-4
+
+
+def test_heads_keep_their_proportions():
+    """Whatever each was divided by before."""
+    matrix = with_condition(8, 24, 30).float()
+    sizes = torch.tensor([1.0, 1e-2, 10.0] * 4)[: len(matrix)][:, None, None]
+    with accelerator():
+        for weighed in (None, matrix * torch.linspace(1, 2, 24)):
+            plain = half_newton_schulz(matrix, weighed)
+            halves = [m if m is None else (m / matrix.abs().max()).half()
+                      for m in (matrix, weighed)]  # fmt: skip
+            found = half_direction(*halves, sizes, len(matrix)).float()
+            expected = plain * sizes
+            lengths = (found / found.norm()).flatten(1).norm(dim=1)
+            own = (expected / expected.norm()).flatten(1).norm(dim=1)
+            torch.testing.assert_close(lengths, own, rtol=1e-2, atol=0)
+            assert cosine(found, expected.double()) >= 0.999

@@ -7,6 +7,7 @@ import torch
 
 from hf_precond.linalg import inverses
 from hf_precond.linalg.inverses import (
+    inverse_cholesky,
     largest_eigenvalue,
     newton_step,
     root_without_last,
@@ -287,3 +288,32 @@ def test_newtons_step_corrects_and_stays_at_what_its_products_round(condition, p
             residuals.append(float(lost.norm() / size**0.5))
     limit = condition * 2.0 ** (-10 if precision == "auto" else -22)
     assert residuals[0] < 0.02 + limit and max(residuals[3:]) < limit, residuals
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 33, 130])
+def test_the_inverse_cholesky_factor_is_torchs(size, monkeypatch):
+    """By halves down to 16."""
+    monkeypatch.setattr(inverses, "FACTOR_SIZE", 16)
+    matrix = torch.cat([spd(1, size), 1e-3 * spd(1, size, seed=1)])
+    found, info = inverse_cholesky(matrix)
+    torch.testing.assert_close(
+        found, torch.linalg.inv(torch.linalg.cholesky(matrix)), rtol=1e-11, atol=1e-12
+    )
+    assert not info.any()
+    matrix[1, -1, -1] = -1.0
+    assert [bool(i) for i in inverse_cholesky(matrix)[1]] == [False, True]
+
+
+@pytest.mark.parametrize("condition", [1e1, 1e3, 1e5])
+def test_the_inverse_cholesky_factor_in_float32_errs_as_the_librarys(condition, monkeypatch):
+    """``L⁻¹ A L⁻ᵀ`` is the identity, to the condition times the unit roundoff."""
+    monkeypatch.setattr(inverses, "FACTOR_SIZE", 16)
+    matrix = spd(96, condition=condition, dtype=torch.float32)
+    found, _ = inverse_cholesky(matrix)
+    lower = torch.linalg.cholesky(matrix)
+    library = torch.linalg.solve_triangular(lower, torch.eye(96), upper=False)
+    miss, peer = (
+        float(torch.dist(f.double() @ matrix.double() @ f.double().T, torch.eye(96).double()))
+        for f in (found, library)
+    )
+    assert miss <= max(3 * peer, 96 * condition * 2**-24)

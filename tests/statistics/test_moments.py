@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hf_precond.statistics.moments import Collection, moment, second_moment
+from hf_precond.statistics import moments
+from hf_precond.statistics.moments import Collection, as_rows, moment, second_moment
 from tests.rounding import accelerator
 
 
@@ -40,3 +41,22 @@ def test_moments_of_half_precision_are_those_of_the_same_numbers(dtype, kind, we
     assert found.sum.dtype == found.count.dtype == torch.float32
     torch.testing.assert_close(found.sum.double(), exact.sum, rtol=1e-5, atol=1e-2)
     assert found.count == exact.count
+
+
+def test_rows_that_the_layer_rounds_enter_as_it_rounds_them():
+    """A norm returns float32 under autocast; the linear layer behind it multiplies bfloat16."""
+    rows = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    assert as_rows(rows, torch.float32, torch.bfloat16).dtype == torch.float32
+    with accelerator():
+        assert as_rows(rows, torch.float32).dtype == torch.float32
+        found = moment(as_rows(rows, torch.float32, torch.bfloat16))
+    rounded = rows.bfloat16().double()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), rounded.T @ rounded, rtol=1e-5, atol=1e-4)
+
+
+def test_so_many_rows_enter_on_an_accelerator_unless_a_number_is_given():
+    weight = torch.ones(2, 2)
+    assert (moments.rows_of(None, weight), moments.rows_of(0, weight), moments.rows_of(7, weight)) == (0, 0, 7)
+    with accelerator():
+        assert (moments.rows_of(None, weight), moments.rows_of(0, weight), moments.rows_of(7, weight)) == (moments.ROWS, 0, 7)

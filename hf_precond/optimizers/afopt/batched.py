@@ -3,7 +3,11 @@
 - The matrix sign is computed in float16
   (:func:`~hf_precond.linalg.matrix_functions.half_newton_schulz`), which is as near to float64 as
   Muon's bfloat16 or nearer, at condition numbers from 1 to 1e6 (``tests/linalg``).
-- Products with factors are TF32 where ``precision="auto"`` and the device has it. Rounding of a
+- Whole layers of one shape are stepped in half precision from end to end
+  (:func:`step_in_half`), so that each pass over them moves half the bytes: gradients are scaled
+  into float16's range, where they keep TF32's digits, and so are the factors.
+- Elsewhere (fused or sharded weights, a direction or a scaling that is not the default) products
+  with factors are TF32 where ``precision="auto"`` and the device has it. Rounding of a
   gradient is multiplied by the root of the factors' condition number, ``1 + n/λ`` at most: below a
   damping of 1/2, and with the covariant one, they are float32.
 - Rows of an odd length are padded with zeros to a multiple of 8: tensor cores want theirs aligned.
@@ -12,7 +16,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,10 +25,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_precond.linalg.matrix_functions import half_newton_schulz, packed_size, unpack
+from hf_precond.linalg.matrix_functions import (
+    half_direction,
+    half_newton_schulz,
+    packed_size,
+    unpack,
+)
 from hf_precond.linalg.products import arithmetic, float32_products, from_cpu, matmul
-from hf_precond.optimizers.afopt.optimizer import TwoSidedPreconditioner
+from hf_precond.optimizers.afopt.optimizer import RMS, TwoSidedPreconditioner
 from hf_precond.optimizers.afopt.plan import MatrixPlan, RightFactor
+from hf_precond.optimizers.base.parameters import (
+    BoundMatrix,
+    Preconditioned,
+    are_alike,
+    gradient_stacks,
+    padded_stack,
+    split_stacks,
+)
 
 if TYPE_CHECKING:
     from hf_precond.optimizers.afopt.optimizer import AFOpt
@@ -31,7 +49,11 @@ if TYPE_CHECKING:
 ALIGNED = 8
 """Entries of a row that tensor cores want a multiple of, in half precision."""
 DAMPED = 0.5
-"""Damping from which products with the factors may be TF32."""
+"""Damping from which products with the factors may be TF32 or float16."""
+HEIGHT = 64.0
+"""To this largest entry gradients are scaled in float16. A factor's rows are at most three times as
+long as its largest entry, which is scaled to 1, from :data:`DAMPED` on; so no entry of their
+product exceeds ``3 · 64 · √1024``, and rounding is 2^-11 down to 1e-6 of the largest entry."""
 
 
 @dataclass
@@ -42,11 +64,13 @@ class BatchedPreconditioner(TwoSidedPreconditioner):
         stack: the right factors, ``[k, blocks, w, w]``; ``None`` for the identity.
         siblings: how many neighbours of the batch share each of them, k numbers.
         half: whether the matrix sign is computed in float16.
+        sizes: what the left factors were divided by, ``[n · heads, 1, 1]``.
     """
 
     stack: Tensor | None = None
     siblings: Sequence[int] = ()
     half: bool = False
+    sizes: Tensor | None = None
 
     def linear(self, gradient: Tensor) -> Tensor:
         """As of a :class:`TwoSidedPreconditioner`."""
@@ -66,16 +90,23 @@ class BatchedPreconditioner(TwoSidedPreconditioner):
             weighed = None
             if self.stack is not None:
                 weighed = self._split(self._times_right(z.view(gradient.shape)))
-            return self._times_left(half_newton_schulz(z, weighed)).view(gradient.shape)
+            return self._times_left(self._sign(z, weighed)).view(gradient.shape)
         z = self._split(self._times_right(gradient))
         if self.form == "columns":
             weighed = None if self.left is None else self._times_left(z).mT
-            sign = half_newton_schulz(z.mT, weighed).mT
+            sign = self._sign(z.mT, weighed).mT
         else:
             z = self._times_left(z, True)
             tall = z.shape[1] > z.shape[2]
-            sign = self._times_left(half_newton_schulz(z.mT).mT if tall else half_newton_schulz(z))
+            sign = self._times_left(self._sign(z.mT).mT if tall else self._sign(z))
         return self._times_right(sign.reshape(gradient.shape), True)
+
+    def _sign(self, matrices: Tensor, weighed: Tensor | None = None) -> Tensor:
+        if matrices.dtype != torch.float16:
+            return half_newton_schulz(matrices, weighed)
+        sizes = self.sizes  # of ``columns`` the root of the left factor enters
+        sizes = sizes.sqrt() if sizes is not None and self.form == "columns" else sizes
+        return half_direction(matrices, weighed, sizes, self.heads)
 
     def _widened(self, gradient: Tensor) -> Tensor:
         """``[n, out, c]`` with every block of columns as wide as its factor."""
@@ -127,8 +158,7 @@ def batched(optimizer: AFOpt, batch: Sequence[MatrixPlan]) -> BatchedPreconditio
         batch: matrices that are stepped alike, on an accelerator.
     """
     first, config = batch[0], optimizer.config
-    rights = [plan.right for plan in batch if plan.right is not None]
-    runs = [(right, len(list(alike))) for right, alike in itertools.groupby(rights)]
+    runs = _runs(batch)
     left = None
     if first.left is not None:
         left = torch.cat(optimizer.tensors(batch, "left")).to(first.bound.dtype)
@@ -141,11 +171,22 @@ def batched(optimizer: AFOpt, batch: Sequence[MatrixPlan]) -> BatchedPreconditio
     )  # fmt: skip
 
 
-def _stacked(optimizer: AFOpt, first: MatrixPlan, rights: Sequence[RightFactor]) -> Tensor | None:
-    """Right factors of one shape, ``[k, blocks, w, w]``, padded to a multiple of 8."""
+def _stacked(
+    optimizer: AFOpt, first: MatrixPlan, rights: Sequence[RightFactor], half: bool = False
+) -> Tensor | None:
+    """Right factors of one shape, ``[k, blocks, w, w]``, padded to a multiple of 8.
+
+    In float16 each is divided by its largest entry.
+    """
     if not rights:
         return None
     factors = torch.stack([right.stored(optimizer.state) for right in rights])
+    if half:
+        dims = tuple(range(1, factors.dim()))  # no factor is zero
+        sizes = torch.linalg.vector_norm(
+            factors, torch.inf, dim=dims, keepdim=True, dtype=first.bound.dtype
+        )
+        factors = torch.div(factors, sizes, out=torch.empty_like(factors, dtype=torch.float16))
     if rights[0].packed:
         size, known = rights[0].shape[-1], optimizer.plan.positions
         if (size, factors.device) not in known:
@@ -153,12 +194,115 @@ def _stacked(optimizer: AFOpt, first: MatrixPlan, rights: Sequence[RightFactor])
             known[size, factors.device] = from_cpu(places, factors.device, places.dtype)
         # Read by an index, in one kernel; it is kept for all matrices of this size.
         factors = factors.index_select(-1, known[size, factors.device]).unflatten(-1, (size, size))
-    factors = factors.to(first.bound.dtype)
+    factors = factors if half else factors.to(first.bound.dtype)
     if first.bound.bias_rests:
         from hf_precond.optimizers.afopt.variants import without_bias
 
         pairs = zip(rights, factors, strict=True)
         factors = torch.stack([without_bias(right, factor) for right, factor in pairs])
     factors = factors if factors.dim() == 4 else factors.unsqueeze(1)
-    extra = -factors.shape[-1] % ALIGNED if factors.shape[-1] > ALIGNED else 0
+    extra = aligned(factors.shape[-1]) - factors.shape[-1]
     return F.pad(factors, (0, extra, 0, extra)) if extra else factors
+
+
+def aligned(size: int) -> int:
+    """A row's length, padded to a multiple of :data:`ALIGNED` unless it is tiny."""
+    return size + -size % ALIGNED if size > ALIGNED else size
+
+
+# Half precision from end to end -----------------------------------------------------------------
+
+
+def step_in_half(
+    optimizer: AFOpt, batch: Sequence[MatrixPlan]
+) -> Iterator[Preconditioned] | None:
+    """The momentum and the direction of a batch, in float16 from the momentum on.
+
+    Args:
+        optimizer: the optimizer.
+        batch: matrices that are stepped alike, on an accelerator.
+
+    Returns:
+        What the step yields; ``None`` where the batch is none of whole layers alike, or the config
+        asks for something else than the default direction, scaling and precision.
+    """
+    config, bound = optimizer.config, [plan.bound for plan in batch]
+    usual = config.scaling == "rms" and config.precision == "auto" and config.damping >= DAMPED
+    if not usual or config.covariant_damping or bound[0].bias_rests or not are_alike(bound):
+        return None
+    return _stepped(optimizer, batch, bound)
+
+
+def _stepped(
+    optimizer: AFOpt, batch: Sequence[MatrixPlan], bound: Sequence[BoundMatrix]
+) -> Iterator[Preconditioned]:
+    weights, biases = gradient_stacks(bound)
+    columns, beta = weights.shape[2], optimizer.param_groups[bound[0].group]["momentum"]
+    matrix = bound[0].matrix
+    shape = matrix.shape[0], aligned(matrix.columns)
+    momentum = _state_stack(optimizer, batch, "momentum", shape)
+    largest = torch.linalg.vector_norm(weights, torch.inf, dim=(1, 2), keepdim=True)
+    momentum[..., :columns].lerp_(weights, 1 - beta)
+    if biases is not None:
+        most = torch.linalg.vector_norm(biases, torch.inf, dim=1)[:, None, None]
+        largest = torch.maximum(largest, most)
+        momentum[..., columns].lerp_(biases, 1 - beta)
+    fades = _state_stack(optimizer, batch, "fade", (1, 1))
+    fades.mul_(beta).masked_fill_(largest != 0, 1.0)
+    # N lies between M and G.
+    height = torch.linalg.vector_norm(momentum, torch.inf, dim=(1, 2), keepdim=True)
+    height = torch.maximum(height, largest).clamp_(min=torch.finfo(momentum.dtype).tiny)
+    ahead = torch.empty_like(momentum, dtype=torch.float16)
+    scale = torch.full((), HEIGHT) / height  # of a number this would be two kernels
+    torch.mul(momentum, scale, out=ahead)
+    if optimizer.config.nesterov and beta > 0:  # N / β: β M + (1 - β) G
+        ahead[..., :columns].addcmul_(weights, scale, value=(1 - beta) / beta)
+        if biases is not None:
+            ahead[..., columns].addcmul_(biases, scale[..., 0], value=(1 - beta) / beta)
+    del weights, biases
+    factors, size = _half_factors(optimizer, batch), matrix.columns
+    blocks = 1 if factors.stack is None else factors.stack.shape[1]
+    found = factors.spectral(ahead if blocks == 1 else ahead[..., :size])
+    norms = torch.linalg.vector_norm(found, dim=(1, 2), keepdim=True, dtype=torch.float32)
+    norms = norms.clamp(min=torch.finfo(torch.float32).tiny)
+    usual = RMS * math.sqrt(found.shape[1] * size) * optimizer.config.lr_scale
+    lengths = fades * usual / norms
+    steps = lengths.new_empty(len(batch), found.shape[1], columns)
+    torch.mul(found[..., :columns], lengths, out=steps)
+    rest = None if matrix.bias is None else found[..., columns] * lengths[..., 0]
+    for item, parts in zip(bound, split_stacks(bound, steps, rest), strict=True):
+        yield Preconditioned(item, parts[0], "direction", parts)
+
+
+def _state_stack(
+    optimizer: AFOpt, batch: Sequence[MatrixPlan], name: str, shape: tuple[int, int]
+) -> Tensor:
+    """State of a batch in one stack, ``[n, *shape]``, of which it is views from now on."""
+    held = optimizer.tensors(batch, name)
+    stack, views = padded_stack([h if h.dim() else h.view(1, 1) for h in held], shape)
+    for plan, tensor, view in zip(batch, held, views or (), strict=False):
+        view = view if tensor.dim() else view.view(())
+        optimizer.state[plan.bound.weight][plan.bound.prefix + name] = view
+    return stack
+
+
+def _half_factors(optimizer: AFOpt, batch: Sequence[MatrixPlan]) -> BatchedPreconditioner:
+    """The factors of a batch in float16, each scaled to entries of 1 and less."""
+    first, heads, runs = batch[0], batch[0].heads, _runs(batch)
+    stack = _stacked(optimizer, first, [right for right, _ in runs], True)
+    left = sizes = None
+    if first.left is not None:
+        whole = torch.cat(optimizer.tensors(batch, "left")).to(first.bound.dtype)
+        sizes = torch.linalg.vector_norm(whole, torch.inf, dim=(1, 2), keepdim=True)
+        left = torch.div(whole, sizes, out=torch.empty_like(whole, dtype=torch.float16))
+    rights = () if stack is None else (stack,)
+    return BatchedPreconditioner(
+        heads, first.form, left, rights, optimizer.config.precision, stack,
+        [count for _, count in runs], True, sizes,
+    )  # fmt: skip
+
+
+def _runs(batch: Sequence[MatrixPlan]) -> list[tuple[RightFactor, int]]:
+    """Right factors, and how many neighbours share each."""
+    rights = [plan.right for plan in batch if plan.right is not None]
+    return [(right, len(list(alike))) for right, alike in itertools.groupby(rights)]

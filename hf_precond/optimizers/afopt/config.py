@@ -45,6 +45,9 @@ class AFOptConfig(OptimizerConfig):
         stat_decay: decay of the factors' running average, in [0, 1).
             Default 0.95.
         stat_interval: steps between two statistics, >= 1. Default 5.
+        stat_rows: at most so many tokens of a layer's call enter the moment of
+            its input, evenly spaced, >= 0; 0 for all; ``None`` for all on CPUs
+            and 4,096 on accelerators. Default ``None``.
         inverse_interval: steps between two refreshes of the roots, >= 1.
             Default 20.
         max_dim: a wider input side is divided into diagonal blocks of at most
@@ -89,6 +92,7 @@ class AFOptConfig(OptimizerConfig):
     covariant_damping: bool = False
     stat_decay: float = decay(0.95)
     stat_interval: int = interval(5)
+    stat_rows: int | None = bounded(None, 0)
     inverse_interval: int = interval(20)
     max_dim: int = bounded(1024, 1)
     nesterov: bool = True

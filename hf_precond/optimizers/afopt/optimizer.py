@@ -210,6 +210,13 @@ class AFOpt(PrecondOptimizer):
         observed = self._observed_step() if self.observing else None
         assembly: Assembly | None = None
         for batch in self.batches([self.plan.of[bound] for bound in ready]):
+            if self._in_half(batch[0]) and observed is None:
+                from hf_precond.optimizers.afopt.batched import step_in_half
+
+                found = step_in_half(self, batch)
+                if found is not None:
+                    yield from found
+                    continue
             bound = [plan.bound for plan in batch]
             gradients, fades = self.gradients(batch), None
             if kind == "direction":

@@ -28,7 +28,7 @@ from hf_precond.compat.warn import warn
 from hf_precond.linalg.matrix_functions import pack, packed_size, unpack
 from hf_precond.optimizers.afopt.config import AFOptConfig
 from hf_precond.optimizers.base.parameters import BoundMatrix, allocate
-from hf_precond.statistics.moments import request_shape
+from hf_precond.statistics.moments import request_shape, rows_of
 from hf_precond.statistics.requests import MomentRequest
 
 State = dict[Tensor, dict[str, Any]]
@@ -494,6 +494,9 @@ class AFOptPlan:
         if matrix.stack:
             widest = min(widest, EXPERT_WIDTH * matrix.shape[0])
         blocks = -(-matrix.shape[1] // widest) if kind == "input" else 1
-        request = MomentRequest(f"{matrix.name}:{name}", kind, matrix, blocks=blocks, **fields)
+        rows = rows_of(self.config.stat_rows, bound.weight) if kind == "input" else 0
+        request = MomentRequest(
+            f"{matrix.name}:{name}", kind, matrix, blocks=blocks, rows=rows, **fields
+        )
         self.moments.append(Moment(bound, name, request_shape(request), True, "moment", request))
         return self.moments[-1]

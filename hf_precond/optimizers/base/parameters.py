@@ -380,7 +380,7 @@ def stacked_gradients(bound: Sequence[BoundMatrix]) -> Tensor:
 
     A copy; a few kernels for all of them where they are whole layers alike.
     """
-    if len(bound) == 1 or not _alike(bound):
+    if len(bound) == 1 or not are_alike(bound):
         gradients = [item.gradient() for item in bound]
         return torch.stack([gradient for gradient in gradients if gradient is not None])
     weights, biases = gradient_stacks(bound)
@@ -393,7 +393,7 @@ def gradient_stacks(bound: Sequence[BoundMatrix]) -> tuple[Tensor, Tensor | None
     Of matrices of one shape and dtype; zeros for a bias without a gradient.
     """
     matrix, dtype = bound[0].matrix, bound[0].dtype
-    if not _alike(bound):
+    if not are_alike(bound):
         joined = torch.stack([g for item in bound if (g := item.gradient()) is not None])
         if matrix.bias is None:
             return joined, None
@@ -418,7 +418,7 @@ def split_stack(
         matrices: ``[n, out, in(+1)]``.
         scales: what the parts are multiplied by on the way, ``[n, 1, 1]``.
     """
-    if len(bound) == 1 or not _alike(bound):
+    if len(bound) == 1 or not are_alike(bound):
         return [None] * len(bound)
     weights, biases = matrices, None
     if bound[0].matrix.bias is not None:
@@ -432,7 +432,7 @@ def split_stacks(
     bound: Sequence[BoundMatrix], weights: Tensor, biases: Tensor | None
 ) -> Sequence[Parts]:
     """The parts of each matrix, shaped like its weight and bias, of :func:`gradient_stacks`."""
-    if not _alike(bound):
+    if not are_alike(bound):
         joined = weights if biases is None else torch.cat([weights, biases[..., None]], 2)
         return [item.matrix.split(matrix) for item, matrix in zip(bound, joined, strict=True)]
     weights = weights.mT if bound[0].matrix.layout == "transposed" else weights
@@ -441,7 +441,7 @@ def split_stacks(
     return list(zip(weights.unbind(), columns, strict=True))
 
 
-def _alike(bound: Sequence[BoundMatrix]) -> bool:
+def are_alike(bound: Sequence[BoundMatrix]) -> bool:
     """Whether these are whole, unsharded weights of one layout, all or none with a bias."""
     first = bound[0].matrix
     for item in bound:
@@ -453,6 +453,36 @@ def _alike(bound: Sequence[BoundMatrix]) -> bool:
         if bias is not None and (bias.grad is None or is_sharded(bias)):
             return False
     return True
+
+
+def padded_stack(
+    parts: Sequence[Tensor], shape: tuple[int, int]
+) -> tuple[Tensor, Sequence[Tensor] | None]:
+    """Matrices of one shape in one stack with zeros beyond them, ``[n, rows, columns]``.
+
+    Args:
+        parts: the matrices; nothing is copied where they are views of such a stack.
+        shape: rows and columns of the stack.
+
+    Returns:
+        The stack; and the matrices as views of it where they were none, which are to take the
+        place of ``parts``.
+    """
+    first, (rows, columns) = parts[0], shape
+    strides, memory = (rows * columns, columns, 1), first.untyped_storage().data_ptr()
+    for number, part in enumerate(parts):
+        place = first.storage_offset() + number * rows * columns
+        if part.stride() != (columns, 1) or part.storage_offset() != place:
+            break
+        if part.untyped_storage().data_ptr() != memory:
+            break
+    else:
+        if first.untyped_storage().nbytes() >= len(parts) * rows * columns * first.element_size():
+            return first.as_strided((len(parts), *shape), strides, first.storage_offset()), None
+    stack = first.new_zeros(len(parts), *shape)
+    views = list(stack[:, : first.shape[0], : first.shape[1]].unbind())
+    torch._foreach_copy_(views, list(parts))
+    return stack, views
 
 
 def fused_remainders(bound: Sequence[Bound]) -> list[BoundMatrix]:

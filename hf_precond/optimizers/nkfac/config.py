@@ -34,8 +34,8 @@ class NKFACConfig(OptimizerConfig):
             Default 0.95.
         stat_interval: steps between two statistics, >= 1. Default 10.
         stat_rows: at most so many rows (tokens, output positions) of a layer's
-            call enter its statistics, evenly spaced, >= 0; 0 for all.
-            Default 0.
+            call enter its statistics, evenly spaced, >= 0; 0 for all;
+            ``None`` for all on CPUs and 4,096 on accelerators. Default ``None``.
         inverse_interval: steps between two refreshes of the inverses, >= 1.
             Default 100.
         newton_steps: Newton iterations per refresh, >= 1. Default 1.
@@ -66,7 +66,7 @@ class NKFACConfig(OptimizerConfig):
     damping: float = positive(0.01)
     stat_decay: float = decay(0.95)
     stat_interval: int = interval(10)
-    stat_rows: int = bounded(0, 0)
+    stat_rows: int | None = bounded(None, 0)
     inverse_interval: int = interval(100)
     newton_steps: int = interval(1)
     exact_interval: int = interval(500)

@@ -17,7 +17,7 @@ from hf_precond.linalg.matrix_functions import pack, packed_size, unpack
 from hf_precond.linalg.products import Precision, averaging_weight, matmul
 from hf_precond.optimizers.base.parameters import BoundMatrix, allocate
 from hf_precond.optimizers.nkfac.config import WELL_CONDITIONED
-from hf_precond.statistics.moments import update_moments
+from hf_precond.statistics.moments import rows_of, update_moments
 from hf_precond.statistics.requests import MomentRequest
 
 Side = Literal["output", "input"]
@@ -89,13 +89,14 @@ class KroneckerFactor:
         experts = [e for count in self.bound.matrix.stack for e in range(count)]
         return [replace(self, expert=expert) for expert in experts] or [self]
 
-    def request(self, rows: int, scale: float = GRADIENT_SCALE) -> MomentRequest:
+    def request(self, rows: int | None, scale: float = GRADIENT_SCALE) -> MomentRequest:
         """The second moment that it averages.
 
         Args:
-            rows: at most so many rows of a call enter; 0 for all.
+            rows: the config's ``stat_rows``.
             scale: of output gradients.
         """
+        rows = rows_of(rows, self.bound.weight)
         if self.side == "input":
             return MomentRequest(self.name, "input", self.bound.matrix, rows=rows)
         return MomentRequest(self.name, "output_grad", self.bound.matrix, rows=rows, scale=scale)

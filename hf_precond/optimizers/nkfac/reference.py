@@ -41,7 +41,7 @@ class NKFACReference(NKFAC):
 
     def requests(self) -> Sequence[MomentRequest]:
         """Those of NKFAC, whose sums are as they are."""
-        return [factor.request(self.config.stat_rows, 1.0) for factor in self.all_factors()]
+        return [factor.request(self.config.stat_rows or 0, 1.0) for factor in self.all_factors()]
 
     def average(
         self, factors: Sequence[KroneckerFactor], statistics: Sequence[Statistic]

@@ -18,6 +18,7 @@ from hf_precond.optimizers.base.parameters import (
     BoundMatrix,
     Preconditioned,
     gradient_stacks,
+    padded_stack,
     split_stacks,
 )
 from hf_precond.optimizers.nkfac.factors import KroneckerFactor
@@ -99,21 +100,8 @@ def inverse_stack(factors: Sequence[KroneckerFactor]) -> Tensor:
 
     Nothing is copied where they are views of such a stack, which they are afterwards.
     """
-    held: list[Tensor] = [factor["inverse"] for factor in factors]
-    first, size, width = held[0], held[0].shape[-1], padded(held[0].shape[-1])
-    shape, strides = (len(held), width, width), (width * width, width, 1)
-    start, memory = first.storage_offset(), first.untyped_storage()
-    for number, part in enumerate(held):
-        here = part.storage_offset() == start + number * width * width
-        if not here or part.stride() != (width, 1):
-            break
-        if part.untyped_storage().data_ptr() != memory.data_ptr():
-            break
-    else:
-        return first.as_strided(shape, strides, start)
-    stack = first.new_zeros(shape)
-    parts = list(stack[:, :size, :size].unbind())
-    torch._foreach_copy_(parts, held)
-    for factor, part in zip(factors, parts, strict=True):
-        factor["inverse"] = part
+    size = padded(factors[0].size)
+    stack, views = padded_stack([factor["inverse"] for factor in factors], (size, size))
+    for factor, view in zip(factors, views or (), strict=False):
+        factor["inverse"] = view
     return stack
