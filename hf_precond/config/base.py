@@ -97,7 +97,7 @@ class _Field:
         if self.choices:
             return "one of " + ", ".join(map(repr, self.choices)) + optional
         if self.kind is bool:
-            return "True or False"
+            return "True or False" + optional.replace(" or", ", or")
         low, high, open_low, open_high = self.bounds
         kind = "an integer" if self.kind is int else "a number"
         if self.size:

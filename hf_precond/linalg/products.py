@@ -29,9 +29,10 @@ def arithmetic(precision: Precision, like: Tensor, kind: Kind = "factor") -> Ari
     ========  ==================================================  =======================
 
     Where all of a step is in half precision (AFOpt's of whole layers, NKFAC's), factors are float16
-    too, scaled into its range. ``tf32`` and ``bf16`` change ``factor`` alone. ``highest`` is float32 for all kinds. TF32 where
-    a device has none is float32. On CPUs, and in float64, all are the plain product: nothing is
-    gained there by a lower precision. Nothing is read from the device.
+    too, scaled into its range. ``tf32`` and ``bf16`` change ``factor`` alone. ``highest`` is
+    float32 for all kinds. TF32 where a device has none is float32. On CPUs, and in float64, all are
+    the plain product: nothing is gained there by a lower precision. Nothing is read from the
+    device.
 
     Args:
         precision: a config's.

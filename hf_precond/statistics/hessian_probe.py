@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_precond.architectures.tables import CHECKPOINTING
-from hf_precond.compat import accelerate_internals
+from hf_precond.compat import accelerate_internals, devices
 from hf_precond.compat.torch_internals import EagerCode, Hook, in_float32
 from hf_precond.compat.warn import warn
+from hf_precond.linalg.products import autocast_dtype
 from hf_precond.statistics.hessian_products import (
     GraphProduct,
     depends_on,
@@ -300,7 +301,15 @@ class CurvatureProbe(CurvatureSource):
         if not self.again:
             self.switches.acquire()
         # Children too: accelerate enters autocast inside the forward pass of the root.
-        return None if self.requests[0].autocast else self.precision.enter(module, args, kwargs)
+        return None if self._stays() else self.precision.enter(module, args, kwargs)
+
+    def _stays(self) -> bool:
+        """Whether the passes stay under the autocast that is in force."""
+        asked, weight = self.requests[0].autocast, next(self.model.parameters())
+        if asked is None:
+            low = autocast_dtype(weight.device)
+            return devices.is_accelerator(weight) and low == torch.bfloat16
+        return asked
 
     def _after_forward(self, module: nn.Module, *_: Any) -> None:
         self.precision.leave(module)

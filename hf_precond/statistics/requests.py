@@ -93,7 +93,7 @@ class CurvatureRequest:
     probe: Literal["rademacher", "ones", "exact"]
     period: int = 1
     phase: int = 0
-    autocast: bool = False
+    autocast: bool | None = False
 
 
 Request = MomentRequest | CurvatureRequest

@@ -57,6 +57,10 @@ def test_rows_that_the_layer_rounds_enter_as_it_rounds_them():
 
 def test_so_many_rows_enter_on_an_accelerator_unless_a_number_is_given():
     weight = torch.ones(2, 2)
-    assert (moments.rows_of(None, weight), moments.rows_of(0, weight), moments.rows_of(7, weight)) == (0, 0, 7)
+
+    def limits():
+        return [moments.rows_of(rows, weight) for rows in (None, 0, 7)]
+
+    assert limits() == [0, 0, 7]
     with accelerator():
-        assert (moments.rows_of(None, weight), moments.rows_of(0, weight), moments.rows_of(7, weight)) == (moments.ROWS, 0, 7)
+        assert limits() == [moments.ROWS, 0, 7]

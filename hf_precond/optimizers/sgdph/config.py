@@ -24,8 +24,10 @@ class SGDPHConfig(OptimizerConfig):
         probe_autocast: leave the passes of the steps that are probed under
             autocast, as all others are. Otherwise they run in float32: the
             curvature then has no rounding noise of bfloat16 or float16, at the
-            time and memory of a float32 step every ``probe_interval``.
-            Default ``False``.
+            time and memory of a float32 step every ``probe_interval``. ``None``
+            leaves bfloat16 alone, and on accelerators alone: its rounding is
+            half a percent of an estimate that random signs spread by far more
+            than itself. Default ``None``.
         stat_decay: decay of the probe's running average, in [0, 1).
             Default 0.9.
         tau: second-order learning rate of ``base="sgd"``, > 0. Default 0.001.
@@ -52,7 +54,7 @@ class SGDPHConfig(OptimizerConfig):
     base: Literal["adamw", "sgd"] = "adamw"
     probe: Literal["rademacher", "ones", "exact"] = "rademacher"
     probe_interval: int = interval(20)
-    probe_autocast: bool = False
+    probe_autocast: bool | None = None
     stat_decay: float = decay(0.9)
     tau: float = positive(1e-3)
     curvature_eps: float = positive(1e-4)

@@ -118,8 +118,9 @@ class SGDPH(PrecondOptimizer):
     elsewhere ``optimizer.probe(function)`` takes the place of ``probe(loss)``.
 
     Under autocast the forward passes of the steps that are probed run in
-    float32 (``probe_autocast`` leaves them). Weights kept in bfloat16 or
-    float16 are probed in their own precision; averages are float32 always.
+    float32, on accelerators those in bfloat16 as they are
+    (``probe_autocast``). Weights kept in bfloat16 or float16 are probed in
+    their own precision; averages are float32 always.
 
     Signs of trouble: ``norm_clipped`` in :meth:`diagnostics` near 1 (the
     curvature is too small to matter: raise ``gamma``), ``norm_update_rms``
