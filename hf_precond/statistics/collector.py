@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -643,6 +644,7 @@ class MomentCollector(StatisticsSource):
             self.functions.leave()
             self.watching = self.functions.found
         taken: dict[str, Statistic] = {}
+        waiting = Counter(self.served.values())
         for request in self.requests:
             if request.kind == "input" and request.attention in corrected:
                 continue  # it may be of another layer's input
@@ -650,7 +652,9 @@ class MomentCollector(StatisticsSource):
                 assert self.heads is not None
                 statistic = self.heads.get(request)
             elif request.matrix.stack:
-                statistic = self._of_experts(request)
+                key = self.served[request.key]
+                waiting[key] -= 1
+                statistic = self._of_experts(key, request.matrix.stack[0], not waiting[key])
             else:
                 statistic = self.buffer.get(self.served[request.key])
                 if statistic is not None and request.kind == "input" and request.blocks == 1:
@@ -666,17 +670,27 @@ class MomentCollector(StatisticsSource):
         self.tokens.forget()
         return taken
 
-    def _of_experts(self, request: MomentRequest) -> Statistic | None:
-        """The statistics of every expert of a stack: zeros where one had no tokens."""
-        key, experts = self.served[request.key], range(request.matrix.stack[0])
-        found = [self.buffer.get((key, expert)) for expert in experts]
+    def _of_experts(self, key: Hashable, number: int, last: bool) -> Statistic | None:
+        """The statistics of every expert of a stack: zeros where one had no tokens.
+
+        Args:
+            key: of the stack.
+            number: of experts.
+            last: the sums of the single experts can be freed.
+        """
+        answers = self.buffer.answers
+        found = [answers.get((key, expert)) for expert in range(number)]
         first = next((statistic for statistic in found if statistic is not None), None)
         if first is None:
             return None
         empty = Statistic(torch.zeros_like(first.sum), torch.zeros_like(first.count))
         held = [empty if statistic is None else statistic for statistic in found]
         sums = torch.stack([statistic.sum for statistic in held])
-        return Statistic(sums, torch.stack([statistic.count for statistic in held]))
+        counts = torch.stack([statistic.count for statistic in held])
+        for expert, statistic in enumerate(found if last else ()):
+            if statistic is not None:
+                answers[key, expert] = Statistic(statistic.count, statistic.count)
+        return Statistic(sums, counts)
 
     def watch(self) -> None:
         """Looks, when statistics are next collected, for weights that are given to functions."""

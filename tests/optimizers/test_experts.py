@@ -1,6 +1,7 @@
 """Experts are preconditioned one by one, by the tokens that are routed to each."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -256,6 +257,23 @@ def test_micro_batches_add_up():
     first = found[key]
     step(model, optimizer, 1)
     torch.testing.assert_close(both[0], first[0] + found[key][0])
+
+
+def test_sums_of_single_experts_are_freed_stack_by_stack(monkeypatch):
+    """They are as large as all stacks of them, which a step would hold beside."""
+    model = mixtral()
+    optimizer = hf_precond.create_optimizer(model, "nkfac", lr=0.0, **EVERY_STEP)
+    model(**batch()).loss.backward()
+    collector = optimizer.statistics
+    answers = collector.buffer.answers.items()
+    sums = [weakref.ref(held.sum) for key, held in answers if isinstance(key[0], tuple)]
+    assert len(sums) >= 2 * 2 * 2 * (EXPERTS - 1)  # layers, stacks, sides
+    alive = []
+    monkeypatch.setattr(
+        collector, "_warn_of_evaluation", lambda: alive.append(sum(s() is not None for s in sums))
+    )
+    optimizer.step()
+    assert alive == [0]
 
 
 def test_an_expert_without_tokens_keeps_its_average():
