@@ -57,9 +57,7 @@ def test_bad_options_are_refused(quickstart, arguments):
 
 def test_all_optimizers_train_and_differ(tmp_path):
     output = tmp_path / "results"
-    printed = run_example(
-        "quickstart.py", "--steps", "5", "--output", str(output), folder=tmp_path
-    )
+    printed = run_example("quickstart.py", "--steps", "5", "--output", str(output), folder=tmp_path)
     results = json.loads((output / "results.json").read_text())
     names = [run["arm"] for run in results]
     assert names == ["adamw", "afopt", "afopt_attention", "muon", "adamr", "nkfac", "sgdph"]
@@ -71,3 +69,25 @@ def test_all_optimizers_train_and_differ(tmp_path):
     for run in results:
         assert len(run["losses"]) == 5
         assert run["losses"][-1] < run["losses"][0]
+
+
+def test_the_notebooks_cells_run(tmp_path):
+    """Its code cells one after the other, in its folder, with three steps; no Jupyter is needed."""
+    book = json.loads((EXAMPLES / "quickstart.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == "code"]
+    script = "\n".join(cells)
+    assert script.count("STEPS = 12") == 1
+    path = tmp_path / "notebook.py"
+    setup = f"import sys\nsys.path.insert(0, {str(EXAMPLES)!r})\n"
+    path.write_text(setup + script.replace("STEPS = 12", "STEPS = 3"))
+    printed = run_example(str(path), folder=tmp_path)
+    assert "adamw_torch_fused  test loss" in printed and "afopt              test loss" in printed
+
+
+def test_the_notebook_keeps_the_outputs_of_one_run():
+    book = json.loads((EXAMPLES / "quickstart.ipynb").read_text())
+    code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    kinds = {output["output_type"] for cell in code for output in cell["outputs"]}
+    assert kinds == {"stream", "display_data", "execute_result"}
+    assert (EXAMPLES / "quickstart.ipynb").stat().st_size < 60_000
