@@ -34,7 +34,6 @@ class LoopArguments:
     optim: str = field(default="afopt", metadata={"help": "afopt, muon, adamr, nkfac or sgdph."})
     learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate."})
     weight_decay: float = field(default=0.01, metadata={"help": "Decoupled weight decay."})
-    head_lr_scale: float = field(default=33.0, metadata={"help": "The head's share of the rate."})
     max_steps: int = field(default=100, metadata={"help": "Training steps."})
     batch_size: int = field(default=32, metadata={"help": "Rows of a batch on each process."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches of a step."})
@@ -73,7 +72,6 @@ def main() -> dict[str, float]:
             arguments.optim,
             lr=arguments.learning_rate,
             weight_decay=arguments.weight_decay,
-            head_lr_scale=arguments.head_lr_scale,
         )
     except ValueError as error:
         refuse(str(error))

@@ -179,11 +179,12 @@ class OptimizerConfig:
         head_lr_scale: learning rate of a newly initialised head over the
             body's, > 0. Default 1.
         head: how a newly initialised head (linear layers that the checkpoint
-            lacked) is stepped: ``lr``, at the learning rate times
-            ``head_lr_scale``; ``auto``, along AdamW's direction by steps that
+            lacked) is stepped: ``auto``, along AdamW's direction by steps that
             change its outputs by ``head_step`` whatever the learning rate is,
-            times the schedule; not for groups with an ``lr`` of their own.
-            Default ``lr``.
+            times the schedule; ``lr``, as everything else, at the learning
+            rate. A ``head_lr_scale`` other than 1, a group with an ``lr`` of
+            its own and a training of the head alone mean ``lr``. Default
+            ``auto``.
         head_step: root mean square change of a new head's outputs (logits) that
             a step makes at the peak of the schedule, > 0. Default 0.04.
         layer_lr_decay: learning rate of a layer over that of the layer above
@@ -220,7 +221,7 @@ class OptimizerConfig:
     lr: float = bounded(1e-3, 0.0)
     weight_decay: float = bounded(0.0, 0.0)
     head_lr_scale: float = positive(1.0)
-    head: Literal["lr", "auto"] = "lr"
+    head: Literal["auto", "lr"] = "auto"
     head_step: float = positive(0.04)
     layer_lr_decay: float = bounded(1.0, 0.0, 1.0, open_low=True)
     betas: tuple[float, float] = decay((0.9, 0.999))
@@ -232,11 +233,6 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         for name, item in self._fields().items():
             object.__setattr__(self, name, item.conform(getattr(self, name)))
-        if self.head == "auto" and self.head_lr_scale != 1.0:
-            raise ValueError(
-                f"head_lr_scale={self.head_lr_scale:g}: head='auto' sets the rate of the head; "
-                "leave head_lr_scale at 1, or choose head='lr'."
-            )
 
     @classmethod
     @functools.cache

@@ -69,7 +69,7 @@ def identity(
     ]
     return {
         "optimizer": config.name,
-        "layout": {name: getattr(config, name) for name in ("head", *config.layout)},
+        "layout": {name: getattr(config, name) for name in config.layout},
         "head": list(head),
         "parameters": _unwrapped(parameters),
     }

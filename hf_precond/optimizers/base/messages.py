@@ -52,6 +52,15 @@ NOT_ATTACHED = (
     "optimizer.attach(model) before training (a Trainer does so when training begins), or build it "
     "with hf_precond.create_optimizer(model, {name!r}, params=groups)."
 )
+RATED_HEAD = (
+    "{name}: this state is of a training whose new head ({first}, …) was stepped by its outputs, "
+    "and here {fields}; resume with head='auto' and without head_lr_scale, or start anew."
+)
+NEW_HEAD = (
+    "%s: the new head (%s) is stepped along AdamW's direction so that its outputs change by %g a "
+    "step (rms) at the peak of the schedule, whatever the learning rate; head='lr' steps it at the "
+    "learning rate instead."
+)
 RATES_NEED_MODEL = (
     "{field}={value}: which parameters it scales is read off the model, and {name} was made from "
     "parameters alone; use hf_precond.create_optimizer(model, {name!r}, params=groups, {field}=…), "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -15,9 +16,12 @@ from hf_precond.compat.torch_internals import WRAPPERS
 from hf_precond.config.base import OptimizerConfig
 from hf_precond.distributed import collectives
 from hf_precond.linalg.products import compute_dtype
+from hf_precond.optimizers.base import messages
 from hf_precond.optimizers.base.fallback import AdamWFallback, descend
 from hf_precond.optimizers.base.parameters import ParamView
 from hf_precond.statistics.requests import MomentRequest, StatisticsSource, all_reduce_statistics
+
+logger = logging.getLogger(__name__)
 
 INTERVAL = 20
 """Steps between two looks at the head's input, which changes as slowly as the body does."""
@@ -90,7 +94,7 @@ class NewHead:
             state: the optimizer's.
             names: of the layers in the training that is resumed, whose head is no longer new.
         """
-        if model is None or config.head != "auto":
+        if model is None or not _is_asked_for(config):
             return None
         common = {
             id(parameter)
@@ -105,7 +109,16 @@ class NewHead:
             if all(id(parameter) in common for parameter in _parameters(matrix))
             and (names is None or WRAPPERS.sub("", matrix.name) in names)
         ]
-        return cls(model, found, config, state) if found else None
+        own = {id(parameter) for matrix in found for parameter in _parameters(matrix)}
+        if not found or all(id(p) in own for p in model.parameters() if p.requires_grad):
+            return None
+        return cls(model, found, config, state)
+
+    def announce(self) -> None:
+        """Say in a line how the head is stepped."""
+        if collectives.rank() == 0:
+            names = ", ".join(self.names)
+            logger.warning(messages.NEW_HEAD, self.config.name, names, self.config.head_step)
 
     def routed(self, routing: RoutingTable) -> RoutingTable:
         """A routing table that says how the head is stepped.
@@ -241,6 +254,25 @@ class NewHead:
         if self.source is not None:
             self.source.close()
             self.source = None
+
+
+def refuse_rated_head(head: Sequence[str], config: OptimizerConfig) -> None:
+    """Refuse to go on with a rate where a training stepped its new head by its outputs.
+
+    Args:
+        head: the layers that it stepped so.
+        config: the optimizer's.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    if head and not _is_asked_for(config):
+        fields = f"head={config.head!r} and head_lr_scale={config.head_lr_scale:g}"
+        raise ValueError(messages.RATED_HEAD.format(name=config.name, first=head[0], fields=fields))
+
+
+def _is_asked_for(config: OptimizerConfig) -> bool:
+    return config.head == "auto" and config.head_lr_scale == 1.0
 
 
 def _parameters(matrix: LayerMatrix) -> list[Tensor]:

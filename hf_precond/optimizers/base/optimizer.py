@@ -26,7 +26,7 @@ from hf_precond.optimizers.base.fallback import (
     make_fallback,
 )
 from hf_precond.optimizers.base.groups import check_group, note_added, routed
-from hf_precond.optimizers.base.new_head import NewHead
+from hf_precond.optimizers.base.new_head import NewHead, refuse_rated_head
 from hf_precond.optimizers.base.parameters import (
     Bound,
     BoundMatrix,
@@ -466,10 +466,13 @@ class PrecondOptimizer(torch.optim.Optimizer):
         groups, structure = self._group_numbers(), self.structure
         self.validator = ParamGroupValidator(structure.owners, groups)
         self.bound: list[Any] = []
-        if self.head is not None:
-            self.head.close()
+        before = self.head
+        if before is not None:
+            before.close()
         args = (self.config, self.param_groups, self.state, self.resumed_head)
         self.head = NewHead.find(structure.model, *args)
+        if self.head is not None and before is None:
+            self.head.announce()
         head = set() if self.head is None else {matrix.name for matrix in self.head.matrices}
         matrices = [matrix for matrix in structure.matrices if matrix.name not in head]
         for matrix in matrices:
@@ -636,10 +639,13 @@ class PrecondOptimizer(torch.optim.Optimizer):
             Plain values and tensors, which ``weights_only`` loads. Once there
             is state, every parameter has an entry.
         """
-        head = () if self.head is None else self.head.names
-        own = checkpoint.identity(self.config, self.param_groups, self.structure.owners, head)
+        own = self._identity()
         checkpoint.forget_empty(self.state)
         return checkpoint.complete(super().state_dict()) | {checkpoint.KEY: own}
+
+    def _identity(self) -> dict[str, Any]:
+        head = () if self.head is None else self.head.names
+        return checkpoint.identity(self.config, self.param_groups, self.structure.owners, head)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`'s output; every tensor keeps its own dtype.
@@ -651,7 +657,8 @@ class PrecondOptimizer(torch.optim.Optimizer):
             ValueError: the state is of another model or optimizer, was saved
                 with other fields, or is not whole; nothing has been loaded.
         """
-        own = checkpoint.identity(self.config, self.param_groups, self.structure.owners)
+        own = self._identity()
+        refuse_rated_head(state_dict.get(checkpoint.KEY, own).get("head", ()), self.config)
         with checkpoint.restoring(self, own):
             super().load_state_dict(state_dict)
         if not self.attached:
@@ -659,7 +666,10 @@ class PrecondOptimizer(torch.optim.Optimizer):
         checkpoint.forget_empty(self.state)
         if checkpoint.KEY in state_dict:
             self.resumed_head = state_dict[checkpoint.KEY].get("head", ())
-        if self.structure.model is not None and self.config.head == "auto":
+        if self.head is not None:
+            self.head.state = self.state  # torch makes a new one
+        resumed = own["head"] if self.resumed_head is None else self.resumed_head
+        if self.structure.model is not None and set(resumed) != set(own["head"]):
             self.close()
             self._bind()
             self._route()

@@ -144,8 +144,25 @@ def test_a_rate_of_its_own_is_kept(folder: str) -> None:
     ]
     optimizer = hf_precond.create_optimizer(model, "afopt", groups, lr=1e-3, head="auto")
     assert optimizer.head is None
-    with pytest.raises(ValueError, match="head_lr_scale=33"):
-        hf_precond.create_optimizer(model, "afopt", head="auto", head_lr_scale=33.0)
+    for fields in ({"head": "lr"}, {"head_lr_scale": 33.0}):
+        assert hf_precond.create_optimizer(model, "afopt", **fields).head is None
+    assert hf_precond.create_optimizer(model, "muon").head is not None
+    model.roberta.requires_grad_(False)
+    assert hf_precond.create_optimizer(model, "adamr").head is None  # a rate means the head's
+
+
+def test_a_state_without_the_rule_goes_on_without(folder: str, caplog) -> None:
+    """As of an earlier release, which did not know it."""
+    model = fresh(folder)
+    optimizer = hf_precond.create_optimizer(model, "afopt", head="lr")
+    assert "new head" not in caplog.text
+    step(model, optimizer)
+    state = optimizer.state_dict()
+    del state["hf_precond"]["head"]
+    resumed = hf_precond.create_optimizer(fresh(folder), "afopt")
+    assert "the new head (classifier.dense, classifier.out_proj)" in caplog.text
+    resumed.load_state_dict(state)
+    assert resumed.head is None
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -171,8 +188,8 @@ def test_a_resumed_head_goes_on(folder: str, tmp_path, name: str, reloaded: bool
         step(other, resumed)
     for (n, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two), n
-    with pytest.raises(ValueError, match="head='auto' there"):
-        plain = hf_precond.create_optimizer(fresh(folder), name, lr=1e-3)
+    with pytest.raises(ValueError, match="was stepped by its outputs"):
+        plain = hf_precond.create_optimizer(fresh(folder), name, lr=1e-3, head="lr")
         plain.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
 
 
@@ -199,7 +216,7 @@ def test_a_layer_that_was_not_seen_is_stepped_by_adamw(folder: str) -> None:
     """As in evaluation mode: at the rate, from the first step."""
     model, plain = fresh(folder), fresh(folder)
     batch = FAMILIES["bert"].batch()
-    for each, fields in ((model, {"head": "auto"}), (plain, {})):
+    for each, fields in ((model, {}), (plain, {"head": "lr"})):
         each.eval()
         optimizer = hf_precond.create_optimizer(each, "muon", lr=1e-3, **fields)
         each(**batch).loss.backward()
