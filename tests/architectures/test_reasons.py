@@ -56,7 +56,10 @@ def test_a_module_under_two_names_is_one_module(name, place, first):
         optimizer.close()
     assert found[0][0] == found[1][0]
     if name != "sgdph":  # whose random probes follow the order of the parameters
-        assert all(map(torch.equal, found[0][1], found[1][1]))
+        # Layers of one shape are a batch, in the order of the names: on some processors a product
+        # rounds by its place there. A moment that counted twice would change steps by 1e-3.
+        for one, other in zip(found[0][1], found[1][1], strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
 def test_an_attention_is_found_where_a_projection_has_another_name_before():

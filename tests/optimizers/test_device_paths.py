@@ -6,10 +6,12 @@ import warnings
 import pytest
 import torch
 
+from hf_precond.linalg.matrix_functions import newton_schulz
+from hf_precond.optimizers.muon.step import EPS, MuonStep
 from hf_precond.registry import create_optimizer, get_info, list_optimizers
 from tests.optimizers.models import batch, make, train_step, weights
 from tests.optimizers.test_shared import QUICK
-from tests.rounding import accelerator
+from tests.rounding import Rounding, accelerator
 
 CASES = [(name, {}) for name in list_optimizers()]
 CASES += [
@@ -35,11 +37,16 @@ def trained(name, values, steps, dtype):
 
 
 @pytest.mark.parametrize(("name", "values"), CASES, ids=str)
-def test_float64_steps_are_the_same(name, values):
+def test_float64_steps_are_the_same(name, values, monkeypatch):
+    # Muon's sign is bfloat16 in any model: the products of both paths are rounded alike here, which
+    # those of some processors are not; tests of the sign itself bound that.
+    batched = lambda step, stack: newton_schulz(stack, step.ns_steps, EPS)  # noqa: E731
+    monkeypatch.setattr(MuonStep, "_own_signs", batched)
     # AdamR's eigenvectors of close eigenvalues multiply rounding by 1e5 a step, and what NKFAC
     # makes of the head's gradient has a null space.
     steps = {"adamr": 3}.get(name, 2 if "base" in values else 5)
-    _, expected = trained(name, values, steps, torch.float64)
+    with Rounding():
+        _, expected = trained(name, values, steps, torch.float64)
     with accelerator():
         _, found = trained(name, values, steps, torch.float64)
     for key, value in expected.items():

@@ -549,3 +549,19 @@ def test_padding_is_left_out_of_lists_of_experts():
         if key.startswith("encoder") and ".mlp.experts." in key and key.endswith(".input"):
             counts[key.split(".")[-2]] += float(count)
     assert counts == {"wi": REAL, "wo": REAL}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_muon_as_the_fallback_steps_each_expert(name: str) -> None:
+    """Outside AFOpt's attention, as Muon does."""
+    stepped = []
+    fields = {"lr": 1e-2, "lr_scale": 1.0, "momentum": 0.8, "nesterov": True}
+    for optimizer, more in (("afopt", {"scope": "attention", "base": "muon"}), ("muon", {})):
+        model = FAMILIES[name]()
+        made = hf_precond.create_optimizer(model, optimizer, **fields, **more)
+        model(**batch()).loss.backward()
+        made.step()
+        stepped.append({n: p.detach() for n, p in model.named_parameters() if p.dim() == 3})
+    assert stepped[0]
+    for key, weight in stepped[0].items():
+        assert torch.equal(weight, stepped[1][key]), key

@@ -380,9 +380,12 @@ class PrecondOptimizer(torch.optim.Optimizer):
             for parameter in group["params"]
             if parameter.grad is not None and id(parameter) not in taken
         )
-        hidden = {id(self.state.get(m.weight_parameter)) for m in self.structure.hidden}
+        hidden = {id(self.state.get(m.weight_parameter)): m for m in self.structure.hidden}
         for view in views:
-            view.hidden = id(view.state) in hidden and len(view.shape) == 2
+            matrix = hidden.get(id(view.state))
+            view.hidden = matrix is not None and (bool(matrix.stack) or len(view.shape) == 2)
+            if matrix is not None and matrix.stack:
+                view.matrix = matrix  # which says that it is a stack of matrices
         return views
 
     # Binding to parameter groups and to the model --------------------------------------
