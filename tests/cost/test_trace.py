@@ -86,9 +86,10 @@ def test_every_step_of_adamr_may_refresh():
 
 def test_probes_of_sgdph_are_part_of_its_passes():
     training = traced("sgdph")
-    # Float32 passes, and the products with the Hessian.
+    # Passes of their own, under autocast as the training's, and the products with the Hessian.
     plain = sum(k.flops for k in training.passes[False])
-    assert training.collection.flops["float32"] > plain
+    flops = training.collection.flops
+    assert sum(flops.values()) > plain and flops["bfloat16"] > flops["float32"]
     assert (training.average.launches - training.plain.launches) < 5
 
 

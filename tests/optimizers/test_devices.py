@@ -55,7 +55,8 @@ def run(name, kind, monkeypatch, **fields):
     device, model = torch.device(kind, 0), make("bert")
     model.bert.encoder.layer = model.bert.encoder.layer[:1]
     with pretended(monkeypatch, kind), monkeypatch.context() as patch:
-        patch.setattr(devices, "has_tf32", lambda device: False)  # the same of all
+        for ability in ("has_tf32", "accumulates"):  # the same of all
+            patch.setattr(devices, ability, lambda device: False)
         model = on_gpu(model, device=device)
         optimizer = with_source(create_optimizer(model, name, **QUICK[name] | fields), device)
         with Trace(kind) as trace:
