@@ -76,6 +76,7 @@ def test_text_script_fine_tunes_minilm(tmp_path):
     assert scores["eval_accuracy"] > 0.5  # chance is .013
 
 
+@pytest.mark.slow
 def test_image_script_on_the_shipped_images(tmp_path):
     run_example(
         "image_classification.py", "--do_train", "--do_eval", "--optim", "adamr",

@@ -71,6 +71,7 @@ def test_all_optimizers_train_and_differ(tmp_path):
         assert run["losses"][-1] < run["losses"][0]
 
 
+@pytest.mark.slow
 def test_the_notebooks_cells_run(tmp_path):
     """Its code cells one after the other, in its folder, with three steps; no Jupyter is needed."""
     book = json.loads((EXAMPLES / "quickstart.ipynb").read_text())
