@@ -85,7 +85,8 @@ class CurvatureRequest:
             ``phase`` modulo ``period``.
         phase: see ``period``; in [0, period).
         autocast: whether the passes may stay under autocast; outside it they
-            run in the precision of the weights.
+            run in the precision of the weights. ``None``: under bfloat16
+            autocast on accelerators.
     """
 
     key: str

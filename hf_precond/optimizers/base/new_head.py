@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 INTERVAL = 20
 """Steps between two looks at the head's input, which changes as slowly as the body does."""
+FLOOR = 1e-6
+"""Smallest mean square change of the outputs that a step is scaled by, over that of inputs with the
+same trace which have no direction: momentum may point where a batch has no inputs."""
 MOMENT = "head_input"
 """The state of a layer that holds its input's second moment."""
 
@@ -242,7 +245,9 @@ class NewHead:
         if matrix.bias_parameter is not None:
             rows[:, columns] = collectives.full(directions.get(id(matrix.bias_parameter), zeros))
         squared = ((rows @ moment) * rows).sum() / len(rows)
-        return self.config.head_step / squared.clamp_min(torch.finfo(moment.dtype).tiny).sqrt()
+        even = rows.square().sum() * moment.diagonal().mean() / len(rows)
+        squared = torch.maximum(squared, FLOOR * even)
+        return torch.where(squared > 0, self.config.head_step * squared.rsqrt(), 0.0)
 
     def drop(self) -> None:
         """Forget what was collected for a step that did not come."""

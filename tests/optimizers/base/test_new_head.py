@@ -15,6 +15,7 @@ import hf_precond
 from hf_precond.architectures.new_head import find_new_head
 from hf_precond.optimizers.base.new_head import MOMENT, moment_is_due
 from hf_precond.optimizers.sgdph.optimizer import SGDPH
+from hf_precond.statistics.requests import Statistic
 from tests.architectures.families import FAMILIES, text
 
 NAMES = hf_precond.list_optimizers()
@@ -223,3 +224,19 @@ def test_a_layer_that_was_not_seen_is_stepped_by_adamw(folder: str) -> None:
         optimizer.step()
     for one, two in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("broken", [0.0, float("inf")])
+def test_without_a_usable_moment_the_head_rests(folder: str, broken: float) -> None:
+    """Of inputs that are zero, or not finite, nothing can be told; its next look puts it right."""
+    model = fresh(folder)
+    optimizer = hf_precond.create_optimizer(model, "muon", lr=1e-3, weight_decay=0.0)
+    layer = model.classifier.out_proj
+    optimizer.head.source.take = lambda: {
+        matrix.name: Statistic(torch.full((matrix.columns,) * 2, broken), torch.tensor(1.0))
+        for matrix in optimizer.head.matrices
+    }
+    before = layer.weight.detach().clone()
+    model(**text()).loss.backward()
+    optimizer.step()
+    assert torch.equal(layer.weight, before) and before.isfinite().all()
