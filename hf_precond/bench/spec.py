@@ -311,16 +311,16 @@ class _Reader:
         return TaskSpec(name, function, script, args, data, digest, _training(name, given))
 
     def _function(self, name: str, function: str) -> str:
-        from hf_precond.bench.tasks import TASKS
+        from hf_precond.bench.tasks import names
 
-        if function in TASKS:
+        if function in names():
             return function
         place, _, attribute = function.rpartition(":")
         if not place or not attribute:
-            near = difflib.get_close_matches(function, TASKS, n=1)
+            near = difflib.get_close_matches(function, names(), n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ValueError(
-                f"[tasks.{name}] function = {function!r}{hint}: it is one of {', '.join(TASKS)}, "
+                f"[tasks.{name}] function = {function!r}{hint}: it is one of {', '.join(names())}, "
                 "or module:function, or file.py:function."
             )
         if place.endswith(".py"):

