@@ -133,8 +133,7 @@ def _entry_points() -> dict[str, list[EntryPoint]]:
     modules = sorted(Path(__file__).parent.glob("optimizers/*/optimizer.py"))
     names = [module.parent.name for module in modules if module.parent.name != "base"]
     points = {
-        name: [EntryPoint(name, f"hf_precond.optimizers.{name}.optimizer", GROUP)]
-        for name in names
+        name: [EntryPoint(name, f"hf_precond.optimizers.{name}.optimizer", GROUP)] for name in names
     }
     for point in entry_points(group=GROUP):
         points.setdefault(point.name, []).append(point)

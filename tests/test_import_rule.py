@@ -23,7 +23,13 @@ MAY_IMPORT = {
     },
     "registry": {"optimizers", "config", "distributed", "architectures"},
     "integrations": {
-        "compat", "config", "distributed", "architectures", "statistics", "optimizers", "registry"
+        "compat",
+        "config",
+        "distributed",
+        "architectures",
+        "statistics",
+        "optimizers",
+        "registry",
     },
     "bench": {"linalg", "config", "architectures", "statistics", "optimizers", "registry"},
     "cost": {"compat", "statistics", "optimizers", "registry"},

@@ -72,8 +72,11 @@ def state_size(optimizer: torch.optim.Optimizer) -> int:
 
 
 def compare(
-    scope: str, make: Callable[[], nn.Module], draw: Callable[[], dict[str, Tensor]],
-    pairs: int, bf16: bool,
+    scope: str,
+    make: Callable[[], nn.Module],
+    draw: Callable[[], dict[str, Tensor]],
+    pairs: int,
+    bf16: bool,
 ) -> None:
     """Print the ratios of one scope."""
     peer_model, model = make(), make()

@@ -242,9 +242,7 @@ def comparison(runs: Sequence[Run], width: int) -> str:
             choose = min if lower_is_better(metric) else max
             step, best = choose(finite, key=lambda pair: pair[1], default=(0, math.nan))
             at = None if run.seconds is None else run.seconds * step / max(run.steps, 1)
-            rows.append(
-                (run.name, _shown(curve[-1][1]), _shown(best), str(step), _shown(at, 1))
-            )
+            rows.append((run.name, _shown(curve[-1][1]), _shown(best), str(step), _shown(at, 1)))
         tables.append(table(rows, width))
     if not any(run.metrics() for run in runs):
         tables.append("No evaluation was logged: train with --eval_strategy steps.")

@@ -46,7 +46,7 @@ def add_command(commands: Any) -> None:
         help="versions, devices, and what works here with each optimizer",
         description=wrapped(
             "Show versions and devices, and try each optimizer: bf16, fp16, compile, "
-        "flash attention, FSDP2, and a training of twenty steps."
+            "flash attention, FSDP2, and a training of twenty steps."
         ),
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -121,9 +121,7 @@ def devices() -> list[str]:
 # Trials ------------------------------------------------------------------------------------------
 
 
-def _tried(
-    trial: Callable[[str, str], str], name: str, folder: str, notes: dict[str, str]
-) -> str:
+def _tried(trial: Callable[[str, str], str], name: str, folder: str, notes: dict[str, str]) -> str:
     """``yes``, ``no`` or ``-`` (not available here), with the number of a note."""
     try:
         return f"yes{trial(name, folder)}"

@@ -31,7 +31,7 @@ def add_command(commands: Any) -> None:
         help="how an optimizer would treat a model's parameters, and the memory it takes",
         description=wrapped(
             "Show which parameters of a model an optimizer preconditions, how the others "
-        "are stepped, and the memory of its state. Like layers are shown as one."
+            "are stepped, and the memory of its state. Like layers are shown as one."
         ),
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -205,10 +205,7 @@ def routing_table(routes: Iterable[Any], every_row: bool, width: int) -> str:
             alike = [r for r in chosen if _reason(r) == reason]
             rows.append((f"  {reason}",))
             groups = [[r] for r in alike] if every_row else grouped_routes(alike)
-            rows += [
-                (_joined(group), _shape(group[0]), *_totals(group, total))
-                for group in groups
-            ]
+            rows += [(_joined(group), _shape(group[0]), *_totals(group, total)) for group in groups]
     columns = [22, 8, 9]  # at most: shape, tensors, share of the weights
     shapes = [len(row[1]) for row in rows if len(row) == 4]
     columns[0] = max([len("shape"), *shapes])

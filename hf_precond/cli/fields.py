@@ -85,7 +85,7 @@ def field_table(config_cls: Any, width: int) -> str:
         meanings |= _described(inspect.getdoc(cls) or "")
     shared = [name for name in OptimizerConfig._fields() if name in fields]
     own = [name for name in fields if name not in shared]
-    lines = ["--optim_args \"key=value,key=value\" takes these fields. With their defaults:"]
+    lines = ['--optim_args "key=value,key=value" takes these fields. With their defaults:']
     for title, names in (("its own", own), ("of every optimizer", shared)):
         lines += ["", f"[{title}]"] if names else []
         for name in names:

@@ -104,9 +104,7 @@ def tell(sentence: str) -> None:
 
 
 def _explaining(hook: Any) -> Any:
-    def show(
-        kind: type[BaseException], error: BaseException, trace: TracebackType | None
-    ) -> None:
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         sentence = explained(error, trace)
         if sentence is None:
             hook(kind, error, trace)

@@ -39,7 +39,7 @@ def add_command(commands: Any) -> None:
         usage="hf-precond run (SCRIPT.py | -m MODULE | PROGRAM) [its own arguments]",
         description=wrapped(
             "Run a training script, module or Python program, unmodified, with the "
-        f"optimizers {names} registered."
+            f"optimizers {names} registered."
         ),
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -194,9 +194,7 @@ def _take_first_place(folder: str) -> None:
 def _without_frames_before(path: str, hook: Any) -> Any:
     """An ``excepthook`` that leaves out the frames above the script's own."""
 
-    def show(
-        kind: type[BaseException], error: BaseException, trace: TracebackType | None
-    ) -> None:
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         own = trace
         while own is not None and not own.tb_frame.f_code.co_filename.startswith(path):
             own = own.tb_next

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_precond.compat.transformers_internals import is_added
 from hf_precond.config.base import OptimizerConfig
 from hf_precond.registry import get_info
+
+if TYPE_CHECKING:
+    from torch import nn
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +33,27 @@ FOLLOWS = {
 }
 
 
-def config_from_arguments(args: Any, *, warn: bool = False) -> OptimizerConfig:
+STARTING_LR = (
+    "%s: the learning rate was left at the Trainer's %g; training starts at %g instead, which "
+    "follows from the pretrained weights (when it is resumed, at the rate that it had). Set "
+    "--learning_rate, or --optim_args lr=%g for the Trainer's."
+)
+
+
+def config_from_arguments(
+    args: Any, model: nn.Module | None = None, *, warn: bool = False
+) -> OptimizerConfig:
     """The config given by ``--optim``, ``--optim_args`` and the Trainer's own arguments.
+
+    A learning rate that nobody has set follows from the pretrained weights
+    (:func:`~hf_precond.architectures.pretrained.starting_lr`).
 
     Args:
         args: ``TrainingArguments`` whose ``optim`` is a name of this package.
-        warn: warn, on the first rank, of an argument of the Trainer that was
-            given and that ``--optim_args`` overrules.
+        model: the model that is trained, where it is known.
+        warn: say, on the first rank, which learning rate was chosen, and warn of
+            an argument of the Trainer that was given and that ``--optim_args``
+            overrules.
 
     Returns:
         The config.
@@ -53,6 +71,8 @@ def config_from_arguments(args: Any, *, warn: bool = False) -> OptimizerConfig:
             continue
         values = tuple(getattr(args, name) for name in names)
         own[field] = values if len(values) > 1 else values[0]
+        if field == "lr" and model is not None and lr_is_unset(args):
+            own[field] = _starting_lr(args, model, warn)
         try:
             config_cls.create(**{field: own[field]})
         except ValueError as error:
@@ -62,6 +82,39 @@ def config_from_arguments(args: Any, *, warn: bool = False) -> OptimizerConfig:
     if warn and args.process_index == 0:
         _warn_of_unused(args, config, pairs)
     return config
+
+
+def lr_is_unset(args: Any) -> bool:
+    """Whether the learning rate is the one that ``TrainingArguments`` have by themselves.
+
+    A class of arguments with a default of its own has chosen one, and so has who named
+    ``--learning_rate`` on the command line.
+
+    Args:
+        args: the training arguments.
+    """
+    named = any(re.match(r"--learning[_-]rate\b", word) for word in sys.argv)
+    defaults = {
+        field.default
+        for cls in type(args).__mro__
+        if dataclasses.is_dataclass(cls)
+        for field in dataclasses.fields(cls)
+        if field.name == "learning_rate"
+    }
+    return not named and defaults == {args.learning_rate}
+
+
+def _starting_lr(args: Any, model: nn.Module, warn: bool) -> float:
+    """The rate that follows from the weights, the Trainer's own where none does."""
+    from hf_precond.architectures.pretrained import starting_lr
+
+    found = starting_lr(model)
+    if found is None:
+        return args.learning_rate
+    if warn and args.process_index == 0:
+        given = args.learning_rate
+        logger.warning(STARTING_LR, args.optim.value, given, found, given)
+    return found
 
 
 def config_from_pairs(
@@ -186,5 +239,5 @@ def config_in_use(trainer: Any) -> OptimizerConfig | None:
     if own is not None:
         return own.config
     if trainer.optimizer is None and is_added(getattr(trainer.args, "optim", None)):
-        return config_from_arguments(trainer.args)
+        return config_from_arguments(trainer.args, trainer.model)
     return None

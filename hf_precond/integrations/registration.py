@@ -101,7 +101,7 @@ def look_up(args: Any, model: Any = None) -> tuple[type[PrecondOptimizer], dict[
     from hf_precond.distributed import strategies
     from hf_precond.integrations.arguments import FOLLOWS, config_from_arguments
 
-    config = config_from_arguments(args, warn=True)
+    config = config_from_arguments(args, model, warn=True)
     if internals.uses_deepspeed(args):
         raise ValueError(f"{config.name}: {strategies.DEEPSPEED}{strategies.INSTEAD}")
     if getattr(args, "n_gpu", 1) > 1:

@@ -150,9 +150,7 @@ def _finite(tensors: Sequence[Tensor]) -> bool:
 
 
 def _descending_eigh(batch: Tensor, scale: float, damping: float) -> tuple[Tensor, ...]:
-    values, vectors = devices.kernel(
-        torch.linalg.eigh, _scaled_and_damped(batch, scale, damping)
-    )
+    values, vectors = devices.kernel(torch.linalg.eigh, _scaled_and_damped(batch, scale, damping))
     return (values.flip(-1) - damping) * scale, vectors.flip(-1)
 
 

@@ -304,9 +304,7 @@ def inverse_factor(moment: Tensor, damping: float, mean: Tensor | None = None) -
     return DampedInverse(inverse.mT, usable, identity)
 
 
-def _inverse_factor_on_device(
-    moment: Tensor, damping: float, mean: Tensor | None
-) -> DampedInverse:
+def _inverse_factor_on_device(moment: Tensor, damping: float, mean: Tensor | None) -> DampedInverse:
     """As :func:`inverse_factor`; nothing is read back, so no one knows whether to try again."""
     damped, identity = damp(moment, damping, mean)
     inverse, info = inverse_cholesky(damped)
@@ -365,9 +363,7 @@ def _root_steps(size: int, damping: float) -> int:
     return math.ceil(-math.log(smallest) / math.log(2.25)) + 6
 
 
-def _cholesky(
-    moment: Tensor, damping: float, mean: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _cholesky(moment: Tensor, damping: float, mean: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Lower factors, where they are usable, and where they are the identity's."""
     damped, identity = damp(moment, damping, mean)
     lower, info = torch.linalg.cholesky_ex(damped)

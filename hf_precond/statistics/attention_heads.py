@@ -110,9 +110,7 @@ def _interface() -> type[Any] | None:
 
 def _observed(kernel: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(kernel)
-    def attend(
-        module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
+    def attend(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
         outputs = kernel(module, query, key, *args, **kwargs)
         output = outputs[0] if isinstance(outputs, tuple) else outputs
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")

@@ -45,9 +45,7 @@ def probe_vectors(parameters: Sequence[Tensor], probe: Probe, step: int) -> list
     ]
 
 
-def diagonal_estimates(
-    product: Product, probe: Probe, vectors: Sequence[Tensor]
-) -> list[Tensor]:
+def diagonal_estimates(product: Product, probe: Probe, vectors: Sequence[Tensor]) -> list[Tensor]:
     """Returns an estimate of the diagonal of H's block of each parameter.
 
     ``rademacher``: ``z ∘ Hz``; ``ones``: ``H 1``; ``exact``: the diagonal,
@@ -213,14 +211,10 @@ def differentiable_twice(loss: Tensor) -> Iterator[None]:
 
 def _is_custom(node: Any) -> bool:
     """A node of a ``torch.autograd.Function``, of Python or of C++."""
-    return isinstance(node, torch.autograd.function.BackwardCFunction) or (
-        "CppNode" in node.name()
-    )
+    return isinstance(node, torch.autograd.function.BackwardCFunction) or ("CppNode" in node.name())
 
 
-def _check_graph(
-    name: str, made: Sequence[Tensor | None], given: Sequence[Tensor | None]
-) -> None:
+def _check_graph(name: str, made: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> None:
     """Raises RuntimeError where a custom function's input gradients have no graph.
 
     A linear function of a constant gradient rightly has none, unless its

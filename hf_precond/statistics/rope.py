@@ -305,9 +305,7 @@ def _rotation_of(module: nn.Module) -> Callable[..., Any] | None:
     return None
 
 
-def _probe(
-    function: Callable[..., Any], size: int, shape: list[int]
-) -> Layout:
+def _probe(function: Callable[..., Any], size: int, shape: list[int]) -> Layout:
     width = shape[-1]
     indices = torch.arange(2.0, width + 2).expand(shape)
     zeros, ones = torch.zeros(shape), torch.ones(shape)

@@ -139,7 +139,12 @@ def _distilbert() -> nn.Module:
 
 def _gpt2() -> nn.Module:
     config = tf.GPT2Config(
-        n_embd=16, n_layer=2, n_head=4, vocab_size=WORDS, n_positions=32, bos_token_id=1,
+        n_embd=16,
+        n_layer=2,
+        n_head=4,
+        vocab_size=WORDS,
+        n_positions=32,
+        bos_token_id=1,
         eos_token_id=2,
     )
     return tf.GPT2LMHeadModel(config)
@@ -162,7 +167,12 @@ def _clip_batch() -> dict[str, Any]:
 
 def _swin() -> nn.Module:
     config = tf.SwinConfig(
-        image_size=8, patch_size=2, embed_dim=16, depths=[1, 1], num_heads=[4, 8], window_size=2,
+        image_size=8,
+        patch_size=2,
+        embed_dim=16,
+        depths=[1, 1],
+        num_heads=[4, 8],
+        window_size=2,
         num_labels=3,
     )
     return tf.SwinForImageClassification(config)
@@ -170,8 +180,14 @@ def _swin() -> nn.Module:
 
 def _t5() -> nn.Module:
     config = tf.T5Config(
-        vocab_size=WORDS, d_model=16, d_kv=4, num_heads=4, num_layers=1, num_decoder_layers=2,
-        d_ff=24, decoder_start_token_id=0,
+        vocab_size=WORDS,
+        d_model=16,
+        d_kv=4,
+        num_heads=4,
+        num_layers=1,
+        num_decoder_layers=2,
+        d_ff=24,
+        decoder_start_token_id=0,
     )
     return tf.T5ForConditionalGeneration(config)
 
@@ -191,8 +207,14 @@ def _whisper_batch() -> dict[str, Tensor]:
 
 def _opt() -> nn.Module:
     config = tf.OPTConfig(
-        vocab_size=WORDS, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, ffn_dim=24,
-        word_embed_proj_dim=16, max_position_embeddings=32, pad_token_id=0,
+        vocab_size=WORDS,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=24,
+        word_embed_proj_dim=16,
+        max_position_embeddings=32,
+        pad_token_id=0,
     )
     return tf.OPTForCausalLM(config)
 
@@ -201,9 +223,7 @@ def _tokens() -> dict[str, Tensor]:
     return text("tokens")
 
 
-_VISION: dict[str, Any] = {
-    "query": ("q_proj", "query"), "output": ("o_proj", "output.dense")
-}
+_VISION: dict[str, Any] = {"query": ("q_proj", "query"), "output": ("o_proj", "output.dense")}
 _GROUPED = {"num_key_value_heads": 2}
 FAMILIES: dict[str, Family] = {
     "bert": Family(classifier(lambda: tf.BertConfig(**TEXT)), text),
@@ -213,40 +233,60 @@ FAMILIES: dict[str, Family] = {
     "distilbert": Family(_distilbert, text, query="q_lin", output="out_lin"),
     "deberta-v2": Family(_deberta, text, query="query_proj", observed=False),
     "mpnet": Family(
-        classifier(lambda: tf.MPNetConfig(**TEXT)), text, query="attn.q", output="attn.o",
+        classifier(lambda: tf.MPNetConfig(**TEXT)),
+        text,
+        query="attn.q",
+        output="attn.o",
         observed=False,
     ),
     "modernbert": Family(
         classifier(lambda: tf.ModernBertConfig(**TEXT, cls_token_id=1, sep_token_id=2)),
-        text, query="Wqkv[q]", output="Wo", rotary=True, observed=None,
+        text,
+        query="Wqkv[q]",
+        output="Wo",
+        rotary=True,
+        observed=None,
     ),
     "vit": Family(vision(lambda: tf.ViTConfig(**IMAGE)), image, **_VISION),
-    "deit": Family(
-        lambda: tf.DeiTForImageClassification(tf.DeiTConfig(**IMAGE)), image, **_VISION
-    ),
-    "dinov2": Family(
-        vision(lambda: tf.Dinov2Config(**IMAGE)), image, **_VISION
-    ),
+    "deit": Family(lambda: tf.DeiTForImageClassification(tf.DeiTConfig(**IMAGE)), image, **_VISION),
+    "dinov2": Family(vision(lambda: tf.Dinov2Config(**IMAGE)), image, **_VISION),
     "swin": Family(_swin, image, **_VISION, observed=None),
     "clip": Family(_clip, _clip_batch, query="q_proj", output="out_proj"),
     "gpt2": Family(_gpt2, _tokens, query="c_attn[q]", output="c_proj"),
     "gpt-neox": Family(
-        causal(lambda: tf.GPTNeoXConfig(**TEXT)), _tokens, query="query_key_value[q]",
-        output="dense", rotary=True,
+        causal(lambda: tf.GPTNeoXConfig(**TEXT)),
+        _tokens,
+        query="query_key_value[q]",
+        output="dense",
+        rotary=True,
     ),
     "llama": Family(
-        causal(lambda: tf.LlamaConfig(**TEXT, **_GROUPED)), _tokens, query="q_proj",
-        output="o_proj", key_value=2, rotary=True,
+        causal(lambda: tf.LlamaConfig(**TEXT, **_GROUPED)),
+        _tokens,
+        query="q_proj",
+        output="o_proj",
+        key_value=2,
+        rotary=True,
     ),
     "qwen3": Family(
-        causal(lambda: tf.Qwen3Config(**TEXT, **_GROUPED, head_dim=8)), _tokens, query="q_proj",
-        output="o_proj", key_value=2, size=8, rotary=True, normed=True,
+        causal(lambda: tf.Qwen3Config(**TEXT, **_GROUPED, head_dim=8)),
+        _tokens,
+        query="q_proj",
+        output="o_proj",
+        key_value=2,
+        size=8,
+        rotary=True,
+        normed=True,
     ),
     "opt": Family(_opt, _tokens, query="q_proj", output="out_proj"),
     "t5": Family(_t5, pairs, attentions=5, query=".q", output=".o", cross=2, observed=None),
     "bart": Family(
-        lambda: tf.BartForConditionalGeneration(tf.BartConfig(**PAIRS)), pairs, attentions=5,
-        query="q_proj", output="out_proj", cross=2,
+        lambda: tf.BartForConditionalGeneration(tf.BartConfig(**PAIRS)),
+        pairs,
+        attentions=5,
+        query="q_proj",
+        output="out_proj",
+        cross=2,
     ),
     "whisper": Family(
         _whisper, _whisper_batch, attentions=5, query="q_proj", output="out_proj", cross=2

@@ -190,8 +190,14 @@ def test_declared_attention_is_found(target: object) -> None:
     model = nn.ModuleDict({"layers": nn.ModuleList([Mixer()])})
     assert find_attention(model) == []
     declaration = declare_attention(
-        target, query="a", key="b", value="c", output="d", heads="groups_of_heads",
-        key_value_heads=2, rotary=True,
+        target,
+        query="a",
+        key="b",
+        value="c",
+        output="d",
+        heads="groups_of_heads",
+        key_value_heads=2,
+        rotary=True,
     )
     try:
         (block,) = find_attention(model)
@@ -269,9 +275,7 @@ def test_lora_on_a_fused_weight_has_one_down_and_the_rows_of_up() -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_dora_scales_the_rows_of_the_sum(name: str) -> None:
     target = {"llama": "q_proj", "gpt2": "c_attn"}[name]
-    config = LoraConfig(
-        target_modules=[target], r=2, use_dora=True, fan_in_fan_out=name == "gpt2"
-    )
+    config = LoraConfig(target_modules=[target], r=2, use_dora=True, fan_in_fan_out=name == "gpt2")
     model = get_peft_model(build(name), config)
     with torch.no_grad():
         for key, parameter in model.named_parameters():

@@ -127,9 +127,7 @@ def test_heads_of_layers_that_no_tiny_model_calls() -> None:
         hidden_dim=12, num_heads=3, dim_head=4, context_size=8, max_pos_emb=8
     )
     distances = torch.arange(8)[:, None] - torch.arange(8)[None] + 8
-    alone(
-        granite.modeling_granite_speech.GraniteSpeechConformerAttention(config), x, distances
-    )
+    alone(granite.modeling_granite_speech.GraniteSpeechConformerAttention(config), x, distances)
     levit = tf.models.levit.modeling_levit
     alone(levit.LevitAttention(12, 5, 3, 2, 4), x)
     alone(levit.LevitAttentionSubsample(12, 9, 5, 3, 2, 2, 4, 2), x)

@@ -70,7 +70,9 @@ def test_head_of_a_peft_model_is_what_it_saves() -> None:
 
 def test_a_vocabulary_that_peft_saves_is_no_new_head() -> None:
     config = LoraConfig(
-        task_type="CAUSAL_LM", target_modules=["q_proj"], r=2,
+        task_type="CAUSAL_LM",
+        target_modules=["q_proj"],
+        r=2,
         modules_to_save=["embed_tokens", "lm_head"],
     )
     model = get_peft_model(build("llama", torch.float32), config)

@@ -124,8 +124,11 @@ def test_afopt_scopes() -> None:
     assert middle[:4] == [*small[:2], f"{inner}value", outer] and len(middle) == 8
     assert set(large) - set(middle) == {
         "bert.pooler.dense",
-        *(f"bert.encoder.layer.{i}.{part}.dense" for i in (0, 1) for part in
-          ("intermediate", "output")),
+        *(
+            f"bert.encoder.layer.{i}.{part}.dense"
+            for i in (0, 1)
+            for part in ("intermediate", "output")
+        ),
     }
     routing = select("query_key", model).routing
     assert "outside scope=query_key" in routing[f"{inner}value.weight"].reason
@@ -173,7 +176,8 @@ def test_afopt_with_lora() -> None:
     model = get_peft_model(build("bert", torch.float32), config)
     structure = select("query_key", model)
     assert [name.split(".")[-2:] for name in names(structure)] == [
-        ["lora_A", "default"], ["lora_B", "default"]
+        ["lora_A", "default"],
+        ["lora_B", "default"],
     ] * 2
     assert all("query" in name for name in names(structure))
     routing = select("all_linear", model).routing
@@ -198,8 +202,14 @@ def test_sgdph_takes_norms_and_biases_if_asked() -> None:
 
 @pytest.mark.parametrize(
     "layer",
-    [nn.LayerNorm(4), nn.RMSNorm(4), nn.BatchNorm2d(4), nn.GroupNorm(2, 4),
-     nn.InstanceNorm1d(4, affine=True), nn.SyncBatchNorm(4)],
+    [
+        nn.LayerNorm(4),
+        nn.RMSNorm(4),
+        nn.BatchNorm2d(4),
+        nn.GroupNorm(2, 4),
+        nn.InstanceNorm1d(4, affine=True),
+        nn.SyncBatchNorm(4),
+    ],
     ids=lambda layer: type(layer).__name__,
 )
 def test_sgdph_knows_the_norms_of_torch(layer: nn.Module) -> None:

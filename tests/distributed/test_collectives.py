@@ -15,9 +15,7 @@ def reduce_with_a_rank_that_saw_nothing():
             "b": Statistic(torch.arange(3.0), torch.tensor(2.0)),
             "a": Statistic(torch.ones(2, 2), torch.tensor(1.0)),
         }
-    reduced = requests.all_reduce_statistics(
-        staged, shapes, torch.float32, torch.device("cpu")
-    )
+    reduced = requests.all_reduce_statistics(staged, shapes, torch.float32, torch.device("cpu"))
     return {key: (value.sum, value.count) for key, value in reduced.items()}
 
 

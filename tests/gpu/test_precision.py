@@ -75,8 +75,13 @@ def test_statistics_under_autocast_are_those_of_float32(name, dtype, device):
 @pytest.mark.parametrize("kind", ["fp16", "bf16"])
 def test_a_trainer(name, kind, device, tmp_path):
     trainer = make_trainer(
-        name, tmp_path, cls=PrecondTrainer, max_steps=40, learning_rate=2e-2,
-        use_cpu=device.type == "cpu", **{kind: True},
+        name,
+        tmp_path,
+        cls=PrecondTrainer,
+        max_steps=40,
+        learning_rate=2e-2,
+        use_cpu=device.type == "cpu",
+        **{kind: True},
     )
     trainer.train()
     seen = losses(trainer)

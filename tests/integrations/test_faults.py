@@ -87,9 +87,7 @@ def test_a_run_that_is_lost_stops_with_advice_and_can_be_gone_back_from(name, tm
     with pytest.raises(RuntimeError, match=r"10 .*in a row.*checkpoint.*skip_nonfinite=True"):
         trainer.train()
     assert trainer.state.global_step <= 30
-    again = make(
-        name, tmp_path, data=rows, max_steps=12, optim_args=surviving(name), **CALM
-    )
+    again = make(name, tmp_path, data=rows, max_steps=12, optim_args=surviving(name), **CALM)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert again.state.global_step == 12
     assert all(torch.isfinite(p).all() for p in again.model.parameters())
@@ -114,9 +112,7 @@ class Fault(TrainerCallback):
 @pytest.mark.parametrize("name", [name for name in NAMES if NEEDED[name]])
 def test_training_goes_on_where_a_solver_fails_for_a_while(name, tmp_path, monkeypatch):
     more = ",basis_tolerance=0" if name == "adamr" else ""
-    trainer = make(
-        name, tmp_path, max_steps=12, optim_args=OFTEN[name] + more, learning_rate=1e-2
-    )
+    trainer = make(name, tmp_path, max_steps=12, optim_args=OFTEN[name] + more, learning_rate=1e-2)
     trainer.add_callback(Fault(monkeypatch, NEEDED[name][0], 6, 8))
     trainer.train()
     seen = losses(trainer)

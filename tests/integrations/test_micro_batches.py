@@ -47,10 +47,13 @@ def run(name, folder, model, data, steps, **fields):
 @each_name
 def test_four_micro_batches_are_one_batch_of_four_times_the_size(name, tmp_path):
     data = [{"input_ids": d["input_ids"], "labels": d["input_ids"]} for d in text_data(128)]
-    sizes = {"per_device_train_batch_size": 32}, {
-        "per_device_train_batch_size": 8,
-        "gradient_accumulation_steps": 4,
-    }
+    sizes = (
+        {"per_device_train_batch_size": 32},
+        {
+            "per_device_train_batch_size": 8,
+            "gradient_accumulation_steps": 4,
+        },
+    )
     whole, parts = (
         run(name, tmp_path, llama().double(), data, 3, max_grad_norm=0.0, **size) for size in sizes
     )

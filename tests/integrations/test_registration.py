@@ -52,12 +52,18 @@ def test_members_are_like_the_stock_ones(name):
 
 def test_registering_again_changes_nothing():
     trainer = sys.modules["transformers.trainer"]
-    before = (list(OptimizerNames), Trainer.get_optimizer_cls_and_kwargs,
-              list(trainer.DEFAULT_CALLBACKS))
+    before = (
+        list(OptimizerNames),
+        Trainer.get_optimizer_cls_and_kwargs,
+        list(trainer.DEFAULT_CALLBACKS),
+    )
     register()
     register()
-    assert before == (list(OptimizerNames), Trainer.get_optimizer_cls_and_kwargs,
-                      list(trainer.DEFAULT_CALLBACKS))
+    assert before == (
+        list(OptimizerNames),
+        Trainer.get_optimizer_cls_and_kwargs,
+        list(trainer.DEFAULT_CALLBACKS),
+    )
 
 
 def test_bad_names_are_still_refused_and_the_names_are_listed():
@@ -189,9 +195,7 @@ Trainer(bert(), args)
 print(type(hf_precond.create_optimizer(bert(), "afopt")).__name__)
 """
     assert python(code) == (
-        "NKFAC\n"
-        "Trainer cannot instantiate unsupported optimizer: OptimizerNames.AFOPT\n"
-        "AFOpt\n"
+        "NKFAC\nTrainer cannot instantiate unsupported optimizer: OptimizerNames.AFOPT\nAFOpt\n"
     )
 
 

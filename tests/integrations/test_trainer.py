@@ -75,7 +75,13 @@ def test_a_language_model_trains(name, tmp_path):
 @pytest.mark.parametrize("cls", [Seq2SeqTrainer, PrecondSeq2SeqTrainer])
 def test_sequence_to_sequence_models_train(name, model, cls, tmp_path):
     trainer = make(
-        name, tmp_path, model(), sequence_data(), cls, Seq2SeqTrainingArguments, max_steps=10,
+        name,
+        tmp_path,
+        model(),
+        sequence_data(),
+        cls,
+        Seq2SeqTrainingArguments,
+        max_steps=10,
         learning_rate=5e-3,
     )
     trainer.train()
@@ -134,9 +140,7 @@ def test_weight_decay_goes_to_the_decay_groups(name, tmp_path):
 
 
 def test_max_grad_norm_clips_what_the_optimizer_gets(tmp_path):
-    trainer = make(
-        "adamr", tmp_path, max_steps=1, max_grad_norm=1e-3, lr_scheduler_type="constant"
-    )
+    trainer = make("adamr", tmp_path, max_steps=1, max_grad_norm=1e-3, lr_scheduler_type="constant")
     norms = []
     optimizer = trainer.create_optimizer()
     optimizer.register_step_pre_hook(
@@ -183,7 +187,10 @@ def test_the_logs_show_the_worst_layer(tmp_path, monkeypatch):
     diagnostics = seen[-1]
     logged = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
     for kind, worst in (
-        ("logit_change", max), ("logit_change_max", max), ("entropy", min), ("entropy_min", min)
+        ("logit_change", max),
+        ("logit_change_max", max),
+        ("entropy", min),
+        ("entropy_min", min),
     ):
         layers = [value for key, value in diagnostics.items() if key.startswith(f"{kind}/")]
         assert len(set(layers)) == 2 and logged[f"optim_{kind}"] == worst(layers)
@@ -330,8 +337,10 @@ def test_output_gradients_are_collected_without_the_loss_scale():
 
     model = bert()
     optimizer = create_optimizer(model, "nkfac", stat_interval=1)
-    batch = {key: torch.stack([torch.as_tensor(d[key]) for d in text_data(4)])
-             for key in ("input_ids", "labels")}
+    batch = {
+        key: torch.stack([torch.as_tensor(d[key]) for d in text_data(4)])
+        for key in ("input_ids", "labels")
+    }
 
     def statistics_of(scaler):
         wrapped = types.SimpleNamespace(optimizer=optimizer, scaler=scaler)
@@ -342,8 +351,10 @@ def test_output_gradients_are_collected_without_the_loss_scale():
 
     assert hasattr(AcceleratedOptimizer, "step_was_skipped")
     plain = statistics_of(None)
-    for scaler in (torch.amp.GradScaler("cpu", init_scale=2.0**12),
-                   torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=False)):
+    for scaler in (
+        torch.amp.GradScaler("cpu", init_scale=2.0**12),
+        torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=False),
+    ):
         scaled_sums = statistics_of(scaler)
         assert plain.keys() == scaled_sums.keys()
         for key, statistic in plain.items():

@@ -115,8 +115,9 @@ def test_spd_inverse_damps_a_singular_matrix_at_rounding_level():
     # (11ᵀ + δI)⁻¹ has the eigenvalue 1/(4 + δ) along 1 and 1/δ across.
     shift = 4 * torch.finfo(torch.float32).eps
     across = torch.tensor([1.0, -1.0, 0.0, 0.0]) / 2**0.5
-    torch.testing.assert_close(across @ inverse[0] @ across * shift, torch.tensor(1.0),
-                               rtol=0.2, atol=0)
+    torch.testing.assert_close(
+        across @ inverse[0] @ across * shift, torch.tensor(1.0), rtol=0.2, atol=0
+    )
 
 
 def test_spd_inverse_keeps_the_previous_inverse_of_an_indefinite_matrix():

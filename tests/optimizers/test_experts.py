@@ -310,7 +310,7 @@ def _weights_on_ranks(name):
     data = batch()
     for _ in range(3):
         optimizer.zero_grad()
-        own = data if rank is None else {k: v[rank :: 2] for k, v in data.items()}
+        own = data if rank is None else {k: v[rank::2] for k, v in data.items()}
         logits = model(input_ids=own["input_ids"], attention_mask=own["attention_mask"]).logits
         total = F.cross_entropy(
             logits[:, :-1].flatten(0, 1), own["labels"][:, 1:].flatten(), reduction="sum"
@@ -524,8 +524,6 @@ def test_narrow_experts_have_factors_in_blocks_or_on_one_side():
         assert sides == {
             "gate_up_proj.output", "gate_up_proj.input", "down_proj.input"
         }  # fmt: skip
-
-
 
 
 def test_padding_is_left_out_of_lists_of_experts():

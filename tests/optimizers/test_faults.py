@@ -253,9 +253,7 @@ def test_a_solver_that_fails_once_is_asked_again(name, solver, monkeypatch):
 
 @each_needed
 @pytest.mark.parametrize("kind", ERRORS)
-def test_a_solver_that_always_fails_leaves_the_last_preconditioner(
-    name, solver, kind, monkeypatch
-):
+def test_a_solver_that_always_fails_leaves_the_last_preconditioner(name, solver, kind, monkeypatch):
     model, optimizer = make_both(name, **{"basis_tolerance": 0.0} if name == "adamr" else {})
     train("bert", model, optimizer, 6)
     before = preconditioner(optimizer)

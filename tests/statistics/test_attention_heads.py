@@ -121,7 +121,9 @@ ROTARY: dict[str, Any] = {
         tf.GPTNeoXConfig(
             **(TEXT | {"hidden_size": 32}),
             rope_parameters={
-                "rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5
+                "rope_type": "default",
+                "rope_theta": 100.0,
+                "partial_rotary_factor": 0.5,
             },
         )
     ),
@@ -130,14 +132,23 @@ ROTARY: dict[str, Any] = {
     ),
     "llama4, complex": lambda: tf.Llama4ForCausalLM(
         tf.Llama4TextConfig(
-            **TEXT, num_key_value_heads=2, head_dim=4, intermediate_size_mlp=24,
-            num_local_experts=2, use_qk_norm=False, no_rope_layers=[1, 1],
+            **TEXT,
+            num_key_value_heads=2,
+            head_dim=4,
+            intermediate_size_mlp=24,
+            num_local_experts=2,
+            use_qk_norm=False,
+            no_rope_layers=[1, 1],
             rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         )
     ),
     "gpt-oss, half width": lambda: tf.GptOssForCausalLM(
         tf.GptOssConfig(
-            **TEXT, num_key_value_heads=2, head_dim=4, num_local_experts=2, num_experts_per_tok=1,
+            **TEXT,
+            num_key_value_heads=2,
+            head_dim=4,
+            num_local_experts=2,
+            num_experts_per_tok=1,
             rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         )
     ),

@@ -23,9 +23,7 @@ OTHERS: dict[str, Any] = {
     "gpt-oss, sinks": lambda: tf.GptOssForCausalLM(
         tf.GptOssConfig(**GROUPED, num_local_experts=2, num_experts_per_tok=1, sliding_window=3)
     ),
-    "mistral, window": lambda: tf.MistralForCausalLM(
-        tf.MistralConfig(**GROUPED, sliding_window=3)
-    ),
+    "mistral, window": lambda: tf.MistralForCausalLM(tf.MistralConfig(**GROUPED, sliding_window=3)),
 }
 
 

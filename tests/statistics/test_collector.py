@@ -189,7 +189,8 @@ def test_a_module_called_several_times_brings_the_sum_of_its_calls() -> None:
     model(x).pow(2).sum().backward()
     taken = collector.take()
     first, second, count = explicit(
-        recorder.calls[layer], LayerMatrix("w", layer, bias="bias"),
+        recorder.calls[layer],
+        LayerMatrix("w", layer, bias="bias"),
         lambda inputs: torch.ones(4, dtype=torch.float64),
     )
     torch.testing.assert_close(taken["w/input"].sum, first)
@@ -330,7 +331,8 @@ def test_autocast_and_half_precision_sum_in_float32() -> None:
     taken = collector.take()
     for matrix in matrices:
         first, second, _ = explicit(
-            [(x.double(), g.double()) for x, g in recorder.calls[matrix.module]], matrix,
+            [(x.double(), g.double()) for x, g in recorder.calls[matrix.module]],
+            matrix,
             masked(text()),
         )
         found = taken[f"{matrix.name}/input"].sum
@@ -351,9 +353,7 @@ class Reads(TorchDispatchMode):
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         waits = ("_local_scalar_dense", "nonzero", "is_nonzero", "unique")
         self.count += any(name in str(func) for name in waits)
         return func(*args, **(kwargs or {}))

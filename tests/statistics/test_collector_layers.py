@@ -126,8 +126,9 @@ def test_centred_inputs_lose_each_sequences_mean() -> None:
     loss_of(model, batch).backward()
     found = collector.take()["x"].sum
     expected = torch.zeros(17, 17, dtype=torch.float64)
-    for rows, mask in zip(recorder.calls[block.q.module][0][0], batch["attention_mask"],
-                          strict=True):
+    for rows, mask in zip(
+        recorder.calls[block.q.module][0][0], batch["attention_mask"], strict=True
+    ):
         kept = rows[mask.bool()]
         kept = kept - kept.mean(0)
         expected[:16, :16] += kept.T @ kept

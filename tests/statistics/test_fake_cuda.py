@@ -139,9 +139,7 @@ def test_probes(probe):
     parameters = [there(3), there(2), there(4, dtype=torch.bfloat16)]
     vectors = watched(lambda: probe_vectors(parameters, probe, 3))
     estimates = watched(
-        lambda: diagonal_estimates(
-            lambda v: [2 * each for each in v], probe, vectors
-        )
+        lambda: diagonal_estimates(lambda v: [2 * each for each in v], probe, vectors)
     )
     assert [e.shape for e in estimates] == [p.shape for p in parameters]
     assert all(t.device == GPU and t.dtype == torch.float32 for t in (*vectors, *estimates))

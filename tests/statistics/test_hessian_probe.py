@@ -82,9 +82,7 @@ def test_a_linear_layer_behind_the_norm_fills_the_block(orthogonal):
     torch.testing.assert_close(found["ones"], block.sum(1), rtol=1e-11, atol=1e-14)
     torch.testing.assert_close(found["exact"], block.diagonal(), rtol=1e-11, atol=1e-14)
     (signs,) = probe_vectors([model[0].weight], "rademacher", 0)
-    torch.testing.assert_close(
-        found["rademacher"], signs * (block @ signs), rtol=1e-11, atol=1e-14
-    )
+    torch.testing.assert_close(found["rademacher"], signs * (block @ signs), rtol=1e-11, atol=1e-14)
     apart = (found["ones"] - found["exact"]).norm() / found["exact"].norm()
     assert apart < 1e-12 if orthogonal else apart > 0.05
 

@@ -74,9 +74,7 @@ def test_the_body_alone_has_its_own_mask() -> None:
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_a_mask_of_another_name_needs_one_row(
-    named: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mask_of_another_name_needs_one_row(named: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     class Renamed(tf.BertForSequenceClassification):
         def forward(self, input_ids: Tensor, token_mask: Tensor, labels: Tensor) -> Tensor:
             # Of four dimensions, so that nothing below reads it as a mask of tokens.
@@ -248,9 +246,17 @@ def _sparse(name: str) -> nn.Module:
         config = tf.BigBirdConfig(**small, block_size=4, num_random_blocks=1)
         return tf.BigBirdForSequenceClassification(config).train()
     config = tf.FSMTConfig(
-        langs=["en", "de"], src_vocab_size=40, tgt_vocab_size=40, d_model=16, encoder_layers=1,
-        decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=24,
-        decoder_ffn_dim=24, max_position_embeddings=80,
+        langs=["en", "de"],
+        src_vocab_size=40,
+        tgt_vocab_size=40,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        max_position_embeddings=80,
     )
     return tf.FSMTForConditionalGeneration(config).train()
 

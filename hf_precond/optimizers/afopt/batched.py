@@ -213,9 +213,7 @@ def aligned(size: int) -> int:
 # Half precision from end to end -----------------------------------------------------------------
 
 
-def step_in_half(
-    optimizer: AFOpt, batch: Sequence[MatrixPlan]
-) -> Iterator[Preconditioned] | None:
+def step_in_half(optimizer: AFOpt, batch: Sequence[MatrixPlan]) -> Iterator[Preconditioned] | None:
     """The momentum and the direction of a batch, in float16 from the momentum on.
 
     Args:

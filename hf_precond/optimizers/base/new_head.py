@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_precond.architectures.new_head import find_new_head, head_layers
+from hf_precond.architectures.pretrained import find_new_head, head_layers
 from hf_precond.architectures.structure import LayerMatrix, RoutingTable
 from hf_precond.compat.torch_internals import WRAPPERS
 from hf_precond.config.base import OptimizerConfig
@@ -131,12 +131,14 @@ class NewHead:
         """
         reason = f"new head, whose outputs a step changes by {self.config.head_step:g}"
         own = {f"{m.name}.{each}" for m in self.matrices for each in (m.weight, m.bias)}
-        return RoutingTable([
-            dataclasses.replace(route, treatment="adamw", reason=reason)
-            if route.name in own
-            else route
-            for route in routing
-        ])
+        return RoutingTable(
+            [
+                dataclasses.replace(route, treatment="adamw", reason=reason)
+                if route.name in own
+                else route
+                for route in routing
+            ]
+        )
 
     def enable(self, step: int) -> None:
         """Look at the input of the passes before a step, or do not.

@@ -669,8 +669,11 @@ class PrecondOptimizer(torch.optim.Optimizer):
         checkpoint.forget_empty(self.state)
         if checkpoint.KEY in state_dict:
             self.resumed_head = state_dict[checkpoint.KEY].get("head", ())
-        if self.head is not None:
-            self.head.state = self.state  # torch makes a new one
+        self.config = self.config.replace(
+            lr=state_dict.get(checkpoint.KEY, {}).get("lr", self.config.lr)
+        )
+        if self.head is not None:  # torch makes a new state
+            self.head.state, self.head.config = self.state, self.config
         resumed = own["head"] if self.resumed_head is None else self.resumed_head
         if self.structure.model is not None and set(resumed) != set(own["head"]):
             self.close()

@@ -47,9 +47,7 @@ def data(family, rows):
 def main():
     parser = HfArgumentParser((ScriptArguments, TrainingArguments))
     script, args = parser.parse_args_into_dataclasses()
-    trainer = Trainer(
-        build(script.family), args, train_dataset=data(script.family, script.rows)
-    )
+    trainer = Trainer(build(script.family), args, train_dataset=data(script.family, script.rows))
     trainer.train()
     if trainer.is_world_process_zero():
         with open(f"{args.output_dir}/log_history.json", "w") as file:

@@ -38,8 +38,21 @@ def test_identity_basis_is_torch_adamw(shape):
 class Explicit:
     """The step of one matrix, both factors kept in the coordinates of the weight."""
 
-    def __init__(self, weight, left=True, right=True, interval=4, decay=0.95, lr=1e-2, wd=0.1,
-                 floor=1e-4, transport="overlap", betas=(0.9, 0.999), eps=1e-8, every=1):
+    def __init__(
+        self,
+        weight,
+        left=True,
+        right=True,
+        interval=4,
+        decay=0.95,
+        lr=1e-2,
+        wd=0.1,
+        floor=1e-4,
+        transport="overlap",
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        every=1,
+    ):
         self.weight, self.lr, self.wd, self.floor = weight.clone(), lr, wd, floor
         self.betas, self.eps, self.decay, self.interval = betas, eps, decay, interval
         self.sides, self.transport = {"left": left, "right": right}, transport
@@ -109,8 +122,16 @@ class Explicit:
 def test_step_equals_the_explicit_one(shape, basis, transport, every):
     weights = start(shape, shape, shape)
     modules = layers(*weights)
-    optimizer = adamr(modules, basis=basis, basis_interval=4, lr=1e-2, weight_decay=0.1,
-                      transport=transport, basis_tolerance=0.0, stat_interval=every)
+    optimizer = adamr(
+        modules,
+        basis=basis,
+        basis_interval=4,
+        lr=1e-2,
+        weight_decay=0.1,
+        transport=transport,
+        basis_tolerance=0.0,
+        stat_interval=every,
+    )
     left = basis == "two_sided" or shape[0] <= shape[1]
     right = basis == "two_sided" or shape[0] > shape[1]
     explicit = [Explicit(w, left, right, transport=transport, every=every) for w in weights]

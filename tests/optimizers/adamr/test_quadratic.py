@@ -72,6 +72,7 @@ def test_following_the_basis_loses_nothing_against_decomposing_it(monkeypatch):
 @pytest.mark.slow
 def test_a_second_moment_that_is_reset_blows_up(monkeypatch):
     """The control of the transport: M kept, V set to zero and not raised at a refresh."""
+
     def reset(self, batch, side, rotation):
         first = eigenbasis.rotate(side, rotation, batch["exp_avg"])
         return {"exp_avg": first, "exp_avg_sq": torch.zeros_like(first)}

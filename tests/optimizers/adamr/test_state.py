@@ -73,8 +73,10 @@ def test_one_batch_or_one_by_one_is_the_same(monkeypatch):
 
 def test_a_matrix_without_a_gradient_waits_and_disturbs_no_other():
     gradients = noise(*SHAPES, steps=20)
-    missing = [[None if (n == 1 and s % 3 == 0) else g for n, g in enumerate(step)]
-               for s, step in enumerate(gradients)]
+    missing = [
+        [None if (n == 1 and s % 3 == 0) else g for n, g in enumerate(step)]
+        for s, step in enumerate(gradients)
+    ]
     modules, alone = zeros(*SHAPES), zeros(SHAPES[1])
     run(adamr(modules, basis_interval=1), modules, missing)
     run(adamr(alone, basis_interval=1), alone, [[s[1]] for s in missing if s[1] is not None])
@@ -194,8 +196,11 @@ def test_checkpoint_allocation_makes_all_state_and_advances_nothing():
     optimizer = adamr(modules)
     optimizer.param_groups[0]["lr"] = 0.0
     run(optimizer, modules, [[torch.zeros(5, 5, dtype=torch.float64)]])
-    made = {k: v.shape for k, v in optimizer.state[modules[0].weight].items()
-            if isinstance(v, torch.Tensor)}
+    made = {
+        k: v.shape
+        for k, v in optimizer.state[modules[0].weight].items()
+        if isinstance(v, torch.Tensor)
+    }
     state = optimizer.state[modules[0].weight]
     assert state["step"] == state["left_updates"] == 0
     optimizer.param_groups[0]["lr"] = 1e-3
@@ -226,8 +231,9 @@ def test_refreshes_come_at_powers_of_two_and_then_each_on_its_own_step():
 
 def test_a_basis_that_is_still_good_is_left_alone():
     """Gradients with fixed singular vectors: after the first refreshes the bases stay good."""
-    u, v = torch.linalg.qr(torch.randn(2, 6, 6, generator=torch.Generator().manual_seed(0),
-                                       dtype=torch.float64))[0]
+    u, v = torch.linalg.qr(
+        torch.randn(2, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    )[0]
     scale = torch.logspace(0, -1, 6, dtype=torch.float64)
     modules = zeros((6, 6))
     optimizer = adamr(modules, basis_interval=4)
@@ -314,8 +320,9 @@ class Features(StatisticsSource):
         self.step = step
 
     def take(self):
-        return {r.key: Statistic(4 * self.moments[r.kind], torch.tensor(4.0))
-                for r in self.requests}
+        return {
+            r.key: Statistic(4 * self.moments[r.kind], torch.tensor(4.0)) for r in self.requests
+        }
 
 
 def featured(layout="linear"):
@@ -352,8 +359,9 @@ def test_feature_bases_are_those_of_inputs_and_output_gradients(layout):
     if layout == "transposed":
         left, right = right, left
     for name, expected in (("left_basis", left), ("right_basis", right)):
-        torch.testing.assert_close((state[name][0].T @ expected).abs(),
-                                   torch.eye(len(expected), dtype=torch.float64))
+        torch.testing.assert_close(
+            (state[name][0].T @ expected).abs(), torch.eye(len(expected), dtype=torch.float64)
+        )
     assert state["step"] == 5 and state["left_updates"] == 6
 
 
@@ -370,8 +378,9 @@ def test_a_layer_whose_features_never_come_uses_the_gradient():
 
 
 def test_as_a_fallback_it_keeps_its_own_fields():
-    given = NKFACConfig(base="adamr", max_dim=8, stat_decay=0.5, state_dtype="bfloat16",
-                        precision="tf32")
+    given = NKFACConfig(
+        base="adamr", max_dim=8, stat_decay=0.5, state_dtype="bfloat16", precision="tf32"
+    )
     fallback = make_fallback("adamr", given, FailureRecord(), lambda name, by: None)
     assert isinstance(fallback, RotatedAdamFallback)
     config = fallback.rotated.config

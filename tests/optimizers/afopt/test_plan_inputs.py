@@ -168,9 +168,7 @@ def strided(value="memory", kind=StridedAttention, **fields):
     return model, create_optimizer(model, "afopt", scope="attention", stat_interval=1, **fields)
 
 
-@pytest.mark.parametrize(
-    ("value", "roles"), [("memory", "k"), ("copy", "k"), ("own", "kv")]
-)
+@pytest.mark.parametrize(("value", "roles"), [("memory", "k"), ("copy", "k"), ("own", "kv")])
 def test_separate_inputs_of_an_unknown_class_are_found_in_the_first_pass(value, roles):
     model, optimizer = strided(value)
     x = torch.randn(3, 6, 8).double()

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import hf_precond
-from hf_precond.architectures.new_head import find_new_head
+from hf_precond.architectures.pretrained import find_new_head
 from hf_precond.optimizers.base.new_head import MOMENT, moment_is_due
 from hf_precond.optimizers.sgdph.optimizer import SGDPH
 from hf_precond.statistics.requests import Statistic

@@ -151,8 +151,10 @@ def damping_of(matrix, damping):
 def test_one_step_is_the_damped_kronecker_solve_at_the_gradients_norm(solver):
     model = network()
     optimizer = build(model, damping=0.1, solver=solver)
-    before = [torch.cat([layer.weight, layer.bias[:, None]], 1).detach().clone()
-              for layer in (model[0], model[3])]
+    before = [
+        torch.cat([layer.weight, layer.bias[:, None]], 1).detach().clone()
+        for layer in (model[0], model[3])
+    ]
     blocks = []
     for layer in (model[0], model[3]):
         rows, deltas = seen_rows(layer, model, data())

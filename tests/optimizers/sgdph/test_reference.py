@@ -82,9 +82,7 @@ def train_step(model, optimizer, x, y):
 
 
 @pytest.mark.parametrize("build", [by_hand, by_name, by_optim_args])
-@pytest.mark.parametrize(
-    ("name", "network"), [("sgdph_bn", batch_norm), ("sgdph_ln", layer_norm)]
-)
+@pytest.mark.parametrize(("name", "network"), [("sgdph_bn", batch_norm), ("sgdph_ln", layer_norm)])
 def test_the_golden_steps(name, network, build):
     values, tensors = read(name)
     model = network()

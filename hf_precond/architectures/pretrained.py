@@ -1,0 +1,125 @@
+"""What ``from_pretrained`` loaded and what it had to initialise, and the rates that follow."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from hf_precond.architectures.attention_block import LowRankAdapter
+from hf_precond.architectures.modules import find_matrices, is_layer, is_linear
+from hf_precond.architectures.parameters import find_head
+from hf_precond.architectures.peft import find_adapter
+from hf_precond.architectures.structure import LayerMatrix
+from hf_precond.compat.transformers_internals import was_loaded
+
+BODY_STEP = 0.25
+"""Sum over the layers of a pretrained body of what a unit step changes them by, relative to their
+weights: the learning rate that :func:`starting_lr` chooses, times layers over weights."""
+
+SAVED = re.compile(r"modules_to_save\.[^.]+")
+"""PEFT's copy of a module that is trained along with its adapters."""
+
+
+def find_new_head(model: nn.Module) -> list[LayerMatrix]:
+    """The linear layers of the task head whose weights are new.
+
+    :func:`~hf_precond.architectures.parameters.find_head` says what lies outside the body; new is
+    what the checkpoint did not have. So a head that was trained before is not new, nor is one of a
+    model that was made from its config.
+
+    Args:
+        model: as ``from_pretrained`` returned it, or within PEFT's wrappers.
+    """
+    parameters = dict(model.named_parameters())
+    if not any(map(was_loaded, parameters.values())):
+        return []
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    return [
+        matrix
+        for matrix in head_layers(model)
+        if not _was_loaded(names[id(matrix.weight_parameter)], parameters)
+    ]
+
+
+def head_layers(model: nn.Module) -> list[LayerMatrix]:
+    """The linear layers of the task head that train, new or not.
+
+    Args:
+        model: the model.
+    """
+    names = find_head(model)
+    held = {id(parameter) for name, parameter in model.named_parameters() if name in names}
+    matrices = find_matrices(model) if names else []
+    return [m for m in matrices if is_linear(m.module) and id(m.weight_parameter) in held]
+
+
+def _was_loaded(name: str, parameters: Mapping[str, Tensor]) -> bool:
+    """Whether a parameter was, or the one that PEFT copied it from."""
+    source = parameters.get(SAVED.sub("original_module", name))
+    return was_loaded(parameters[name] if source is None else source)
+
+
+def starting_lr(model: nn.Module) -> float | None:
+    """The learning rate at which fine-tuning starts well, from the weights that were loaded.
+
+    ``lr = 0.25 · rms(W) / K``, of the K linear layers and convolutions that were loaded and train,
+    W all their weights. A step of size lr in every entry then changes the weights of each
+    by ``0.25 / K`` of their size, and what the model computes, to first order, by K times as much,
+    whatever its depth and the scale of its weights.
+
+    LoRA steps ``s B A`` instead, B from zero and A ``[r, in]``: with its scaling s the change has the
+    same spectral norm, whatever the rank is, at ``lr / (s √in rms(A))``, where W are the weights
+    below the adapters and K is their number.
+
+    Args:
+        model: as ``from_pretrained`` returned it, or within PEFT's wrappers.
+
+    Returns:
+        The rate, to two digits; ``None`` where nothing that was loaded trains (a model made
+        from a config, a copy, a sharded model, whose parameters do not tell).
+    """
+    parameters = dict(model.named_parameters())
+    if not any(map(was_loaded, parameters.values())):
+        return None
+    head = {id(parameters[name]) for name in find_head(model) if name in parameters}
+    body = [
+        matrix.weight_parameter
+        for matrix in find_matrices(model)
+        if (is_layer(matrix.module) or matrix.stack)
+        and was_loaded(matrix.weight_parameter)
+        and id(matrix.weight_parameter) not in head
+    ]
+    if body:
+        return _rounded(BODY_STEP * _rms(body) / len(body))
+    pairs = list(_adapters(model))
+    below = [weight for _, weight in pairs if weight.is_floating_point()]
+    if not below:
+        return None
+    reach = [a.scaling * math.sqrt(a.down.shape[1]) * _rms([a.down.read()]) for a, _ in pairs]
+    mean = sum(reach) / len(reach)
+    return _rounded(BODY_STEP * _rms(below) / len(pairs) / mean) if mean > 0 else None
+
+
+def _adapters(model: nn.Module) -> Iterable[tuple[LowRankAdapter, Tensor]]:
+    """The LoRA pairs that train, with the weights below them."""
+    for name, module in model.named_modules():
+        base = getattr(module, "base_layer", None)
+        pair = find_adapter(module, name) if isinstance(base, nn.Module) else None
+        weight = getattr(base, "weight", None)
+        if pair is not None and isinstance(weight, Tensor):
+            yield pair, weight
+
+
+def _rms(tensors: Iterable[Tensor]) -> float:
+    """Root mean square of all entries."""
+    held = [tensor.detach() for tensor in tensors]
+    squares = torch.stack([t.float().square().sum().double().cpu() for t in held]).sum()
+    return math.sqrt(float(squares) / sum(t.numel() for t in held))
+
+
+def _rounded(rate: float) -> float | None:
+    return float(f"{rate:.2g}") if 0 < rate < math.inf else None

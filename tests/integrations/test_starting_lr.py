@@ -1,0 +1,115 @@
+"""The learning rate of a Trainer whose user has set none."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+
+from hf_precond import PrecondTrainer, list_optimizers
+from hf_precond.architectures.pretrained import starting_lr
+from hf_precond.integrations.arguments import lr_is_unset, own_optimizer
+from tests.integrations.tiny import bert, text_data
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = str(tmp_path_factory.mktemp("body"))
+    bert().bert.save_pretrained(path)
+    return path
+
+
+def pretrained(folder: str) -> nn.Module:
+    torch.manual_seed(1)
+    return BertForSequenceClassification.from_pretrained(folder, num_labels=2)
+
+
+def trainer(model: nn.Module, out: Any, kind: type = Trainer, **own: Any) -> Trainer:
+    own = {"optim": "afopt", "max_steps": 6, "disable_tqdm": True, "report_to": "none"} | own
+    args = TrainingArguments(str(out), use_cpu=True, **own)
+    return kind(model, args, train_dataset=text_data())
+
+
+def rates(trainer: Trainer) -> set[float]:
+    trainer.create_optimizer()
+    return {group["lr"] for group in trainer.optimizer.param_groups}
+
+
+@pytest.mark.parametrize("name", list_optimizers())
+def test_a_rate_that_nobody_set_follows_from_the_weights(folder, tmp_path, caplog, name) -> None:
+    model = pretrained(folder)
+    with caplog.at_level(logging.WARNING):
+        found = rates(trainer(model, tmp_path, optim=name))
+    assert found == {starting_lr(model)} and starting_lr(model) != 5e-5
+    said = [text for text in caplog.messages if "learning rate was left" in text]
+    assert len(said) == 1 and f"training starts at {starting_lr(model):g}" in said[0]
+
+
+def test_a_rate_that_was_set_is_taken(folder, tmp_path, monkeypatch) -> None:
+    model = pretrained(folder)
+    assert rates(trainer(model, tmp_path, learning_rate=1e-4)) == {1e-4}
+    assert rates(trainer(model, tmp_path, optim_args="lr=5e-5")) == {5e-5}
+    for words in (["--learning_rate", "5e-5"], ["--learning-rate=5e-5"]):
+        monkeypatch.setattr(sys, "argv", ["script.py", *words])
+        assert rates(trainer(model, tmp_path, learning_rate=5e-5)) == {5e-5}
+
+
+def test_nothing_follows_from_random_weights(tmp_path) -> None:
+    assert rates(trainer(bert(), tmp_path)) == {5e-5}
+
+
+def test_arguments_with_a_default_of_their_own_have_set_it(tmp_path) -> None:
+    @dataclasses.dataclass
+    class Mild(TrainingArguments):
+        learning_rate: float = 2e-5
+
+    @dataclasses.dataclass
+    class Same(TrainingArguments):
+        more: int = 0
+
+    assert lr_is_unset(TrainingArguments(str(tmp_path)))
+    assert lr_is_unset(Same(str(tmp_path)))
+    assert not lr_is_unset(Mild(str(tmp_path)))
+    assert not lr_is_unset(Mild(str(tmp_path), learning_rate=5e-5))
+
+
+def test_the_model_card_and_the_config_have_it(folder, tmp_path) -> None:
+    made = trainer(pretrained(folder), tmp_path, PrecondTrainer)
+    rate = starting_lr(made.model)
+    made.train()
+    made.create_model_card()
+    made.save_model()
+    assert f"learning_rate: {rate}" in (tmp_path / "README.md").read_text()
+    assert f'"lr": {rate}' in (tmp_path / "optimizer_config.json").read_text()
+
+
+class Larger(TrainerCallback):
+    """Makes the weights larger under way, so that another rate would follow from them."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if state.global_step == 3:
+            with torch.no_grad():
+                for parameter in model.bert.parameters():
+                    parameter.mul_(1.5)
+
+
+def test_a_resumed_training_keeps_its_rate(folder, tmp_path) -> None:
+    """Bit for bit, although the weights have changed; so does the rule of the new head."""
+    own = {"save_steps": 4, "save_strategy": "steps"}
+    whole = trainer(pretrained(folder), tmp_path, **own)
+    whole.add_callback(Larger())
+    whole.train()
+    again = trainer(pretrained(folder), tmp_path, **own)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    one, two = (own_optimizer(made.optimizer) for made in (whole, again))
+    assert one.config.lr == two.config.lr
+    assert two.head is not None
+    state, other = (copy.deepcopy(t.model.state_dict()) for t in (whole, again))
+    assert all(torch.equal(state[key], other[key]) for key in state)
