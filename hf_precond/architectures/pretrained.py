@@ -71,9 +71,9 @@ def starting_lr(model: nn.Module) -> float | None:
     by ``0.25 / K`` of their size, and what the model computes, to first order, by K times as much,
     whatever its depth and the scale of its weights.
 
-    LoRA steps ``s B A`` instead, B from zero and A ``[r, in]``: with its scaling s the change has the
-    same spectral norm, whatever the rank is, at ``lr / (s √in rms(A))``, where W are the weights
-    below the adapters and K is their number.
+    LoRA steps ``s B A`` instead, B from zero and A ``[r, in]``: with its scaling s the change has
+    the same spectral norm, whatever the rank is, at ``lr / (s √in rms(A))``, where W are the
+    weights below the adapters and K is their number.
 
     Args:
         model: as ``from_pretrained`` returned it, or within PEFT's wrappers.

@@ -272,7 +272,7 @@ def matthews(found: Tensor, true: Tensor) -> float:
 
 
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """The expected calibration error (Guo et al., "On Calibration of Modern Neural Networks", 2017).
+    """The expected calibration error (Guo et al., "On Calibration of Modern Neural Networks").
 
     Predictions are divided into bins of equal width by the probability of the
     chosen class; the mean over predictions of |accuracy - probability| of a bin.

