@@ -14,6 +14,7 @@ from hf_precond.integrations.registration import register_at_import
 if TYPE_CHECKING:
     from hf_precond.architectures.attention_block import declare_attention as declare_attention
     from hf_precond.architectures.experts import declare_experts as declare_experts
+    from hf_precond.architectures.pretrained import starting_lr as starting_lr
     from hf_precond.config.base import OptimizerConfig as OptimizerConfig
     from hf_precond.config.base import load_config as load_config
     from hf_precond.integrations.registration import register as register
@@ -56,6 +57,7 @@ _WHERE = {
     "load_config": "config.base",
     "register": "integrations.registration",
     "register_optimizer": "registry",
+    "starting_lr": "architectures.pretrained",
 }
 
 __all__ = sorted(_WHERE)
