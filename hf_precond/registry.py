@@ -43,6 +43,7 @@ class OptimizerInfo:
             are preconditioned.
         description: a line for ``hf-precond list``.
         memory: the numbers kept for a matrix ``[m, n]``, a line.
+        start: the learning rate to start from, a line.
     """
 
     name: str
@@ -52,6 +53,7 @@ class OptimizerInfo:
     select: Callable[[nn.Module, Any], ModelStructure]
     description: str
     memory: str
+    start: str
 
     @property
     def package(self) -> str:
@@ -69,6 +71,7 @@ def register_optimizer(
     select: Callable[[nn.Module, Any], ModelStructure],
     description: str,
     memory: str = "",
+    start: str = "",
     title: str | None = None,
 ) -> Callable[[ClassT], ClassT]:
     """Register an optimizer class under a name; used as a decorator.
@@ -92,6 +95,8 @@ def register_optimizer(
         description: a line for ``hf-precond list``.
         memory: the numbers kept for a matrix ``[m, n]``, a line for
             ``hf-precond explain``.
+        start: the learning rate to start from, a line for ``hf-precond list
+            NAME`` and ``explain``.
         title: the name in prose; the name of the class by default.
 
     Returns:
@@ -115,7 +120,7 @@ def register_optimizer(
                 f"{_path_of(known.optimizer_cls)} both take this name; rename one of them."
             )
         _registered[name] = OptimizerInfo(
-            name, title or cls.__name__, config, cls, select, description, memory
+            name, title or cls.__name__, config, cls, select, description, memory, start
         )
         cls.registered_name = name
         return cls

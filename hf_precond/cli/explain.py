@@ -30,8 +30,9 @@ def add_command(commands: Any) -> None:
         "explain",
         help="how an optimizer would treat a model's parameters, and the memory it takes",
         description=wrapped(
-            "Show which parameters of a model an optimizer preconditions, how the others "
-            "are stepped, and the memory of its state. Like layers are shown as one."
+            "Show which parameters of a model an optimizer preconditions, how the others are "
+            "stepped, the memory of its state, and the learning rate to start from. Like layers "
+            "are shown as one."
         ),
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -104,7 +105,7 @@ def explanation(
     every_row: bool = False,
     width: int = 80,
 ) -> str:
-    """Routing and memory of an optimizer on a model built from its config.
+    """Routing, memory and starting rate of an optimizer on a model built from its config.
 
     The model is built on the meta device: it has no weights.
 
@@ -139,7 +140,8 @@ def explanation(
     total = sum(parameter.numel() for parameter in built.parameters())
     title = f"{type(built).__name__}, {total:,} weights, under {name} ({info.title})"
     table = routing_table(optimizer.routing, every_row, width)
-    return f"{title}\n\n{table}\n\n{memory(optimizer)}"
+    start = f"\nlearning rate: start at {info.start}" if info.start else ""
+    return f"{title}\n\n{table}\n\n{memory(optimizer)}{start}"
 
 
 def _predicted(arguments: argparse.Namespace) -> str:
@@ -205,7 +207,10 @@ def routing_table(routes: Iterable[Any], every_row: bool, width: int) -> str:
             alike = [r for r in chosen if _reason(r) == reason]
             rows.append((f"  {reason}",))
             groups = [[r] for r in alike] if every_row else grouped_routes(alike)
-            rows += [(_joined(group), _shape(group[0]), *_totals(group, total)) for group in groups]
+            rows += [
+                (_joined(group), _shape(group[0]), *_totals(group, total))
+                for group in groups
+            ]
     columns = [22, 8, 9]  # at most: shape, tensors, share of the weights
     shapes = [len(row[1]) for row in rows if len(row) == 4]
     columns[0] = max([len("shape"), *shapes])

@@ -62,7 +62,8 @@ def list_command(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"hf_precond: {error}", file=sys.stderr)
         return 2
-    print(f"{info.name}: {info.description}\n")
+    print(f"{info.name}: {info.description}")
+    print(f"learning rate: start at {info.start}\n" if info.start else "")
     print(field_table(info.config_cls, min(100, terminal_width())))
     return 0
 

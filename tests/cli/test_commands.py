@@ -30,6 +30,17 @@ def test_list_shows_every_optimizer_with_its_line(capsys):
 
 
 @each_name
+def test_the_starting_rate_is_shown_where_an_optimizer_is_chosen(name, tmp_path, capsys):
+    config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    config.save_pretrained(tmp_path)
+    start = f"learning rate: start at {get_info(name).start}\n"
+    assert main(["list", name]) == 0
+    assert start in capsys.readouterr().out
+    assert main(["explain", str(tmp_path), "--optim", name]) == 0
+    assert capsys.readouterr().out.endswith(start)
+
+
+@each_name
 def test_list_of_one_shows_every_field_with_default_and_meaning(name, capsys):
     assert main(["list", name]) == 0
     shown = capsys.readouterr().out
@@ -130,7 +141,7 @@ def test_explain_tells_the_memory_that_a_step_takes(name, tmp_path, capsys):
     )  # fmt: skip
     config.save_pretrained(tmp_path)
     assert main(["explain", str(tmp_path), "--optim", name]) == 0
-    shown, formula = capsys.readouterr().out.splitlines()[-2:]
+    shown, formula, _ = capsys.readouterr().out.splitlines()[-3:]
     assert formula.strip() == get_info(name).memory and len(formula) <= 80
     assert shown.endswith("; numbers for a weight [m, n]:") and len(shown) <= 80
 

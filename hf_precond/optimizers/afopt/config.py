@@ -13,14 +13,12 @@ from hf_precond.linalg.products import Precision
 class AFOptConfig(OptimizerConfig):
     """AFOpt: the gradient step of attention taken in the space of its logits.
 
-    Start from the learning rate that suits AdamW; for fine-tuning from that
-    of its body, with a ``head_lr_scale`` that brings a new head to about
-    1e-2 (measured on MiniLM only).
+    Start from the learning rate that suits AdamW.
 
     Args:
-        momentum: M's decay in the spectral direction, and the momentum of
-            ``base="sgd"`` and ``"muon"``, in [0, 1). Default 0.8; 0.9 was worse
-            in fine-tuning, else about even.
+        momentum: decay of the gradients' running average under
+            ``direction="spectral"``, ``base="sgd"`` and ``base="muon"``, in
+            [0, 1). Default 0.8; 0.9 was worse in fine-tuning, else about even.
         base: the fallback optimizer of every parameter outside ``scope``:
             ``adamw``, ``sgd``, ``adamr`` or ``muon``. Default ``adamw``.
         scope: which matrices are preconditioned: ``query_key``, ``attention``

@@ -60,8 +60,9 @@ RMS = 0.2
     "afopt",
     config=AFOptConfig,
     select=attention_matrices,
-    description="attention's gradient step taken in logit space, from its features",
+    description="orthogonalised steps between inverse roots of the features' moments",
     memory="mn momentum; n(n+1)/2 an input's moment, as much or n² its root; heads",
+    start="AdamW's, or 1e-3 from random weights",
 )
 class AFOpt(PrecondOptimizer):
     """Descent along the gradient of attention in the space of its features.
