@@ -43,7 +43,7 @@ class OptimizerInfo:
             are preconditioned.
         description: a line for ``hf-precond list``.
         memory: the numbers kept for a matrix ``[m, n]``, a line.
-        start: the learning rate to start from, a line.
+        start: the learning rate that trainings from scratch start from.
     """
 
     name: str
@@ -54,6 +54,13 @@ class OptimizerInfo:
     description: str
     memory: str
     start: str
+
+    @property
+    def rate(self) -> str:
+        """The learning rate to start from, a line; empty where ``start`` is."""
+        if not self.start:
+            return ""
+        return f"learning rate: {self.start} from scratch; leave it unset to fine-tune"
 
     @property
     def package(self) -> str:
@@ -95,8 +102,8 @@ def register_optimizer(
         description: a line for ``hf-precond list``.
         memory: the numbers kept for a matrix ``[m, n]``, a line for
             ``hf-precond explain``.
-        start: the learning rate to start from, a line for ``hf-precond list
-            NAME`` and ``explain``.
+        start: the learning rate that trainings from scratch start from, for
+            ``hf-precond list NAME`` and ``explain``.
         title: the name in prose; the name of the class by default.
 
     Returns:

@@ -140,8 +140,7 @@ def explanation(
     total = sum(parameter.numel() for parameter in built.parameters())
     title = f"{type(built).__name__}, {total:,} weights, under {name} ({info.title})"
     table = routing_table(optimizer.routing, every_row, width)
-    start = f"\nlearning rate: start at {info.start}" if info.start else ""
-    return f"{title}\n\n{table}\n\n{memory(optimizer)}{start}"
+    return f"{title}\n\n{table}\n\n{memory(optimizer)}\n{info.rate}".rstrip()
 
 
 def _predicted(arguments: argparse.Namespace) -> str:
@@ -207,10 +206,7 @@ def routing_table(routes: Iterable[Any], every_row: bool, width: int) -> str:
             alike = [r for r in chosen if _reason(r) == reason]
             rows.append((f"  {reason}",))
             groups = [[r] for r in alike] if every_row else grouped_routes(alike)
-            rows += [
-                (_joined(group), _shape(group[0]), *_totals(group, total))
-                for group in groups
-            ]
+            rows += [(_joined(group), _shape(group[0]), *_totals(group, total)) for group in groups]
     columns = [22, 8, 9]  # at most: shape, tensors, share of the weights
     shapes = [len(row[1]) for row in rows if len(row) == 4]
     columns[0] = max([len("shape"), *shapes])

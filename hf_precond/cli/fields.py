@@ -63,7 +63,7 @@ def list_command(arguments: argparse.Namespace) -> int:
         print(f"hf_precond: {error}", file=sys.stderr)
         return 2
     print(f"{info.name}: {info.description}")
-    print(f"learning rate: start at {info.start}\n" if info.start else "")
+    print(f"{info.rate}\n" if info.rate else "")
     print(field_table(info.config_cls, min(100, terminal_width())))
     return 0
 

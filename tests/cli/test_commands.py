@@ -33,7 +33,7 @@ def test_list_shows_every_optimizer_with_its_line(capsys):
 def test_the_starting_rate_is_shown_where_an_optimizer_is_chosen(name, tmp_path, capsys):
     config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
     config.save_pretrained(tmp_path)
-    start = f"learning rate: start at {get_info(name).start}\n"
+    start = f"learning rate: {get_info(name).start} from scratch; leave it unset to fine-tune\n"
     assert main(["list", name]) == 0
     assert start in capsys.readouterr().out
     assert main(["explain", str(tmp_path), "--optim", name]) == 0

@@ -86,7 +86,7 @@ def bounded_by(matrix: LayerMatrix, config: AdamRConfig) -> str:
     select=every_matrix,
     description="Adam in the eigenbasis of the gradient's Kronecker second moments",
     memory="2mn, and up to 2m² and 2n² for rotated sides, 1.6 of wide ones",
-    start="2 to 4 times AdamW's, or 4e-3 from random weights",
+    start="4e-3",
 )
 class AdamR(PrecondOptimizer):
     """Adam's step in the eigenbasis of the gradient's Kronecker second moments.

@@ -62,7 +62,7 @@ RMS = 0.2
     select=attention_matrices,
     description="orthogonalised steps between inverse roots of the features' moments",
     memory="mn momentum; n(n+1)/2 an input's moment, as much or n² its root; heads",
-    start="AdamW's, or 1e-3 from random weights",
+    start="1e-3",
 )
 class AFOpt(PrecondOptimizer):
     """Descent along the gradient of attention in the space of its features.

@@ -90,7 +90,7 @@ def _kind(survey: ParameterSurvey, matrix: LayerMatrix) -> str | None:
     select=hidden_matrices,
     description="the matrix sign of the momentum for hidden layers, AdamW for the rest",
     memory="mn momentum, and m under variant=normuon",
-    start="AdamW's, or 1e-3 from random weights; with lr_scale=4",
+    start="1e-3 with lr_scale=4",
 )
 class Muon(PrecondOptimizer):
     """The matrix sign of the momentum, for every matrix of a hidden layer.

@@ -117,7 +117,7 @@ def widest_side(matrix: LayerMatrix, max_dim: int) -> int:
     select=layer_matrices,
     description="K-FAC, each inverse by Newton's iteration from the one before",
     memory="¾m² + ¾n² (in float32's size), and the fallback's",
-    start="AdamW's, or 1e-3 from random weights",
+    start="1e-3",
 )
 class NKFAC(PrecondOptimizer):
     """K-FAC with unit-norm factors, lazily refreshed inverses and the gradient's own norm.

@@ -61,7 +61,7 @@ def norm_parameters(model: nn.Module, config: SGDPHConfig) -> ModelStructure:
     title="SGD-PH",
     description="norm parameters by their Hessian diagonal, the rest by AdamW or SGD",
     memory="the fallback optimizer's, and one number more a norm parameter",
-    start="AdamW's, or 1e-3 from random weights",
+    start="1e-3",
 )
 class SGDPH(PrecondOptimizer):
     """Partial-Hessian steps for norm scales and shifts, a fallback optimizer for everything else.
