@@ -244,18 +244,21 @@ def plot(runs: list[Run], path: Path) -> None:
     from matplotlib import pyplot
 
     names = list(dict.fromkeys(run.optim for run in runs))
-    figure, axes = pyplot.subplots(1, len(names), figsize=(3 * len(names), 2.6), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
+    rows = (len(names) + 1) // 2
+    figure, axes = pyplot.subplots(rows, 2, figsize=(10, 3.6 * rows), squeeze=False)
+    for axis, name in zip(axes.flat, names, strict=False):
         for run in sorted((r for r in runs if r.optim == name), key=lambda r: r.disturbed):
-            style = {"color": "tab:red", "lw": 0.9} if run.disturbed else {"color": "0.6", "lw": 2}
-            axis.plot(*zip(*run.losses, strict=True), **style)
+            style = {"color": "tab:red", "lw": 1} if run.disturbed else {"color": "0.6", "lw": 2}
+            label = "bad batches and kills" if run.disturbed else f"undisturbed, seed {run.seed}"
+            axis.plot(*zip(*run.losses, strict=True), label=label, **style)
             for step in run.kills:
-                axis.axvline(step, color="k", lw=0.4, ls=":")
-        axis.set_title(name)
-        axis.set_xlabel("step")
-    axes[0][0].set_ylabel("training loss")
+                axis.axvline(step, color="k", lw=0.8, ls=":")
+        axis.set(title=f"{name} (dotted: a job was killed)", xlabel="step", ylabel="training loss")
+        axis.legend(fontsize=8)
+    for axis in axes.flat[len(names) :]:
+        axis.remove()
     figure.tight_layout()
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=100)
 
 
 def main() -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_precond.bench.report import Report, Row
+from hf_precond.bench.tasks import TASKS
 
 
 def require_matplotlib() -> Any:
@@ -32,7 +33,8 @@ def draw(report: Report, path: Path) -> None:
 
     Seconds are the processor's on a CPU, which other work on the machine
     disturbs least, and the clock's on a GPU; evaluations are left out. The
-    lowest and highest seed are shaded.
+    lowest and highest seed are shaded. The title is what a shipped task's first
+    sentence says, or the name of a task of one's own.
 
     Args:
         report: the results.
@@ -62,17 +64,26 @@ def draw(report: Report, path: Path) -> None:
             for axis, x in places:
                 (line,) = axis.plot(x, mean, label=row.entry.label, lw=1.2)
                 axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, lw=0)
-        pair[0].set(title=task, xlabel="step", ylabel="eval loss")
-        pair[1].set(title=task, xlabel="processor seconds" if on_cpu else "seconds")
+        pair[0].set(xlabel="step", ylabel="evaluation loss")
+        pair[0].set_title(_title(task), loc="left", fontsize=10)
+        pair[1].set(xlabel="processor seconds" if on_cpu else "seconds")
         for axis in pair:
             low, high = axis.dataLim.intervaly
             if 0 < 10 * low < high:
                 axis.set_yscale("log")
-            if axis.lines:
-                axis.legend(fontsize=7)
+        if pair[0].lines:
+            pair[0].legend(fontsize=7)
+    seeds = ", ".join(map(str, report.spec.seeds))
+    figure.suptitle(f"mean of seeds {seeds}; shaded: lowest and highest", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _title(task: str) -> str:
+    """What a task trains, from its docstring."""
+    made = TASKS.get(task)
+    return (made.__doc__ or task).splitlines()[0].rstrip(".") if made else task
 
 
 def _curves(row: Row) -> list[list[dict[str, Any]]]:
