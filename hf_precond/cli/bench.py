@@ -17,7 +17,7 @@ The file, TOML or JSON, names tasks, optimizers, grids, seeds and budgets:
   seeds = [1, 2, 3]
   reference = "adamw"      # others are timed to the loss that it ends with
 
-  [tasks.gpt]              # vit, gpt, mixtral, deepseek, banking77, python_sources
+  [tasks.gpt]              # or vit, mixtral, deepseek, banking77, …
   [tasks.mine]             # or your own:
   function = "my_task.py:make"  # make(seed) -> model, batches, evaluate
   [tasks.glue]             # or a script with a Trainer:
@@ -26,7 +26,7 @@ The file, TOML or JSON, names tasks, optimizers, grids, seeds and budgets:
 
   [optimizers.adamw]
   fields = {beta2 = 0.95}  # not tuned
-  grid = {lr = [2e-3, 4e-3, 8e-3], beta1 = [0.8, 0.9], weight_decay = [0.01, 0.1]}
+  grid = {lr = [2e-3, 4e-3, 8e-3], beta1 = [0.8, 0.9], weight_decay = [0, 0.1]}
   [optimizers.afopt]
   grid = {lr = [1e-3, 2e-3, 4e-3], momentum = [0.7, 0.8, 0.9]}
   [optimizers.afopt.on.mine]    # another grid on one task

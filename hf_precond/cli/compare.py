@@ -23,8 +23,9 @@ EXAMPLES = """examples:
   hf-precond compare out/* --png curves.png
 
 A RUN_DIR is an output_dir of a Trainer: its trainer_state.json is read, or that
-of its newest checkpoint, and eval_results.json where no evaluation was logged;
-the seconds come from train_runtime. Folders without a training are left out."""
+of its newest checkpoint, and eval_results.json where no evaluation was logged.
+trainer.save_state() after trainer.train() records the seconds, as the example
+scripts do. Folders without a training are left out."""
 
 
 @dataclass
@@ -244,6 +245,8 @@ def comparison(runs: Sequence[Run], width: int) -> str:
             at = None if run.seconds is None else run.seconds * step / max(run.steps, 1)
             rows.append((run.name, _shown(curve[-1][1]), _shown(best), str(step), _shown(at, 1)))
         tables.append(table(rows, width))
+    if all(run.seconds is None for run in runs):
+        tables.append("No seconds: trainer.save_state() after trainer.train() records them.")
     if not any(run.metrics() for run in runs):
         tables.append("No evaluation was logged: train with --eval_strategy steps.")
     return "\n\n".join(tables)

@@ -68,7 +68,7 @@ NOT_AGAIN = (
 )
 SHARDED = (
     "sgdph: the model is sharded (FSDP2, or parameters that are DTensors), and its backward pass "
-    "cannot be differentiated; train with DDP (torchrun), or choose afopt, adamr or nkfac."
+    "cannot be differentiated; train with DDP (torchrun), or choose afopt, adamr, muon or nkfac."
 )
 
 

@@ -63,6 +63,13 @@ def test_the_table_shows_final_and_best_with_steps_and_seconds(runs, capsys):
     assert max(map(len, shown.splitlines())) <= 80
 
 
+def test_what_is_missing_for_seconds_is_told(runs, capsys):
+    assert main(["compare", "adamw", "killed", "--png", "none"]) == 0
+    assert "No seconds" not in capsys.readouterr().out
+    assert main(["compare", "killed", "--png", "none"]) == 0
+    assert "No seconds: trainer.save_state() after" in capsys.readouterr().out
+
+
 def test_the_curves_are_written(runs, capsys, tmp_path):
     pytest.importorskip("matplotlib")
     assert main(["compare", *runs]) == 0

@@ -84,4 +84,4 @@ def sgdph_refuses(folder):
 def test_sgdph_is_refused_at_the_first_loss(tmp_path):
     for message in ranks.run(sgdph_refuses, str(tmp_path)):
         assert message.startswith("sgdph: the model is sharded (FSDP2")
-        assert "train with DDP (torchrun), or choose afopt, adamr or nkfac." in message
+        assert "train with DDP (torchrun), or choose afopt, adamr, muon or nkfac." in message
