@@ -88,7 +88,7 @@ def made(arm: str) -> Callable[[nn.Module], Any]:
         arm: ``afopt scope=attention``, say.
     """
     name, *pairs = arm.split()
-    fields: dict[str, Any] = {"lr": 1e-3, **dict(pair.split("=") for pair in pairs)}
+    fields: dict[str, Any] = {"lr": 1e-3, **dict(map(_field, pairs))}
 
     def make(model: nn.Module) -> Any:
         if name == "adamw":
@@ -98,6 +98,11 @@ def made(arm: str) -> Callable[[nn.Module], Any]:
         return create_optimizer(model, name, **fields)
 
     return make
+
+
+def _field(pair: str) -> tuple[str, Any]:
+    name, value = pair.split("=")
+    return name, float(value) if value.replace(".", "").isdigit() else value
 
 
 def launches(model: str) -> None:

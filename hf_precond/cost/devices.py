@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
 
-from hf_precond.cost.counting import Counts, Kernel
+from hf_precond.cost.counting import Counts, Kernel, OperationCounter
 
 PRODUCTS = 0.55
 """Share of the peak that every product reaches."""
@@ -35,6 +36,8 @@ class Device:
         kind: ``cuda``, or ``cpu``, whose host and device are one.
         launch: microseconds a launch, or a call on a CPU.
         shares: reached of the peak by products and by factorisations, and of the bandwidth.
+        rates: measured of single operations on a CPU, by name: TFLOP/s of factorisations, GB/s of
+            all others; under ``new`` of those that write new memory.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Device:
     kind: str = "cuda"
     launch: float = LAUNCH
     shares: tuple[float, float, float] = field(default=(PRODUCTS, FACTORIZATIONS, BANDWIDTH))
+    rates: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -53,18 +57,23 @@ class Device:
         return torch.bfloat16 if "bfloat16" in self.peak else torch.float16
 
     def seconds(self, kernel: Kernel) -> float:
-        """The longer of a kernel's arithmetic and its traffic.
+        """The longer of a kernel's arithmetic and its traffic; on a CPU the sum.
 
         Args:
             kernel: the kernel.
         """
         product, factorization, bandwidth = self.shares
-        moving = kernel.bytes / (self.bandwidth * 1e9 * bandwidth)
-        if not kernel.flops:
-            return moving
-        peak = self.peak.get(kernel.precision, self.peak["float32"]) * 1e12
-        share = factorization if kernel.factorization else product
-        return max(kernel.flops / (peak * share), moving)
+        rate = self.bandwidth * bandwidth
+        peak = self.peak.get(kernel.precision, self.peak["float32"])
+        peak *= factorization if kernel.factorization else product
+        if self.kind == "cpu":
+            measured = self.rates.get(SAME_RATE.get(kernel.name, kernel.name))
+            if kernel.factorization:
+                peak = measured or peak
+            elif measured or not kernel.name.endswith("_"):
+                rate = measured or self.rates.get("new", rate)
+        moving, computing = kernel.bytes / (rate * 1e9), kernel.flops / (peak * 1e12)
+        return computing + moving if self.kind == "cpu" else max(computing, moving)
 
     def milliseconds(self, kernels: Iterable[Kernel], launches: float | None = None) -> float:
         """The time of kernels one after the other.
@@ -177,34 +186,103 @@ def _from_file(path: str, values: Mapping[str, Any]) -> Device:
 # The machine at hand -----------------------------------------------------------------------------
 
 
-def measured_cpu(seconds: float = 1.0) -> Device:
+def measured_cpu(seconds: float = 2.0) -> Device:
     """This machine's processor, with the threads that torch uses now.
 
-    The rate of float32 products of 768 rows and columns, the bandwidth of an addition in place of
-    32 MiB, and the time of a call on a tensor of 16 numbers, the best of several each.
+    The rates of products of 768 rows and columns, the bandwidth of an addition in place of 32 MiB,
+    the time of a call on a tensor of 16 numbers, and the rates of operations that are slower than
+    their traffic, or write new memory (6 MiB, as activations of 1,024 tokens); the best of several
+    each.
 
     Args:
         seconds: that the measurement takes, about.
     """
-    a, b = torch.randn(768, 768), torch.randn(768, 768)
-    out = torch.empty(768, 768)
     large, other = torch.randn(2**23), torch.randn(2**23)
     small = torch.randn(4, 4)
+    probes = _probes()
+    each = seconds / (len(probes) + 5)
 
     def calls() -> None:
         for _ in range(200):
             small.add(1.0)
 
-    third = seconds / 3
-    product = _best(lambda: torch.mm(a, b, out=out), third)
-    addition = _best(lambda: large.add_(other), third)
-    call = _best(calls, third) / 200
-    flops = 2 * 768**3
+    peak = {}
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        a = torch.randn(768, 768).to(dtype)
+        product = _best(lambda a=a: torch.mm(a, a), each)  # type: ignore[misc]
+        peak[str(dtype).removeprefix("torch.")] = 2 * 768**3 / product / 1e12
+    addition = _best(lambda: large.add_(other), each)
+    call = _best(calls, each) / 200
+    rates = dict(_rate(name, work, each) for name, work in probes.items())
     return Device(
         f"this processor, {torch.get_num_threads()} threads",
-        {"float32": flops / product / 1e12, "float64": flops / product / 2e12},
-        3 * 4 * 2**23 / addition / 1e9, kind="cpu", launch=call * 1e6, shares=(1.0, 0.25, 1.0),
+        peak, 3 * 4 * 2**23 / addition / 1e9, kind="cpu", launch=call * 1e6,
+        shares=(1.0, 0.25, 1.0), rates=rates,
     )  # fmt: skip
+
+
+def _rate(name: str, work: Callable[[], Any], seconds: float) -> tuple[str, float]:
+    """The rate of an operation, of what is counted of it: TFLOP/s, or GB/s."""
+    with OperationCounter("cpu") as counter:
+        work()
+    kernels = [k for k in counter.records if name in (k.name, "new")]
+    amount = sum(k.flops or k.bytes for k in kernels)
+    return name, amount / _best(work, seconds) / (1e12 if kernels[0].flops else 1e9)
+
+
+SAME_RATE = {
+    **dict.fromkeys(("normal_", "uniform_", "native_dropout", "bernoulli"), "bernoulli_"),
+    **dict.fromkeys(("erf", "sigmoid", "exp", "atan2", "pow"), "tanh"),
+    **dict.fromkeys(("silu", "mish"), "gelu"),
+    **dict.fromkeys(("silu_backward", "tanh_backward", "erf_backward"), "gelu_backward"),
+    "_log_softmax": "_softmax", "_log_softmax_backward_data": "_softmax_backward_data",
+    "triu": "tril", "triu_": "tril", "tril_": "tril", "triangular_solve": "linalg_solve_triangular",
+    "cholesky_solve": "cholesky_inverse", "_linalg_svd": "_linalg_eigh",
+}  # fmt: skip
+"""Operations that are taken to be as fast as one that is measured."""
+
+
+def _probes() -> dict[str, Callable[[], Any]]:
+    """Operations whose rates are measured, by the name that they are counted under."""
+    aten = torch.ops.aten
+    x, y, positive = torch.randn(1024, 1536), torch.randn(1024, 1536), torch.rand(1024, 1536)
+    scores, mask = torch.randn(12288, 128), x > 0
+    shares, scale = torch.softmax(scores, -1), torch.ones(1536)
+    mean, deviation = x.mean(1, keepdim=True), x.std(1, keepdim=True)
+    index = torch.arange(1024)
+    matrix = torch.eye(384) + 0.01 * (x[:384, :384] + x[:384, :384].mT)
+    lower = torch.linalg.cholesky(matrix)
+    parts = [1536], mean, deviation, scale, scale, [True, True, True]
+    return {
+        "new": lambda: torch.mul(x, y),
+        "bernoulli_": lambda: torch.empty_like(x).bernoulli_(0.9),
+        "gelu": lambda: functional.gelu(x),
+        "gelu_backward": lambda: aten.gelu_backward(x, y),
+        "tanh": lambda: torch.tanh(x),
+        "sqrt": lambda: torch.sqrt(positive),
+        "where": lambda: torch.where(mask, x, y),
+        "tril": lambda: torch.tril(x),
+        "cat": lambda: torch.cat([x, y]),
+        "sum": lambda: torch.sum(x, 0),
+        "clone": lambda: x.view(8, 128, 12, 128).transpose(1, 2).contiguous(),
+        "_to_copy": lambda: x.bfloat16(),
+        "_softmax": lambda: torch.softmax(scores, -1),
+        "_safe_softmax": lambda: aten._safe_softmax(scores, -1),
+        "_softmax_backward_data": lambda: aten._softmax_backward_data(
+            scores, shares, -1, torch.float32
+        ),
+        "native_layer_norm": lambda: functional.layer_norm(x, (1536,), scale, scale),
+        "native_layer_norm_backward": lambda: aten.native_layer_norm_backward(x, y, *parts),
+        "embedding_dense_backward": lambda: aten.embedding_dense_backward(
+            x, index, 8192, -1, False
+        ),
+        "linalg_cholesky_ex": lambda: torch.linalg.cholesky_ex(matrix),
+        "cholesky_inverse": lambda: torch.cholesky_inverse(lower),
+        "linalg_solve_triangular": lambda: torch.linalg.solve_triangular(
+            lower, matrix, upper=False
+        ),
+        "_linalg_eigh": lambda: torch.linalg.eigh(matrix),
+    }
 
 
 def _best(work: Callable[[], Any], seconds: float) -> float:

@@ -55,21 +55,22 @@ def banded(matrix: Tensor) -> Tensor:
     return torch.cat([band.flatten(1) for band in _views(matrix, matrix.shape[-1])], 1)
 
 
-def lower_triangle(kept: Tensor, size: int) -> Tensor:
-    """Returns the matrices of :func:`banded`.
+def symmetric(kept: Tensor, size: int) -> Tensor:
+    """Returns the matrices of :func:`banded`, where what it was given was symmetric throughout.
 
     Args:
-        kept: ``[b, banded_size(n)]``.
+        kept: ``[b, banded_size(n)]``; both triangles of its diagonal blocks are read.
         size: n.
 
     Returns:
-        ``[b, n, n]``; anything may stand above the diagonal. A view where there is one band.
+        ``[b, n, n]``. A view where there is one band.
     """
     if len(bands(size)) == 1:
         return kept.unflatten(1, (size, size))
-    matrix = kept.new_zeros(len(kept), size, size)
-    for target, band in zip(_views(matrix, size), _views(kept, size), strict=True):
-        target.copy_(band)
+    matrix = kept.new_empty(len(kept), size, size)
+    for (start, stop), band in zip(bands(size), _views(kept, size), strict=True):
+        matrix[:, start:stop, :stop] = band
+        matrix[:, :start, start:stop] = band[..., :start].mT
     return matrix
 
 

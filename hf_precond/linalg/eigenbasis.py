@@ -23,9 +23,12 @@ from torch import Tensor
 
 from hf_precond.compat import devices
 from hf_precond.linalg import factorization
-from hf_precond.linalg.banded import add_lower_product
+from hf_precond.linalg.banded import add_lower_product, banded_size, symmetric
 from hf_precond.linalg.inverses import inverse_cholesky
 from hf_precond.linalg.products import Precision, arithmetic, float32_products
+
+LEAF = 128
+"""Rows up to which the library inverts a Cholesky factor; many are inverted together."""
 
 
 def eigenbasis(factor: Tensor, count: factorization.Count | None = None) -> tuple[Tensor, Tensor]:
@@ -60,23 +63,35 @@ def refresh(
             whatever it is; an entry of ``Pᵀ B P`` errs by some 1e-3 of ``√(B_ii B_jj)`` in TF32.
 
     Returns:
-        ``P``, orthogonal, and ``Pᵀ B P`` (its lower triangle), each ``[b, n, n]``.
+        ``P``, orthogonal, and ``Pᵀ B P``, each ``[b, n, n]``.
     """
+    size = factor.shape[-1]
     rotation = pair_rotation(factor, precision)
-    with float32_products(precision, factor):
-        moved = mirrored(factor) @ rotation
-        factor = add_lower_product(torch.zeros_like(factor), rotation.mT, moved, beta=0.0)
+    factor = symmetric(turned(mirrored(factor), rotation, precision), size)
     if sweeps == 1:
         return rotation, factor
     further, factor = refresh(factor, sweeps - 1, precision)
     return rotation @ further, factor
 
 
+def turned(factor: Tensor, rotation: Tensor, precision: Precision = "highest") -> Tensor:
+    """Returns ``Pᵀ B P``, as :func:`~hf_precond.linalg.banded.banded` keeps it.
+
+    Args:
+        factor: B, symmetric, both triangles, ``[b, n, n]``.
+        rotation: P, ``[b, n, n]``.
+        precision: see :func:`refresh`.
+    """
+    kept = factor.new_empty(len(factor), banded_size(factor.shape[-1]))
+    with float32_products(precision, factor):
+        return add_lower_product(kept, rotation.mT, factor @ rotation, beta=0.0)
+
+
 def pair_rotation(factor: Tensor, precision: Precision = "highest") -> Tensor:
     """Returns the rotation of one sweep: ``(I + X) C⁻¹``, ``CᵀC = I + XᵀX``, C upper triangular.
 
-    In TF32 the angles are rounded to what it holds exactly: ``XᵀX`` is exact then, and so is the
-    orthogonality of the result.
+    In TF32 the angles are rounded to what it holds exactly. ``XᵀX`` is exact then, and so is
+    ``X C⁻¹`` with ``C⁻¹ - I`` in two parts of TF32; the result is orthogonal to float32.
 
     Args:
         factor: B, symmetric, ``[b, n, n]``; the lower triangle is read.
@@ -85,30 +100,39 @@ def pair_rotation(factor: Tensor, precision: Precision = "highest") -> Tensor:
     Returns:
         An orthogonal matrix, ``[b, n, n]``; the identity where B is not finite.
     """
-    skew = jacobi_tangents(factor)
-    if arithmetic(precision, skew) != "highest":
-        skew = in_tf32(skew)
+    low = arithmetic(precision, factor) != "highest"
+    skew = jacobi_tangents(factor, torch.float16 if low else factor.dtype).to(factor.dtype)
+    gram = torch.empty_like(skew)
     with float32_products(precision, skew):
-        gram = add_lower_product(torch.zeros_like(skew), skew.mT, skew, beta=0.0)
+        add_lower_product(gram, skew.mT, skew, beta=0.0)
     gram.diagonal(dim1=-2, dim2=-1).add_(1.0)
-    skew.diagonal(dim1=-2, dim2=-1).fill_(1.0)
-    if devices.is_accelerator(gram):
-        inverse, _ = inverse_cholesky(gram)
+    if not devices.is_accelerator(gram):
+        lower, _ = torch.linalg.cholesky_ex(gram)
+        skew.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+        # (C⁻ᵀ (I + X)ᵀ)ᵀ: the library solves by columns, and these are in its order of memory.
+        solved: Tensor = torch.linalg.solve_triangular(lower, skew.mT, upper=False)
+        return solved.mT
+    inverse, _ = inverse_cholesky(gram, LEAF)
+    del gram
+    if not low:
         with float32_products("highest", skew):
-            return skew @ inverse.mT
-    lower, _ = torch.linalg.cholesky_ex(gram)
-    # (C⁻ᵀ (I + X)ᵀ)ᵀ: the library solves by columns, and these are in its order of memory.
-    solved: Tensor = torch.linalg.solve_triangular(lower, skew.mT, upper=False)
-    return solved.mT
+            return torch.baddbmm(inverse.mT, skew, inverse.mT)
+    inverse.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+    rotation, high = skew + inverse.mT, in_tf32(inverse)
+    with float32_products(precision, skew):
+        rotation.baddbmm_(skew, high.mT).baddbmm_(skew, inverse.sub_(high).mT)
+    rotation.diagonal(dim1=-2, dim2=-1).add_(1.0)
+    return rotation
 
 
-def jacobi_tangents(factor: Tensor) -> Tensor:
+def jacobi_tangents(factor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Returns ``tan θ_ij`` of the rotations that make each ``B_ij`` zero.
 
     ``t = b / (d + sign(d) √(d² + b²))``, ``2d = B_jj - B_ii``, ``b = B_ij``.
 
     Args:
         factor: B, symmetric, ``[b, n, n]``; the lower triangle is read.
+        dtype: of the result; B's by default.
 
     Returns:
         Antisymmetric, in [-1, 1], ``[b, n, n]``; zero where B is not finite,
@@ -116,15 +140,14 @@ def jacobi_tangents(factor: Tensor) -> Tensor:
     """
     values = factor.diagonal(dim1=-2, dim2=-1)
     finite = torch.isfinite(values).all(-1, keepdim=True)
-    tiny = torch.finfo(factor.dtype).tiny
-    scale = torch.where(finite, values.abs().amax(-1, keepdim=True), 1.0).clamp_min(tiny)
-    entries = torch.where(finite[..., None], factor / scale[..., None], 0.0)
-    halves = torch.where(finite, values, 0.0) / (2 * scale)
+    halves = torch.where(finite, values / 2, torch.nan)
     gaps = halves[..., None, :] - halves[..., None]
-    reach = gaps.square().add_(tiny).addcmul_(entries, entries).sqrt_().copysign_(gaps)
+    reach = torch.hypot(gaps, factor).copysign_(gaps).add_(gaps)
     # Both entries of a pair come from the lower one: where eigenvalues are equal, the signs of two
     # computed by themselves would be the same, and the pair would not be rotated.
-    tangents = entries.div_(reach.add_(gaps)).tril_(-1)
+    tangents = torch.div(factor, reach, out=reach).to(dtype or factor.dtype).tril_(-1)
+    # Zero over zero, and all of a matrix that is not finite.
+    tangents.nan_to_num_(0.0)
     return tangents - tangents.mT
 
 
@@ -163,9 +186,11 @@ def change_of(rotation: Tensor, precision: Precision) -> Tensor | None:
     """
     if arithmetic(precision, rotation) == "highest":
         return None
-    change = rotation.clone()
-    change.diagonal(dim1=-2, dim2=-1).sub_(1.0)
-    return in_tf32(change)
+    change = in_tf32(rotation)
+    change.diagonal(dim1=-2, dim2=-1).copy_(
+        in_tf32(rotation.diagonal(dim1=-2, dim2=-1).sub(1.0))
+    )
+    return change
 
 
 def in_tf32(matrix: Tensor) -> Tensor:
@@ -202,7 +227,7 @@ def off_diagonal_energy(factor: Tensor) -> Tensor:
     """Returns ``Σ_{i≠j} B_ij² / Σ B_ij²`` of each matrix, in [0, 1]; 0 for a zero matrix.
 
     Args:
-        factor: B, symmetric, ``[b, n, n]``; the lower triangle is read.
+        factor: B, symmetric, both triangles, ``[b, n, n]``.
 
     Returns:
         ``[b]``.
@@ -210,8 +235,9 @@ def off_diagonal_energy(factor: Tensor) -> Tensor:
     values = factor.diagonal(dim1=-2, dim2=-1)
     scale = values.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(factor.dtype).tiny)
     on = (values / scale).square().sum(-1)
-    below = factor.tril(-1).div_(scale[..., None])
-    off = 2 * torch.linalg.vector_norm(below, dim=(-2, -1)).square_()
+    others = factor / scale[..., None]
+    others.diagonal(dim1=-2, dim2=-1).zero_()
+    off = torch.linalg.vector_norm(others, dim=(-2, -1)).square_()
     return off / (off + on).clamp_min(1.0)
 
 

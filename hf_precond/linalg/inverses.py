@@ -79,7 +79,7 @@ def _invert(matrix: Tensor, result: Tensor) -> None:
     result[..., first, last] = product.mT
 
 
-def inverse_cholesky(batch: Tensor) -> tuple[Tensor, Tensor]:
+def inverse_cholesky(batch: Tensor, leaf: int = FACTOR_SIZE) -> tuple[Tensor, Tensor]:
     """``L⁻¹`` of the Cholesky factor, ``A = L Lᵀ``, by halves; for accelerators.
 
     Factorisations reach a twentieth of a device's rate, products half of it. With
@@ -87,36 +87,40 @@ def inverse_cholesky(batch: Tensor) -> tuple[Tensor, Tensor]:
 
         L⁻¹ = [[L_P⁻¹, 0], [-L_T⁻¹ V L_P⁻¹, L_T⁻¹]]
 
-    and P and T in the same way, down to :data:`FACTOR_SIZE`. Products in float32; with a residual
+    and P and T in the same way, down to ``leaf`` rows. Products in float32; with a residual
     ``‖L⁻¹ A L⁻ᵀ - I‖`` of about the condition of A times the unit roundoff, as the library's.
 
     Args:
         batch: A, ``[…, n, n]``, symmetric positive definite; the lower triangle is read.
+        leaf: rows up to which the library factorises and inverts; many matrices are worth the
+            launches of a small one.
 
     Returns:
         The inverse, ``[…, n, n]``, zeros above the diagonal; and ``[…]``, nonzero where A is not
         positive definite and the inverse is of no use.
     """
+    result = torch.zeros_like(batch, memory_format=torch.contiguous_format)
     with float32_products("highest", batch):
-        return _inverse_cholesky(batch)
+        return result, _inverse_cholesky(batch, result, leaf)
 
 
-def _inverse_cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def _inverse_cholesky(matrix: Tensor, result: Tensor, leaf: int) -> Tensor:
+    """Write the inverse of the factor of ``matrix`` into ``result``, zeros until now."""
     size = matrix.shape[-1]
-    if size <= FACTOR_SIZE:
+    if size <= leaf:
         lower, info = devices.kernel(torch.linalg.cholesky_ex, matrix)
         eye = torch.eye(size, dtype=matrix.dtype, device=matrix.device).expand_as(lower)
-        return devices.kernel(torch.linalg.solve_triangular, lower, eye, upper=False), info
+        result.copy_(devices.kernel(torch.linalg.solve_triangular, lower, eye, upper=False))
+        return info
     half = size // 2
     first, last = slice(None, half), slice(half, None)
-    inverse, info = _inverse_cholesky(matrix[..., first, first])
+    inverse, rest = result[..., first, first], result[..., last, last]
+    info = _inverse_cholesky(matrix[..., first, first], inverse, leaf)
     share = matrix[..., last, first] @ inverse.mT
-    rest, other = _inverse_cholesky(matrix[..., last, last] - share @ share.mT)
-    result = torch.zeros_like(matrix)
-    result[..., first, first] = inverse
-    result[..., last, last] = rest
+    schur = matrix[..., last, last] - share @ share.mT
+    other = _inverse_cholesky(schur, rest, leaf)
     result[..., last, first] = ((rest @ share) @ inverse).neg_()
-    return result, info | other
+    return info | other
 
 
 def without_last(inverse: Tensor) -> Tensor:

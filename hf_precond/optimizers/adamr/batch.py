@@ -72,7 +72,7 @@ class Batch:
     def __getitem__(self, name: str) -> Tensor:
         """State ``name``, stacked.
 
-        The views' own tensors become views of the stack; of a partial batch it is a copy, to be
+        The views' own tensors become views of the stack. Of a partial batch it may be a copy, to be
         written with :meth:`write`.
         """
         parts = [view[name] for view in self.views]
@@ -85,9 +85,21 @@ class Batch:
         return stack
 
     def write(self, name: str, stack: Tensor) -> None:
-        """Copy a stack into state ``name``."""
-        parts = [view[name] for view in self.views]
-        torch._foreach_copy_(parts, list(stack.split(self.tiling.tiles)))
+        """Make a stack state ``name``: as it is where it is all of a batch, else by a copy.
+
+        Args:
+            name: of the state.
+            stack: a tensor of its own, or what was read of the state and changed.
+        """
+        parts, new = [view[name] for view in self.views], stack.split(self.tiling.tiles)
+        if is_same_place(parts[0], new[0]):
+            return
+        own = stack.untyped_storage().nbytes() == stack.numel() * stack.element_size()
+        if own and not self.partial and stack.dtype == parts[0].dtype:
+            for view, part in zip(self.views, new, strict=True):
+                view[name] = part
+        else:
+            torch._foreach_copy_(parts, list(new))
 
     def part(self, indices: Sequence[int]) -> Batch:
         """Some of the views."""
@@ -167,6 +179,12 @@ def stacked(parts: Sequence[Tensor]) -> Tensor:
     """The stack of ``parts``; a view where they lie one after the other."""
     stack = adjacent(parts)
     return torch.cat(list(parts)) if stack is None else stack
+
+
+def is_same_place(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors begin at one place of one storage."""
+    storages: tuple[Any, ...] = a.untyped_storage(), b.untyped_storage()
+    return storages[0]._cdata == storages[1]._cdata and a.storage_offset() == b.storage_offset()
 
 
 def adjacent(parts: Sequence[Tensor]) -> Tensor | None:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from hf_precond.compat import devices
 from hf_precond.linalg import eigenbasis
-from hf_precond.linalg.banded import banded, lower_triangle
+from hf_precond.linalg.banded import banded, symmetric
 from hf_precond.linalg.factorization import RETRIES
-from hf_precond.optimizers.adamr.batch import GPU_ELEMENTS, Batch, stacked
+from hf_precond.optimizers.adamr.batch import Batch, stacked
 from hf_precond.optimizers.adamr.config import AdamRConfig
 from hf_precond.optimizers.adamr.tiling import SIDES, Side
 from hf_precond.optimizers.base.parameters import ParamView, grouped
@@ -28,6 +28,8 @@ ORTHOGONALIZE_EVERY = 8
 """Refreshes of a basis between two corrections of its orthogonality."""
 PHASES = 4096
 """Most steps of an interval that refreshes are spread over."""
+PORTION = 3 << 23
+"""Entries of the factors that are refreshed together on a GPU: a third of BERT-base's."""
 UNSCHEDULED = -1
 """Phase of a basis that has none yet."""
 
@@ -82,6 +84,9 @@ class RefreshSchedule:
     def spread(self, bases: Sequence[Basis]) -> None:
         """Give a phase to every basis that has none, the costliest first.
 
+        Of bases of one cost, neighbours get the same phase: what lies together is refreshed
+        together, without a copy.
+
         Args:
             bases: all of the views that take this step.
         """
@@ -94,9 +99,14 @@ class RefreshSchedule:
             phase = (basis["phase"] - basis.view["step"] - 1) % self.interval
             if basis["phase"] != UNSCHEDULED and phase < len(loads):
                 loads[phase] += basis.cost
-        for basis in sorted(new, key=lambda basis: -basis.cost):
-            basis["phase"] = phase = min(range(len(loads)), key=loads.__getitem__)
-            loads[phase] += basis.cost
+        for alike in grouped(sorted(new, key=lambda b: -b.cost), lambda basis: basis.cost):
+            phases = []
+            for basis in alike:
+                phases.append(min(range(len(loads)), key=loads.__getitem__))
+                loads[phases[-1]] += basis.cost
+            alike.sort(key=lambda basis: SIDES.index(basis.side))
+            for basis, phase in zip(alike, sorted(phases), strict=True):
+                basis["phase"] = phase
 
     def due(self, bases: Sequence[Basis]) -> list[Basis]:
         """The bases on their step of the interval, of views past the first interval.
@@ -230,16 +240,14 @@ class NewBases(NamedTuple):
     """What a refresh makes of bases of one size.
 
     Args:
-        basis: Q', ``[b, n, n]``.
-        factor: the factor in its coordinates, as it is kept.
-        rotation: P with ``Q' = Q P``; ``None`` where there was no basis before.
+        rotation: P with ``Q' = Q P``, ``[b, n, n]``; Q' itself where there was no basis before.
+        factor: the factor in the coordinates of Q', as it is kept.
         change: of :func:`~hf_precond.linalg.eigenbasis.change_of`.
     """
 
-    basis: Tensor
+    rotation: Tensor
     factor: Tensor
-    rotation: Tensor | None
-    change: Tensor | None
+    change: Tensor | None = None
 
 
 class BasisRefresh:
@@ -358,12 +366,14 @@ class BasisRefresh:
         for alike in grouped(turns, lambda turn: turn.kind):
             alike.sort(key=lambda turn: not turn.refreshed)
             size, dtype = alike[0].size, alike[0].item.batch.dtype
-            factor = lower_triangle(stacked([turn["factor"] for turn in alike]), size).to(dtype)
+            factor = symmetric(stacked([turn["factor"] for turn in alike]), size).to(dtype)
             self._measure(sharded, alike, factor)
             refreshed = [turn for turn in alike if turn.refreshed]
             if refreshed:
-                factor = factor[: len(refreshed) * alike[0].tiles]
-                for run, new in self._rotations(sharded, refreshed, factor):
+                count = len(refreshed) * alike[0].tiles
+                runs = self._rotations(sharded, refreshed, factor[:count])
+                del factor  # while they run, this is the memory of another one
+                for run, new in runs:
                     self._turn(run, new)
                     sharded.count("basis_refreshes", len(run))
                     done |= {(id(turn.item), turn.side) for turn in run}
@@ -372,38 +382,28 @@ class BasisRefresh:
         self, sharded: ShardedRefresh[RefreshItem], turns: Sequence[Turn], factor: Tensor
     ) -> Iterator[tuple[Sequence[Turn], NewBases]]:
         """New bases of one size, for the turns of each batch."""
-        tiles, interval = turns[0].tiles, self.config.basis_interval
-        rotation = change = None
-        if turns[0].item.view["step"] == 0:
+        precision = self.config.precision
+        if is_new(turns[0].item.batch):
             basis, factor = eigenbasis.eigenbasis(factor, lambda r: sharded.count(f"basis_{r}"))
+            new = NewBases(basis, banded(factor))
         else:
-            precision = self.config.precision
-            rotation, factor = eigenbasis.refresh(factor, precision=precision)
-            change = eigenbasis.change_of(rotation, precision)
-            old = stacked([turn["basis"] for turn in turns])
-            basis = eigenbasis.rotate("right", rotation, old, change, True)
-            astray = [
-                part
-                for turn, part in zip(turns, basis.split(tiles), strict=True)
-                if (turn.item.view["step"] // interval + turn.item.number)
-                % ORTHOGONALIZE_EVERY == 0
-            ]  # fmt: skip
-            if astray:
-                corrected = eigenbasis.orthonormal(stacked(astray))
-                torch._foreach_copy_(astray, list(corrected.split(tiles)))
-        start, kept = 0, banded(factor)
+            rotation = eigenbasis.pair_rotation(factor, precision)
+            factor = eigenbasis.turned(factor, rotation, precision)
+            new = NewBases(rotation, factor, eigenbasis.change_of(rotation, precision))
+        start, tiles = 0, turns[0].tiles
         for run in grouped(turns, lambda turn: (id(turn.item.batch), turn.side)):
             here = slice(start, start + len(run) * tiles)
-            moved = [None if tensor is None else tensor[here] for tensor in (rotation, change)]
-            yield run, NewBases(basis[here], kept[here], *moved)
+            change = None if new.change is None else new.change[here]
+            yield run, NewBases(new.rotation[here], new.factor[here], change)
             start = here.stop
 
     def _turn(self, turns: Sequence[Turn], new: NewBases) -> None:
         """Turn one side of views of one batch; nothing changes where that raises."""
         items, side = [turn.item for turn in turns], turns[0].side
         whole, batch = items[0].batch, _part(items)
-        results = {f"{side}_basis": new.basis, f"{side}_factor": new.factor}
-        if new.rotation is not None:
+        results = {f"{side}_basis": new.rotation, f"{side}_factor": new.factor}
+        if not is_new(batch):
+            results[f"{side}_basis"] = self._turned_basis(turns, batch[f"{side}_basis"], new)
             results |= self._transported(batch, side, new.rotation, new.change)
             if whole.rotated_gradient is not None:
                 parts = whole.rotated_gradient.split(whole.tiling.tiles)
@@ -415,6 +415,20 @@ class BasisRefresh:
                     torch._foreach_copy_(chosen, list(moved.split(whole.tiling.tiles)))
         for name, value in results.items():
             batch.write(name, value)
+
+    def _turned_basis(self, turns: Sequence[Turn], basis: Tensor, new: NewBases) -> Tensor:
+        """``Q P``; some by turns are corrected for what rounding does to orthogonality."""
+        basis = eigenbasis.rotate("right", new.rotation, basis, new.change, True)
+        interval = self.config.basis_interval
+        astray = [
+            part
+            for turn, part in zip(turns, basis.split(turns[0].tiles), strict=True)
+            if (turn.item.view["step"] // interval + turn.item.number) % ORTHOGONALIZE_EVERY == 0
+        ]
+        if astray:
+            corrected = eigenbasis.orthonormal(stacked(astray))
+            torch._foreach_copy_(astray, list(corrected.split(turns[0].tiles)))
+        return basis
 
     def _transported(
         self, batch: Batch, side: Side, rotation: Tensor, change: Tensor | None = None
@@ -470,8 +484,10 @@ class BasisRefresh:
         for items in grouped(raised, lambda item: id(item.batch)):
             batch = _part(items)
             step, (beta1, beta2) = batch.number("step"), batch.group["betas"]
-            lowest = batch["exp_avg"].square() * ((1 - beta2**step) / (1 - beta1**step) ** 2)
-            second = torch.maximum(batch["exp_avg_sq"], lowest)
+            first, ratio = batch["exp_avg"], (1 - beta2**step) / (1 - beta1**step) ** 2
+            lowest = torch.addcmul(first.new_zeros(()), first, first, value=ratio)
+            second = batch["exp_avg_sq"]
+            torch.maximum(second, lowest, out=second)
             batch.write("exp_avg_sq", second)
             batch.write("mean_sq", second.mean((1, 2), keepdim=True))
 
@@ -508,7 +524,7 @@ def _portions(items: Sequence[RefreshItem]) -> Iterator[list[RefreshItem]]:
     portion: list[RefreshItem] = []
     elements = 0
     for item in items:
-        if portion and elements + item.elements > GPU_ELEMENTS // 2:
+        if portion and elements + item.elements > PORTION:
             yield portion
             portion, elements = [], 0
         portion.append(item)

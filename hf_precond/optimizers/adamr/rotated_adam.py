@@ -221,10 +221,10 @@ class RotatedAdam:
             average = factor.to(rotated.dtype, copy=not all_usable)
             with float32_products(self.config.precision, rotated):
                 add_lower_product(average, root, root.mT, beta=decay, alpha=1 - decay)
-            if not all_usable:
-                average = torch.where(usable[..., 0], average, factor)
-            if average is not factor:
-                factor.copy_(average)
+            if not all_usable and average.dtype == factor.dtype:
+                torch.where(usable[..., 0], average, factor, out=factor)
+            elif average is not factor:
+                factor.copy_(torch.where(usable[..., 0], average, factor))
 
     def _sides_to_update(self, batch: Batch) -> Sequence[Side]:
         """The sides whose factor takes in this gradient.

@@ -19,6 +19,7 @@ from hf_precond.compat import devices
 from hf_precond.compat.torch_internals import REPLICA, WRAPPERS
 from hf_precond.config.base import OptimizerConfig
 from hf_precond.linalg.banded import banded
+from hf_precond.linalg.eigenbasis import mirrored
 from hf_precond.optimizers.base.groups import Groups, parameter_names
 
 KEY = "hf_precond"
@@ -187,7 +188,7 @@ def _copied(name: str, value: Any, parameter: Tensor) -> Any:
     if not isinstance(value, Tensor):
         return copy.deepcopy(value)
     if name in BANDED and value.dim() == 3:
-        value = banded(value)
+        value = banded(mirrored(value))
     on_host = name.endswith("_energy")
     # A fused AdamW reads its step counts on the device, wherever the file was mapped to.
     device = "cpu" if on_host and value.dim() == 0 else parameter.device
