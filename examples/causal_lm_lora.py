@@ -138,9 +138,11 @@ def main() -> dict[str, float]:
         processing_class=tokenizer,
         **next_token_scores(evaluate.load(data.metric)),
     )
+    asked = arguments.do_train and arguments.do_eval
+    before = f"{math.exp(trainer.evaluate()['eval_loss']):.3f} before, " if asked else ""
     scores = train_and_evaluate(trainer, arguments, "text-generation")
     if "eval_loss" in scores:
-        print(f"Perplexity of the held-out text: {math.exp(scores['eval_loss']):.3f}")
+        print(f"Perplexity of the held-out text: {before}{math.exp(scores['eval_loss']):.3f}")
     return scores
 
 
