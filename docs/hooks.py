@@ -55,7 +55,6 @@ def on_page_content(content: str, **kwargs: Any) -> str:
     def mathml(found: re.Match[str]) -> str:
         display = "inline" if found[2] == "(" else "block"
         made = convert(html.unescape(found[3]).strip(), display=display)
-        made = made.replace("&#x0005E;", "&#x002C6;")  # the accent lies lower than ASCII's ^
         if "\\" in made or "<mi>&</mi>" in made:
             raise PluginError(f"latex2mathml does not know all of {found[3]}")
         return made
