@@ -94,6 +94,7 @@ def main() -> dict[str, float]:
         step = int((checkpoint / "step.txt").read_text())
         accelerator.print(f"Resumed after step {step}.")
     epoch, done = divmod(step, math.ceil(len(batches) / every))
+    model.train()  # from_pretrained returns it in evaluation mode
     while step < arguments.max_steps:
         batches.set_epoch(epoch)
         for batch in accelerator.skip_first_batches(batches, done * every):

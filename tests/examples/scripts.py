@@ -26,6 +26,7 @@ def run_example(script: str, *arguments: str, folder: Path) -> str:
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "in evaluation mode" not in done.stderr, done.stderr  # such steps are not preconditioned
     return done.stdout
 
 
