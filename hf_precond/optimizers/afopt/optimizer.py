@@ -61,7 +61,7 @@ RMS = 0.2
     config=AFOptConfig,
     select=attention_matrices,
     description="orthogonalised steps between inverse roots of the features' moments",
-    memory="mn momentum; n(n+1)/2 an input's moment, as much or n² its root; heads",
+    memory="mn momentum; n(n+1)/2 an input's moment, as much or n² its root; d² a head",
     start="1e-3",
 )
 class AFOpt(PrecondOptimizer):
