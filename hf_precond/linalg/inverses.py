@@ -99,18 +99,25 @@ def inverse_cholesky(batch: Tensor, leaf: int = FACTOR_SIZE) -> tuple[Tensor, Te
         The inverse, ``[…, n, n]``, zeros above the diagonal; and ``[…]``, nonzero where A is not
         positive definite and the inverse is of no use.
     """
+    if batch.shape[-1] <= leaf:
+        return _library_inverse(batch)
     result = torch.zeros_like(batch, memory_format=torch.contiguous_format)
     with float32_products("highest", batch):
         return result, _inverse_cholesky(batch, result, leaf)
+
+
+def _library_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    lower, info = devices.kernel(torch.linalg.cholesky_ex, matrix)
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand_as(lower)
+    return devices.kernel(torch.linalg.solve_triangular, lower, eye, upper=False), info
 
 
 def _inverse_cholesky(matrix: Tensor, result: Tensor, leaf: int) -> Tensor:
     """Write the inverse of the factor of ``matrix`` into ``result``, zeros until now."""
     size = matrix.shape[-1]
     if size <= leaf:
-        lower, info = devices.kernel(torch.linalg.cholesky_ex, matrix)
-        eye = torch.eye(size, dtype=matrix.dtype, device=matrix.device).expand_as(lower)
-        result.copy_(devices.kernel(torch.linalg.solve_triangular, lower, eye, upper=False))
+        inverse, info = _library_inverse(matrix)
+        result.copy_(inverse)
         return info
     half = size // 2
     first, last = slice(None, half), slice(half, None)

@@ -291,25 +291,23 @@ def test_newtons_step_corrects_and_stays_at_what_its_products_round(condition, p
 
 
 @pytest.mark.parametrize("size", [1, 15, 16, 17, 33, 130])
-def test_the_inverse_cholesky_factor_is_torchs(size, monkeypatch):
+def test_the_inverse_cholesky_factor_is_torchs(size):
     """By halves down to 16."""
-    monkeypatch.setattr(inverses, "FACTOR_SIZE", 16)
     matrix = torch.cat([spd(1, size), 1e-3 * spd(1, size, seed=1)])
-    found, info = inverse_cholesky(matrix)
+    found, info = inverse_cholesky(matrix, leaf=16)
     torch.testing.assert_close(
         found, torch.linalg.inv(torch.linalg.cholesky(matrix)), rtol=1e-11, atol=1e-12
     )
     assert not info.any()
     matrix[1, -1, -1] = -1.0
-    assert [bool(i) for i in inverse_cholesky(matrix)[1]] == [False, True]
+    assert [bool(i) for i in inverse_cholesky(matrix, leaf=16)[1]] == [False, True]
 
 
 @pytest.mark.parametrize("condition", [1e1, 1e3, 1e5])
-def test_the_inverse_cholesky_factor_in_float32_errs_as_the_librarys(condition, monkeypatch):
+def test_the_inverse_cholesky_factor_in_float32_errs_as_the_librarys(condition):
     """``L⁻¹ A L⁻ᵀ`` is the identity, to the condition times the unit roundoff."""
-    monkeypatch.setattr(inverses, "FACTOR_SIZE", 16)
     matrix = spd(96, condition=condition, dtype=torch.float32)
-    found, _ = inverse_cholesky(matrix)
+    found, _ = inverse_cholesky(matrix, leaf=16)
     lower = torch.linalg.cholesky(matrix)
     library = torch.linalg.solve_triangular(lower, torch.eye(96), upper=False)
     miss, peer = (
