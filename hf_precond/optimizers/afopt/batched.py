@@ -32,7 +32,12 @@ from hf_precond.linalg.matrix_functions import (
     unpack,
 )
 from hf_precond.linalg.products import arithmetic, float32_products, from_cpu, matmul
-from hf_precond.optimizers.afopt.optimizer import RMS, TwoSidedPreconditioner
+from hf_precond.optimizers.afopt.optimizer import (
+    RMS,
+    TwoSidedPreconditioner,
+    agreement,
+    usual_norms,
+)
 from hf_precond.optimizers.afopt.plan import MatrixPlan, RightFactor
 from hf_precond.optimizers.base.parameters import (
     BoundMatrix,
@@ -225,7 +230,11 @@ def step_in_half(optimizer: AFOpt, batch: Sequence[MatrixPlan]) -> Iterator[Prec
         asks for something else than the default direction, scaling and precision.
     """
     config, bound = optimizer.config, [plan.bound for plan in batch]
-    usual = config.scaling == "rms" and config.precision == "auto" and config.damping >= DAMPED
+    usual = (
+        config.scaling in ("adaptive", "rms")
+        and config.precision == "auto"
+        and config.damping >= DAMPED
+    )
     if not usual or config.covariant_damping or bound[0].bias_rests or not are_alike(bound):
         return None
     return _stepped(optimizer, batch, bound)
@@ -245,8 +254,14 @@ def _stepped(
         most = torch.linalg.vector_norm(biases, torch.inf, dim=1)[:, None, None]
         largest = torch.maximum(largest, most)
         momentum[..., columns].lerp_(biases, 1 - beta)
-    fades = _state_stack(optimizer, batch, "fade", (1, 1))
-    fades.mul_(beta).masked_fill_(largest != 0, 1.0)
+    trends = _state_stack(optimizer, batch, optimizer.trend, (1, 1))
+    if optimizer.config.scaling == "adaptive":
+        norms = torch.linalg.vector_norm(weights, dim=(1, 2), keepdim=True)
+        trends.copy_(usual_norms(trends, norms))
+        norms = torch.linalg.vector_norm(momentum[..., :columns], dim=(1, 2), keepdim=True)
+        trends = agreement(norms, trends, beta)
+    else:
+        trends.mul_(beta).masked_fill_(largest != 0, 1.0)
     # N lies between M and G.
     height = torch.linalg.vector_norm(momentum, torch.inf, dim=(1, 2), keepdim=True)
     height = torch.maximum(height, largest).clamp_(min=torch.finfo(momentum.dtype).tiny)
@@ -264,7 +279,7 @@ def _stepped(
     norms = torch.linalg.vector_norm(found, dim=(1, 2), keepdim=True, dtype=torch.float32)
     norms = norms.clamp(min=torch.finfo(torch.float32).tiny)
     usual = RMS * math.sqrt(found.shape[1] * size) * optimizer.config.lr_scale
-    lengths = fades * usual / norms
+    lengths = trends * usual / norms
     steps = lengths.new_empty(len(batch), found.shape[1], columns)
     torch.mul(found[..., :columns], lengths, out=steps)
     rest = None if matrix.bias is None else found[..., columns] * lengths[..., 0]

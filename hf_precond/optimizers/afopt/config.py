@@ -27,10 +27,13 @@ class AFOptConfig(OptimizerConfig):
             rates, and was better only where a task hangs on attention alone.
         direction: ``spectral`` (msign between the inverse square roots of the
             factors), ``inverse`` or ``inverse_sqrt``. Default ``spectral``.
-        scaling: what sets the length of a step: ``rms``, ``logit_rms``,
-            ``cap``, ``graft`` or ``norm_recovery``. Default ``rms``.
+        scaling: what sets the length of a step: ``adaptive``, ``rms``,
+            ``logit_rms``, ``cap``, ``graft`` or ``norm_recovery``. The root
+            mean square of a step's entries is fixed under ``rms``; under
+            ``adaptive`` it is up to twice as long where gradients agree, and
+            shorter where they vanish, as Adam's. Default ``adaptive``.
         lr_scale: multiplier of ``lr`` for the preconditioned matrices under
-            ``scaling="rms"`` and ``"cap"``, and for the matrices left to
+            ``scaling="adaptive"``, ``"rms"`` and ``"cap"``, and for the matrices left to
             ``base="muon"``, > 0. Default 4.
         rho: the rms change of the logits per unit of lr that a step of q, and
             one of k, makes (``logit_rms``) or makes at most (``cap``), > 0.
@@ -83,7 +86,7 @@ class AFOptConfig(OptimizerConfig):
     base: Literal["adamw", "sgd", "adamr", "muon"] = "adamw"
     scope: Literal["query_key", "attention", "all_linear"] = "all_linear"
     direction: Literal["spectral", "inverse", "inverse_sqrt"] = "spectral"
-    scaling: Literal["rms", "logit_rms", "cap", "graft", "norm_recovery"] = "rms"
+    scaling: Literal["adaptive", "rms", "logit_rms", "cap", "graft", "norm_recovery"] = "adaptive"
     lr_scale: float = positive(4.0)
     rho: float = positive(10.0)
     damping: float = positive(1.0)
@@ -115,7 +118,7 @@ class AFOptConfig(OptimizerConfig):
         if self.space != "logits" and self.scaling in ("logit_rms", "cap"):
             raise ValueError(
                 f"scaling={self.scaling!r}: the change of the logits is predicted from features; "
-                "set space='logits', or scaling='rms'."
+                "set space='logits', or scaling='adaptive'."
             )
         if self.scaling == "graft" and self.base not in ("adamw", "sgd"):
             raise ValueError(

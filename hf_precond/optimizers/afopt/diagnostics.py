@@ -120,7 +120,7 @@ def last_step(optimizer: AFOpt) -> ObservedStep:
 
     def is_whole(plan: MatrixPlan) -> bool:
         held, own = state[plan.bound.weight], optimizer.plan.stored[plan.bound]
-        return f"{plan.bound.prefix}fade" in held and all(item.key in held for item in own)
+        return plan.bound.prefix + optimizer.trend in held and all(item.key in held for item in own)
 
     missing = {plan.block or plan for plan in optimizer.plan.matrices if not is_whole(plan)}
     moved = [plan for plan in plans if (plan.block or plan) not in missing]

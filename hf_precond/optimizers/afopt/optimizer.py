@@ -54,6 +54,10 @@ if TYPE_CHECKING:
 
 RMS = 0.2
 """Root mean square of a step's entries per unit of learning rate: what AdamW's usually is."""
+NORM_DECAY = 0.99
+"""Decay of the running mean of a gradient's norm under ``scaling="adaptive"``."""
+LONGEST = 2.0
+"""Length under ``scaling="adaptive"`` over that of gradients that are noise, at most."""
 
 
 @register_optimizer(
@@ -73,14 +77,16 @@ class AFOpt(PrecondOptimizer):
         A_L  = A_K (q), A_Q (k), W_oᵀ W_o (v), identity (o and other linear layers)
         M    ← β M + (1-β) Ĝ ;  N = β M + (1-β) Ĝ    (Nesterov)
         U    = W_L msign(W_Lᵀ N W_R) W_Rᵀ ,  W Wᵀ = (A + λ·tr(A)/n·I)⁻¹
-        U    ← m·βᵏ·U·0.2·√numel/‖U‖_F              per tensor, all heads together
+        g    ← .99 g + .01 ‖G‖_F ;  s = min(2, ‖M‖_F/(g r₀)) ,   r₀² = (1-β)/(1+β)
+        U    ← m·s·U·0.2·√numel/‖U‖_F               per tensor, all heads together
         [W | b] ← (1 - lr·wd) [W | b] - lr·U
 
     U is the steepest descent under a bound on the spectral norm of ``A_L^(1/2) δW A_R^(1/2)``: on
-    whitened features, of the change of the logits (q, k) or of the module's output. After k steps
-    in a row without a gradient (an expert that got no token) it fades, as Adam's. The other
-    directions and scalings: :mod:`~hf_precond.optimizers.afopt.variants`; what A_L and A_R are made
-    of, ``space``, ``center``, ``rope``, the damping, when factors are recomputed:
+    whitened features, of the change of the logits (q, k) or of the module's output. Its length s
+    (of G and M without the bias) is 1 where gradients are noise of a constant size; it grows where
+    they agree, and falls as they vanish: where the training set is learned, or an expert gets no
+    token. The other directions and scalings: :mod:`~hf_precond.optimizers.afopt.variants`; what A_L
+    and A_R are made of, ``space``, ``center``, ``rope``, the damping, when factors are recomputed:
     :mod:`~hf_precond.optimizers.afopt.factors`.
 
     The thesis (Ying Sun, "Designing effective preconditioned optimizers for deep neural network
@@ -185,7 +191,7 @@ class AFOpt(PrecondOptimizer):
             stack = bound.matrix.stack
             shape = (*stack, bound.matrix.shape[0], bound.matrix.columns)
             allocate(state, f"{bound.prefix}momentum", shape, bound.dtype, device)
-            allocate(state, f"{bound.prefix}fade", stack, bound.dtype, device)
+            allocate(state, bound.prefix + self.trend, stack, bound.dtype, device)
         dtype = self.config.factor_dtype(bound.weight.dtype)
         for stored in self.plan.stored[bound]:
             stored.allocate(state, dtype)
@@ -219,14 +225,14 @@ class AFOpt(PrecondOptimizer):
                     yield from found
                     continue
             bound = [plan.bound for plan in batch]
-            gradients, fades = self.gradients(batch), None
+            gradients, trends = self.gradients(batch), None
             if kind == "direction":
-                fades = self._momentum(batch, gradients)
+                trends = self._momentum(batch, gradients)
             if not self._in_half(batch[0]):
                 # The length is set below: with entries near 1 no square vanishes or overflows.
                 gradients.div_(largest_entry(gradients))
             directions = self.directions(batch, gradients)
-            lengths = self.lengths(batch, directions, fades)
+            lengths = self.lengths(batch, directions, trends)
             if observed is not None:
                 observed.add(batch, gradients, directions * lengths)
             if batch[0].experts is not None:
@@ -314,16 +320,29 @@ class AFOpt(PrecondOptimizer):
         return [own for t, run in zip(held, runs, strict=True) for own in t[run].unbind()]
 
     def _momentum(self, batch: Sequence[MatrixPlan], gradients: Tensor) -> Tensor:
-        """``M ← β M + (1-β) G``, N (or M) in the place of G; returns :meth:`fades`, advanced."""
+        """``M ← β M + (1-β) G``, N (or M) in the place of G; returns :meth:`trends`, advanced."""
         beta = self.param_groups[batch[0].bound.group]["momentum"]
-        momenta, fades = self.tensors(batch, "momentum"), self.tensors(batch, "fade")
-        largest = torch.linalg.vector_norm(gradients, float("inf"), dim=(1, 2))
-        faded = torch.stack(fades).mul_(beta).masked_fill_(largest != 0, 1.0)
-        torch._foreach_copy_(fades, faded.unbind())
-        ahead = gradients.unbind()
+        momenta, held = self.tensors(batch, "momentum"), self.tensors(batch, self.trend)
+        before, ahead = torch.stack(held), gradients.unbind()
+        adaptive = self.config.scaling == "adaptive"
+        if adaptive:
+            after = usual_norms(before, self._norms(batch, ahead))
+        else:
+            largest = torch.linalg.vector_norm(gradients, float("inf"), dim=(1, 2))
+            after = before.mul_(beta).masked_fill_(largest != 0, 1.0)
+        torch._foreach_copy_(held, after.unbind())
         torch._foreach_lerp_(momenta, ahead, 1 - beta)
         torch._foreach_lerp_(ahead, momenta, beta if self.config.nesterov else 1.0)
-        return faded[:, None, None]
+        trends = agreement(self._norms(batch, momenta), after, beta) if adaptive else after
+        return trends[:, None, None]
+
+    @staticmethod
+    def _norms(batch: Sequence[MatrixPlan], tensors: Sequence[Tensor]) -> Tensor:
+        """Frobenius norms of what belongs to the weights, not the biases, ``[n]``."""
+        columns, first = batch[0].bound.matrix.shape[1], tensors[0]
+        wide = None if devices.is_accelerator(first) else torch.float64  # no square vanishes
+        norms = torch._foreach_norm([t[..., :columns] for t in tensors], dtype=wide)
+        return torch.stack(norms).to(first.dtype)
 
     def directions(self, batch: Sequence[MatrixPlan], gradients: Tensor) -> Tensor:
         """The directions of gradients; their lengths are set afterwards.
@@ -394,27 +413,27 @@ class AFOpt(PrecondOptimizer):
         return factors
 
     def lengths(
-        self, batch: Sequence[MatrixPlan], directions: Tensor, fades: Tensor | None = None
+        self, batch: Sequence[MatrixPlan], directions: Tensor, trends: Tensor | None = None
     ) -> Tensor:
-        """``m·βᵏ·0.2·√numel/‖U‖_F``, or another ``scaling``.
+        """``m·s·0.2·√numel/‖U‖_F``, or another ``scaling``.
 
         Args:
             batch: matrices that are stepped alike.
             directions: U of each, ``[n, out, in(+1)]``.
-            fades: :meth:`fades` of the batch, where they are at hand.
+            trends: :meth:`trends` of the batch, where they are at hand.
 
         Returns:
             What each direction is multiplied by, ``[n, 1, 1]``.
         """
-        if self.config.scaling != "rms":
+        if self.config.scaling not in ("adaptive", "rms"):
             from hf_precond.optimizers.afopt.variants import SCALINGS
 
             return SCALINGS[self.config.scaling](self, batch, directions)
-        fades = self.fades(batch) if fades is None else fades
+        trends = self.trends(batch) if trends is None else trends
         if devices.is_accelerator(directions):  # in two kernels
             size = RMS * math.sqrt(directions[0].numel()) * self.config.lr_scale
-            return fades * size / frobenius_norm(directions)
-        return self.rms_lengths(directions) * fades
+            return trends * size / frobenius_norm(directions)
+        return self.rms_lengths(directions) * trends
 
     def rms_lengths(self, directions: Tensor) -> Tensor:
         """``m·0.2·√numel/‖U‖_F``, ``[n, 1, 1]``.
@@ -425,13 +444,25 @@ class AFOpt(PrecondOptimizer):
         rms = RMS * math.sqrt(directions[0].numel()) / frobenius_norm(directions)
         return rms * self.config.lr_scale
 
-    def fades(self, batch: Sequence[MatrixPlan]) -> Tensor:
-        """``βᵏ`` after k steps in a row without a gradient, ``[n, 1, 1]``.
+    @property
+    def trend(self) -> str:
+        """The state that :meth:`trends` are made of: the gradient's usual norm, or its absence."""
+        return "gradient_norm" if self.config.scaling == "adaptive" else "fade"
+
+    def trends(self, batch: Sequence[MatrixPlan]) -> Tensor:
+        """How long steps are for what the gradients did, ``[n, 1, 1]``.
+
+        ``min(2, ‖M‖_F/(g r₀))`` under ``scaling="adaptive"``, otherwise ``βᵏ`` after k steps in a
+        row without a gradient.
 
         Args:
             batch: matrices that are stepped alike.
         """
-        return torch.stack(self.tensors(batch, "fade"))[:, None, None]
+        held = torch.stack(self.tensors(batch, self.trend))
+        if self.config.scaling == "adaptive":
+            beta = self.param_groups[batch[0].bound.group]["momentum"]
+            held = agreement(self._norms(batch, self.tensors(batch, "momentum")), held, beta)
+        return held[:, None, None]
 
     # ------------------------------------------------------------------------------------
 
@@ -452,6 +483,32 @@ class AFOpt(PrecondOptimizer):
         self.observing = False
         self.observed = ObservedStep(self, self.steps + 1)
         return self.observed
+
+
+def usual_norms(held: Tensor, norms: Tensor) -> Tensor:
+    """``g ← .99 g + .01 ‖G‖``, from the first norm on.
+
+    Args:
+        held: g, 0 before the first.
+        norms: of the gradients.
+    """
+    return torch.where(held > 0, held.lerp(norms, 1 - NORM_DECAY), norms)
+
+
+def agreement(momenta: Tensor, usual: Tensor, beta: float) -> Tensor:
+    """``min(2, ‖M‖/(g r₀))``, ``r₀² = (1-β)/(1+β)``: 1 where gradients are independent noise.
+
+    The average of independent gradients of norm g with weights ``(1-β) βʲ`` has norm ``g r₀``.
+
+    Args:
+        momenta: norms of the averages M.
+        usual: norms g that the gradients usually have; of a gradient that was always zero, or too
+            small to be squared, there is no step.
+        beta: decay of the averages.
+    """
+    noise = math.sqrt((1 - beta) / (1 + beta))
+    usual = usual.clamp(min=torch.finfo(usual.dtype).tiny)
+    return (momenta / usual / noise).clamp_(max=LONGEST)
 
 
 def _experts(plan: MatrixPlan) -> int:

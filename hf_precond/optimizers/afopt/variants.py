@@ -12,7 +12,8 @@ with ``Ŵ = [W | b]`` of the head itself and P_own of its own A_Q (q) or A_K (k)
 Scalings of U, the direction of one matrix ``[W | b]``, all heads together; the step is ``lr``
 times::
 
-    rms            m·βᵏ·U·0.2·√numel/‖U‖_F                  m = lr_scale; the default
+    adaptive       m·s·U·0.2·√numel/‖U‖_F, s = min(2, ‖M‖_F/(g r₀))   m = lr_scale; the default
+    rms            m·βᵏ·U·0.2·√numel/‖U‖_F
     logit_rms      βᵏ·U·ρ/c, c the rms change of the logits that U makes: q and k; others as rms
     cap            the shorter of these two: q and k; others as rms
     graft          U·‖B‖_F/‖U‖_F, B the fallback optimizer's step per unit of lr, by its own moments
@@ -112,7 +113,7 @@ def logit_lengths(optimizer: AFOpt, batch: Batch, directions: Tensor) -> Tensor:
             lengths = torch.minimum(lengths, allowed)
         else:
             lengths = torch.where(per_unit > 0, allowed, lengths)
-    return lengths * optimizer.fades(batch)
+    return lengths * optimizer.trends(batch)
 
 
 def graft(optimizer: AFOpt, batch: Batch, directions: Tensor) -> Tensor:

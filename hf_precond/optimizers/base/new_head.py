@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -44,11 +45,13 @@ def moment_is_due(step: int) -> bool:
 class NewHead:
     """The linear layers of a new head, stepped along AdamW's direction D by a step of known effect.
 
-    ``W ← (1 - lr·wd) W - ρ (lr / lr₀) D / rms``, ``rms² = tr(D A Dᵀ) / out``: the root mean square
-    change of a layer's outputs per unit step, with A ``[in, in]`` the mean of x xᵀ over the tokens
-    of a batch (a bias enters W, and a constant 1 enters x). ρ is ``head_step``, lr₀ the rate that a
-    schedule starts from or rises to. So the rate of the body, the width of the features and their
-    scale do not matter.
+    ``W ← (1 - lr·wd) W - s ρ (lr / lr₀) D / rms``, ``rms² = tr(D A Dᵀ) / out``: the root mean
+    square change of a layer's outputs per unit step, with A ``[in, in]`` the mean of x xᵀ over the
+    tokens of a batch (a bias enters W, and a constant 1 enters x). ρ is ``head_step``, lr₀ the rate
+    that a schedule starts from or rises to. So the rate of the body, the width of the features and
+    their scale do not matter. Where gradients vanish, as when the training set is learned, steps
+    do too: ``s = min(1, ‖m‖ / (‖√v‖ r₀))`` of AdamW's moments, ``r₀² = (1-β₁)/(1+β₁)`` being the
+    ratio of independent gradients of one size.
 
     A layer whose input was not seen is stepped by AdamW at ``lr``.
 
@@ -205,10 +208,15 @@ class NewHead:
         known = [view for view in own if id(view.param) in measured]
         self.adamw.update([view for view in own if id(view.param) not in measured])
         pairs = zip(known, self.adamw.directions(known), strict=True)
-        directions = {
-            id(view.param): first / (root + view.group["eps"]) for view, (first, root) in pairs
-        }
-        scales = {id(m): self._scale(m, directions) for m in measured.values()}
+        directions: dict[int, Tensor] = {}
+        trends: dict[int, Tensor] = {}
+        for view, (first, root) in pairs:
+            matrix = measured[id(view.param)]
+            directions[id(view.param)] = first / (root + view.group["eps"])
+            if view.param is matrix.weight_parameter or id(matrix) not in trends:
+                trends[id(matrix)] = _trend(first, root, view.group["betas"][0])
+        moved = {id(matrix): matrix for matrix in measured.values() if id(matrix) in trends}
+        scales = {key: self._scale(m, directions) * trends[key] for key, m in moved.items()}
         steps = []
         for view in known:
             group = view.group
@@ -276,6 +284,13 @@ def refuse_rated_head(head: Sequence[str], config: OptimizerConfig) -> None:
     if head and not _is_asked_for(config):
         fields = f"head={config.head!r} and head_lr_scale={config.head_lr_scale:g}"
         raise ValueError(messages.RATED_HEAD.format(name=config.name, first=head[0], fields=fields))
+
+
+def _trend(first: Tensor, root: Tensor, beta: float) -> Tensor:
+    """``min(1, ‖m‖ / (‖√v‖ r₀))``."""
+    norms = [torch.linalg.vector_norm(collectives.full(each)) for each in (first, root)]
+    usual = norms[1].clamp(min=torch.finfo(root.dtype).tiny) * math.sqrt((1 - beta) / (1 + beta))
+    return (norms[0] / usual).clamp(max=1.0)
 
 
 def _is_asked_for(config: OptimizerConfig) -> bool:

@@ -304,7 +304,7 @@ def test_center_leaves_the_key_bias_alone_and_helps_where_features_have_a_mean()
     assert cosines[1] > cosines[0] - 1e-3
 
 
-@pytest.mark.parametrize("scaling", ["rms", "logit_rms", "cap"])
+@pytest.mark.parametrize("scaling", ["adaptive", "rms", "logit_rms", "cap"])
 @pytest.mark.parametrize("direction", ["spectral", "inverse", "inverse_sqrt"])
 def test_gradients_too_small_or_large_to_square_in_float32_make_no_other_step(direction, scaling):
     """As of a branch without gradient, whose momentum has decayed for some hundred steps."""

@@ -40,7 +40,7 @@ class Peer:
             inner, out = layer.attention.self, layer.attention.output.dense
             self.layers[number] = {"q": inner.query, "k": inner.key, "v": inner.value, "o": out}
         self.moments, self.updates, self.factors = {}, 0, {}
-        self.momenta, self.base = {}, {}
+        self.momenta, self.usual, self.base = {}, {}, {}
         self.inputs = {}
         for number, roles in self.layers.items():
             for role, layer in roles.items():
@@ -140,6 +140,12 @@ class Peer:
             root = (second / (1 - beta2**count)).sqrt() + group["eps"]
             return (first / (1 - beta1**count) / root).norm() / step.norm()
         plain = config.lr_scale * 0.2 * step.numel() ** 0.5 / step.norm()
+        if config.scaling == "adaptive":
+            beta, norm = config.momentum, gradient[:, :-1].norm()
+            usual = self.usual.get(key, norm)
+            self.usual[key] = usual = 0.99 * usual + 0.01 * norm
+            noise = usual * ((1 - beta) / (1 + beta)) ** 0.5
+            return plain * (self.momenta[key][:, :-1].norm() / noise).clamp(max=2.0)
         if config.scaling == "rms" or key[1] not in "qk":
             return plain
         allowed = config.rho / self.logit_rms(key, step)
@@ -173,6 +179,7 @@ class Peer:
 
 FIELDS = [
     {},
+    {"scaling": "rms", "stat_decay": 0.5},
     {"direction": "inverse", "scaling": "cap", "rho": 0.5, "covariant_damping": True},
     {"direction": "inverse_sqrt", "scaling": "graft", "max_dim": 5, "center": True},
     {"scaling": "logit_rms", "center": True, "max_dim": 7, "nesterov": False},

@@ -85,7 +85,7 @@ def test_momentum_of_the_spectral_direction(nesterov):
     module, x = Attention(d=16, heads=1), inputs(2, 12, 16)
     optimizer = optimizer_of(
         module, roles="o", direction="spectral", damping=1e12, momentum=0.8, nesterov=nesterov,
-        lr=1e-3, lr_scale=2.0,
+        lr=1e-3, lr_scale=2.0, scaling="rms",
     )  # fmt: skip
     momentum = torch.zeros(16, 17, dtype=DOUBLE)
     for seed in range(3):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_precond.optimizers.afopt.config import AFOptConfig
-from hf_precond.optimizers.afopt.optimizer import AFOpt
+from hf_precond.optimizers.afopt.optimizer import AFOpt, agreement
 from tests.optimizers.afopt.support import (
     Attention,
     backward,
@@ -27,7 +27,7 @@ def test_rms_scaling_and_the_learning_rates_of_weight_and_bias():
     blocks_only = optimizer_of(module).structure
     decayed = {"params": [p for p in module.parameters() if p.dim() == 2], "weight_decay": 0.1}
     rest = {"params": [p for p in module.parameters() if p.dim() == 1], "lr": 3e-3}
-    config = AFOptConfig.create(lr=1e-3, lr_scale=5.0)
+    config = AFOptConfig.create(lr=1e-3, lr_scale=5.0, scaling="rms")
     optimizer = AFOpt([decayed, rest], blocks_only, config)
     backward(module, x)
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
@@ -38,6 +38,50 @@ def test_rms_scaling_and_the_learning_rates_of_weight_and_bias():
         bias = (before[f"{name}.bias"] - layer.bias) / 3e-3
         step = torch.cat([weight, bias[:, None]], 1)
         assert step.square().mean().sqrt().item() == pytest.approx(5 * 0.2, rel=1e-9)
+
+
+@pytest.mark.parametrize(("nesterov", "beta"), [(True, 0.8), (False, 0.8), (True, 0.0)])
+def test_adaptive_lengths_follow_the_gradients_of_each_matrix(nesterov, beta):
+    """Against the recurrences, written out: gradients that turn, vanish and come back."""
+    torch.manual_seed(8)
+    module, x = Attention(d=16, heads=2), inputs(2, 12, 16)
+    optimizer = spectral(module, lr=1e-3, momentum=beta, nesterov=nesterov, lr_scale=3.0)
+    momenta, usual, lengths = {}, {}, []
+    for number, factor in enumerate([1.0, 1.0, -1.0, 0.3, 0.0, 0.0, 1e-3, 5.0, 5.0, 5.0]):
+        backward(module, x)
+        for name in "qkvo":
+            layer = getattr(module, name)
+            for parameter in (layer.weight, layer.bias):
+                parameter.grad.mul_(1.0 if name == "k" else factor)
+            gradient = layer.weight.grad
+            norm = gradient.norm().item()
+            held = momenta.setdefault(name, torch.zeros_like(gradient))
+            held.mul_(beta).add_(gradient, alpha=1 - beta)
+            before = usual.get(name, norm)
+            usual[name] = 0.99 * before + 0.01 * norm if number else norm
+        moved = changes(module, optimizer)
+        for name in "qkvo":
+            noise = usual[name] * ((1 - beta) / (1 + beta)) ** 0.5
+            wanted = min(2.0, momenta[name].norm().item() / noise)
+            parts = [moved[f"{name}.{part}"].flatten() for part in ("weight", "bias")]
+            rms = torch.cat(parts).square().mean().sqrt().item() / 1e-3
+            assert rms == pytest.approx(3.0 * 0.2 * wanted, rel=1e-6, abs=1e-12), (number, name)
+            lengths.append(wanted)
+    assert min(lengths) < 0.5 and max(lengths) == 2.0
+
+
+def test_adaptive_lengths_are_one_for_noise_and_two_for_gradients_that_agree():
+    torch.manual_seed(8)
+    noise = torch.randn(4000, 50, dtype=DOUBLE)
+    beta, momentum, usual, found = 0.8, torch.zeros(50, dtype=DOUBLE), torch.zeros(()), []
+    for gradient in noise:
+        momentum = beta * momentum + (1 - beta) * gradient
+        usual = 0.99 * usual + 0.01 * gradient.norm() if usual else gradient.norm()
+        found.append(agreement(momentum.norm(), usual, beta))
+    assert torch.stack(found[100:]).mean().item() == pytest.approx(1.0, rel=0.02)
+    assert agreement(gradient.norm(), gradient.norm(), beta).item() == 2.0
+    zero = torch.zeros((), dtype=DOUBLE)
+    assert agreement(zero, zero, beta).item() == 0.0
 
 
 @pytest.mark.parametrize("base", ["adamw", "sgd"])
@@ -154,7 +198,7 @@ def test_steps_fade_where_a_matrix_gets_no_gradient_any_more(fields):
     """A set length would carry an expert that gets no token along its old momentum for long."""
     torch.manual_seed(14)
     module, x = Attention(d=16, heads=2), inputs(2, 12, 16)
-    optimizer = spectral(module, lr=1e-3, momentum=0.8, **fields)
+    optimizer = spectral(module, lr=1e-3, momentum=0.8, **({"scaling": "rms"} | fields))
     backward(module, x)
     first = changes(module, optimizer)
     full, sizes = first["o.weight"].norm(), []

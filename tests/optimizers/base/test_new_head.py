@@ -240,3 +240,33 @@ def test_without_a_usable_moment_the_head_rests(folder: str, broken: float) -> N
     model(**text()).loss.backward()
     optimizer.step()
     assert torch.equal(layer.weight, before) and before.isfinite().all()
+
+
+def test_steps_shrink_as_gradients_vanish(folder: str) -> None:
+    """By ``min(1, ‖m‖ / (‖√v‖ r₀))`` of AdamW's moments, written out."""
+    model = fresh(folder)
+    optimizer = hf_precond.create_optimizer(model, "afopt", lr=1e-3, head_step=RHO)
+    out = model.classifier.out_proj
+    first, second, shares = torch.zeros(()), torch.zeros(()), []
+    for number, factor in enumerate([1.0, 1.0, 1.0, 0.01, 0.01, 0.01, 0.01, 0.01, -0.01, 0.01]):
+        inputs: list[torch.Tensor] = []
+        handle = out.register_forward_pre_hook(lambda _, args, to=inputs: to.append(args[0]))
+        optimizer.zero_grad()
+        model(**text()).loss.backward()
+        handle.remove()
+        for parameter in (out.weight, out.bias):
+            parameter.grad *= factor
+        gradient = out.weight.grad.double()
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.999 * second + 0.001 * gradient.square()
+        mean, root = first / (1 - 0.9 ** (number + 1)), second / (1 - 0.999 ** (number + 1))
+        usual = root.sum().sqrt() * ((1 - 0.9) / (1 + 0.9)) ** 0.5
+        wanted = min(1.0, (mean.norm() / usual).item())
+        x = torch.cat([inputs[0], torch.ones(len(inputs[0]), 1)], 1).detach()
+        before = torch.cat([out.weight, out.bias[:, None]], 1).detach().clone()
+        optimizer.step()
+        change = x @ (torch.cat([out.weight, out.bias[:, None]], 1).detach() - before).mT
+        if moment_is_due(number):  # else the input was seen at an earlier step
+            assert change.square().mean().sqrt().item() == pytest.approx(RHO * wanted, rel=1e-3)
+            shares.append(wanted)
+    assert shares[0] == 1.0 and shares[-1] < 0.9
