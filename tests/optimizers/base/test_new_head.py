@@ -248,7 +248,7 @@ def test_steps_shrink_as_gradients_vanish(folder: str) -> None:
     optimizer = hf_precond.create_optimizer(model, "afopt", lr=1e-3, head_step=RHO)
     out = model.classifier.out_proj
     first, second, shares = torch.zeros(()), torch.zeros(()), []
-    for number, factor in enumerate([1.0, 1.0, 1.0, 0.01, 0.01, 0.01, 0.01, 0.01, -0.01, 0.01]):
+    for number, factor in enumerate([1.0] * 3 + [1e-3] * 18):
         inputs: list[torch.Tensor] = []
         handle = out.register_forward_pre_hook(lambda _, args, to=inputs: to.append(args[0]))
         optimizer.zero_grad()
