@@ -457,6 +457,9 @@ class AFOpt(PrecondOptimizer):
 
         Args:
             batch: matrices that are stepped alike.
+
+        Returns:
+            What the usual length is multiplied by.
         """
         held = torch.stack(self.tensors(batch, self.trend))
         if self.config.scaling == "adaptive":
