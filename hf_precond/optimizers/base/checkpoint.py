@@ -52,8 +52,7 @@ def identity(
     Returns:
         ``optimizer``, its name; ``layout``, the fields that decide which
         tensors the state has; ``parameters``, a list of ``[name, [sizes]]``
-        for every group; ``head``; ``lr``, the config's, which is not compared: a state brings
-        its own. Plain values, so that ``weights_only`` loads it. Names
+        for every group; ``head``. Plain values, so that ``weights_only`` loads it. Names
         are those in the model without its wrappers (compilation, DDP), or
         ``parameter 3`` where they are not known: before a model is attached the
         names in the groups may be those of its parts.
@@ -73,7 +72,6 @@ def identity(
         "optimizer": config.name,
         "layout": {name: getattr(config, name) for name in config.layout},
         "head": list(head),
-        "lr": config.lr,
         "parameters": _unwrapped(parameters),
     }
 

@@ -60,6 +60,7 @@ class NewHead:
         matrices: the layers.
         config: the optimizer's.
         state: the optimizer's.
+        lr: the rate of its groups that have none of their own.
     """
 
     def __init__(
@@ -68,10 +69,11 @@ class NewHead:
         matrices: Sequence[LayerMatrix],
         config: OptimizerConfig,
         state: MutableMapping[Tensor, dict[str, Any]],
+        lr: float,
     ) -> None:
         from hf_precond.statistics.collector import MomentCollector
 
-        self.matrices, self.config, self.state = matrices, config, state
+        self.matrices, self.config, self.state, self.lr = matrices, config, state, lr
         self.adamw = AdamWFallback()
         self.requests = [MomentRequest(matrix.name, "input", matrix) for matrix in matrices]
         self.source: StatisticsSource | None = MomentCollector(model, self.requests)
@@ -89,6 +91,7 @@ class NewHead:
         config: OptimizerConfig,
         groups: Sequence[Mapping[str, Any]],
         state: MutableMapping[Tensor, dict[str, Any]],
+        lr: float,
         names: Collection[str] | None = None,
     ) -> NewHead | None:
         """The new head of a model, ``None`` where there is none or its rate was given.
@@ -98,6 +101,7 @@ class NewHead:
             config: the optimizer's.
             groups: the optimizer's; one with a rate of its own keeps it.
             state: the optimizer's.
+            lr: the rate of groups that have none of their own.
             names: of the layers in the training that is resumed, whose head is no longer new.
         """
         if model is None or not _is_asked_for(config):
@@ -105,7 +109,7 @@ class NewHead:
         common = {
             id(parameter)
             for group in groups
-            if group.get("initial_lr", group["lr"]) == config.lr
+            if group.get("initial_lr", group["lr"]) == lr
             for parameter in group["params"]
         }
         layers = find_new_head(model) if names is None else head_layers(model)
@@ -118,7 +122,7 @@ class NewHead:
         own = {id(parameter) for matrix in found for parameter in _parameters(matrix)}
         if not found or all(id(p) in own for p in model.parameters() if p.requires_grad):
             return None
-        return cls(model, found, config, state)
+        return cls(model, found, config, state, lr)
 
     def announce(self) -> None:
         """Say in a line how the head is stepped."""
@@ -220,7 +224,7 @@ class NewHead:
         steps = []
         for view in known:
             group = view.group
-            peak = group.get("max_lr", group.get("initial_lr", self.config.lr))
+            peak = group.get("max_lr", group.get("initial_lr", self.lr))
             step = directions[id(view.param)] * (scales[id(measured[id(view.param)])] / peak)
             steps.append(dataclasses.replace(view, grad=step))
         descend(steps)

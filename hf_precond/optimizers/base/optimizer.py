@@ -126,6 +126,9 @@ class PrecondOptimizer(torch.optim.Optimizer):
                 messages.WRONG_ARGUMENTS.format(name=name, optimizer=self.registered_name)
             )
         self.config = config
+        self.common_lr = (
+            config.lr
+        )  # of groups without their own, also of a training that is resumed
         self.structure = structure
         self.counters = Counters()
         self.failures = FailureRecord()
@@ -472,7 +475,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
         before = self.head
         if before is not None:
             before.close()
-        args = (self.config, self.param_groups, self.state, self.resumed_head)
+        args = (self.config, self.param_groups, self.state, self.common_lr, self.resumed_head)
         self.head = NewHead.find(structure.model, *args)
         if self.head is not None and before is None:
             self.head.announce()
@@ -648,7 +651,8 @@ class PrecondOptimizer(torch.optim.Optimizer):
 
     def _identity(self) -> dict[str, Any]:
         head = () if self.head is None else self.head.names
-        return checkpoint.identity(self.config, self.param_groups, self.structure.owners, head)
+        own = checkpoint.identity(self.config, self.param_groups, self.structure.owners, head)
+        return own | {"lr": self.common_lr}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`'s output; every tensor keeps its own dtype.
@@ -669,11 +673,9 @@ class PrecondOptimizer(torch.optim.Optimizer):
         checkpoint.forget_empty(self.state)
         if checkpoint.KEY in state_dict:
             self.resumed_head = state_dict[checkpoint.KEY].get("head", ())
-        self.config = self.config.replace(
-            lr=state_dict.get(checkpoint.KEY, {}).get("lr", self.config.lr)
-        )
+        self.common_lr = state_dict.get(checkpoint.KEY, {}).get("lr", self.common_lr)
         if self.head is not None:  # torch makes a new state
-            self.head.state, self.head.config = self.state, self.config
+            self.head.state, self.head.lr = self.state, self.common_lr
         resumed = own["head"] if self.resumed_head is None else self.resumed_head
         if self.structure.model is not None and set(resumed) != set(own["head"]):
             self.close()
@@ -686,7 +688,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has its own statistics and counters, and no hooks until :meth:`attach`."""
-        own = ("config", "structure", "fallback", "counters", "failures", "coverage")
+        own = ("config", "common_lr", "structure", "fallback", "counters", "failures", "coverage")
         bound = ("given", "loaded", "joined", "bound", "_remainders", "validator")
         names = (*own, *bound, "resumed_head")
         return super().__getstate__() | {name: getattr(self, name) for name in names}
