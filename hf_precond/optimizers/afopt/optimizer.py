@@ -493,9 +493,10 @@ def usual_norms(held: Tensor, norms: Tensor) -> Tensor:
 
     Args:
         held: g, 0 before the first.
-        norms: of the gradients.
+        norms: of the gradients; those that are not finite leave g as it is.
     """
-    return torch.where(held > 0, held.lerp(norms, 1 - NORM_DECAY), norms)
+    known = torch.where(norms < math.inf, norms, held)
+    return torch.where(held > 0, held.lerp(known, 1 - NORM_DECAY), known)
 
 
 def agreement(momenta: Tensor, usual: Tensor, beta: float) -> Tensor:
