@@ -32,12 +32,7 @@ from hf_precond.linalg.matrix_functions import (
     unpack,
 )
 from hf_precond.linalg.products import arithmetic, float32_products, from_cpu, matmul
-from hf_precond.optimizers.afopt.optimizer import (
-    RMS,
-    TwoSidedPreconditioner,
-    agreement,
-    usual_norms,
-)
+from hf_precond.optimizers.afopt.optimizer import LONGEST, RMS, TwoSidedPreconditioner
 from hf_precond.optimizers.afopt.plan import MatrixPlan, RightFactor
 from hf_precond.optimizers.base.parameters import (
     BoundMatrix,
@@ -248,23 +243,28 @@ def _stepped(
     matrix = bound[0].matrix
     shape = matrix.shape[0], aligned(matrix.columns)
     momentum = _state_stack(optimizer, batch, "momentum", shape)
-    largest = torch.linalg.vector_norm(weights, torch.inf, dim=(1, 2), keepdim=True)
+    adaptive = optimizer.config.scaling == "adaptive"
+    largest = None if adaptive else _largest_entries(weights, biases)
     momentum[..., :columns].lerp_(weights, 1 - beta)
     if biases is not None:
-        most = torch.linalg.vector_norm(biases, torch.inf, dim=1)[:, None, None]
-        largest = torch.maximum(largest, most)
         momentum[..., columns].lerp_(biases, 1 - beta)
-    trends = _state_stack(optimizer, batch, optimizer.trend, (1, 1))
-    if optimizer.config.scaling == "adaptive":
-        norms = torch.linalg.vector_norm(weights, dim=(1, 2), keepdim=True)
-        trends.copy_(usual_norms(trends, norms))
-        norms = torch.linalg.vector_norm(momentum[..., :columns], dim=(1, 2), keepdim=True)
-        trends = agreement(norms, trends, beta)
-    else:
-        trends.mul_(beta).masked_fill_(largest != 0, 1.0)
-    # N lies between M and G.
+    # N / β = M + (1/β - 1) G, where M has (1 - β) G in it: within a few times M's largest entry.
     height = torch.linalg.vector_norm(momentum, torch.inf, dim=(1, 2), keepdim=True)
-    height = torch.maximum(height, largest).clamp_(min=torch.finfo(momentum.dtype).tiny)
+    trends = _state_stack(optimizer, batch, optimizer.trend, (1, 1))
+    length = RMS * math.sqrt(shape[0] * matrix.columns) * optimizer.config.lr_scale
+    tiny = torch.finfo(momentum.dtype).tiny
+    if largest is None:
+        norms = torch.linalg.vector_norm(weights, dim=(1, 2), keepdim=True)
+        optimizer.average_norms(batch, trends, norms)
+        norms = torch.linalg.vector_norm(momentum[..., :columns], dim=(1, 2), keepdim=True)
+        # As ``agreement``, times the length: in fewer kernels.
+        noise = math.sqrt((1 - beta) / (1 + beta))
+        lengths = norms / torch.add(torch.full((), tiny), trends, alpha=noise / length)
+        lengths.clamp_(max=LONGEST * length)
+    else:
+        height = torch.maximum(height, largest)
+        lengths = trends.mul_(beta).masked_fill_(largest != 0, 1.0) * length
+    height.clamp_(min=tiny)
     ahead = torch.empty_like(momentum, dtype=torch.float16)
     scale = torch.full((), HEIGHT) / height  # of a number this would be two kernels
     torch.mul(momentum, scale, out=ahead)
@@ -278,13 +278,21 @@ def _stepped(
     found = factors.spectral(ahead if blocks == 1 else ahead[..., :size])
     norms = torch.linalg.vector_norm(found, dim=(1, 2), keepdim=True, dtype=torch.float32)
     norms = norms.clamp(min=torch.finfo(torch.float32).tiny)
-    usual = RMS * math.sqrt(found.shape[1] * size) * optimizer.config.lr_scale
-    lengths = trends * usual / norms
+    lengths /= norms
     steps = lengths.new_empty(len(batch), found.shape[1], columns)
     torch.mul(found[..., :columns], lengths, out=steps)
     rest = None if matrix.bias is None else found[..., columns] * lengths[..., 0]
     for item, parts in zip(bound, split_stacks(bound, steps, rest), strict=True):
         yield Preconditioned(item, parts[0], "direction", parts)
+
+
+def _largest_entries(weights: Tensor, biases: Tensor | None) -> Tensor:
+    """Largest magnitudes of gradients, ``[n, 1, 1]``."""
+    largest = torch.linalg.vector_norm(weights, torch.inf, dim=(1, 2), keepdim=True)
+    if biases is None:
+        return largest
+    most = torch.linalg.vector_norm(biases, torch.inf, dim=1)
+    return torch.maximum(largest, most[:, None, None])
 
 
 def _state_stack(

@@ -56,6 +56,9 @@ RMS = 0.2
 """Root mean square of a step's entries per unit of learning rate: what AdamW's usually is."""
 NORM_DECAY = 0.99
 """Decay of the running mean of a gradient's norm under ``scaling="adaptive"``."""
+NORMS = 20
+"""Gradients after which the running mean of their norms is no longer zero: LoRA's A has none at
+first."""
 LONGEST = 2.0
 """Length under ``scaling="adaptive"`` over that of gradients that are noise, at most."""
 
@@ -126,6 +129,7 @@ class AFOpt(PrecondOptimizer):
         super()._bind()
         self._plan = None
         self._seen: Counter[str] = Counter()  # statistics by key, since the state was loaded
+        self._norms_seen: Counter[BoundMatrix] = Counter()  # likewise, of gradients
         check_attention(self.structure.attention, self.config)
         if self.config.attention_entropy:
             from hf_precond.optimizers.afopt.diagnostics import EntropyMonitor
@@ -163,6 +167,7 @@ class AFOpt(PrecondOptimizer):
         """As :meth:`PrecondOptimizer.load_state_dict`."""
         super().load_state_dict(state_dict)
         self._seen.clear()
+        self._norms_seen.clear()
 
     def requests(self) -> Sequence[Request]:
         """One request for each moment, and those of the entropies."""
@@ -326,7 +331,11 @@ class AFOpt(PrecondOptimizer):
         before, ahead = torch.stack(held), gradients.unbind()
         adaptive = self.config.scaling == "adaptive"
         if adaptive:
-            after = usual_norms(before, self._norms(batch, ahead))
+            norms = self._norms(batch, ahead)
+            if not devices.is_accelerator(norms):
+                norms = torch.where(norms < math.inf, norms, before)
+            self.average_norms(batch, before, norms)
+            after = before
         else:
             largest = torch.linalg.vector_norm(gradients, float("inf"), dim=(1, 2))
             after = before.mul_(beta).masked_fill_(largest != 0, 1.0)
@@ -335,6 +344,24 @@ class AFOpt(PrecondOptimizer):
         torch._foreach_lerp_(ahead, momenta, beta if self.config.nesterov else 1.0)
         trends = agreement(self._norms(batch, momenta), after, beta) if adaptive else after
         return trends[:, None, None]
+
+    def average_norms(self, batch: Sequence[MatrixPlan], usual: Tensor, norms: Tensor) -> None:
+        """``g ← .99 g + .01 ‖G‖`` in place, from the first norm on that is not zero.
+
+        That norm is looked for until a matrix had :data:`NORMS` of them; after that, in one kernel,
+        only in stacks of experts.
+
+        Args:
+            batch: matrices that are stepped alike.
+            usual: g of each, 0 before the first.
+            norms: of their gradients.
+        """
+        counts, bound = self._norms_seen, [plan.bound for plan in batch]
+        if batch[0].experts is None and all(counts[each] >= NORMS for each in bound):
+            usual.lerp_(norms, 1 - NORM_DECAY)
+        else:
+            usual.copy_(torch.where(usual > 0, usual.lerp(norms, 1 - NORM_DECAY), norms))
+            counts.update(bound)
 
     @staticmethod
     def _norms(batch: Sequence[MatrixPlan], tensors: Sequence[Tensor]) -> Tensor:
@@ -486,17 +513,6 @@ class AFOpt(PrecondOptimizer):
         self.observing = False
         self.observed = ObservedStep(self, self.steps + 1)
         return self.observed
-
-
-def usual_norms(held: Tensor, norms: Tensor) -> Tensor:
-    """``g ← .99 g + .01 ‖G‖``, from the first norm on.
-
-    Args:
-        held: g, 0 before the first.
-        norms: of the gradients; those that are not finite leave g as it is.
-    """
-    known = torch.where(norms < math.inf, norms, held)
-    return torch.where(held > 0, held.lerp(known, 1 - NORM_DECAY), known)
 
 
 def agreement(momenta: Tensor, usual: Tensor, beta: float) -> Tensor:
