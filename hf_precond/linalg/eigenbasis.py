@@ -187,9 +187,7 @@ def change_of(rotation: Tensor, precision: Precision) -> Tensor | None:
     if arithmetic(precision, rotation) == "highest":
         return None
     change = in_tf32(rotation)
-    change.diagonal(dim1=-2, dim2=-1).copy_(
-        in_tf32(rotation.diagonal(dim1=-2, dim2=-1).sub(1.0))
-    )
+    change.diagonal(dim1=-2, dim2=-1).copy_(in_tf32(rotation.diagonal(dim1=-2, dim2=-1).sub(1.0)))
     return change
 
 
