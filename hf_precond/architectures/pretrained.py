@@ -117,8 +117,8 @@ def _adapters(model: nn.Module) -> Iterable[tuple[LowRankAdapter, Tensor]]:
 def _rms(tensors: Iterable[Tensor]) -> float:
     """Root mean square of all entries."""
     held = [tensor.detach() for tensor in tensors]
-    squares = torch.stack([t.float().square().sum().double().cpu() for t in held]).sum()
-    return math.sqrt(float(squares) / sum(t.numel() for t in held))
+    norms = [torch.linalg.vector_norm(t, dtype=torch.float32).to(held[0].device) for t in held]
+    return float(torch.stack(norms).norm()) / math.sqrt(sum(t.numel() for t in held))
 
 
 def _rounded(rate: float) -> float | None:

@@ -33,6 +33,7 @@ from hf_precond.optimizers.afopt.plan import (
     attention_matrices,
     check_attention,
 )
+from hf_precond.optimizers.base.agreement import agreement
 from hf_precond.optimizers.base.optimizer import PrecondOptimizer
 from hf_precond.optimizers.base.parameters import (
     Bound,
@@ -342,7 +343,7 @@ class AFOpt(PrecondOptimizer):
         torch._foreach_copy_(held, after.unbind())
         torch._foreach_lerp_(momenta, ahead, 1 - beta)
         torch._foreach_lerp_(ahead, momenta, beta if self.config.nesterov else 1.0)
-        trends = agreement(self._norms(batch, momenta), after, beta) if adaptive else after
+        trends = agreement(self._norms(batch, momenta), after, beta, LONGEST) if adaptive else after
         return trends[:, None, None]
 
     def average_norms(self, batch: Sequence[MatrixPlan], usual: Tensor, norms: Tensor) -> None:
@@ -491,7 +492,8 @@ class AFOpt(PrecondOptimizer):
         held = torch.stack(self.tensors(batch, self.trend))
         if self.config.scaling == "adaptive":
             beta = self.param_groups[batch[0].bound.group]["momentum"]
-            held = agreement(self._norms(batch, self.tensors(batch, "momentum")), held, beta)
+            norms = self._norms(batch, self.tensors(batch, "momentum"))
+            held = agreement(norms, held, beta, LONGEST)
         return held[:, None, None]
 
     # ------------------------------------------------------------------------------------
@@ -513,22 +515,6 @@ class AFOpt(PrecondOptimizer):
         self.observing = False
         self.observed = ObservedStep(self, self.steps + 1)
         return self.observed
-
-
-def agreement(momenta: Tensor, usual: Tensor, beta: float) -> Tensor:
-    """``min(2, ‖M‖/(g r₀))``, ``r₀² = (1-β)/(1+β)``: 1 where gradients are independent noise.
-
-    The average of independent gradients of norm g with weights ``(1-β) βʲ`` has norm ``g r₀``.
-
-    Args:
-        momenta: norms of the averages M.
-        usual: norms g that the gradients usually have; of a gradient that was always zero, or too
-            small to be squared, there is no step.
-        beta: decay of the averages.
-    """
-    noise = math.sqrt((1 - beta) / (1 + beta))
-    usual = usual.clamp(min=torch.finfo(usual.dtype).tiny)
-    return (momenta / usual / noise).clamp_(max=LONGEST)
 
 
 def _experts(plan: MatrixPlan) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from hf_precond.config.base import OptimizerConfig
 from hf_precond.distributed import collectives
 from hf_precond.linalg.products import compute_dtype
 from hf_precond.optimizers.base import messages
+from hf_precond.optimizers.base.agreement import agreement
 from hf_precond.optimizers.base.fallback import AdamWFallback, descend
 from hf_precond.optimizers.base.parameters import ParamView
 from hf_precond.statistics.requests import MomentRequest, StatisticsSource, all_reduce_statistics
@@ -293,8 +293,7 @@ def refuse_rated_head(head: Sequence[str], config: OptimizerConfig) -> None:
 def _trend(first: Tensor, root: Tensor, beta: float) -> Tensor:
     """``min(1, ‖m‖ / (‖√v‖ r₀))``."""
     norms = [torch.linalg.vector_norm(collectives.full(each)) for each in (first, root)]
-    usual = norms[1].clamp(min=torch.finfo(root.dtype).tiny) * math.sqrt((1 - beta) / (1 + beta))
-    return (norms[0] / usual).clamp(max=1.0)
+    return agreement(norms[0], norms[1], beta, 1.0)
 
 
 def _is_asked_for(config: OptimizerConfig) -> bool:

@@ -126,9 +126,8 @@ class PrecondOptimizer(torch.optim.Optimizer):
                 messages.WRONG_ARGUMENTS.format(name=name, optimizer=self.registered_name)
             )
         self.config = config
-        self.common_lr = (
-            config.lr
-        )  # of groups without their own, also of a training that is resumed
+        # Of groups without a rate of their own; of a resumed training, what that began with.
+        self.common_lr = config.lr
         self.structure = structure
         self.counters = Counters()
         self.failures = FailureRecord()

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hf_precond.optimizers.afopt.config import AFOptConfig
-from hf_precond.optimizers.afopt.optimizer import AFOpt, agreement
+from hf_precond.optimizers.afopt.optimizer import AFOpt
+from hf_precond.optimizers.base.agreement import agreement
 from tests.optimizers.afopt.support import (
     Attention,
     backward,
@@ -77,11 +78,11 @@ def test_adaptive_lengths_are_one_for_noise_and_two_for_gradients_that_agree():
     for gradient in noise:
         momentum = beta * momentum + (1 - beta) * gradient
         usual = 0.99 * usual + 0.01 * gradient.norm() if usual else gradient.norm()
-        found.append(agreement(momentum.norm(), usual, beta))
+        found.append(agreement(momentum.norm(), usual, beta, 2.0))
     assert torch.stack(found[100:]).mean().item() == pytest.approx(1.0, rel=0.02)
-    assert agreement(gradient.norm(), gradient.norm(), beta).item() == 2.0
+    assert agreement(gradient.norm(), gradient.norm(), beta, 2.0).item() == 2.0
     zero = torch.zeros((), dtype=DOUBLE)
-    assert agreement(zero, zero, beta).item() == 0.0
+    assert agreement(zero, zero, beta, 2.0).item() == 0.0
 
 
 @pytest.mark.parametrize("base", ["adamw", "sgd"])
