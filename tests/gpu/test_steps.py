@@ -33,8 +33,14 @@ def test_float64_steps_are_those_of_a_cpu(name, device):
     steps = 2 if name == "adamr" else 4
     models = [trained(name, at, steps, torch.float64, "vit", 48)[0] for at in (CPU, device)]
     first, second = map(weights, models)
+    start = weights(make("vit", dtype=torch.float64))
     for key, value in first.items():
-        torch.testing.assert_close(second[key].cpu(), value, rtol=1e-5, atol=1e-8, msg=key)
+        found = second[key].cpu()
+        if name == "muon":  # its matrix sign is bfloat16 in any model
+            moved = value - start[key]
+            assert (found - value).norm() <= 5e-2 * moved.norm() + 1e-8, key
+        else:
+            torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-8, msg=key)
 
 
 CASES = [(name, {}) for name in list_optimizers()]

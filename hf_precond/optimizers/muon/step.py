@@ -84,7 +84,11 @@ class MuonStep:
         grads = [view.grad.to(m.dtype).reshape(m.shape) for view, m in pairs]
         decay = batch[0].group["momentum"]
         torch._foreach_lerp_(momenta, grads, 1 - decay)
-        return list(torch._foreach_lerp(grads, momenta, decay)) if self.nesterov else momenta
+        if not self.nesterov:
+            return momenta
+        if is_sharded(momenta[0]):  # torch before 2.13 has no rule for the one call of them all
+            return [grad.lerp(m, decay) for grad, m in zip(grads, momenta, strict=True)]
+        return list(torch._foreach_lerp(grads, momenta, decay))
 
     def directions(
         self, batch: Sequence[ParamView], momenta: Sequence[Tensor], advance: bool = True
