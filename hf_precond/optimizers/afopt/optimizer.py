@@ -332,10 +332,7 @@ class AFOpt(PrecondOptimizer):
         before, ahead = torch.stack(held), gradients.unbind()
         adaptive = self.config.scaling == "adaptive"
         if adaptive:
-            norms = self._norms(batch, ahead)
-            if not devices.is_accelerator(norms):
-                norms = torch.where(norms < math.inf, norms, before)
-            self.average_norms(batch, before, norms)
+            self.average_norms(batch, before, self._norms(batch, ahead))
             after = before
         else:
             largest = torch.linalg.vector_norm(gradients, float("inf"), dim=(1, 2))
@@ -350,7 +347,8 @@ class AFOpt(PrecondOptimizer):
         """``g ← .99 g + .01 ‖G‖`` in place, from the first norm on that is not zero.
 
         That norm is looked for until a matrix had :data:`NORMS` of them; after that, in one kernel,
-        only in stacks of experts.
+        only in stacks of experts. A norm that is not finite counts as 0: its step is lost, and with
+        such an average every later one would be.
 
         Args:
             batch: matrices that are stepped alike.
@@ -358,6 +356,7 @@ class AFOpt(PrecondOptimizer):
             norms: of their gradients.
         """
         counts, bound = self._norms_seen, [plan.bound for plan in batch]
+        norms = norms.nan_to_num(0.0, 0.0)
         if batch[0].experts is None and all(counts[each] >= NORMS for each in bound):
             usual.lerp_(norms, 1 - NORM_DECAY)
         else:
