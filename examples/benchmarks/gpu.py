@@ -3,6 +3,7 @@
     python examples/benchmarks/gpu.py --out outputs/gpu --limit 900
     python examples/benchmarks/gpu.py --out outputs/gpu --limit 900     # goes on where it stopped
     python examples/benchmarks/gpu.py --only cost --models bert-base --tokens 4096,32768
+    python examples/benchmarks/gpu.py --only predictions --out outputs/gpu     # needs no GPU
     python examples/benchmarks/gpu.py --device cpu --tiny --out outputs/try     # without a GPU
 
 ``results.json`` has the card, the versions and what was measured; it is rewritten after every
@@ -11,14 +12,17 @@ part, so a run that is cut off loses one part at most.
 - correctness: ``pytest -m gpu tests/gpu``, the failures by name.
 - cost: every arm trains the same model on the same batches (bfloat16 autocast on a GPU). Arms take
   turns in blocks of steps, timed between two synchronisations, so that a drift of the clock falls
-  on all. ``ratio`` is the median of an arm's blocks over fused AdamW's; ``predicted`` is what
-  ``hf-precond explain --device`` says, where the card is one that it knows.
+  on all. ``ratio`` is the median of an arm's blocks over fused AdamW's. Apart from that, the passes
+  and ``step()`` one by one: milliseconds until the device is done, and until the host is (``host``:
+  where the two are equal, the host is the limit). Kernels of ``step()`` by torch's profiler.
 - convergence: ``hf-precond bench gpu.toml``, which goes on by itself too; curves in ``loss.png``.
+- predictions: what ``hf-precond explain --device`` says of each ratio, where it knows the card.
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
 import contextlib
 import json
 import os
@@ -26,6 +30,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 from collections.abc import Mapping
@@ -45,13 +50,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 import gpu_tables
 
 HERE = Path(__file__).parent
-PARTS = ("correctness", "cost", "convergence")
+PARTS = ("correctness", "cost", "convergence", "predictions")
 ARMS = (
     "adamw", "torch_muon", "muon", "afopt", "afopt scope=attention", "afopt precision=highest",
     "adamr", "nkfac", "sgdph",
 )  # fmt: skip
 WARM, SPAN, BLOCKS = 6, 20, 3
 """Steps before an arm is timed; steps of a block: whole refresh intervals; blocks of an arm."""
+LARGEST = 15
+"""Kernels of an arm that are listed by name."""
+STEP = "the optimizer's step"
 
 
 class Suite:
@@ -68,10 +76,11 @@ class Suite:
         self.out = Path(arguments.out)
         self.out.mkdir(parents=True, exist_ok=True)
         self.path = self.out / "results.json"
-        self.results: dict[str, Any] = {"about": self.about()}
+        only_predictions = arguments.only == "predictions"
+        self.results: dict[str, Any] = {} if only_predictions else {"about": self.about()}
         if self.path.exists():
             before = json.loads(self.path.read_text())
-            if before["about"] != self.results["about"]:
+            if not only_predictions and before["about"] != self.results["about"]:
                 raise SystemExit(
                     f"gpu.py: {self.path} is of another card or other versions; give another --out."
                 )
@@ -182,6 +191,20 @@ class Suite:
         print(f"convergence: {'complete' if done else f'code {code}'}, see {output}", flush=True)
         return done
 
+    def predictions(self) -> bool:
+        """What the cost model says of the ratios that were measured."""
+        card = _known_card(self.results.get("about", {}).get("card", ""))
+        for key, rows in self.results.get("cost", {}).items() if card is not None else ():
+            model, tokens = key.rsplit(" ", 1)
+            for arm, row in rows.items():
+                if arm != "adamw" and "ratio" in row:
+                    make, optimizer = gpu_tables.MODELS[model], gpu_tables.made(arm)
+                    found = predict(make, optimizer, DEVICES[card], int(tokens))
+                    row["predicted"] = round(found.ratio(found.tokens[0]), 3)
+                    self.save("cost", key, value=rows)
+                    print(f"{key:18} {arm:24} {_row(row)}", flush=True)
+        return True
+
     # Cost ---------------------------------------------------------------------------
 
     def measure(self, model: str, tokens: int) -> dict[str, Any]:
@@ -200,6 +223,7 @@ class Suite:
             except Exception as error:  # an arm that fails is a result
                 held.pop(arm, None)
                 rows[arm] = {"error": f"{type(error).__name__}: {error}"[:400]}
+            print(f"{model} {tokens} {arm}: first steps {rows[arm]}", flush=True)
         span, blocks = (2, 1) if self.arguments.tiny else (SPAN, BLOCKS)
         times: dict[str, list[float]] = {arm: [] for arm in held}
         for _ in range(blocks):
@@ -207,17 +231,15 @@ class Suite:
                 if self.left > 0 or not times[arm]:
                     times[arm].append(training.time(span))
         base = statistics.median(times["adamw"]) if times.get("adamw") else float("nan")
-        card = _known_card(self.results["about"]["card"])
-        for arm, training in held.items():
-            median = statistics.median(times[arm])
+        for arm, blocks_ms in times.items():
+            median = statistics.median(blocks_ms)
             rows[arm] |= {
                 "ms": round(median, 3), "ratio": round(median / base, 3),
-                "blocks_ms": [round(t, 3) for t in times[arm]], **training.launches(span),
+                "blocks_ms": [round(t, 3) for t in blocks_ms],
             }  # fmt: skip
-            if card is not None and arm != "adamw":
-                make, optimizer = gpu_tables.MODELS[model], gpu_tables.made(arm)
-                found = predict(make, optimizer, DEVICES[card], tokens)
-                rows[arm]["predicted"] = round(found.ratio(found.tokens[0]), 3)
+        for arm, training in held.items():
+            if self.left > 0:
+                rows[arm] |= training.parts(span) | training.kernels(span)
             training.close()
         return rows
 
@@ -235,7 +257,8 @@ class Training:
     def __init__(self, arm: str, model: str, tokens: int, device: torch.device) -> None:
         self.device = device
         torch.manual_seed(0)
-        self.model = gpu_tables.MODELS[model]().to(device).train()
+        with device:
+            self.model = gpu_tables.MODELS[model]().train()
         config: Any = self.model.config
         self.batch = make_batch(self.model, tokens, device)
         words = torch.Generator().manual_seed(1)
@@ -251,6 +274,12 @@ class Training:
 
     def step(self) -> None:
         """Forward, backward and the optimizer's step."""
+        self.passes()
+        with torch.profiler.record_function(STEP):
+            self.optimizer.step()
+
+    def passes(self) -> None:
+        """Forward and backward."""
         self.optimizer.zero_grad()
         on_gpu = self.device.type == "cuda"
         cast = torch.autocast("cuda", torch.bfloat16) if on_gpu else contextlib.nullcontext()
@@ -260,7 +289,6 @@ class Training:
             if hasattr(self.optimizer, "probe"):
                 self.optimizer.probe(loss)
             loss.backward()
-        self.optimizer.step()
 
     def wait(self) -> None:
         """Wait for the device."""
@@ -296,28 +324,61 @@ class Training:
         self.wait()
         return (time.perf_counter() - start) / span * 1e3
 
-    def launches(self, span: int) -> dict[str, Any]:
-        """Kernels a step, by torch's profiler; nothing where there is no GPU.
+    def parts(self, span: int) -> dict[str, Any]:
+        """Milliseconds of the passes and of ``step()``, each begun on an idle device.
+
+        Args:
+            span: steps that are timed one by one.
+        """
+        found: dict[str, list[float]] = {}
+        for _ in range(span):
+            for name, part in (("passes", self.passes), ("step", self.optimizer.step)):
+                self.wait()
+                start = time.perf_counter()
+                part()
+                found.setdefault(f"{name}_host_ms", []).append(time.perf_counter() - start)
+                self.wait()
+                found.setdefault(f"{name}_ms", []).append(time.perf_counter() - start)
+        medians = {key: round(statistics.median(each) * 1e3, 3) for key, each in found.items()}
+        return medians | {"step_longest_ms": round(max(found["step_ms"]) * 1e3, 3)}
+
+    def kernels(self, span: int) -> dict[str, Any]:
+        """Kernels a step, and those of ``step()`` by name; nothing where there is no GPU.
 
         Args:
             span: steps that are profiled.
         """
         if self.device.type != "cuda":
             return {}
-        kinds = [torch.profiler.ProfilerActivity.CUDA]
+        kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=kinds) as seen:
             for _ in range(span):
                 self.step()
             self.wait()
-        kernels = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-        top: dict[str, float] = {}
+        with tempfile.TemporaryDirectory() as folder:  # far faster than the profiler's own events
+            path = Path(folder) / "trace.json"
+            seen.export_chrome_trace(str(path))
+            events = json.loads(path.read_text())["traceEvents"]
+        kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+        steps = sorted(
+            (e["ts"], e["ts"] + e["dur"])
+            for e in events
+            if e.get("cat") == "gpu_user_annotation" and e["name"] == STEP
+        )
+        ends = [end for _, end in steps]
+        own, top = 0, dict[str, tuple[float, int]]()
         for event in kernels:
-            name = event.name[:60]
-            top[name] = top.get(name, 0.0) + event.device_time_total / span / 1e3
-        largest = sorted(top.items(), key=lambda item: -item[1])[:12]
+            place = bisect.bisect_left(ends, event["ts"])
+            if place < len(steps) and event["ts"] >= steps[place][0]:
+                time_, count = top.get(event["name"][:100], (0.0, 0))
+                top[event["name"][:100]] = time_ + event["dur"] / 1e3, count + 1
+                own += 1
+        largest = sorted(top.items(), key=lambda item: -item[1][0])[:LARGEST]
         return {
-            "kernels_a_step": round(len(kernels) / span),
-            "top_kernels_ms": {name: round(value, 3) for name, value in largest},
+            "kernels": round(len(kernels) / span),
+            "step_kernels": round(own / span),
+            "step_kernels_ms": round(sum(t for t, _ in top.values()) / span, 3),
+            "largest": {n: [round(t / span, 4), round(c / span, 1)] for n, (t, c) in largest},
         }
 
     def close(self) -> None:
@@ -348,7 +409,8 @@ def _known_card(name: str) -> str | None:
 def _row(row: Mapping[str, Any]) -> str:
     if "error" in row:
         return str(row["error"])
-    extra = "".join(f"  {key} {row[key]}" for key in ("predicted", "peak_mib") if key in row)
+    shown = ("predicted", "step_ms", "step_host_ms", "step_kernels", "peak_mib")
+    extra = "".join(f"  {key} {row[key]}" for key in shown if key in row)
     return f"{row['ms']:9.2f} ms  {row['ratio']:.3f}{extra}"
 
 
@@ -373,7 +435,8 @@ def main(argv: list[str] | None = None) -> int:
     unknown = sorted(set(arguments.only.split(",")) - set(PARTS))
     if unknown:
         parser.error(f"--only {unknown[0]}: it is of {', '.join(PARTS)}.")
-    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+    needs_gpu = arguments.device.startswith("cuda") and arguments.only != "predictions"
+    if needs_gpu and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device here; --device cpu --tiny tries the suite.")
     return 0 if Suite(arguments).run() else 3
 
