@@ -56,9 +56,9 @@ def test_passes_of_a_model_are_in_bfloat16():
 def test_a_period_of_afopt():
     training = traced("afopt", stat_interval=2, inverse_interval=4)
     assert [(s.times, s.due) for s in training.steps] == [(1, True), (1, True), (2, False)]
-    # Refreshes are spread over the steps with statistics.
+    # On an accelerator all refreshes come at one of the steps with statistics.
     refreshes = [any(k.phase == "refresh" for k in s.kernels) for s in training.steps]
-    assert refreshes == [True, True, False]
+    assert refreshes == [True, False, False]
     assert training.plain.launches < training.with_statistics.launches
     assert training.plain.launches < training.average.launches
     assert 0 < training.refresh.launches < training.average.launches

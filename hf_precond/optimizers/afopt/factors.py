@@ -177,7 +177,10 @@ class Factors:
         config = self.config
         if step <= 2 * config.stat_interval and step % config.stat_interval == 0:
             return True
-        return step % config.inverse_interval == self.plan.phases[factor.bound]
+        # An accelerator is busier with the launches of a refresh than with its matrices.
+        together = devices.is_accelerator(factor.bound.weight)
+        phase = 0 if together else self.plan.phases[factor.bound]
+        return step % config.inverse_interval == phase
 
     def late(
         self, step: int, statistics: Mapping[str, Statistic], seen: Counter[str]
