@@ -14,7 +14,8 @@ part, so a run that is cut off loses one part at most.
   turns in blocks of steps, timed between two synchronisations, so that a drift of the clock falls
   on all. ``ratio`` is the median of an arm's blocks over fused AdamW's. Apart from that, the passes
   and ``step()`` one by one: milliseconds until the device is done, and until the host is (``host``:
-  where the two are equal, the host is the limit). Kernels of ``step()`` by torch's profiler.
+  where the two are equal, the host is the limit). Kernels of both by torch's profiler: ``plain`` is
+  the median of the profiled steps, as those with refreshes have several times as many.
 - convergence: ``hf-precond bench gpu.toml``, which goes on by itself too; curves in ``loss.png``.
 - predictions: what ``hf-precond explain --device`` says of each ratio, where it knows the card.
 """
@@ -24,6 +25,7 @@ from __future__ import annotations
 import argparse
 import bisect
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -33,7 +35,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,9 @@ WARM, SPAN, BLOCKS = 6, 20, 3
 LARGEST = 15
 """Kernels of an arm that are listed by name."""
 STEP = "the optimizer's step"
+LAUNCHES = ("cuda_runtime", "cuda_driver")
+ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+"""Categories of a trace: calls that launch something, and what the device did."""
 
 
 class Suite:
@@ -343,7 +348,7 @@ class Training:
         return medians | {"step_longest_ms": round(max(found["step_ms"]) * 1e3, 3)}
 
     def kernels(self, span: int) -> dict[str, Any]:
-        """Kernels a step, and those of ``step()`` by name; nothing where there is no GPU.
+        """What :func:`kernel_figures` says of some steps; nothing where there is no GPU.
 
         Args:
             span: steps that are profiled.
@@ -359,32 +364,80 @@ class Training:
             path = Path(folder) / "trace.json"
             seen.export_chrome_trace(str(path))
             events = json.loads(path.read_text())["traceEvents"]
-        kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-        steps = sorted(
-            (e["ts"], e["ts"] + e["dur"])
-            for e in events
-            if e.get("cat") == "gpu_user_annotation" and e["name"] == STEP
-        )
-        ends = [end for _, end in steps]
-        own, top = 0, dict[str, tuple[float, int]]()
-        for event in kernels:
-            place = bisect.bisect_left(ends, event["ts"])
-            if place < len(steps) and event["ts"] >= steps[place][0]:
-                time_, count = top.get(event["name"][:100], (0.0, 0))
-                top[event["name"][:100]] = time_ + event["dur"] / 1e3, count + 1
-                own += 1
-        largest = sorted(top.items(), key=lambda item: -item[1][0])[:LARGEST]
-        return {
-            "kernels": round(len(kernels) / span),
-            "step_kernels": round(own / span),
-            "step_kernels_ms": round(sum(t for t, _ in top.values()) / span, 3),
-            "largest": {n: [round(t / span, 4), round(c / span, 1)] for n, (t, c) in largest},
-        }
+        return kernel_figures(events)
 
     def close(self) -> None:
         """Remove the hooks."""
         if hasattr(self.optimizer, "close"):
             self.optimizer.close()
+
+
+Kernels = list[tuple[str, float]]
+
+
+def kernels_by_part(events: Sequence[Mapping[str, Any]]) -> tuple[Kernels, list[Kernels]]:
+    """What the device ran, by the part of a training step that launched it.
+
+    The device runs a kernel when it gets to it; only the launch says what it was for. A kernel
+    whose launch is not in the trace is in neither part.
+
+    Args:
+        events: ``traceEvents`` of torch's profiler.
+
+    Returns:
+        Names and microseconds of kernels, copies and memsets: of all the passes, and of every
+        ``step()``.
+    """
+    spans = sorted(
+        (event["ts"], event["ts"] + event["dur"])
+        for event in events
+        if event.get("cat") == "user_annotation" and event["name"] == STEP
+    )
+    starts = [start for start, _ in spans]
+    launched = {
+        event["args"]["correlation"]: event["ts"]
+        for event in events
+        if event.get("cat") in LAUNCHES and "correlation" in event.get("args", ())
+    }
+    passes: Kernels = []
+    steps: list[Kernels] = [[] for _ in spans]
+    for event in events:
+        if event.get("cat") in ON_DEVICE and event["args"]["correlation"] in launched:
+            moment = launched[event["args"]["correlation"]]
+            place = bisect.bisect_right(starts, moment) - 1
+            inside = place >= 0 and moment <= spans[place][1]
+            (steps[place] if inside else passes).append((event["name"], event["dur"]))
+    return passes, steps
+
+
+def kernel_figures(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Kernels and their milliseconds a training step.
+
+    Args:
+        events: ``traceEvents`` of torch's profiler.
+
+    Returns:
+        Of the passes and of ``step()`` the mean; under ``plain`` the median of ``step()``, as
+        steps with refreshes are few and much longer; the largest kernels of ``step()`` by name.
+    """
+    passes, steps = kernels_by_part(events)
+    span = max(1, len(steps))
+    times = [sum(duration for _, duration in step) / 1e3 for step in steps] or [0.0]
+    counts = [len(step) for step in steps] or [0]
+    top: dict[str, tuple[float, int]] = {}
+    for name, duration in itertools.chain(*steps):
+        time_, count = top.get(name[:100], (0.0, 0))
+        top[name[:100]] = time_ + duration / 1e3, count + 1
+    largest = sorted(top.items(), key=lambda item: -item[1][0])[:LARGEST]
+    return {
+        "passes_kernels": round(len(passes) / span),
+        "passes_kernels_ms": round(sum(duration for _, duration in passes) / span / 1e3, 3),
+        "step_kernels": round(statistics.mean(counts)),
+        "step_kernels_plain": round(statistics.median(counts)),
+        "step_kernels_ms": round(statistics.mean(times), 3),
+        "step_kernels_plain_ms": round(statistics.median(times), 3),
+        "largest": {n: [round(t / span, 4), round(c / span, 1)] for n, (t, c) in largest},
+    }
 
 
 def _tiny_bench(folder: Path) -> Path:
@@ -409,9 +462,17 @@ def _known_card(name: str) -> str | None:
 def _row(row: Mapping[str, Any]) -> str:
     if "error" in row:
         return str(row["error"])
-    shown = ("predicted", "step_ms", "step_host_ms", "step_kernels", "peak_mib")
-    extra = "".join(f"  {key} {row[key]}" for key in shown if key in row)
-    return f"{row['ms']:9.2f} ms  {row['ratio']:.3f}{extra}"
+    parts = [f"{row['ms']:9.2f} ms", f"{row['ratio']:.3f}"]
+    if "predicted" in row:
+        parts[-1] += f" (predicted {row['predicted']:.2f})"
+    if "step_ms" in row:
+        parts.append(f"step {row['step_ms']:.1f}, host {row['step_host_ms']:.1f} ms")
+    if "step_kernels" in row:
+        counts = f"{row['step_kernels_plain']} (mean {row['step_kernels']})"
+        parts.append(f"kernels {counts} {row['step_kernels_ms']:.2f} ms")
+    if "peak_mib" in row:
+        parts.append(f"{row['peak_mib']} MiB")
+    return "  ".join(parts)
 
 
 def main(argv: list[str] | None = None) -> int:

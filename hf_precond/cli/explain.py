@@ -53,8 +53,8 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--device",
         metavar="NAME",
-        help="predict what a step costs there: h100, a100, l4, t4, cpu (this machine), or a TOML "
-        "file of peak rates",
+        help="predict what a step costs there: h200, h100, a100, l4, t4, cpu (this machine), or a "
+        "TOML file of peak rates",
     )
     parser.add_argument(
         "--tokens", type=int, metavar="N", help="of a step, for --device (default 4096)"

@@ -99,11 +99,10 @@ class Device:
         return self.milliseconds(counts.kernels) / counts.steps
 
 
+HOPPER = {"float64": 34, "float32": 67, "tf32": 495, "bfloat16": 989, "float16": 989}
 DEVICES = {
-    "h100": Device(
-        "NVIDIA H100 SXM",
-        {"float64": 34, "float32": 67, "tf32": 495, "bfloat16": 989, "float16": 989}, 3350,
-    ),
+    "h200": Device("NVIDIA H200 SXM", HOPPER, 4800),
+    "h100": Device("NVIDIA H100 SXM", HOPPER, 3350),
     "a100": Device(
         "NVIDIA A100 SXM, 80 GB",
         {"float64": 9.7, "float32": 19.5, "tf32": 156, "bfloat16": 312, "float16": 312}, 2039,

@@ -75,7 +75,10 @@ def test_ranges_are_those_of_the_config(capsys):
         (["explain", "{model}/nowhere", "--optim", "afopt"], "nowhere"),
         (["explain", "nobody/nowhere", "--optim", "afopt"], "nobody/nowhere"),
         (["run", "--optim", "afopt", "train.py"], "--optim stands before the script"),
-        (["explain", "{model}", "--optim", "afopt", "--device", "h1000"], "h100, a100, l4, t4"),
+        (
+            ["explain", "{model}", "--optim", "afopt", "--device", "h1000"],
+            "h200, h100, a100, l4, t4",
+        ),
         (["explain", "{model}", "--optim", "afopt", "--tokens", "64"], "add --device"),
         (
             ["explain", "{model}", "--optim", "afopt", "--device", "h100", "--tokens", "0"],

@@ -69,7 +69,7 @@ def test_a_file_that_is_not_usable_is_refused_in_a_sentence(tmp_path, text, word
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match="h100, a100, l4, t4, cpu"):
+    with pytest.raises(ValueError, match="h200, h100, a100, l4, t4, cpu"):
         find_device("h1000")
 
 

@@ -67,8 +67,69 @@ def test_mistakes_are_said(gpu, words, message, capsys, tmp_path):
 
 
 def test_a_card_is_known_by_its_name(gpu):
-    for name, key in (("NVIDIA H100 80GB HBM3", "h100"), ("Tesla T4", "t4"), ("NVIDIA L40", None)):
+    for name, key in (
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("Tesla T4", "t4"),
+        ("NVIDIA L40", None),
+    ):
         assert gpu._known_card(name) == key
+
+
+def launch(number, start, name="cudaLaunchKernel", cat="cuda_runtime"):
+    return {"cat": cat, "name": name, "ts": start, "dur": 2, "args": {"correlation": number}}
+
+
+def ran(number, duration, name, cat="kernel", start=1000):
+    event = launch(number, start, name, cat)
+    return event | {"dur": duration}
+
+
+def test_kernels_belong_to_the_part_that_launched_them(gpu):
+    step = {"cat": "user_annotation", "name": gpu.STEP, "dur": 10}
+    events = [
+        {"ph": "M", "name": "process_name", "args": {"name": "python"}},
+        # The second step comes first: a trace has no order.
+        *(step | {"ts": 120}, step | {"ts": 20}, step | {"ts": 20, "cat": "gpu_user_annotation"}),
+        step | {"ts": 0, "dur": 500, "name": "Optimizer.step#AdamW.step"},
+        *(launch(1, 5), ran(1, 3000, "gemm")),
+        # Launched in a step's last moment, run long after it; by the driver's interface.
+        *(launch(2, 30, "cuLaunchKernelEx", "cuda_driver"), ran(2, 500, "adam")),
+        *(launch(3, 25), ran(3, 100, "Memset (Device)", "gpu_memset")),
+        *(launch(4, 20), ran(4, 400, "Memcpy DtoD", "gpu_memcpy")),
+        # Launched by the passes, run while the host is in a step.
+        *(launch(5, 31), ran(5, 1000, "gemm", start=125)),
+        # A graph: one launch, several kernels.
+        *(launch(6, 125, "cudaGraphLaunch"), ran(6, 300, "adam"), ran(6, 200, "norm")),
+        {"cat": "cuda_runtime", "name": "cudaEventQuery", "ts": 126, "dur": 1},
+        # Whose launch is unknown.
+        ran(7, 9000, "other"),
+    ]
+    passes, steps = gpu.kernels_by_part(events)
+    assert passes == [("gemm", 3000), ("gemm", 1000)]
+    assert [sorted(part) for part in steps] == [
+        [("Memcpy DtoD", 400), ("Memset (Device)", 100), ("adam", 500)],
+        [("adam", 300), ("norm", 200)],
+    ]
+    figures = gpu.kernel_figures([*events, step | {"ts": 220}])
+    assert (figures["passes_kernels"], figures["passes_kernels_ms"]) == (1, 1.333)
+    assert (figures["step_kernels"], figures["step_kernels_plain"]) == (2, 2)
+    assert (figures["step_kernels_ms"], figures["step_kernels_plain_ms"]) == (0.5, 0.5)
+    assert list(figures["largest"].items())[:2] == [
+        ("adam", [0.2667, 0.7]),
+        ("Memcpy DtoD", [0.1333, 0.3]),
+    ]
+    assert gpu.kernel_figures([])["step_kernels"] == 0
+
+
+def test_a_row_fits_the_terminal(gpu):
+    row = {
+        "ms": 12345.67, "ratio": 12.345, "predicted": 12.34, "step_ms": 1234.567,
+        "step_host_ms": 1234.567, "step_kernels": 12345, "step_kernels_plain": 1234,
+        "step_kernels_ms": 123.456, "peak_mib": 12345,
+    }  # fmt: skip
+    assert len(f"{'llama-124m 65536':18} {gpu.ARMS[5]:24} {gpu._row(row)}") <= 160
+    assert gpu._row({"ms": 1.0, "ratio": 1.0}) == "     1.00 ms  1.000"
 
 
 @pytest.mark.slow
