@@ -9,3 +9,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 torch.set_num_threads(1)
+
+if not torch.cuda.is_available():  # Triton's own functions too ask for it when they are imported
+    os.environ["TRITON_INTERPRET"] = "1"

@@ -7,11 +7,13 @@ between CUDA (and ROCm), XPU, MPS and others.
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import _get_capturable_supported_devices
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
@@ -35,6 +37,21 @@ def _has_streams(kind: str) -> bool:
 def has_streams(device: torch.device) -> bool:
     """Whether a device copies to pinned memory while the host goes on: CUDA, ROCm and XPU do."""
     return _has_streams(device.type)
+
+
+@functools.cache
+def _finds_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def has_triton(tensor: Tensor) -> bool:
+    """Whether Triton is installed and made for a tensor's device: NVIDIA's and AMD's.
+
+    Args:
+        tensor: not one that torch pretends to have.
+    """
+    real = tensor.device.type == "cuda" and not isinstance(tensor, FakeTensor)
+    return real and _finds_triton()
 
 
 class _Done:

@@ -9,7 +9,7 @@ import torch
 from hf_precond.linalg.matrix_functions import newton_schulz
 from hf_precond.optimizers.muon.step import EPS, MuonStep
 from hf_precond.registry import create_optimizer, get_info, list_optimizers
-from tests.optimizers.models import batch, make, train_step, weights
+from tests.optimizers.models import backward, batch, make, train_step, weights
 from tests.optimizers.test_shared import QUICK
 from tests.rounding import Rounding, accelerator
 
@@ -86,3 +86,21 @@ def test_afopt_steps_every_form_alike(sizes):
             optimizer.close()
         found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(*found, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", list_optimizers())
+def test_a_gradient_of_zeros_moves_nothing(name):
+    """As of LoRA's A at the first step."""
+    model = make("bert")
+    layer = model.bert.encoder.layer[0].intermediate.dense
+    start = layer.weight.detach().clone()
+    with accelerator():
+        optimizer = create_optimizer(model, name, lr=1e-3, weight_decay=0.0)
+        for step in range(3):
+            backward(model, optimizer, batch("bert", step))
+            layer.weight.grad.zero_(), layer.bias.grad.zero_()
+            optimizer.step()
+            optimizer.zero_grad()
+        optimizer.close()
+    assert torch.equal(layer.weight, start)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())

@@ -355,13 +355,23 @@ class AFOpt(PrecondOptimizer):
             usual: g of each, 0 before the first.
             norms: of their gradients.
         """
-        counts, bound = self._norms_seen, [plan.bound for plan in batch]
         norms = norms.nan_to_num(0.0, 0.0)
-        if batch[0].experts is None and all(counts[each] >= NORMS for each in bound):
+        if self.have_norms(batch):
             usual.lerp_(norms, 1 - NORM_DECAY)
         else:
             usual.copy_(torch.where(usual > 0, usual.lerp(norms, 1 - NORM_DECAY), norms))
-            counts.update(bound)
+
+    def have_norms(self, batch: Sequence[MatrixPlan]) -> bool:
+        """Whether every average of norms has begun; counts this step.
+
+        Args:
+            batch: matrices that are stepped alike.
+        """
+        counts, bound = self._norms_seen, [plan.bound for plan in batch]
+        if batch[0].experts is None and all(counts[each] >= NORMS for each in bound):
+            return True
+        counts.update(bound)
+        return False
 
     @staticmethod
     def _norms(batch: Sequence[MatrixPlan], tensors: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,305 @@
+"""AFOpt's passes over momentum, gradients and factors, each in one kernel; by Triton, on CUDA.
+
+torch takes several times as many: a stack of the gradients, an average, three norms, two
+conversions. The products in between are torch's. Where Triton is missing or does not work
+(:func:`usable`) the same is computed by torch's operations in
+:mod:`~hf_precond.optimizers.afopt.batched`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_precond.linalg.products import from_cpu
+
+BLOCK = 4096
+"""Entries of a program."""
+TILE = 32
+"""Rows and columns of a program that unpacks a triangle."""
+
+
+@triton.jit
+def _gradient(weights, biases, i, row, column, columns, inside, has_bias: tl.constexpr, like):  # type: ignore[no-untyped-def]
+    """Entries of ``[dW | db]`` of matrix i, in float32; zeros beyond."""
+    kind = tl.pointer_type(like.dtype.element_ty)
+    matrix = tl.load(weights + i).to(kind)
+    found = tl.load(matrix + row * columns + column, inside & (column < columns), 0.0)
+    found = found.to(tl.float32)
+    if has_bias:
+        bias = tl.load(biases + i).to(kind)
+        own = tl.load(bias + row, inside & (column == columns), 0.0)
+        found += own.to(tl.float32)
+    return found
+
+
+@triton.jit
+def _advance(  # type: ignore[no-untyped-def]
+    weights, biases, like, momentum, partial, rows, columns, width, share,
+    has_bias: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    i, part = tl.program_id(1), tl.program_id(0)
+    place = part * block + tl.arange(0, block)
+    inside = place < rows * width
+    row, column = place // width, place % width
+    g = _gradient(weights, biases, i, row, column, columns, inside, has_bias, like)
+    at = momentum + i.to(tl.int64) * rows * width + place
+    m = tl.load(at, inside, 0.0)
+    m += share * (g - m)
+    tl.store(at, m, inside)
+    of_weights = column < columns
+    out = partial + (i * tl.num_programs(0) + part) * 3
+    tl.store(out, tl.sum(tl.where(of_weights, g * g, 0.0)))
+    tl.store(out + 1, tl.sum(tl.where(of_weights, m * m, 0.0)))
+    tl.store(out + 2, tl.max(tl.abs(m)))
+
+
+@triton.jit
+def _finish(  # type: ignore[no-untyped-def]
+    partial, parts, usual, lengths, scales, decay, noise, length, longest, height, tiny,
+    started: tl.constexpr, chunks: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0)
+    squares = tl.zeros([block], tl.float32)
+    ours = tl.zeros([block], tl.float32)
+    largest = tl.zeros([block], tl.float32)
+    for chunk in range(chunks):
+        part = chunk * block + tl.arange(0, block)
+        at, inside = partial + (i * parts + part) * 3, part < parts
+        squares += tl.load(at, inside, 0.0)
+        ours += tl.load(at + 1, inside, 0.0)
+        largest = tl.maximum(largest, tl.load(at + 2, inside, 0.0))
+    norm = tl.sqrt(tl.sum(squares))
+    norm = tl.where(norm < float("inf"), norm, 0.0)  # of a bad gradient, also NaN
+    before = tl.load(usual + i)
+    after = before + (1.0 - decay) * (norm - before)
+    if not started:
+        after = tl.where(before > 0.0, after, norm)
+    tl.store(usual + i, after)
+    mine = tl.sqrt(tl.sum(ours)) / (tiny + after * noise) * length
+    tl.store(lengths + i, tl.where(mine > longest * length, longest * length, mine))
+    tl.store(scales + i, height / tl.maximum(tl.max(largest), height * tiny))
+
+
+@triton.jit
+def _ahead(  # type: ignore[no-untyped-def]
+    weights, biases, like, momentum, scales, out, rows, columns, width, ahead,
+    has_bias: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(1)
+    place = tl.program_id(0) * block + tl.arange(0, block)
+    inside = place < rows * width
+    row, column = place // width, place % width
+    g = _gradient(weights, biases, i, row, column, columns, inside, has_bias, like)
+    shift = i.to(tl.int64) * rows * width
+    m = tl.load(momentum + shift + place, inside, 0.0)
+    found = tl.load(scales + i) * (m + ahead * g)
+    tl.store(out + shift + place, found.to(tl.float16), inside)
+
+
+@triton.jit
+def _steps(  # type: ignore[no-untyped-def]
+    found, norms, lengths, steps, rest, rows, columns, width, tiny,
+    has_bias: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(1)
+    place = tl.program_id(0) * block + tl.arange(0, block)
+    inside = place < rows * width
+    row, column = place // width, place % width
+    size = tl.load(lengths + i) / tl.maximum(tl.load(norms + i), tiny)
+    at = found + i.to(tl.int64) * rows * width + place
+    step = tl.load(at, inside, 0.0).to(tl.float32) * size
+    to = steps + i.to(tl.int64) * rows * columns + row * columns + column
+    tl.store(to, step, inside & (column < columns))
+    if has_bias:
+        tl.store(rest + i * rows + row, step, inside & (column == columns))
+
+
+@triton.jit
+def _unpack(packed, sizes, out, n, blocks, wide, entries, tile: tl.constexpr):  # type: ignore[no-untyped-def]
+    matrix = tl.program_id(2)
+    i = (tl.program_id(1) * tile + tl.arange(0, tile))[:, None]
+    j = (tl.program_id(0) * tile + tl.arange(0, tile))[None, :]
+    low, high = tl.maximum(i, j), tl.minimum(i, j)
+    first, odd = (n + 1) // 2, n % 2
+    second = n - first
+    corner = second * first + (low + 1 - odd) * first + high
+    last = second * first + (high - first) * first + low - first + odd
+    square = (low - first) * first + high
+    place = tl.where(high >= first, last, tl.where(low >= first, square, corner))
+    inside = low < n
+    value = tl.load(packed + matrix.to(tl.int64) * entries + place, inside, 0.0)
+    value = value.to(tl.float32) / tl.load(sizes + matrix // blocks)
+    to = out + matrix.to(tl.int64) * wide * wide + i * wide + j
+    tl.store(to, value.to(tl.float16), (i < wide) & (j < wide))
+
+
+class Gradients:
+    """Where the gradients of a batch are.
+
+    Args:
+        weights: of equal matrices, contiguous, ``[out, in]`` each or of so many entries.
+        biases: likewise, ``[out]`` each; ``None`` where there are none.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> None:
+        self.like, self.has_bias = weights[0], biases is not None
+        places = [tensor.data_ptr() for tensor in (*weights, *(biases or ()))]
+        table = _table(tuple(places), self.like.device)
+        self.weights, self.biases = table[: len(weights)], table[-len(weights) :]
+
+
+@functools.lru_cache(maxsize=256)
+def _table(places: tuple[int, ...], device: torch.device) -> Tensor:
+    """Addresses on the device; those of the step before, where gradients stayed in place."""
+    return from_cpu(torch.tensor(places, dtype=torch.int64), device, torch.int64)
+
+
+def advance(
+    gradients: Gradients,
+    momentum: Tensor,
+    usual: Tensor,
+    columns: int,
+    beta: float,
+    *,
+    decay: float,
+    started: bool,
+    noise: float,
+    length: float,
+    longest: float,
+    height: float,
+    nesterov: bool,
+) -> tuple[Tensor, Tensor]:
+    """The momentum of a batch, in place, and what becomes of it in float16.
+
+    ``M ← β M + (1-β) G``; ``g ← decay g + (1 - decay) ‖G‖``; lengths
+    ``min(longest, ‖M‖ / (g · noise)) · length``, norms of the weights alone; and
+    ``M + (1/β - 1) G``, or M, times ``height / max|M|``.
+
+    Args:
+        gradients: G.
+        momentum: M, ``[n, out, width]``, float32; zeros beyond the weights and the bias.
+        usual: g, n numbers, changed in place.
+        columns: of a weight.
+        beta: β, in [0, 1).
+        decay: of g.
+        started: whether g is an average already; else its first norm takes its place.
+        noise: ``r₀``, see :func:`~hf_precond.optimizers.base.agreement.agreement`.
+        length: of a step where gradients are noise.
+        longest: the largest of the lengths over that.
+        height: the largest entry of a momentum in float16.
+        nesterov: whether G is added once more.
+
+    Returns:
+        ``[n, out, width]`` in float16, and the lengths, ``[n, 1, 1]``.
+    """
+    count, rows, width = momentum.shape
+    grid = triton.cdiv(rows * width, BLOCK), count
+    partial = momentum.new_empty(count, grid[0], 3)
+    lengths, scales = momentum.new_empty(2, count)
+    table = gradients.weights, gradients.biases, gradients.like
+    tiny = torch.finfo(torch.float32).tiny
+    with torch.cuda.device_of(momentum):
+        _advance[grid](
+            *table, momentum, partial, rows, columns, width, 1 - beta,
+            has_bias=gradients.has_bias, block=BLOCK, num_warps=8,
+        )  # fmt: skip
+        _finish[(count,)](
+            partial, grid[0], usual, lengths, scales, decay, noise, length, longest, height, tiny,
+            started=started, chunks=triton.cdiv(grid[0], 256), block=256,
+        )  # fmt: skip
+        out = torch.empty_like(momentum, dtype=torch.float16)
+        ahead = (1 - beta) / beta if nesterov and beta > 0 else 0.0
+        _ahead[grid](
+            *table, momentum, scales, out, rows, columns, width, ahead,
+            has_bias=gradients.has_bias, block=BLOCK, num_warps=8,
+        )  # fmt: skip
+    return out, lengths.view(-1, 1, 1)
+
+
+def scaled_steps(
+    found: Tensor, norms: Tensor, lengths: Tensor, columns: int, has_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Directions times ``length / norm``, the bias apart.
+
+    Args:
+        found: ``[n, out, width]``, float16, contiguous.
+        norms: n numbers.
+        lengths: likewise.
+        columns: of a weight.
+        has_bias: whether the next column is the bias.
+
+    Returns:
+        ``[n, out, columns]`` and ``[n, out]`` or ``None``, in float32.
+    """
+    count, rows, width = found.shape
+    steps = lengths.new_empty(count, rows, columns)
+    rest = lengths.new_empty(count, rows) if has_bias else None
+    tiny = torch.finfo(torch.float32).tiny
+    with torch.cuda.device_of(found):
+        _steps[triton.cdiv(rows * width, BLOCK), count](
+            found, norms, lengths, steps, steps if rest is None else rest, rows, columns, width,
+            tiny, has_bias=has_bias, block=BLOCK, num_warps=8,
+        )  # fmt: skip
+    return steps, rest
+
+
+def unpacked(packed: Tensor, sizes: Tensor, n: int, wide: int) -> Tensor:
+    """Symmetric factors in float16, each divided by a number, with zeros around them.
+
+    Args:
+        packed: of :func:`~hf_precond.linalg.matrix_functions.pack`, ``[k, n (n + 1) / 2]`` or
+            ``[k, blocks, n (n + 1) / 2]``.
+        sizes: k numbers.
+        n: their size.
+        wide: the size of the results.
+
+    Returns:
+        ``[k, wide, wide]`` or ``[k, blocks, wide, wide]``.
+    """
+    out = torch.empty(*packed.shape[:-1], wide, wide, dtype=torch.float16, device=packed.device)
+    blocks = packed.shape[1] if packed.dim() == 3 else 1
+    tiles = triton.cdiv(wide, TILE)
+    with torch.cuda.device_of(packed):
+        _unpack[tiles, tiles, len(packed) * blocks](
+            packed, sizes, out, n, blocks, wide, packed.shape[-1], tile=TILE
+        )
+    return out
+
+
+@functools.cache
+def usable(device: Any) -> bool:
+    """Whether the kernels work on a device: they are tried once, on numbers whose results differ.
+
+    Args:
+        device: a CUDA device.
+    """
+    import logging
+
+    try:
+        gradient = torch.ones(3, 2, device=device)
+        momentum = torch.zeros(1, 3, 8, device=device)
+        usual = torch.zeros(1, device=device)
+        half, lengths = advance(
+            Gradients([gradient], None), momentum, usual, 2, 0.5, decay=0.9, started=False,
+            noise=1.0, length=2.0, longest=4.0, height=64.0, nesterov=True,
+        )  # fmt: skip
+        steps, _ = scaled_steps(half, usual, lengths, 2, False)
+        factor = unpacked(torch.tensor([[2.0, 4.0, 6.0]], device=device), lengths, 2, 8)
+        # M = 1/2 and N = 3/2 times 128, the norm of G is √6, and so M's length is half of 2.
+        right = torch.full_like(steps, 192 / 6**0.5)
+        torch.testing.assert_close(steps, right)
+        torch.testing.assert_close(
+            factor[0, :2, :2].float().cpu(), torch.tensor([[6.0, 2], [2, 4]])
+        )
+        return True
+    except Exception as error:  # no compiler, an old driver: torch's operations do the same
+        text = "AFOpt runs without its Triton kernels on %s, more slowly: %s"
+        logging.getLogger(__name__).warning(text, device, error)
+        return False
