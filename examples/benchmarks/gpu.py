@@ -58,8 +58,9 @@ ARMS = (
     "adamw", "torch_muon", "muon", "afopt", "afopt scope=attention", "afopt precision=highest",
     "adamr", "nkfac", "sgdph",
 )  # fmt: skip
-WARM, SPAN, BLOCKS = 6, 20, 3
-"""Steps before an arm is timed; steps of a block: whole refresh intervals; blocks of an arm."""
+WARM, SPAN, BLOCKS = 22, 20, 3
+"""Steps before an arm is timed, AFOpt's first refreshes among them; steps of a block: whole refresh
+intervals; blocks of an arm."""
 LARGEST = 15
 """Kernels of an arm that are listed by name."""
 STEP = "the optimizer's step"
@@ -224,7 +225,7 @@ class Suite:
         """
         rows: dict[str, Any] = {}
         held: dict[str, Training] = {}
-        for arm in ARMS:
+        for arm in self.arguments.arms.split(","):
             try:
                 held[arm] = Training(arm, model, tokens, self.device)
                 rows[arm] = held[arm].warm(2 if self.arguments.tiny else WARM)
@@ -232,7 +233,7 @@ class Suite:
                 held.pop(arm, None)
                 rows[arm] = {"error": f"{type(error).__name__}: {error}"[:400]}
             print(f"{model} {tokens} {arm}: first steps {rows[arm]}", flush=True)
-        span, blocks = (2, 1) if self.arguments.tiny else (SPAN, BLOCKS)
+        span, blocks = (2, 1) if self.arguments.tiny else (SPAN, self.arguments.blocks)
         times: dict[str, list[float]] = {arm: [] for arm in held}
         for _ in range(blocks):
             for arm, training in held.items():
@@ -247,7 +248,8 @@ class Suite:
             }  # fmt: skip
         for arm, training in held.items():
             if self.left > 0:
-                rows[arm] |= training.parts(span) | training.kernels(span)
+                rows[arm] |= training.parts(span)
+                rows[arm] |= training.kernels(min(span, self.arguments.profiled))
             training.close()
         return rows
 
@@ -493,6 +495,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default=",".join(PARTS), help="of " + ", ".join(PARTS))
     parser.add_argument("--models", default="bert-base,llama-124m")
     parser.add_argument("--tokens", default="4096,16384,65536")
+    parser.add_argument("--arms", default=",".join(ARMS), help="adamw among them")
+    parser.add_argument("--blocks", type=int, default=BLOCKS, help="of 20 steps, an arm")
+    parser.add_argument("--profiled", type=int, default=SPAN, help="steps, an arm; 20 at most")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the suite")
     arguments = parser.parse_args(argv)
