@@ -17,7 +17,8 @@ part, so a run that is cut off loses one part at most.
   where the two are equal, the host is the limit). Kernels of both by torch's profiler: ``plain`` is
   the median of the profiled steps, as those with refreshes have several times as many.
 - convergence: ``hf-precond bench gpu.toml``, which goes on by itself too; curves in ``loss.png``.
-- predictions: what ``hf-precond explain --device`` says of each ratio, where it knows the card.
+- predictions: what ``hf-precond explain --device`` says of each ratio, where it knows the card:
+  with a fast host, then with one that takes as long for a launch as this one in AdamW's passes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from __future__ import annotations
 import argparse
 import bisect
 import contextlib
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -210,6 +212,9 @@ class Suite:
                     make, optimizer = gpu_tables.MODELS[model], gpu_tables.made(arm)
                     found = predict(make, optimizer, DEVICES[card], int(tokens))
                     row["predicted"] = round(found.ratio(found.tokens[0]), 3)
+                    if host := _microseconds_a_launch(rows["adamw"]):
+                        found.device = dataclasses.replace(found.device, launch=host)
+                        row["predicted_on_this_host"] = round(found.ratio(found.tokens[0]), 3)
                     self.save("cost", key, value=rows)
                     print(f"{key:18} {arm:24} {_row(row)}", flush=True)
         return True
@@ -464,12 +469,20 @@ def _known_card(name: str) -> str | None:
     return next((key for key in DEVICES if key.upper() in name.upper().split()), None)
 
 
+def _microseconds_a_launch(row: Mapping[str, Any]) -> float | None:
+    """What this host takes for a launch of the model's passes, where they were measured."""
+    if not row.get("passes_kernels") or "passes_host_ms" not in row:
+        return None
+    return 1e3 * float(row["passes_host_ms"]) / float(row["passes_kernels"])
+
+
 def _row(row: Mapping[str, Any]) -> str:
     if "error" in row:
         return str(row["error"])
     parts = [f"{row['ms']:9.2f} ms", f"{row['ratio']:.3f}"]
     if "predicted" in row:
-        parts[-1] += f" (predicted {row['predicted']:.2f})"
+        both = [row[k] for k in ("predicted", "predicted_on_this_host") if k in row]
+        parts[-1] += f" (model {', '.join(f'{ratio:.2f}' for ratio in both)})"
     if "step_ms" in row:
         parts.append(f"step {row['step_ms']:.1f}, host {row['step_host_ms']:.1f} ms")
     if "step_kernels" in row:

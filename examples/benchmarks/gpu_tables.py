@@ -112,9 +112,12 @@ def launches(model: str) -> None:
         model: a key of :data:`MODELS`.
     """
     print(f"Launches of step() on {model}, and the share of its operations in TF32, bfloat16 or")
-    print("float16; average: over statistics and refreshes at the default intervals.\n")
-    print("| optimizer | plain | limit | low precision | average | limit |")
-    print("|---|---:|---:|---:|---:|---:|")
+    print(
+        "float16; average: over statistics and refreshes at the default intervals. On the device:"
+    )
+    print("with copies, memsets and operations that take several kernels; plain, then average.\n")
+    print("| optimizer | plain | limit | low precision | average | limit | on the device |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
     fused = 0.0
     for arm in ARMS:
         with pretended_device(), torch.device("meta"):
@@ -129,7 +132,7 @@ def launches(model: str) -> None:
         low = f"{plain.share(*HALF):.0%}" if plain.flops else "-"
         print(
             f"| {arm} | {plain.launches:.0f} | {_shown(first)} | {low} | {average.launches:.0f} | "
-            f"{_shown(limits[1])} |",
+            f"{_shown(limits[1])} | {plain.started:.0f}, {average.started:.0f} |",
             flush=True,
         )
 

@@ -16,6 +16,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from hf_precond.compat.pretended_device import device_for_engine, placed
+from hf_precond.cost.kernels import (
+    FACTORIZATION,
+    PRODUCT,
+    copied_bytes,
+    kind_of,
+    launches_of,
+    rows_of,
+)
 
 aten = torch.ops.aten
 DEVICE = torch.ops.prim.device.default
@@ -70,7 +78,7 @@ SECOND = {"addmm", "addmm_", "baddbmm", "baddbmm_", "addbmm", "addmv", "addmv_"}
 
 
 class Kernel(NamedTuple):
-    """One launch.
+    """One operation that starts something on the device.
 
     Args:
         name: of the operation.
@@ -80,6 +88,10 @@ class Kernel(NamedTuple):
             there are no operations.
         bytes: read and written.
         factorization: whether it is no product, but Cholesky, a triangular solve and the like.
+        kind: how it goes through memory on a CUDA device; see ``kernels.py``.
+        launches: kernels, copies and memsets that the operation takes there.
+        copied: bytes that are copied before it.
+        rows: that a factorisation goes through one after the other.
     """
 
     name: str
@@ -88,6 +100,10 @@ class Kernel(NamedTuple):
     precision: str = ""
     bytes: float = 0.0
     factorization: bool = False
+    kind: str = ""
+    launches: float = 1.0
+    copied: float = 0.0
+    rows: float = 0.0
 
 
 class Counts:
@@ -103,8 +119,13 @@ class Counts:
 
     @property
     def launches(self) -> float:
-        """Kernels a step; a foreach or fused one counts once."""
+        """Operations a step that start something; a foreach or fused one counts once."""
         return len(self.kernels) / self.steps
+
+    @property
+    def started(self) -> float:
+        """Kernels, copies and memsets a step on a CUDA device."""
+        return sum(kernel.launches for kernel in self.kernels) / self.steps
 
     @property
     def bytes(self) -> float:
@@ -247,9 +268,13 @@ class OperationCounter(TorchDispatchMode):
 
     def _kernel(self, function: Any, name: str, args: Any, kwargs: Any, result: Any) -> Kernel:
         moved = _bytes(function, name, args, kwargs, result)
+        found = Kernel(name, self.phase, bytes=moved, launches=launches_of(name, args, result))
         if name in FACTORIZATIONS:
-            flops = FACTORIZATIONS[name](*args, **kwargs)
-            return Kernel(name, self.phase, flops, _precision(name, args[0], False), moved, True)
+            return found._replace(
+                flops=FACTORIZATIONS[name](*args, **kwargs),
+                precision=_precision(name, args[0], False),
+                factorization=True, kind=FACTORIZATION, rows=rows_of(name, args),
+            )  # fmt: skip
         packet = IN_PLACE.get(name, function.overloadpacket)
         if name in OTHERS:
             flops = OTHERS[name](*args, **kwargs)
@@ -257,9 +282,11 @@ class OperationCounter(TorchDispatchMode):
             operands = [a for a in args if not isinstance(a, torch.dtype)]  # of the result
             flops = flop_registry[packet](*operands, **kwargs, out_val=result)
         else:
-            return Kernel(name, self.phase, bytes=moved)
-        operand = args[1] if name in SECOND else args[0]
-        return Kernel(name, self.phase, flops, _precision(name, operand, True), moved)
+            return found._replace(kind=kind_of(name, args, kwargs, result))
+        return found._replace(
+            flops=flops, precision=_precision(name, args[1] if name in SECOND else args[0], True),
+            kind=PRODUCT, copied=copied_bytes(name, args, result),
+        )  # fmt: skip
 
     @property
     def counts(self) -> Counts:

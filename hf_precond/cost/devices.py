@@ -11,16 +11,28 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from hf_precond.cost import kernels
 from hf_precond.cost.counting import Counts, Kernel, OperationCounter
 
-PRODUCTS = 0.55
-"""Share of the peak that every product reaches."""
+PRODUCTS = 0.6
+"""Share of the peak that products reach."""
+SINGLE = 0.4
+"""Share of the peak that products in float32 reach, which do without tensor cores."""
 FACTORIZATIONS = 0.05
 """Share of the peak that Cholesky factors, triangular solves and eigenvectors reach."""
-BANDWIDTH = 0.8
-"""Share of the memory's bandwidth that every kernel reaches."""
+BANDWIDTH = 0.85
+"""Share of the memory's bandwidth that an elementwise kernel over whole tensors reaches."""
+RELATIVE = {
+    kernels.JOINED: 0.97, kernels.LISTS: 0.83, kernels.STRIDED: 0.6, kernels.REDUCED: 0.57,
+    kernels.WIDENED: 0.5, kernels.CONVERTED: 0.32, kernels.PICKED: 0.26, kernels.COLUMNS: 0.18,
+}  # fmt: skip
+"""What other kernels of a CUDA device reach of that; see ``kernels.py`` for the kinds."""
+START = 1.3
+"""Microseconds that a kernel, copy or memset takes on a GPU beyond arithmetic and traffic."""
+ROW = {"linalg_cholesky_ex": 0.63, "linalg_solve_triangular": 0.29, "triangular_solve": 0.29}
+"""Microseconds a row that factorisations take at least, their arithmetic being done row by row."""
 LAUNCH = 4.0
-"""Microseconds that the host takes for a launch."""
+"""Microseconds that a fast host takes for a launch; 26 were measured on a slow one."""
 PRECISIONS = ("float64", "float32", "tf32", "bfloat16", "float16")
 
 
@@ -34,7 +46,8 @@ class Device:
         bandwidth: GB/s of the memory.
         capability: of a CUDA device.
         kind: ``cuda``, or ``cpu``, whose host and device are one.
-        launch: microseconds a launch, or a call on a CPU.
+        launch: microseconds that the host takes for a launch, or for a call on a CPU.
+        start: microseconds that a launch takes on a GPU beyond arithmetic and traffic.
         shares: reached of the peak by products and by factorisations, and of the bandwidth.
         rates: measured of single operations on a CPU, by name: TFLOP/s of factorisations, GB/s of
             all others; under ``new`` of those that write new memory.
@@ -46,6 +59,7 @@ class Device:
     capability: tuple[int, int] = (9, 0)
     kind: str = "cuda"
     launch: float = LAUNCH
+    start: float = START
     shares: tuple[float, float, float] = field(default=(PRODUCTS, FACTORIZATIONS, BANDWIDTH))
     rates: Mapping[str, float] = field(default_factory=dict)
 
@@ -57,38 +71,61 @@ class Device:
         return torch.bfloat16 if "bfloat16" in self.peak else torch.float16
 
     def seconds(self, kernel: Kernel) -> float:
-        """The longer of a kernel's arithmetic and its traffic; on a CPU the sum.
+        """What an operation takes: the longer of arithmetic and traffic; on a CPU the sum.
+
+        On a GPU its launches and what is copied before it come on top.
 
         Args:
-            kernel: the kernel.
+            kernel: the operation.
         """
+        if self.kind == "cpu":
+            return self._seconds_of_cpu(kernel)
+        product, factorization, bandwidth = self.shares
+        rate = self.bandwidth * bandwidth * 1e9
+        precision = kernel.precision if kernel.precision in self.peak else "float32"
+        share = factorization if kernel.factorization else product
+        if precision == "float32" and not kernel.factorization:
+            share *= SINGLE / PRODUCTS
+        computing = kernel.flops / (self.peak[precision] * share * 1e12)
+        moving = kernel.bytes / (rate * RELATIVE.get(kernel.kind, 1.0))
+        waiting = kernel.rows * ROW.get(kernel.name, 0.0) * 1e-6
+        longest = max(computing, moving, waiting)
+        return longest + kernel.copied / rate + kernel.launches * self.start * 1e-6
+
+    def _seconds_of_cpu(self, kernel: Kernel) -> float:
         product, factorization, bandwidth = self.shares
         rate = self.bandwidth * bandwidth
         peak = self.peak.get(kernel.precision, self.peak["float32"])
         peak *= factorization if kernel.factorization else product
-        if self.kind == "cpu":
-            measured = self.rates.get(SAME_RATE.get(kernel.name, kernel.name))
-            if kernel.factorization:
-                peak = measured or peak
-            elif measured or not kernel.name.endswith("_"):
-                rate = measured or self.rates.get("new", rate)
-        moving, computing = kernel.bytes / (rate * 1e9), kernel.flops / (peak * 1e12)
-        return computing + moving if self.kind == "cpu" else max(computing, moving)
+        measured = self.rates.get(SAME_RATE.get(kernel.name, kernel.name))
+        if kernel.factorization:
+            peak = measured or peak
+        elif measured or not kernel.name.endswith("_"):
+            rate = measured or self.rates.get("new", rate)
+        return kernel.flops / (peak * 1e12) + kernel.bytes / (rate * 1e9)
 
-    def milliseconds(self, kernels: Iterable[Kernel], launches: float | None = None) -> float:
-        """The time of kernels one after the other.
+    def milliseconds(self, kernels: Iterable[Kernel]) -> float:
+        """The time of operations one after the other.
 
-        On a GPU the longer of the kernels' own time and the host's for their launches; on a CPU,
+        On a GPU the longer of the device's own time and the host's for their launches; on a CPU,
         which does both, the sum.
 
         Args:
-            kernels: the kernels.
-            launches: their number, or that of calls on a CPU; counted by default.
+            kernels: the operations.
         """
         kernels = list(kernels)
-        own = sum(map(self.seconds, kernels)) * 1e3
-        host = (len(kernels) if launches is None else launches) * self.launch * 1e-3
-        return own + host if self.kind == "cpu" else max(own, host)
+        own = self.busy(kernels)
+        if self.kind == "cpu":
+            return own + len(kernels) * self.launch * 1e-3
+        return max(own, sum(kernel.launches for kernel in kernels) * self.launch * 1e-3)
+
+    def busy(self, kernels: Iterable[Kernel]) -> float:
+        """Milliseconds that the device itself takes, whatever the host does.
+
+        Args:
+            kernels: the operations.
+        """
+        return sum(map(self.seconds, kernels)) * 1e3
 
     def average(self, counts: Counts) -> float:
         """Milliseconds a step of what is counted over several.
@@ -127,6 +164,7 @@ def find_device(name: str) -> Device:
             name = "NVIDIA H20"
             bandwidth = 4000          # GB/s
             capability = [9, 0]       # of CUDA
+            launch = 4                # microseconds that the host takes for a launch
             [peak]                    # TFLOP/s, dense
             float32 = 44
             tf32 = 74
@@ -156,7 +194,7 @@ def find_device(name: str) -> Device:
 
 
 def _from_file(path: str, values: Mapping[str, Any]) -> Device:
-    known = {"name", "bandwidth", "capability", "peak"}
+    known = {"name", "bandwidth", "capability", "launch", "peak"}
     unknown = sorted(set(values) - known)
     peak = values.get("peak")
     if unknown:
@@ -166,6 +204,7 @@ def _from_file(path: str, values: Mapping[str, Any]) -> Device:
     rates = peak if isinstance(peak, Mapping) else {}
     numbers = {**{f"peak.{key}": value for key, value in rates.items()}}
     numbers["bandwidth"] = values.get("bandwidth")
+    numbers["launch"] = values.get("launch", LAUNCH)
     numbers.setdefault("peak.float32", None)
     for key, value in numbers.items():
         if key.startswith("peak.") and key[5:] not in PRECISIONS:
@@ -173,13 +212,14 @@ def _from_file(path: str, values: Mapping[str, Any]) -> Device:
                 f"--device {path}: {key} is no precision; they are {', '.join(PRECISIONS)}."
             )
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            unit = "GB/s" if key == "bandwidth" else "TFLOP/s"
+            unit = {"bandwidth": "GB/s", "launch": "microseconds"}.get(key, "TFLOP/s")
             raise ValueError(f"--device {path}: {key} must be a number above 0, in {unit}.")
     capability = values.get("capability", [9, 0] if "tf32" in rates else [7, 5])
     if not isinstance(capability, list) or [type(part) for part in capability] != [int, int]:
         raise ValueError(f"--device {path}: capability must be two integers, [9, 0] say.")
     name = str(values.get("name", Path(path).stem))
-    return Device(name, dict(rates), float(numbers["bandwidth"]), tuple(capability))
+    launch = float(numbers["launch"])
+    return Device(name, dict(rates), float(numbers["bandwidth"]), tuple(capability), launch=launch)
 
 
 # The machine at hand -----------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hf_precond.cost.devices import BANDWIDTH, FACTORIZATIONS, LAUNCH, PRECISIONS, PRODUCTS, Device
+from hf_precond.cost.counting import Counts
+from hf_precond.cost.devices import BANDWIDTH, PRECISIONS, PRODUCTS, Device
 from hf_precond.cost.prediction import Prediction
 
 
@@ -30,7 +31,7 @@ def prediction_text(prediction: Prediction, name: str) -> str:
     for title, part in parts.items():
         flops = part.flops
         cells = [f"{flops[p] / 1e9:,.1f}" if p in flops else "-" for p in precisions]
-        cells += [f"{part.bytes / 1e9:,.2f}", f"{part.launches:,.0f}"]
+        cells += [f"{part.bytes / 1e9:,.2f}", f"{_launches(device, part):,.0f}"]
         lines.append(_line(f"  {title}", [*cells, f"{device.average(part):,.2f}"]))
     own, adamw = prediction.step_ms(tokens), prediction.adamw_ms(tokens)
     lines += [
@@ -39,6 +40,10 @@ def prediction_text(prediction: Prediction, name: str) -> str:
         f"    {own / adamw:.2f} times as long; {_break_even(prediction)}",
     ]
     return "\n".join(lines)
+
+
+def _launches(device: Device, part: Counts) -> float:
+    return part.launches if device.kind == "cpu" else part.started
 
 
 def _passes(device: Device) -> str:
@@ -53,12 +58,12 @@ def _assumed(device: Device) -> list[str]:
             f"    measured just now: {rate:,.0f} GFLOP/s, {device.bandwidth:,.0f} GB/s, "
             f"{device.launch:.1f} µs a call"
         ]
+    host = f"{device.launch:g} µs of the host a launch"
     return [
-        f"    assumed: products at {100 * PRODUCTS:.0f} % of the peak, factorisations at "
-        f"{100 * FACTORIZATIONS:.0f} %, memory",
-        f"    at {100 * BANDWIDTH:.0f} % of its bandwidth; a step takes that, or {LAUNCH:g} µs a "
-        "launch if it is more",
-        "    not calibrated on a real device yet: examples/benchmarks/gpu.py measures one",
+        f"    assumed: products at {100 * PRODUCTS:.0f} % of the peak, memory at most at "
+        f"{100 * BANDWIDTH:.0f} % of its",
+        f"    bandwidth; a step takes that, or {host} if it is more",
+        "    shares as on an H200; examples/benchmarks/gpu.py measures your device",
     ]
 
 

@@ -11,7 +11,7 @@ from hf_precond.cost.text import prediction_text
 from hf_precond.cost.trace import TracedStep, TracedTraining
 
 # One millisecond is 1 GB of traffic, or 250 launches.
-DEVICE = Device("round", {"float32": 1.0}, 1000, shares=(1.0, 1.0, 1.0))
+DEVICE = Device("round", {"float32": 1.0}, 1000, start=0.0, shares=(1.0, 1.0, 1.0))
 MS = 1e9
 
 

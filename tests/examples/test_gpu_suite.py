@@ -124,9 +124,16 @@ def test_kernels_belong_to_the_part_that_launched_them(gpu):
     assert gpu.kernel_figures([])["step_kernels"] == 0
 
 
+def test_the_hosts_time_for_a_launch(gpu):
+    row = {"passes_kernels": 1204, "passes_host_ms": 30.1}
+    assert gpu._microseconds_a_launch(row) == pytest.approx(25.0)
+    assert gpu._microseconds_a_launch({"passes_host_ms": 30.1}) is None
+
+
 def test_a_row_fits_the_terminal(gpu):
     row = {
-        "ms": 12345.67, "ratio": 12.345, "predicted": 12.34, "step_ms": 1234.567,
+        "ms": 12345.67, "ratio": 12.345, "predicted": 1.234,
+        "predicted_on_this_host": 1.234, "step_ms": 1234.567,
         "step_host_ms": 1234.567, "step_kernels": 12345, "step_kernels_plain": 1234,
         "step_kernels_ms": 123.456, "peak_mib": 12345,
     }  # fmt: skip
