@@ -1,4 +1,4 @@
-"""AFOpt's Triton kernels as they are compiled, at the sizes of BERT-base, against float64."""
+"""The Triton kernels as they are compiled, at the sizes of BERT-base, against float64."""
 
 import math
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture
 def kernels(cuda):
-    module = pytest.importorskip("hf_precond.optimizers.afopt.kernels")
+    module = pytest.importorskip("hf_precond.optimizers.base.triton_kernels")
     assert module.usable(cuda)
     return module
 

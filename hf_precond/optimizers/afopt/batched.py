@@ -19,14 +19,12 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_precond.compat import devices
 from hf_precond.linalg.matrix_functions import (
     half_direction,
     half_newton_schulz,
@@ -41,6 +39,7 @@ from hf_precond.optimizers.afopt.optimizer import (
     TwoSidedPreconditioner,
 )
 from hf_precond.optimizers.afopt.plan import MatrixPlan, RightFactor
+from hf_precond.optimizers.base import kernels
 from hf_precond.optimizers.base.parameters import (
     BoundMatrix,
     Preconditioned,
@@ -188,14 +187,12 @@ def _stacked(
     if not rights:
         return None
     factors = torch.stack([right.stored(optimizer.state) for right in rights])
-    if half and rights[0].packed and devices.has_triton(first.bound.weight):
-        from hf_precond.optimizers.afopt import kernels
-
-        if kernels.usable(factors.device):
-            dims, size = tuple(range(1, factors.dim())), rights[0].shape[-1]
-            sizes = torch.linalg.vector_norm(factors, torch.inf, dims, dtype=torch.float32)
-            halves = kernels.unpacked(factors, sizes, size, aligned(size))
-            return halves if halves.dim() == 4 else halves.unsqueeze(1)
+    triton = kernels.for_device(first.bound.weight) if half and rights[0].packed else None
+    if triton is not None:
+        dims, size = tuple(range(1, factors.dim())), rights[0].shape[-1]
+        sizes = torch.linalg.vector_norm(factors, torch.inf, dims, dtype=torch.float32)
+        halves = triton.unpacked(factors, sizes, size, aligned(size))
+        return halves if halves.dim() == 4 else halves.unsqueeze(1)
     if half:
         dims = tuple(range(1, factors.dim()))  # no factor is zero
         sizes = torch.linalg.vector_norm(
@@ -259,16 +256,24 @@ def _stepped(
     )
     trends = _state_stack(optimizer, batch, optimizer.trend, (1, 1))
     length = RMS * math.sqrt(matrix.shape[0] * matrix.columns) * optimizer.config.lr_scale
-    kernels = _kernels(optimizer, bound)
-    advance = _advanced if kernels is None else _advanced_by_kernels
-    ahead, lengths = advance(optimizer, batch, momentum, trends, length)
+    triton = kernels.for_batch(bound) if optimizer.config.scaling == "adaptive" else None
+    if triton is None:
+        ahead, lengths = _advanced(optimizer, batch, momentum, trends, length)
+    else:  # in three kernels, and without a stack of the gradients
+        beta = optimizer.param_groups[bound[0].group]["momentum"]
+        ahead, lengths = triton.advance(
+            triton.Gradients(*kernels.gradients(bound)), momentum, trends, matrix.shape[1], beta,
+            decay=NORM_DECAY, started=optimizer.have_norms(batch),
+            noise=math.sqrt((1 - beta) / (1 + beta)), length=length, longest=LONGEST,
+            height=HEIGHT, nesterov=optimizer.config.nesterov,
+        )  # fmt: skip
     factors, size, columns = _half_factors(optimizer, batch), matrix.columns, matrix.shape[1]
     blocks = 1 if factors.stack is None else factors.stack.shape[1]
     found = factors.spectral(ahead if blocks == 1 else ahead[..., :size])
     norms = torch.linalg.vector_norm(found, dim=(1, 2), keepdim=True, dtype=torch.float32)
-    if kernels is not None:
+    if triton is not None:
         joined = matrix.bias is not None
-        steps, rest = kernels.scaled_steps(found.contiguous(), norms, lengths, columns, joined)
+        steps, rest = triton.scaled_steps(found.contiguous(), norms, lengths, columns, joined)
     else:
         lengths /= norms.clamp(min=torch.finfo(torch.float32).tiny)
         steps = lengths.new_empty(len(batch), found.shape[1], columns)
@@ -317,51 +322,6 @@ def _advanced(
         if biases is not None:
             ahead[..., columns].addcmul_(biases, scale[..., 0], value=(1 - beta) / beta)
     return ahead, lengths
-
-
-def _advanced_by_kernels(
-    optimizer: AFOpt,
-    batch: Sequence[MatrixPlan],
-    momentum: Tensor,
-    trends: Tensor,
-    length: float,
-) -> tuple[Tensor, Tensor]:
-    """As :func:`_advanced`, in three kernels and without a stack of the gradients."""
-    from hf_precond.optimizers.afopt import kernels
-
-    bound = [plan.bound for plan in batch]
-    beta = optimizer.param_groups[bound[0].group]["momentum"]
-    return kernels.advance(
-        kernels.Gradients(*_gradients(bound)), momentum, trends, bound[0].matrix.shape[1], beta,
-        decay=NORM_DECAY, started=optimizer.have_norms(batch),
-        noise=math.sqrt((1 - beta) / (1 + beta)), length=length, longest=LONGEST,
-        height=HEIGHT, nesterov=optimizer.config.nesterov,
-    )  # fmt: skip
-
-
-def _kernels(optimizer: AFOpt, bound: Sequence[BoundMatrix]) -> ModuleType | None:
-    """The Triton kernels, where they serve for the step of a batch; see :func:`_advanced`."""
-    first = bound[0]
-    if optimizer.config.scaling != "adaptive" or first.dtype != torch.float32:
-        return None
-    if first.matrix.layout == "transposed" or not devices.has_triton(first.weight):
-        return None
-    weights, biases = _gradients(bound)
-    dtype = weights[0].dtype
-    if not all(t.is_contiguous() and t.dtype == dtype for t in (*weights, *(biases or ()))):
-        return None
-    from hf_precond.optimizers.afopt import kernels
-
-    return kernels if kernels.usable(first.weight.device) else None
-
-
-def _gradients(bound: Sequence[BoundMatrix]) -> tuple[list[Tensor], list[Tensor] | None]:
-    """The gradients of weights and biases, as they are, of matrices that are alike."""
-    weights = [item.weight.grad for item in bound if item.weight.grad is not None]
-    if bound[0].matrix.bias is None:
-        return weights, None
-    biases = [item.matrix.bias_parameter for item in bound]
-    return weights, [b.grad for b in biases if b is not None and b.grad is not None]
 
 
 def _largest_entries(weights: Tensor, biases: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ step copies none of them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,9 +15,11 @@ from torch import Tensor
 
 from hf_precond.linalg.inverses import without_last
 from hf_precond.linalg.products import arithmetic, float32_products
+from hf_precond.optimizers.base import kernels
 from hf_precond.optimizers.base.parameters import (
     BoundMatrix,
     Preconditioned,
+    are_alike,
     gradient_stacks,
     padded_stack,
     split_stacks,
@@ -64,30 +67,90 @@ def precondition(optimizer: NKFAC, batch: Sequence[BoundMatrix]) -> Iterator[Pre
         dtype = torch.bfloat16
     elif precision == "auto" and optimizer.config.halves(first.weight.dtype):
         dtype = torch.float16
-    weights, biases = gradient_stacks(batch)
-    norms = torch.linalg.vector_norm(weights, dim=(-2, -1))
-    if biases is not None:
-        norms = torch.hypot(norms, torch.linalg.vector_norm(biases, dim=-1))
-    norms = norms[:, None, None]
-    scale = GRADIENT_NORM / norms.clamp(min=TINY)
-    rows, columns = weights.shape[1:]
-    shape = (len(batch), padded(rows), padded(first.matrix.columns))
-    matrices = torch.zeros(shape, dtype=dtype, device=weights.device)
-    torch.mul(weights, scale, out=matrices[:, :rows, :columns])
-    if biases is not None:
-        torch.mul(biases[..., None], scale, out=matrices[:, :rows, columns:][..., :1])
+    triton = kernels.for_batch(batch) if dtype == torch.float16 and are_alike(batch) else None
+    gradients = Stacked(batch) if triton is None else InPlace(batch, triton)
+    norms = gradients.norms()
+    matrices = gradients.scaled(GRADIENT_NORM / norms.clamp(min=TINY), dtype)
     with float32_products(precision, first.weight):
         if "output" in inverses:
             matrices = torch.bmm(inverses["output"].to(dtype), matrices)
         if "input" in inverses:
             matrices = torch.bmm(matrices, inverses["input"].to(dtype))
     found = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=norms.dtype)
-    ratio = optimizer.recovery(norms, found)
-    torch.mul(matrices[:, :rows, :columns], ratio, out=weights)
-    if biases is not None:
-        torch.mul(matrices[:, :rows, columns:][..., :1], ratio, out=biases[..., None])
+    weights, biases = gradients.steps(matrices, optimizer.recovery(norms, found))
     for bound, parts in zip(batch, split_stacks(batch, weights, biases), strict=True):
         yield Preconditioned(bound, parts[0], parts=parts)
+
+
+class Stacked:
+    """Gradients of a batch in stacks of their own, which become the steps.
+
+    Args:
+        batch: layers of one shape that have a gradient.
+    """
+
+    def __init__(self, batch: Sequence[BoundMatrix]) -> None:
+        self.weights, self.biases = gradient_stacks(batch)
+        self.columns = batch[0].matrix.columns
+
+    def norms(self) -> Tensor:
+        """Of ``[dW | db]``, ``[n, 1, 1]``."""
+        norms = torch.linalg.vector_norm(self.weights, dim=(-2, -1))
+        if self.biases is not None:
+            norms = torch.hypot(norms, torch.linalg.vector_norm(self.biases, dim=-1))
+        return norms[:, None, None]
+
+    def scaled(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """``[dW | db]`` times a number each, padded with zeros."""
+        count, rows, columns = self.weights.shape
+        shape = count, padded(rows), padded(self.columns)
+        matrices = torch.zeros(shape, dtype=dtype, device=scale.device)
+        torch.mul(self.weights, scale, out=matrices[:, :rows, :columns])
+        if self.biases is not None:
+            torch.mul(self.biases[..., None], scale, out=matrices[:, :rows, columns:][..., :1])
+        return matrices
+
+    def steps(self, matrices: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The matrices times a number each, weights and biases apart, in place of the gradients."""
+        _, rows, columns = self.weights.shape
+        torch.mul(matrices[:, :rows, :columns], ratio, out=self.weights)
+        if self.biases is not None:
+            bias = matrices[:, :rows, columns:][..., :1]
+            torch.mul(bias, ratio, out=self.biases[..., None])
+        return self.weights, self.biases
+
+
+class InPlace:
+    """As :class:`Stacked`, by Triton kernels that read the gradients where they are.
+
+    Args:
+        batch: layers of one shape that have a gradient.
+        triton: the kernels.
+    """
+
+    def __init__(self, batch: Sequence[BoundMatrix], triton: ModuleType) -> None:
+        self.triton, self.matrix = triton, batch[0].matrix
+        self.rows, self.columns = self.matrix.shape
+        self.gradients = triton.Gradients(*kernels.gradients(batch))
+
+    def norms(self) -> Tensor:
+        """Of ``[dW | db]``, ``[n, 1, 1]``."""
+        norms: Tensor = self.triton.frobenius_norms(self.gradients, self.columns)
+        return norms[:, None, None]
+
+    def scaled(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """``[dW | db]`` times a number each, padded with zeros; in float16."""
+        shape = padded(self.rows), padded(self.matrix.columns)
+        matrices: Tensor = self.triton.halved(self.gradients, scale, self.columns, shape)
+        return matrices
+
+    def steps(self, matrices: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The matrices times a number each, weights and biases apart."""
+        joined, one = self.matrix.bias is not None, torch.ones_like(ratio)
+        found: tuple[Tensor, Tensor | None] = self.triton.scaled_steps(
+            matrices.contiguous(), one, ratio, self.columns, joined, self.rows
+        )
+        return found
 
 
 def padded(size: int) -> int:

@@ -1,9 +1,9 @@
-"""AFOpt's passes over momentum, gradients and factors, each in one kernel; by Triton, on CUDA.
+"""Passes over gradients, momentum and factors of a batch, each in one kernel; by Triton, on CUDA.
 
 torch takes several times as many: a stack of the gradients, an average, three norms, two
-conversions. The products in between are torch's. Where Triton is missing or does not work
-(:func:`usable`) the same is computed by torch's operations in
-:mod:`~hf_precond.optimizers.afopt.batched`.
+conversions. The products in between are torch's.
+:func:`~hf_precond.optimizers.base.kernels.for_batch` says where these serve; elsewhere the
+optimizers compute the same by torch's operations.
 """
 
 from __future__ import annotations
@@ -61,6 +61,32 @@ def _advance(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _squares(  # type: ignore[no-untyped-def]
+    weights, biases, like, partial, rows, columns, width,
+    has_bias: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    i, part = tl.program_id(1), tl.program_id(0)
+    place = part * block + tl.arange(0, block)
+    inside = place < rows * width
+    row, column = place // width, place % width
+    g = _gradient(weights, biases, i, row, column, columns, inside, has_bias, like)
+    tl.store(partial + i * tl.num_programs(0) + part, tl.sum(g * g))
+
+
+@triton.jit
+def _halved(  # type: ignore[no-untyped-def]
+    weights, biases, like, scales, out, rows, columns, height, width,
+    has_bias: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(1)
+    place = tl.program_id(0) * block + tl.arange(0, block)
+    row, column = place // width, place % width
+    g = _gradient(weights, biases, i, row, column, columns, row < rows, has_bias, like)
+    to = out + i.to(tl.int64) * height * width + place
+    tl.store(to, (tl.load(scales + i) * g).to(tl.float16), place < height * width)
+
+
+@triton.jit
 def _finish(  # type: ignore[no-untyped-def]
     partial, parts, usual, lengths, scales, decay, noise, length, longest, height, tiny,
     started: tl.constexpr, chunks: tl.constexpr, block: tl.constexpr,
@@ -105,7 +131,7 @@ def _ahead(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _steps(  # type: ignore[no-untyped-def]
-    found, norms, lengths, steps, rest, rows, columns, width, tiny,
+    found, norms, lengths, steps, rest, rows, columns, height, width, tiny,
     has_bias: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(1)
@@ -113,7 +139,7 @@ def _steps(  # type: ignore[no-untyped-def]
     inside = place < rows * width
     row, column = place // width, place % width
     size = tl.load(lengths + i) / tl.maximum(tl.load(norms + i), tiny)
-    at = found + i.to(tl.int64) * rows * width + place
+    at = found + i.to(tl.int64) * height * width + place
     step = tl.load(at, inside, 0.0).to(tl.float32) * size
     to = steps + i.to(tl.int64) * rows * columns + row * columns + column
     tl.store(to, step, inside & (column < columns))
@@ -149,10 +175,14 @@ class Gradients:
     """
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> None:
-        self.like, self.has_bias = weights[0], biases is not None
+        self.like, self.has_bias, self.count = weights[0], biases is not None, len(weights)
         places = [tensor.data_ptr() for tensor in (*weights, *(biases or ()))]
         table = _table(tuple(places), self.like.device)
         self.weights, self.biases = table[: len(weights)], table[-len(weights) :]
+
+    def rows(self, columns: int) -> int:
+        """Rows of a weight with so many columns."""
+        return self.like.numel() // columns
 
 
 @functools.lru_cache(maxsize=256)
@@ -223,29 +253,77 @@ def advance(
     return out, lengths.view(-1, 1, 1)
 
 
+def frobenius_norms(gradients: Gradients, columns: int) -> Tensor:
+    """Norms of ``[dW | db]``, n numbers.
+
+    Args:
+        gradients: of a batch.
+        columns: of a weight.
+    """
+    rows, width = gradients.rows(columns), columns + gradients.has_bias
+    grid = triton.cdiv(rows * width, BLOCK), gradients.count
+    partial = torch.empty(grid[1], grid[0], device=gradients.like.device)
+    with torch.cuda.device_of(gradients.like):
+        _squares[grid](
+            gradients.weights, gradients.biases, gradients.like, partial, rows, columns, width,
+            has_bias=gradients.has_bias, block=BLOCK, num_warps=8,
+        )  # fmt: skip
+    return partial.sum(1).sqrt_()
+
+
+def halved(gradients: Gradients, scales: Tensor, columns: int, shape: tuple[int, int]) -> Tensor:
+    """``[dW | db]`` times a number each, in float16, zeros beyond.
+
+    Args:
+        gradients: of a batch.
+        scales: n numbers.
+        columns: of a weight.
+        shape: ``(height, width)`` of the results.
+
+    Returns:
+        ``[n, height, width]``.
+    """
+    height, width = shape
+    out = torch.empty(gradients.count, *shape, dtype=torch.float16, device=scales.device)
+    with torch.cuda.device_of(scales):
+        _halved[triton.cdiv(height * width, BLOCK), gradients.count](
+            gradients.weights, gradients.biases, gradients.like, scales, out,
+            gradients.rows(columns), columns, height, width,
+            has_bias=gradients.has_bias, block=BLOCK, num_warps=8,
+        )  # fmt: skip
+    return out
+
+
 def scaled_steps(
-    found: Tensor, norms: Tensor, lengths: Tensor, columns: int, has_bias: bool
+    found: Tensor,
+    norms: Tensor,
+    lengths: Tensor,
+    columns: int,
+    has_bias: bool,
+    rows: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Directions times ``length / norm``, the bias apart.
 
     Args:
-        found: ``[n, out, width]``, float16, contiguous.
+        found: ``[n, height, width]``, float16, contiguous.
         norms: n numbers.
         lengths: likewise.
         columns: of a weight.
         has_bias: whether the next column is the bias.
+        rows: of a weight; all by default.
 
     Returns:
         ``[n, out, columns]`` and ``[n, out]`` or ``None``, in float32.
     """
-    count, rows, width = found.shape
+    count, height, width = found.shape
+    rows = height if rows is None else rows
     steps = lengths.new_empty(count, rows, columns)
     rest = lengths.new_empty(count, rows) if has_bias else None
     tiny = torch.finfo(torch.float32).tiny
     with torch.cuda.device_of(found):
         _steps[triton.cdiv(rows * width, BLOCK), count](
-            found, norms, lengths, steps, steps if rest is None else rest, rows, columns, width,
-            tiny, has_bias=has_bias, block=BLOCK, num_warps=8,
+            found, norms, lengths, steps, steps if rest is None else rest, rows, columns, height,
+            width, tiny, has_bias=has_bias, block=BLOCK, num_warps=8,
         )  # fmt: skip
     return steps, rest
 
@@ -291,8 +369,12 @@ def usable(device: Any) -> bool:
             noise=1.0, length=2.0, longest=4.0, height=64.0, nesterov=True,
         )  # fmt: skip
         steps, _ = scaled_steps(half, usual, lengths, 2, False)
-        factor = unpacked(torch.tensor([[2.0, 4.0, 6.0]], device=device), lengths, 2, 8)
         # M = 1/2 and N = 3/2 times 128, the norm of G is √6, and so M's length is half of 2.
+        norms = frobenius_norms(Gradients([gradient], None), 2)
+        torch.testing.assert_close(norms, torch.full_like(norms, 6**0.5))
+        wide = halved(Gradients([gradient], None), lengths, 2, (8, 8))
+        assert wide.sum() == 6 * lengths.sum()
+        factor = unpacked(torch.tensor([[2.0, 4.0, 6.0]], device=device), lengths, 2, 8)
         right = torch.full_like(steps, 192 / 6**0.5)
         torch.testing.assert_close(steps, right)
         torch.testing.assert_close(
@@ -300,6 +382,6 @@ def usable(device: Any) -> bool:
         )
         return True
     except Exception as error:  # no compiler, an old driver: torch's operations do the same
-        text = "AFOpt runs without its Triton kernels on %s, more slowly: %s"
+        text = "AFOpt and NKFAC run without their Triton kernels on %s, more slowly: %s"
         logging.getLogger(__name__).warning(text, device, error)
         return False
