@@ -27,7 +27,7 @@ OWN_KERNEL |= {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", 
 LAUNCHES: dict[str, float] = {
     **dict.fromkeys(("mm", "addmm", "addmm_"), 1.2),
     **dict.fromkeys(("bmm", "baddbmm", "baddbmm_"), 1.5),
-    **dict.fromkeys(("native_layer_norm_backward", "constant_pad_nd", "eye", "where"), 2.0),
+    **dict.fromkeys(("native_layer_norm_backward", "constant_pad_nd", "eye"), 2.0),
     "_scaled_dot_product_flash_attention": 3.0,
     "_scaled_dot_product_flash_attention_backward": 4.0,
     "embedding_dense_backward": 16.0,

@@ -67,6 +67,11 @@ def test_a_product_that_adds_copies_first():
     assert only(lambda: torch.addmm(matrix, matrix, matrix)).copied == 2 * 64 * 4
 
 
+def test_a_fill_comes_before_what_is_not_zero():
+    assert only(lambda: torch.nn.functional.pad(on_gpu(4, 4), (0, 1))).launches == 2
+    assert only(lambda: torch.eye(4, device=GPU)).launches == 2
+
+
 def test_a_large_reduction_clears_memory_first():
     large, small = on_gpu(512, 512), on_gpu(512, 511)
     assert only(lambda: large.sum()).launches == 2
