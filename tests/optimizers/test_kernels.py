@@ -181,7 +181,25 @@ def test_losses_are_those_of_torchs_operations(monkeypatch):
     assert ours == pytest.approx(theirs, abs=2e-3)
 
 
-def test_where_they_do_not_work_torch_takes_the_step(monkeypatch, caplog):
-    monkeypatch.setattr(kernels, "advance", lambda *a, **k: 1 / 0)
+@pytest.mark.parametrize(
+    "name", ["advance", "scaled_steps", "frobenius_norms", "halved", "unpacked"]
+)
+def test_a_kernel_with_other_results_is_not_used(name, monkeypatch, caplog):
+    own = getattr(kernels, name)
+
+    def wrong(*args, **kwargs):
+        found = own(*args, **kwargs)
+        first = found[0] if isinstance(found, tuple) else found
+        first.view(-1)[-1 if name == "frobenius_norms" else 5] += 0.1
+        return found
+
+    kernels.trial(CPU)
+    monkeypatch.setattr(kernels, name, wrong)
     assert not kernels.usable.__wrapped__(CPU)
     assert "more slowly" in caplog.text
+
+
+def test_where_they_do_not_compile_torch_takes_the_step(monkeypatch, caplog):
+    monkeypatch.setattr(kernels, "advance", lambda *a, **k: 1 / 0)
+    assert not kernels.usable.__wrapped__(CPU)
+    assert "division by zero" in caplog.text

@@ -9,6 +9,8 @@ optimizers compute the same by torch's operations.
 from __future__ import annotations
 
 import functools
+import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_precond.linalg.matrix_functions import packed_size, unpack
 from hf_precond.linalg.products import from_cpu
 
 BLOCK = 4096
@@ -176,7 +179,8 @@ class Gradients:
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> None:
         self.like, self.has_bias, self.count = weights[0], biases is not None, len(weights)
-        places = [tensor.data_ptr() for tensor in (*weights, *(biases or ()))]
+        self._kept = (*weights, *(biases or ()))  # addresses keep nothing alive
+        places = [tensor.data_ptr() for tensor in self._kept]
         table = _table(tuple(places), self.like.device)
         self.weights, self.biases = table[: len(weights)], table[-len(weights) :]
 
@@ -353,35 +357,64 @@ def unpacked(packed: Tensor, sizes: Tensor, n: int, wide: int) -> Tensor:
 
 @functools.cache
 def usable(device: Any) -> bool:
-    """Whether the kernels work on a device: they are tried once, on numbers whose results differ.
+    """Whether the kernels work on a device: they are tried once, see :func:`trial`.
 
     Args:
         device: a CUDA device.
     """
-    import logging
-
     try:
-        gradient = torch.ones(3, 2, device=device)
-        momentum = torch.zeros(1, 3, 8, device=device)
-        usual = torch.zeros(1, device=device)
-        half, lengths = advance(
-            Gradients([gradient], None), momentum, usual, 2, 0.5, decay=0.9, started=False,
-            noise=1.0, length=2.0, longest=4.0, height=64.0, nesterov=True,
-        )  # fmt: skip
-        steps, _ = scaled_steps(half, usual, lengths, 2, False)
-        # M = 1/2 and N = 3/2 times 128, the norm of G is √6, and so M's length is half of 2.
-        norms = frobenius_norms(Gradients([gradient], None), 2)
-        torch.testing.assert_close(norms, torch.full_like(norms, 6**0.5))
-        wide = halved(Gradients([gradient], None), lengths, 2, (8, 8))
-        assert wide.sum() == 6 * lengths.sum()
-        factor = unpacked(torch.tensor([[2.0, 4.0, 6.0]], device=device), lengths, 2, 8)
-        right = torch.full_like(steps, 192 / 6**0.5)
-        torch.testing.assert_close(steps, right)
-        torch.testing.assert_close(
-            factor[0, :2, :2].float().cpu(), torch.tensor([[6.0, 2], [2, 4]])
-        )
+        trial(device)
         return True
-    except Exception as error:  # no compiler, an old driver: torch's operations do the same
+    except Exception as error:  # no compiler, an old driver, other results
         text = "AFOpt and NKFAC run without their Triton kernels on %s, more slowly: %s"
         logging.getLogger(__name__).warning(text, device, error)
         return False
+
+
+def trial(device: Any) -> None:
+    """Compare every kernel with torch's operations, on matrices that several programs share.
+
+    Args:
+        device: where. Its random numbers are left alone.
+
+    Raises:
+        AssertionError: the results differ.
+    """
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.arange(math.prod(shape), device=device).mul(0.7).sin().view(shape)
+
+    def same(found: Tensor, expected: Tensor, error: float = 1e-4) -> None:
+        torch.testing.assert_close(found.float(), expected.float(), rtol=error, atol=error)
+
+    rows, columns, beta = 70, 130, 0.75
+    whole, momentum = numbers(2, rows, columns + 6), numbers(2, rows, columns + 6).mul(0.5)
+    whole[..., columns + 1 :], momentum[..., columns + 1 :] = 0, 0
+    weights = [part[:, :columns].contiguous() for part in whole]
+    gradients = Gradients(weights, [part[:, columns].contiguous() for part in whole])
+    expected = torch.lerp(momentum, whole, 1 - beta)
+    usual = torch.tensor([0.0, 1.0], device=device)
+    half, lengths = advance(
+        gradients, momentum, usual, columns, beta, decay=0.9, started=False, noise=0.8,
+        length=3.0, longest=2.0, height=64.0, nesterov=True,
+    )  # fmt: skip
+    norms, ours = (t[..., :columns].flatten(1).norm(dim=1) for t in (whole, expected))
+    average = torch.stack([norms[0], 0.9 + 0.1 * norms[1]])
+    same(momentum, expected)
+    same(usual, average)
+    same(lengths.flatten(), (ours / (0.8 * average)).clamp(max=2.0) * 3.0)
+    scale = 64 / expected.abs().amax((1, 2), keepdim=True)
+    same(half, (expected + (1 / beta - 1) * whole) * scale, 2e-3)
+    steps, rest = scaled_steps(half, norms, lengths, columns, True)
+    right = half.float() * (lengths / norms[:, None, None])
+    same(steps, right[..., :columns])
+    assert rest is not None
+    same(rest, right[..., columns])
+    same(frobenius_norms(gradients, columns), whole.flatten(1).norm(dim=1))
+    wide = torch.zeros(2, 72, columns + 6, device=device)
+    wide[:, :rows] = whole * norms[:, None, None]
+    same(halved(gradients, norms, columns, (72, columns + 6)), wide, 2e-3)
+    triangles = numbers(2, packed_size(rows - 1))
+    factors = torch.zeros(2, 72, 72, device=device)
+    factors[:, : rows - 1, : rows - 1] = unpack(triangles) / norms[:, None, None]
+    same(unpacked(triangles, norms, rows - 1, 72), factors, 2e-3)
