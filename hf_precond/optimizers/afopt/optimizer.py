@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ from hf_precond.optimizers.afopt.plan import (
     check_attention,
 )
 from hf_precond.optimizers.base.agreement import agreement
+from hf_precond.optimizers.base.layout import kept, state_of
 from hf_precond.optimizers.base.optimizer import PrecondOptimizer
 from hf_precond.optimizers.base.parameters import (
     Bound,
@@ -222,7 +224,7 @@ class AFOpt(PrecondOptimizer):
         kind: Kind = "gradient" if self.config.scaling == "norm_recovery" else "direction"
         observed = self._observed_step() if self.observing else None
         assembly: Assembly | None = None
-        for batch in self.batches([self.plan.of[bound] for bound in ready]):
+        for batch in kept("batches", ready, partial(self._batches_of, ready)):
             if self._in_half(batch[0]) and observed is None:
                 from hf_precond.optimizers.afopt.batched import step_in_half
 
@@ -257,6 +259,9 @@ class AFOpt(PrecondOptimizer):
                 directions *= lengths
             for item, direction, part in zip(bound, directions, parts, strict=True):
                 yield Preconditioned(item, direction, kind, part)
+
+    def _batches_of(self, ready: Sequence[BoundMatrix]) -> list[Sequence[MatrixPlan]]:
+        return list(self.batches([self.plan.of[bound] for bound in ready]))
 
     def _in_half(self, plan: MatrixPlan) -> bool:
         """Whether the sign is computed in half precision, which scales what it is given."""
@@ -319,7 +324,7 @@ class AFOpt(PrecondOptimizer):
         Returns:
             One a matrix; views of it, one an expert, where it is a stack.
         """
-        held = [self.state[plan.bound.weight][plan.bound.prefix + name] for plan in batch]
+        held = state_of([plan.bound for plan in batch], self.state, name)
         if batch[0].experts is None:
             return held
         runs = [slice(*plan.experts) for plan in batch if plan.experts is not None]
@@ -368,7 +373,7 @@ class AFOpt(PrecondOptimizer):
             batch: matrices that are stepped alike.
         """
         counts, bound = self._norms_seen, [plan.bound for plan in batch]
-        if batch[0].experts is None and all(counts[each] >= NORMS for each in bound):
+        if batch[0].experts is None and min(map(counts.__getitem__, bound)) >= NORMS:
             return True
         counts.update(bound)
         return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, Self
 
 import torch
@@ -27,6 +28,7 @@ from hf_precond.architectures.tables import HOW_TO_DECLARE
 from hf_precond.compat.warn import warn
 from hf_precond.linalg.matrix_functions import pack, packed_size, unpack
 from hf_precond.optimizers.afopt.config import AFOptConfig
+from hf_precond.optimizers.base.layout import state_of
 from hf_precond.optimizers.base.parameters import BoundMatrix, allocate
 from hf_precond.statistics.moments import request_shape, rows_of
 from hf_precond.statistics.requests import MomentRequest
@@ -203,14 +205,15 @@ class StateMatrix:
     kind: Kind
     experts: tuple[int, int] | None = field(default=None, kw_only=True)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Its key in the state."""
         return self.bound.prefix + self.name
 
     def stored(self, state: State) -> Tensor:
         """As it is kept: packed or not."""
-        return self._chosen(state[self.bound.weight][self.key])
+        (stored,) = state_of([self.bound], state, self.name)
+        return self._chosen(stored)
 
     def _chosen(self, tensor: Tensor) -> Tensor:
         return tensor if self.experts is None else tensor[slice(*self.experts)]

@@ -18,7 +18,7 @@ from torch.optim.sgd import sgd
 from hf_precond.compat import devices
 from hf_precond.linalg.products import compute_dtype
 from hf_precond.optimizers.base.messages import NO_FALLBACK
-from hf_precond.optimizers.base.parameters import ParamView, by_group
+from hf_precond.optimizers.base.parameters import ParamView, by_group, states
 from hf_precond.optimizers.base.refresh import FailureRecord
 
 
@@ -97,9 +97,10 @@ class AdamWFallback(FallbackOptimizer):
 
     def allocate(self, views: Sequence[ParamView]) -> None:
         for view in views:
-            view.zeros("exp_avg")
-            view.zeros("exp_avg_sq")
-            view.counter("step")
+            if not view.settled:
+                view.zeros("exp_avg")
+                view.zeros("exp_avg_sq")
+                view.counter("step")
 
     def update(self, views: Sequence[ParamView]) -> None:
         self.allocate(views)
@@ -107,16 +108,16 @@ class AdamWFallback(FallbackOptimizer):
             group = batch[0].group
             with compute_copies(batch) as (params, grads):
                 device = params[0].device
-                fused = devices.is_fused(device) and all(t.is_contiguous() for t in params + grads)
+                fused = devices.is_fused(device) and all(map(Tensor.is_contiguous, params + grads))
                 # torch's foreach kernels on a CPU take no learning rate that is a tensor.
                 alone = isinstance(group["lr"], Tensor) and not devices.is_capturable(device)
                 adamw(
                     params,
                     grads,
-                    [view["exp_avg"] for view in batch],
-                    [view["exp_avg_sq"] for view in batch],
+                    states(batch, "exp_avg"),
+                    states(batch, "exp_avg_sq"),
                     [],
-                    [view["step"] for view in batch],
+                    states(batch, "step"),
                     fused=fused,
                     foreach=not (fused or alone),
                     capturable=devices.is_capturable(device),
@@ -162,7 +163,7 @@ class SGDFallback(FallbackOptimizer):
 
     def allocate(self, views: Sequence[ParamView]) -> None:
         for view in views:
-            if view.group["momentum"] != 0:
+            if not view.settled and view.group["momentum"] != 0:
                 view.zeros("momentum_buffer")
 
     def update(self, views: Sequence[ParamView]) -> None:
@@ -173,7 +174,7 @@ class SGDFallback(FallbackOptimizer):
                 sgd(
                     params,
                     grads,
-                    [view["momentum_buffer"] if group["momentum"] else None for view in batch],
+                    states(batch, "momentum_buffer") if group["momentum"] else [None] * len(batch),
                     foreach=True,
                     weight_decay=self.decay(batch, params),
                     momentum=group["momentum"],
@@ -217,7 +218,7 @@ def compute_copies(views: Sequence[ParamView]) -> Iterator[tuple[list[Tensor], l
     """
     params = [view.param for view in views]
     dtype = compute_dtype(params[0].dtype)
-    grads = [view.grad.to(dtype) for view in views]
+    grads = [view.grad if view.grad.dtype == dtype else view.grad.to(dtype) for view in views]
     if params[0].dtype == dtype:
         yield params, grads
         return

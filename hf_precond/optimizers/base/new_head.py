@@ -236,12 +236,10 @@ class NewHead:
         """The head's views, and the others."""
         held = {id(parameter) for matrix in self.matrices for parameter in _parameters(matrix)}
         fields = {"betas": self.config.betas, "eps": self.config.eps}  # groups of SGD have none
-        own = [
-            dataclasses.replace(view, group=fields | view.group)
-            for view in views
-            if id(view.param) in held
-        ]
-        return own, [view for view in views if id(view.param) not in held]
+        is_own = [*map(held.__contains__, map(id, [view.param for view in views]))]
+        flagged = list(zip(views, is_own, strict=True))
+        own = [dataclasses.replace(v, group=fields | v.group) for v, is_its in flagged if is_its]
+        return own, [view for view, is_its in flagged if not is_its]
 
     def _scale(self, matrix: LayerMatrix, directions: Mapping[int, Tensor]) -> Tensor:
         """ρ over the root mean square change of a layer's outputs along a direction.

@@ -26,6 +26,7 @@ from hf_precond.optimizers.base.fallback import (
     make_fallback,
 )
 from hf_precond.optimizers.base.groups import check_group, note_added, routed
+from hf_precond.optimizers.base.layout import Layout, facts_of, kept
 from hf_precond.optimizers.base.new_head import NewHead, refuse_rated_head
 from hf_precond.optimizers.base.parameters import (
     Bound,
@@ -100,6 +101,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
     rates: Sequence[Any] = ()  # of the last step, by group: a scheduler may have changed them since
     head: NewHead | None = None  # what is stepped by what it does to the outputs
     resumed_head: Sequence[str] | None = None  # its layers in the training that is resumed
+    layout = Layout()  # of the last step, and inside step() of the current one
     observing = False  # whether the next step keeps what :meth:`report` needs
     _reported_at: int | None = None
 
@@ -243,20 +245,20 @@ class PrecondOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with without_autocast(self._first.device):  # a step is often written inside it
-            self._step()
+            try:
+                self._step()
+            finally:
+                self.layout.close()
         return loss
 
     def _step(self) -> None:
         if not self.attached:
             raise RuntimeError(messages.NOT_ATTACHED.format(name=self.config.name))
-        parameters.refuse_sparse(self.param_groups, self.config.name)
-        self._locate()
+        self._settle()
         if self.joined:
             name, count, first = self.config.name, len(self.joined), self.joined[0]
             warn(messages.ADDED.format(name=name, count=count, first=first))
             self.joined = ()
-        for bound in self.bound:
-            self.allocate(bound)
         if self._only_allocates():
             self.allocate_fallback()
             return
@@ -273,10 +275,36 @@ class PrecondOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             group["step"] += 1
         self._enable_statistics()
+        self.layout.note(self.state)
+
+    def _settle(self) -> None:
+        """Find the parameters, check them and make state; nothing where the last layout holds."""
+        groups, name = self.param_groups, self.config.name
+        if self.layout.holds(facts_of(groups, self.validator.stepped), self.state):
+            self.layout.begin()
+            self.validator.warn_of_idle(groups, name)
+            return
+        parameters.refuse_sparse(groups, name)
+        self._locate()
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Begin a layout, and make the state of what is bound."""
+        facts = facts_of(self.param_groups, self.validator.stepped)
+        bound = (*self.bound, *self._remainders)
+        known = self.validator.known()
+        if any(id(parameter) not in known for item in bound for parameter in item.members):
+            facts = None
+        self.layout = Layout(facts, self.param_groups)
+        self.layout.begin()
+        for item in bound:
+            item.layout = self.layout
+        for item in self.bound:
+            self.allocate(item)
 
     def allocate_fallback(self) -> None:
         """Make the fallback optimizer's state of everything with a gradient that it steps."""
-        stepped_here = {bound for bound in self.bound if not self.uses_fallback(bound)}
+        stepped_here = [bound for bound in self.bound if not self.uses_fallback(bound)]
         views: Sequence[ParamView] = self._raw_views(stepped_here, {})
         self.fallback.allocate(views if self.head is None else self.head.allocate(views))
 
@@ -323,8 +351,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
         if self.statistics.outdated:
             self.close()
             self._bind()
-            for bound in self.bound:
-                self.allocate(bound)
+            self._lay_out()
             self._open()
         else:
             source = self.statistics
@@ -333,33 +360,33 @@ class PrecondOptimizer(torch.optim.Optimizer):
         self.update_statistics(collected)
 
     def _apply(self) -> None:
-        ready = [bound for bound in self.bound if bound.weight.grad is not None]
         unobserved = self.coverage.without_preconditioner
+        ready = kept("ready", self.bound, self._ready)
         ready = [bound for bound in ready if bound not in unobserved] if unobserved else ready
         resting = [bound.weight.clone() for bound in self._pruned]
-        handled: set[Bound] = set()
+        handled: list[Bound] = []
         directions: list[ParamView] = []
         gradients: list[ParamView] = []
         gathered: dict[Tensor, Tensor] = {}
         held = 0
         for item in self.precondition(ready):
-            handled.add(item.bound)
+            handled += (item.bound,)
             if item.matrix is None:
                 continue
-            # A direction needs no state: an empty one must not appear in self.state.
-            state = self.state if item.kind == "gradient" else {}
-            args = (item.matrix, self.param_groups, state, gathered, item.parts)
-            (gradients if item.kind == "gradient" else directions).extend(item.bound.views(*args))
-            held += item.matrix.numel() if item.kind == "gradient" else 0
+            if item.kind == "direction":
+                directions += self._views(item, gathered)
+                continue
+            gradients += self._views(item, gathered)
+            held += item.matrix.numel()
             if held > STEP_ENTRIES and self.fallback.elementwise:
-                self.fallback.update(gradients)
+                self._step_by_fallback(gradients)
                 gradients, held = [], 0
-        gradients.extend(self._raw_views(handled, gathered))
-        left = gradients if self.head is None else self.head.step(gradients)
-        if left:
-            self.fallback.update(left)
+        gradients += self._raw_views(handled, gathered)
+        self._step_by_fallback(gradients, self.head)
         if directions:
             descend(directions)
+        for view in directions:
+            view.grad = view.param  # no memory is held until the next step
         for parameter, whole in gathered.items():
             parameter.copy_(like(parameter, whole))
         for bound, before in zip(self._pruned, resting, strict=True):
@@ -367,28 +394,71 @@ class PrecondOptimizer(torch.optim.Optimizer):
             assert bound.matrix.mask is not None
             bound.weight.copy_(torch.where(bound.matrix.mask.bool(), bound.weight, before))
 
-    def _raw_views(self, handled: set[Bound], gathered: dict[Tensor, Tensor]) -> list[ParamView]:
+    def _ready(self) -> list[Bound]:
+        return [bound for bound in self.bound if bound.weight.grad is not None]
+
+    def _step_by_fallback(self, views: Sequence[ParamView], head: NewHead | None = None) -> None:
+        left = views if head is None else head.step(views)
+        if left:
+            self.fallback.update(left)
+        for view in views:
+            view.grad, view.settled = view.param, True  # no memory is held until the next step
+
+    def _views(self, item: Preconditioned, gathered: dict[Tensor, Tensor]) -> Sequence[ParamView]:
+        """What a preconditioner made of a gradient, as views; those of whole weights are kept."""
+        bound, matrix, groups = item.bound, item.matrix, self.param_groups
+        # A direction needs no state: an empty one must not appear in self.state.
+        state = self.state if item.kind == "gradient" else {}
+        make = partial(bound.whole_views, groups, state)
+        views = self.layout.keep(item.kind, [bound], make)
+        assert matrix is not None
+        if views is None:
+            return bound.views(matrix, groups, state, gathered, item.parts)
+        parts = bound.split(matrix) if item.parts is None else item.parts
+        for view, part in zip(views, parts, strict=False):
+            assert part is not None
+            view.grad = part
+        return views
+
+    def _raw_views(
+        self, handled: Sequence[Bound], gathered: dict[Tensor, Tensor]
+    ) -> list[ParamView]:
         """Everything with a gradient outside ``handled``, to be stepped by its raw gradient."""
-        taken = {id(parameter) for bound in handled for parameter in bound.parameters}
-        views: list[ParamView] = []
-        for bound in (*self.bound, *self._remainders):
-            if isinstance(bound, BoundMatrix) and bound.fused:
-                taken |= {id(parameter) for parameter in bound.parameters}
-                if bound not in handled:
-                    views += bound.raw_views(self.param_groups, self.state, gathered)
-        views.extend(
+        rows: list[ParamView] = []
+        for bound in kept("fused", self.bound, self._fused):
+            if bound not in handled:
+                rows += bound.raw_views(self.param_groups, self.state, gathered)
+        self._mark_hidden(rows)
+        whole = self.layout.keep("raw", handled, partial(self._whole_views, handled))
+        for view in whole:
+            assert view.param.grad is not None
+            view.grad = view.param.grad
+        return rows + whole
+
+    def _fused(self) -> list[BoundMatrix]:
+        held = (*self.bound, *self._remainders)
+        return [bound for bound in held if isinstance(bound, BoundMatrix) and bound.fused]
+
+    def _whole_views(self, handled: Sequence[Bound]) -> list[ParamView]:
+        """Views of whole parameters that no preconditioner steps."""
+        taken = {id(p) for bound in (*handled, *self._fused()) for p in bound.parameters}
+        views = [
             ParamView(parameter, parameter.grad, self.state[parameter], "", group)
             for group in self.param_groups
             for parameter in group["params"]
             if parameter.grad is not None and id(parameter) not in taken
-        )
+        ]
+        self._mark_hidden(views)
+        return views
+
+    def _mark_hidden(self, views: Sequence[ParamView]) -> None:
+        """Say which views are of matrices of hidden layers."""
         hidden = {id(self.state.get(m.weight_parameter)): m for m in self.structure.hidden}
-        for view in views:
+        for view in views if hidden else ():
             matrix = hidden.get(id(view.state))
             view.hidden = matrix is not None and (bool(matrix.stack) or len(view.shape) == 2)
             if matrix is not None and matrix.stack:
                 view.matrix = matrix  # which says that it is a stack of matrices
-        return views
 
     # Binding to parameter groups and to the model --------------------------------------
 
@@ -413,7 +483,8 @@ class PrecondOptimizer(torch.optim.Optimizer):
             self._read_again(self.structure.model)
         for bound in (*self.bound, *self._remainders):
             bound.locate(groups)
-        self.validator.check(groups, self.bound, self.config.name)
+        self.validator.check(groups, self.bound)
+        self.validator.warn_of_idle(self.param_groups, self.config.name)
 
     def _read_again(self, model: nn.Module) -> None:
         """Go on with the parameters of layers that were pruned or parametrised since the last step.
@@ -468,6 +539,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
 
     def _bind(self) -> None:
         """Find the parameter groups of everything that is preconditioned."""
+        self.layout = Layout()
         groups, structure = self._group_numbers(), self.structure
         self.validator = ParamGroupValidator(structure.owners, groups)
         self.bound: list[Any] = []
@@ -667,6 +739,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
         refuse_rated_head(state_dict.get(checkpoint.KEY, own).get("head", ()), self.config)
         with checkpoint.restoring(self, own):
             super().load_state_dict(state_dict)
+        self.layout = Layout()
         if not self.attached:
             self.loaded = state_dict.get(checkpoint.KEY, own)["parameters"]
         checkpoint.forget_empty(self.state)

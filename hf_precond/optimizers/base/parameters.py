@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import repeat
+from operator import attrgetter, methodcaller
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -15,6 +19,7 @@ from hf_precond.compat.warn import warn
 from hf_precond.distributed.collectives import full, is_sharded, like
 from hf_precond.linalg.products import compute_dtype
 from hf_precond.optimizers.base import messages
+from hf_precond.optimizers.base.layout import CLOSED, Layout, kept
 
 Item = TypeVar("Item")
 Groups = Sequence[Mapping[str, Any]]
@@ -38,6 +43,7 @@ class ParamView:
             head lie in ``[groups, rows, in]``.
         matrix: what the model says of the weight, where an optimizer asks for it.
         hidden: a matrix of a hidden layer that no preconditioner takes (Muon steps these).
+        settled: whether its state is known to be there and to fit.
     """
 
     param: Tensor
@@ -48,6 +54,7 @@ class ParamView:
     matrix_shape: tuple[int, ...] | None = None
     matrix: LayerMatrix | None = None
     hidden: bool = False
+    settled: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -71,6 +78,11 @@ class ParamView:
     def counter(self, name: str) -> None:
         """Allocate a float32 count where torch's AdamW reads it: on the parameter's device."""
         allocate(self.state, self.prefix + name, (), torch.float32, self.param.device)
+
+
+def states(views: Sequence[ParamView], name: str) -> list[Any]:
+    """State ``name`` of every view."""
+    return [view.state[view.prefix + name] for view in views]
 
 
 def allocate(
@@ -128,9 +140,20 @@ def fit(
 
 def grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> list[list[Item]]:
     """Lists of the items with equal ``key``, in order of first appearance."""
-    lists: dict[Any, list[Item]] = {}
-    for item in items:
-        lists.setdefault(key(item), []).append(item)
+    items = list(items)
+    return listed(items, map(key, items))
+
+
+def listed(items: Iterable[Item], keys: Iterable[Any]) -> list[list[Item]]:
+    """Lists of the items with equal keys, in order of first appearance.
+
+    Args:
+        items: the items.
+        keys: one an item.
+    """
+    lists: defaultdict[Any, list[Item]] = defaultdict(list)
+    for item, key in zip(items, keys, strict=True):
+        lists[key] += (item,)  # by no call: a step does so for every matrix
     return list(lists.values())
 
 
@@ -149,13 +172,11 @@ def in_batches(items: Sequence[Item], size: int, limit: int) -> Iterator[Sequenc
 
 def by_group(views: Sequence[ParamView]) -> list[list[ParamView]]:
     """Views of one parameter group, dtype, device and mesh together."""
-
-    def key(view: ParamView) -> tuple[Any, ...]:
-        param = view.param
-        mesh = getattr(param, "device_mesh", None)
-        return id(view.group), param.dtype, param.device, mesh
-
-    return grouped(views, key)
+    params = [view.param for view in views]
+    groups = map(id, [view.group for view in views])
+    kinds = map(attrgetter("dtype", "device"), params)
+    meshes = map(getattr, params, repeat("device_mesh"), repeat(None))
+    return listed(views, zip(groups, kinds, meshes, strict=False))
 
 
 def group_of(name: str, parameter: Tensor, groups: Mapping[int, int]) -> int:
@@ -181,11 +202,14 @@ class BoundNorm:
     Args:
         norm: the parameter.
         group: the number.
+        layout: of the optimizer's step.
     """
 
     norm: NormParameter
     group: int
+    layout: Layout = field(default=CLOSED, repr=False)
     fused = False
+    prefix = ""
 
     @property
     def weight(self) -> Tensor:
@@ -196,6 +220,21 @@ class BoundNorm:
     def parameters(self) -> list[Tensor]:
         """What a step of this item changes."""
         return [self.norm.parameter]
+
+    @property
+    def members(self) -> list[Tensor]:
+        """What is read of it at a step."""
+        return [self.norm.parameter]
+
+    def whole_views(
+        self, groups: Sequence[dict[str, Any]], state: dict[Tensor, dict[str, Any]]
+    ) -> list[ParamView] | None:
+        """See :meth:`BoundMatrix.whole_views`."""
+        return None if is_sharded(self.weight) else self.views(self.weight, groups, state, {})
+
+    def split(self, direction: Tensor) -> Parts:
+        """A direction as the part of each view."""
+        return direction, None
 
     def locate(self, groups: Mapping[int, int]) -> None:
         """Find the group again; see :func:`group_of`."""
@@ -224,13 +263,15 @@ class BoundMatrix:
         matrix: the matrix.
         group: number of the weight's group.
         bias_group: number of the bias's group; ``None`` where no group holds one.
+        layout: of the optimizer's step.
     """
 
     matrix: LayerMatrix
     group: int
     bias_group: int | None
+    layout: Layout = field(default=CLOSED, repr=False)
 
-    @property
+    @cached_property
     def prefix(self) -> str:
         """Put before the names of this matrix's state: empty unless the weight is fused."""
         return f"{self.matrix.part}." if self.matrix.part else ""
@@ -245,6 +286,34 @@ class BoundMatrix:
         """What a step of this matrix changes, if it has gradients: weight and bias."""
         bias = None if self.bias_group is None else self.matrix.bias_parameter
         return [self.weight] if bias is None else [self.weight, bias]
+
+    @property
+    def members(self) -> list[Tensor]:
+        """What is read of the matrix at a step: weight and bias, in a parameter group or not."""
+        bias = self.matrix.bias_parameter
+        return [self.weight] if bias is None else [self.weight, bias]
+
+    def whole_views(
+        self, groups: Sequence[dict[str, Any]], state: dict[Tensor, dict[str, Any]]
+    ) -> list[ParamView] | None:
+        """Views of weight and bias, those that have a gradient, to be given it or a direction.
+
+        Args:
+            groups: the optimizer's parameter groups.
+            state: the optimizer's state.
+
+        Returns:
+            ``None`` where a view takes more than that: of some rows of a weight, and of shards.
+        """
+        if self.fused or any(map(is_sharded, self.members)):
+            return None
+        bias = self.matrix.bias_parameter
+        parts = self.weight, self.weight if bias is None else bias
+        return self.views(self.weight, groups, state, {}, parts)
+
+    def split(self, matrix: Tensor) -> Parts:
+        """``[out, in(+1)]`` as the part of each view."""
+        return self.matrix.split(matrix)
 
     @property
     def fused(self) -> bool:
@@ -392,20 +461,18 @@ def gradient_stacks(bound: Sequence[BoundMatrix]) -> tuple[Tensor, Tensor | None
 
     Of matrices of one shape and dtype; zeros for a bias without a gradient.
     """
-    matrix, dtype = bound[0].matrix, bound[0].dtype
-    if not are_alike(bound):
+    matrix, dtype, whole = bound[0].matrix, bound[0].dtype, whole_layers(bound)
+    if whole is None:
         joined = torch.stack([g for item in bound if (g := item.gradient()) is not None])
         if matrix.bias is None:
             return joined, None
         return joined[..., :-1].contiguous(), joined[..., -1].contiguous()
-    weights = torch.stack([item.weight.grad for item in bound if item.weight.grad is not None])
+    weights = torch.stack([weight.grad for weight in whole[0] if weight.grad is not None])
     weights = weights.mT if matrix.layout == "transposed" else weights.flatten(2)
     weights = weights.contiguous().to(dtype)
     if matrix.bias is None:
         return weights, None
-    biases = [item.matrix.bias_parameter for item in bound]
-    columns = torch.stack([b.grad for b in biases if b is not None and b.grad is not None])
-    return weights, columns.to(dtype)
+    return weights, torch.stack([b.grad for b in whole[1] if b.grad is not None]).to(dtype)
 
 
 def split_stack(
@@ -443,16 +510,27 @@ def split_stacks(
 
 def are_alike(bound: Sequence[BoundMatrix]) -> bool:
     """Whether these are whole, unsharded weights of one layout, all or none with a bias."""
-    first = bound[0].matrix
-    for item in bound:
+    return whole_layers(bound) is not None
+
+
+def whole_layers(bound: Sequence[BoundMatrix]) -> tuple[list[Tensor], list[Tensor]] | None:
+    """The weights and biases of matrices; ``None`` where they are not :func:`are_alike`."""
+    return kept("whole layers", bound, lambda: _whole_layers(bound))
+
+
+def _whole_layers(bound: Sequence[BoundMatrix]) -> tuple[list[Tensor], list[Tensor]] | None:
+    first, weights = bound[0].matrix, [item.weight for item in bound]
+    biases: list[Tensor] = []
+    for item, weight in zip(bound, weights, strict=True):
         matrix, bias = item.matrix, item.matrix.bias_parameter
-        if item.fused or is_sharded(item.weight) or matrix.layout != first.layout:
-            return False
-        if item.weight.shape != bound[0].weight.shape or (bias is None) != (first.bias is None):
-            return False
+        if item.fused or is_sharded(weight) or matrix.layout != first.layout:
+            return None
+        if weight.shape != weights[0].shape or (bias is None) != (first.bias is None):
+            return None
         if bias is not None and (bias.grad is None or is_sharded(bias)):
-            return False
-    return True
+            return None
+        biases += [] if bias is None else [bias]
+    return weights, biases
 
 
 def padded_stack(
@@ -469,16 +547,17 @@ def padded_stack(
         place of ``parts``.
     """
     first, (rows, columns) = parts[0], shape
-    strides, memory = (rows * columns, columns, 1), first.untyped_storage().data_ptr()
-    for number, part in enumerate(parts):
-        place = first.storage_offset() + number * rows * columns
-        if part.stride() != (columns, 1) or part.storage_offset() != place:
-            break
-        if part.untyped_storage().data_ptr() != memory:
-            break
-    else:
-        if first.untyped_storage().nbytes() >= len(parts) * rows * columns * first.element_size():
-            return first.as_strided((len(parts), *shape), strides, first.storage_offset()), None
+    size, start = rows * columns, first.storage_offset()
+    places = range(start, start + len(parts) * size, size)
+    storage, memory = first.untyped_storage(), map(Tensor.untyped_storage, parts)
+    # What is asked of every part is asked in C: a step does so for every matrix.
+    if (
+        set(map(Tensor.stride, parts)) == {(columns, 1)}
+        and list(map(Tensor.storage_offset, parts)) == list(places)
+        and len(set(map(methodcaller("data_ptr"), memory))) == 1
+        and storage.nbytes() >= len(parts) * size * first.element_size()
+    ):
+        return first.as_strided((len(parts), *shape), (size, columns, 1), start), None
     stack = first.new_zeros(len(parts), *shape)
     views = list(stack[:, : first.shape[0], : first.shape[1]].unbind())
     torch._foreach_copy_(views, list(parts))
@@ -590,13 +669,16 @@ class ParamGroupValidator:
         self.stepped = [owner for owner in self.stepped if owner not in gone or owner in moved]
         return moved
 
-    def check(self, groups: Mapping[int, int], bound: Sequence[Bound], name: str) -> None:
-        """Refuse parameters that were replaced or tied; warn once of those that nothing steps.
+    def known(self) -> set[int]:
+        """The ``id`` of every parameter that is stepped, as modules hold it now."""
+        return {id(_parameter(owner)) for owner in self.stepped}
+
+    def check(self, groups: Mapping[int, int], bound: Sequence[Bound]) -> None:
+        """Refuse parameters that were replaced or tied.
 
         Args:
             groups: as they are now.
             bound: what is preconditioned.
-            name: the optimizer's.
 
         Raises:
             RuntimeError: see :func:`group_of`; or a matrix has become the
@@ -612,15 +694,20 @@ class ParamGroupValidator:
             other = first.setdefault(id(parameter), owner[0])
             if other != owner[0] and any(item.weight is parameter for item in bound):
                 raise RuntimeError(messages.TIED.format(name=owner[0], other=other))
-        if self.idle:
-            self._warn_of_idle(groups, name)
 
-    def _warn_of_idle(self, groups: Mapping[int, int], name: str) -> None:
-        """Warn once of those that had gradients and did not change for :data:`PATIENCE` steps."""
-        held = [(owner[0], _parameter(owner)) for owner in self.idle]
-        unfrozen = {
-            key: p for key, p in held if p is not None and _trains(p) and id(p) not in groups
-        }
+    def warn_of_idle(self, groups: Groups, name: str) -> None:
+        """Warn once of those that had gradients and did not change for :data:`PATIENCE` steps.
+
+        Args:
+            groups: the parameter groups.
+            name: the optimizer's.
+        """
+        if not self.idle:
+            return
+        held = [(key, module._parameters.get(attribute)) for key, module, attribute in self.idle]
+        trains = {key: p for key, p in held if p is not None and p.requires_grad and _trains(p)}
+        ids = {id(p) for group in groups for p in group["params"]} if trains else ()
+        unfrozen = {key: p for key, p in trains.items() if id(p) not in ids}
         # Another optimizer may step them, by fused kernels that leave their version as it is.
         sums = {key: [*self.checksums.get(key, ()), _checksum(p)] for key, p in unfrozen.items()}
         moved = {key for key, values in sums.items() if values[-1] != values[0]}
