@@ -56,7 +56,7 @@ class FailureRecord:
     """
 
     def __init__(self) -> None:
-        self._on_host: dict[tuple[str, str], int] = {}
+        self._on_host: dict[tuple[str, str], int] = {}  # of those whose last attempt failed
         self._on_device: dict[tuple[str, str], Tensor] = {}
         self._changed = False
         self._copies: list[tuple[list[tuple[str, str]], Tensor, Any]] = []
@@ -75,9 +75,15 @@ class FailureRecord:
         Raises:
             RuntimeError: too many in a row, with advice.
         """
-        failures = self._on_host.get((kind, name), 0) + 1 if failed else 0
-        self._on_host[kind, name] = failures
-        self._judge(kind, name, failures)
+        failures = self._on_host.pop((kind, name), 0) + 1
+        if failed:
+            self._on_host[kind, name] = failures
+            self._judge(kind, name, failures)
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether nothing that the host knows of has failed at its last attempt."""
+        return not self._on_host
 
     def watch(self, kind: str, names: Sequence[str], failed: Tensor) -> None:
         """Record outcomes that may be on a device, without waiting for it.
@@ -91,17 +97,19 @@ class FailureRecord:
             RuntimeError: see :meth:`note`.
         """
         if failed.device.type == "cpu":
-            for name, flag in zip(names, failed.tolist(), strict=True):
-                self.note(kind, name, bool(flag))
+            flags = failed.tolist()
+            if not self.is_clear or any(flags):
+                for name, flag in zip(names, flags, strict=True):
+                    self.note(kind, name, bool(flag))
             return
         keys = [(kind, name) for name in names]
-        flags = failed.detach().ne(0).to(torch.int64)
+        found = failed.detach().ne(0).to(torch.int64)
         for key in keys:
-            if key not in self._on_device or self._on_device[key].device != flags.device:
-                self._on_device[key] = torch.zeros((), dtype=flags.dtype, device=flags.device)
+            if key not in self._on_device or self._on_device[key].device != found.device:
+                self._on_device[key] = torch.zeros((), dtype=found.dtype, device=found.device)
         counts = [self._on_device[key] for key in keys]
         torch._foreach_add_(counts, 1)
-        torch._foreach_mul_(counts, list(flags.unbind()))
+        torch._foreach_mul_(counts, list(found.unbind()))
         self._changed = True
 
     def check(self) -> None:
@@ -295,14 +303,17 @@ class ShardedRefresh(Generic[Item]):
             elif value or (zeros and key in self._counts):
                 count(key, int(value))
         for kind in KINDS:
-            flagged = list(zip(self.items, self._values[kind], strict=True))
+            flags = self._values[kind]
+            if failures.is_clear and {*map(type, flags)} == {float} and not any(flags):
+                continue
+            flagged = list(zip(self.items, flags, strict=True))
             for item, flag in flagged:
                 if not isinstance(flag, Tensor):
                     failures.note(kind, name(item), bool(flag))
             known = [(name(item), flag) for item, flag in flagged if isinstance(flag, Tensor)]
             if known:
-                names, flags = zip(*known, strict=True)
-                failures.watch(kind, names, torch.stack(flags))
+                names, unknown = zip(*known, strict=True)
+                failures.watch(kind, names, torch.stack(unknown))
 
 
 def _numbers(values: Tensor | Sequence[bool]) -> list[Number]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from hf_precond.architectures.hidden import ROUTER, in_attention, outside_attent
 from hf_precond.architectures.modules import find_matrices, is_layer
 from hf_precond.architectures.parameters import ParameterSurvey, add_reason
 from hf_precond.architectures.structure import LayerMatrix, ModelStructure, RowSelection
-from hf_precond.distributed.collectives import full, like
+from hf_precond.distributed.collectives import full, like, local
+from hf_precond.optimizers.base.layout import kept
 from hf_precond.optimizers.base.optimizer import PrecondOptimizer
 from hf_precond.optimizers.base.parameters import (
     Bound,
@@ -34,6 +36,9 @@ from hf_precond.optimizers.muon.step import (
     stack_shape,
 )
 from hf_precond.registry import register_optimizer
+
+Batch = tuple[Sequence[str], Sequence[BoundMatrix], Sequence[ParamView | None]]
+"""Names of matrices that are stepped together, the matrices, and views of those that are whole."""
 
 
 def hidden_matrices(model: nn.Module, config: MuonConfig) -> ModelStructure:
@@ -173,25 +178,43 @@ class Muon(PrecondOptimizer):
     def precondition(self, ready: Sequence[BoundMatrix]) -> Iterable[Preconditioned]:
         """Step the matrices in place."""
         gathered: dict[Tensor, Tensor] = {}
-        self.moved = sum(stack_shape(bound.matrix)[0] for bound in ready)
-        views = [self._view(bound, gathered) for bound in ready]
-        names = {id(view): bound.matrix.name for view, bound in zip(views, ready, strict=True)}
-        for batch, lost in self.rule.update(views):
-            self.failures.watch("momentum", [names[id(view)] for view in batch], lost)
+        self.moved, found = kept("batches", ready, partial(self._batches_of, ready))
+        for names, bound, held in found:
+            pairs = zip(bound, held, strict=True)
+            batch = [self._rows(b, gathered) if view is None else view for b, view in pairs]
+            for view in batch:
+                if view.matrix_shape is None:
+                    assert view.param.grad is not None
+                    view.grad = view.param.grad
+            self.failures.watch("momentum", names, self.rule.step(batch))
+            for view in batch:
+                view.grad = view.param  # no memory is held until the next step
         for parameter, whole in gathered.items():
             parameter.copy_(like(parameter, whole))
         return [Preconditioned(bound, None, "applied") for bound in ready]
 
-    def _view(self, bound: BoundMatrix, gathered: dict[Tensor, Tensor]) -> ParamView:
-        """A matrix with its gradient, to be stepped; rows of sharded weights in ``gathered``."""
-        weight, group = bound.weight, self.param_groups[bound.group]
-        if bound.fused:
-            gradient = bound.gradient()
-            assert gradient is not None
-            (view,) = bound.views(gradient, self.param_groups, self.state, gathered)
-        else:
-            assert weight.grad is not None
-            view = ParamView(weight, weight.grad, self.state[weight], "", group)
+    def _batches_of(self, ready: Sequence[BoundMatrix]) -> tuple[int, list[Batch]]:
+        """How many matrices there are, and which are stepped together."""
+        count = sum(stack_shape(bound.matrix)[0] for bound in ready)
+        views: list[ParamView] = []
+        for bound in ready:
+            # Rows of a fused weight are stepped in a copy that is not sharded.
+            param = local(bound.weight) if bound.fused else bound.weight
+            state, group = self.state[bound.weight], self.param_groups[bound.group]
+            views.append(ParamView(param, param, state, bound.prefix, group, matrix=bound.matrix))
+        owner = {id(view): bound for view, bound in zip(views, ready, strict=True)}
+        found: list[Batch] = []
+        for alike in batches(views):
+            batch = [owner[id(view)] for view in alike]
+            held = [None if b.fused else view for b, view in zip(batch, alike, strict=True)]
+            found.append(([b.matrix.name for b in batch], batch, held))
+        return count, found
+
+    def _rows(self, bound: BoundMatrix, gathered: dict[Tensor, Tensor]) -> ParamView:
+        """Rows of a fused weight with their gradient; of a sharded one in ``gathered``."""
+        gradient = bound.gradient()
+        assert gradient is not None
+        (view,) = bound.views(gradient, self.param_groups, self.state, gathered)
         view.matrix = bound.matrix
         return view
 
@@ -221,7 +244,7 @@ class Muon(PrecondOptimizer):
             for view, step in zip(batch, directions.chunk(len(batch)), strict=True):
                 bound = held[id(view)]
                 name, rate = bound.matrix.name, self.rates[bound.group]
-                momentum = as_matrices(view, full(view.grad)).flatten()
+                momentum = as_matrices([view], [full(view.grad)])[0].flatten()
                 cosines.append(torch.cosine_similarity(momentum, step.flatten(), dim=0, eps=1e-30))
                 length = torch.linalg.vector_norm(bound.matrix.read().to(step.dtype))
                 values[f"update_ratio/{name}"] = rate * torch.linalg.vector_norm(step) / length

@@ -64,18 +64,24 @@ class MuonStep:
         Returns:
             The views in batches, and of each batch whose momentum was not finite, ``[n]``.
         """
-        stepped = []
-        for batch in batches(views):
-            directions = self.directions(batch, self._advance(batch))
-            # One number that is not finite makes every entry of its matrix's sign NaN.
-            stepped.append((batch, directions[:, 0, 0].isnan().view(len(batch), -1).any(1)))
-            parts = directions.split(len(directions) // len(batch))
-            steps = [_as_parameter(v, part) for v, part in zip(batch, parts, strict=True)]
-            descend([
-                ParamView(view.param, step, {}, "", view.group)
-                for view, step in zip(batch, steps, strict=True)
-            ])  # fmt: skip
-        return stepped
+        return [(batch, self.step(batch)) for batch in batches(views)]
+
+    def step(self, batch: Sequence[ParamView]) -> Tensor:
+        """Step views that :func:`batches` found alike; their gradients become what is descended.
+
+        Args:
+            batch: of matrices.
+
+        Returns:
+            Whose momentum was not finite, ``[n]``.
+        """
+        directions = self.directions(batch, self._advance(batch))
+        parts = _as_parameters(batch, directions.split(len(directions) // len(batch)))
+        for view, step in zip(batch, parts, strict=True):
+            view.grad = step
+        descend(batch)
+        # One number that is not finite makes every entry of its matrix's sign NaN.
+        return directions[:, 0, 0].isnan().view(len(batch), -1).any(1)
 
     def _advance(self, batch: Sequence[ParamView]) -> list[Tensor]:
         """``M ← μ M + (1-μ) G``; returns N, ``μ M + (1-μ) G`` once more under Nesterov, else M."""
@@ -105,7 +111,7 @@ class MuonStep:
         """
         if is_sharded(momenta[0]):  # rounded before they are gathered: half the traffic
             momenta = [full(momentum.bfloat16()) for momentum in momenta]
-        stacked = torch.cat([as_matrices(v, m) for v, m in zip(batch, momenta, strict=True)])
+        stacked = torch.cat(as_matrices(batch, momenta))
         stack = stacked.bfloat16()
         directions = self._signs(stack).to(compute_dtype(batch[0].param.dtype))
         if self.variant == "normuon":
@@ -199,20 +205,30 @@ def holds_transposes(matrix: LayerMatrix) -> bool:
     return matrix.layout == "transposed"
 
 
-def as_matrices(view: ParamView, tensor: Tensor) -> Tensor:
-    """A view's parameter, or a tensor of its shape, as its matrices, :func:`stack_shape`.
+def as_matrices(batch: Sequence[ParamView], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Parameters, or tensors of their shapes, as matrices of :func:`stack_shape`.
 
     Args:
-        view: of a matrix.
-        tensor: shaped like its parameter, or ``[out, in]`` where that is rows of a fused one.
+        batch: views of matrices of one shape.
+        tensors: shaped like the parameters, or ``[out, in]`` where those are rows of fused ones.
     """
-    return (tensor.mT if _is_turned(view) else tensor).reshape(_shape(view))
+    shape, turned = _shape(batch[0]), _is_transposed(batch[0])
+    return [
+        (tensor.mT if turned and view.matrix_shape is not None else tensor).reshape(shape)
+        for view, tensor in zip(batch, tensors, strict=True)
+    ]
 
 
-def _as_parameter(view: ParamView, matrices: Tensor) -> Tensor:
-    """The inverse of :func:`as_matrices`, sharded as the parameter is."""
-    matrices = matrices.mT if _is_turned(view) else matrices
-    return like(view.param, matrices.reshape(view.param.shape))
+def _as_parameters(batch: Sequence[ParamView], matrices: Sequence[Tensor]) -> list[Tensor]:
+    """The inverse of :func:`as_matrices`, sharded as the parameters are."""
+    turned, sharded = _is_transposed(batch[0]), is_sharded(batch[0].param)
+    whole = [
+        (part.mT if turned and view.matrix_shape is not None else part).reshape(view.param.shape)
+        for view, part in zip(batch, matrices, strict=True)
+    ]
+    if not sharded:
+        return whole
+    return [like(view.param, tensor) for view, tensor in zip(batch, whole, strict=True)]
 
 
 def _shape(view: ParamView) -> tuple[int, ...]:
@@ -221,11 +237,6 @@ def _shape(view: ParamView) -> tuple[int, ...]:
 
 def _is_transposed(view: ParamView) -> bool:
     return view.matrix is not None and holds_transposes(view.matrix)
-
-
-def _is_turned(view: ParamView) -> bool:
-    """Whether a view is ``[out, in]`` though it is stored otherwise: rows of a fused ``Conv1D``."""
-    return view.matrix_shape is not None and _is_transposed(view)
 
 
 class MuonFallback(AdamWFallback):
@@ -243,7 +254,7 @@ class MuonFallback(AdamWFallback):
     def allocate(self, views: Sequence[ParamView]) -> None:
         """Makes the momentum of hidden matrices, and AdamW's moments of all others."""
         for view in views:
-            if view.hidden:
+            if view.hidden and not view.settled:
                 view.zeros(MOMENTUM)
         super().allocate([view for view in views if not view.hidden])
 
