@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -72,13 +73,13 @@ class KroneckerFactor:
     states: dict[Tensor, dict[str, Any]]
     expert: int | None = None
 
-    @property
+    @cached_property
     def size(self) -> int:
         """n: ``out`` or ``in(+1)``."""
         matrix = self.bound.matrix
         return matrix.shape[0] if self.side == "output" else matrix.columns
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Key of its statistic, and its name in messages."""
         own = f"{self.bound.matrix.name}.{self.side}"
@@ -86,8 +87,8 @@ class KroneckerFactor:
 
     def of_experts(self) -> list[KroneckerFactor]:
         """Itself; of a stack of experts the factor of each."""
-        experts = [e for count in self.bound.matrix.stack for e in range(count)]
-        return [replace(self, expert=expert) for expert in experts] or [self]
+        stack = self.bound.matrix.stack
+        return [replace(self, expert=e) for e in range(stack[0])] if stack else [self]
 
     def request(self, rows: int | None, scale: float = GRADIENT_SCALE) -> MomentRequest:
         """The second moment that it averages.

@@ -18,6 +18,7 @@ from hf_precond.linalg.factorization import RETRIES
 from hf_precond.linalg.inverses import without_last
 from hf_precond.linalg.matrix_functions import unpack
 from hf_precond.linalg.products import Precision, float32_products
+from hf_precond.optimizers.base.layout import kept, state_of
 from hf_precond.optimizers.base.optimizer import PrecondOptimizer
 from hf_precond.optimizers.base.parameters import (
     BoundMatrix,
@@ -201,6 +202,9 @@ class NKFAC(PrecondOptimizer):
         Args:
             bound: the layer's matrix.
         """
+        return kept("factors", [bound], partial(self._factors, bound))
+
+    def _factors(self, bound: BoundMatrix) -> list[KroneckerFactor]:
         sides: tuple[Side, Side] = ("output", "input")
         widest = widest_side(bound.matrix, self.config.max_dim)
         return [
@@ -389,18 +393,11 @@ class NKFAC(PrecondOptimizer):
 
     def precondition(self, ready: Sequence[BoundMatrix]) -> Iterable[Preconditioned]:
         """``L̂ G R̂`` at the gradient's norm, for the fallback optimizer."""
-
-        def kind(bound: BoundMatrix) -> tuple[Any, ...]:
-            inverted = [factor.side for factor in self.factors(bound) if factor.is_refreshed]
-            size = (bound.matrix.shape, bound.matrix.columns)
-            return *size, bound.weight.dtype, bound.weight.device, bound.bias_rests, *inverted
-
-        ready = [b for b in ready if any(factor.is_refreshed for factor in self.factors(b))]
-        stacks = [bound for bound in ready if bound.matrix.stack]
-        if stacks:
-            yield from self._precondition_experts(stacks)
-            ready = [bound for bound in ready if not bound.matrix.stack]
-        for alike in grouped(ready, kind):
+        sides, stacks = kept("sides", ready, partial(self._sides, ready))
+        yield from self._precondition_experts(stacks)
+        refreshes = [state_of(b, self.state, f"{side}_refreshes") for side, b in sides.items()]
+        inverted = tuple([number > 0 for numbers in refreshes for number in numbers])
+        for alike in kept(("alike", inverted), ready, partial(self._alike, ready)):
             if devices.is_accelerator(alike[0].weight):
                 from hf_precond.optimizers.nkfac import stacked
 
@@ -415,11 +412,35 @@ class NKFAC(PrecondOptimizer):
                 direction *= self.recovery(norms, torch.linalg.vector_norm(direction))
                 yield Preconditioned(bound, direction)
 
+    def _sides(
+        self, ready: Sequence[BoundMatrix]
+    ) -> tuple[dict[Side, list[BoundMatrix]], list[BoundMatrix]]:
+        """The layers that have a factor on each side, and the stacks of experts."""
+        sides: dict[Side, list[BoundMatrix]] = {"output": [], "input": []}
+        for factor in [f for b in ready if not b.matrix.stack for f in self.factors(b)]:
+            sides[factor.side].append(factor.bound)
+        return sides, [bound for bound in ready if bound.matrix.stack]
+
+    def _alike(self, ready: Sequence[BoundMatrix]) -> list[list[BoundMatrix]]:
+        """Layers of one kind that have an inverse, on the same sides."""
+
+        def inverted(bound: BoundMatrix) -> list[Side]:
+            return [factor.side for factor in self.factors(bound) if factor.is_refreshed]
+
+        def kind(bound: BoundMatrix) -> tuple[Any, ...]:
+            size = (bound.matrix.shape, bound.matrix.columns)
+            place = bound.weight.dtype, bound.weight.device
+            return *size, *place, bound.bias_rests, *inverted(bound)
+
+        return grouped([b for b in ready if not b.matrix.stack and inverted(b)], kind)
+
     def _precondition_experts(self, stacks: Sequence[BoundMatrix]) -> Iterable[Preconditioned]:
         """The same of every expert, in runs that bound the temporaries."""
         from hf_precond.optimizers.base import experts
 
         for bound in stacks:
+            if not any(factor.is_refreshed for factor in self.factors(bound)):
+                continue
             block, assembly = self.preconditioner(bound), experts.Assembly()
             size = bound.matrix.shape[0] * bound.matrix.columns
             for run in experts.runs(bound, size, GPU_BATCH):

@@ -16,6 +16,7 @@ from torch import Tensor
 from hf_precond.linalg.inverses import without_last
 from hf_precond.linalg.products import arithmetic, float32_products
 from hf_precond.optimizers.base import kernels
+from hf_precond.optimizers.base.layout import state_of
 from hf_precond.optimizers.base.parameters import (
     BoundMatrix,
     Preconditioned,
@@ -50,11 +51,10 @@ def precondition(optimizer: NKFAC, batch: Sequence[BoundMatrix]) -> Iterator[Pre
         batch: layers that have a gradient.
     """
     first = batch[0]
-    sides = [optimizer.factors(bound) for bound in batch]
     inverses = {
-        column[0].side: inverse_stack(column)
-        for column in zip(*sides, strict=True)
-        if column[0]["refreshes"]
+        factor.side: inverse_stack(factor, batch)
+        for factor in optimizer.factors(first)
+        if factor.is_refreshed
     }
     if "input" in inverses and first.bias_rests:
         size = first.matrix.columns
@@ -158,13 +158,13 @@ def padded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def inverse_stack(factors: Sequence[KroneckerFactor]) -> Tensor:
-    """The inverses of factors of one size, ``[b, N, N]``, zeros beyond ``[n, n]``.
+def inverse_stack(first: KroneckerFactor, batch: Sequence[BoundMatrix]) -> Tensor:
+    """The inverses of one side of layers, ``[b, N, N]``, zeros beyond ``[n, n]``.
 
     Nothing is copied where they are views of such a stack, which they are afterwards.
     """
-    size = padded(factors[0].size)
-    stack, views = padded_stack([factor["inverse"] for factor in factors], (size, size))
-    for factor, view in zip(factors, views or (), strict=False):
-        factor["inverse"] = view
+    size, states, name = padded(first.size), first.states, f"{first.side}_inverse"
+    stack, views = padded_stack(state_of(batch, states, name), (size, size))
+    for bound, view in zip(batch, views or (), strict=False):
+        states[bound.weight][bound.prefix + name] = view
     return stack
