@@ -6,13 +6,14 @@ of kernels however many norms a model has.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from hf_precond.optimizers.base.parameters import ParamView
+from hf_precond.optimizers.base.parameters import ParamView, states
 from hf_precond.optimizers.sgdph.config import SGDPHConfig
 
 CAP = 10.0
@@ -69,8 +70,7 @@ def average_probes(
     Returns:
         Per view 1 where a present estimate was dropped, else 0.
     """
-    curvatures = [view["curvature"] for view in views]
-    probes = [view["probes"] for view in views]
+    curvatures, probes = states(views, "curvature"), states(views, "probes")
     averages = joined(views, "curvature")
     size = torch.stack(torch._foreach_norm(list(estimates), float("inf"))).to(averages.dtype)
     finite = torch.isfinite(size)
@@ -89,18 +89,17 @@ def average_probes(
 
 def update_moments(views: Sequence[ParamView], base: str) -> None:
     """Put the gradients of views of one parameter group into AdamW's moments or SGD's momentum."""
-    grads = [view.grad.to(view["curvature"].dtype) for view in views]
-    group = views[0].group
+    dtype, group = views[0]["curvature"].dtype, views[0].group
+    grads = [view.grad if view.grad.dtype == dtype else view.grad.to(dtype) for view in views]
     if base == "adamw":
         beta1, beta2 = group["betas"]
-        first = [view["exp_avg"] for view in views]
-        second = [view["exp_avg_sq"] for view in views]
+        first, second = states(views, "exp_avg"), states(views, "exp_avg_sq")
         torch._foreach_lerp_(first, grads, 1 - beta1)
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
-        torch._foreach_add_([view["step"] for view in views], 1)
+        torch._foreach_add_(states(views, "step"), 1)
     elif group["momentum"] != 0:
-        buffers = [view["momentum_buffer"] for view in views]
+        buffers = states(views, "momentum_buffer")
         torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, grads)
 
@@ -149,13 +148,13 @@ def sgd_directions(views: Sequence[ParamView], multipliers: Tensor) -> Tensor:
 
 def joined(views: Sequence[ParamView], name: str) -> Tensor:
     """A state of all views end to end, a copy."""
-    return torch.cat([view[name].reshape(-1) for view in views])
+    return torch.cat([held.reshape(-1) if held.ndim != 1 else held for held in states(views, name)])
 
 
 def split(joined: Tensor, views: Sequence[ParamView]) -> list[Tensor]:
     """What lies end to end, as one tensor a view, in its shape."""
-    parts = joined.split([view.param.numel() for view in views])
-    return [part.view(view.param.shape) for part, view in zip(parts, views, strict=True)]
+    pairs = zip(joined.split(_sizes(views)), views, strict=True)
+    return [part if v.param.ndim == 1 else part.view(v.param.shape) for part, v in pairs]
 
 
 def _bias(views: Sequence[ParamView], decay: float, name: str) -> Tensor:
@@ -168,7 +167,7 @@ def _bias(views: Sequence[ParamView], decay: float, name: str) -> Tensor:
 
 def _corrections(views: Sequence[ParamView], decay: float, name: str) -> Tensor:
     """``1 - decay ** n`` of each view, one number a view."""
-    counts = torch.stack([view[name] for view in views]).to(views[0]["curvature"].dtype)
+    counts = torch.stack(states(views, name)).to(views[0]["curvature"].dtype)
     if decay == 0:
         return torch.ones_like(counts)
     return torch.expm1(counts * math.log(decay)).neg_()
@@ -176,10 +175,18 @@ def _corrections(views: Sequence[ParamView], decay: float, name: str) -> Tensor:
 
 def _probed(views: Sequence[ParamView]) -> Tensor:
     """Whether the parameter of an entry was ever probed; all entries end to end."""
-    return _spread(torch.stack([view["probes"] for view in views]) > 0, views)
+    return _spread(torch.stack(states(views, "probes")) > 0, views)
 
 
 def _spread(values: Tensor, views: Sequence[ParamView]) -> Tensor:
     """One value a view, repeated over that view's entries."""
-    sizes = [view.param.numel() for view in views]
-    return torch.cat([v.expand(n) for v, n in zip(values.unbind(), sizes, strict=True)])
+    start, parts = 0, []
+    for size, alike in itertools.groupby(_sizes(views)):
+        stop = start + len(list(alike))
+        parts.append(values[start:stop, None].expand(-1, size).reshape(-1))
+        start = stop
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _sizes(views: Sequence[ParamView]) -> list[int]:
+    return list(map(Tensor.numel, [view.param for view in views]))

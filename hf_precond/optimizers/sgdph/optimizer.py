@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from hf_precond.architectures.parameters import ParameterSurvey
 from hf_precond.architectures.structure import ModelStructure, NormParameter
 from hf_precond.compat import devices
 from hf_precond.distributed import collectives
+from hf_precond.optimizers.base.layout import kept
 from hf_precond.optimizers.base.optimizer import PrecondOptimizer
 from hf_precond.optimizers.base.parameters import (
     Bound,
@@ -254,19 +256,29 @@ class SGDPH(PrecondOptimizer):
 
     def precondition(self, ready: Sequence[BoundNorm]) -> Iterable[Preconditioned]:
         """Directions of the channel-wise parameters, by their curvature."""
-
-        def kind(bound: BoundNorm) -> tuple[Any, ...]:
-            return bound.group, bound.weight.dtype, bound.weight.device
-
-        for batch in grouped(ready, kind):
-            views = [self.view(bound) for bound in batch]
+        for batch, views in kept("batches", ready, partial(self._batches_of, ready)):
+            for view in views:
+                assert view.param.grad is not None
+                view.grad = view.param.grad
             directions.update_moments(views, self.config.base)
             if self.config.base == "adamw":
                 joined, _ = directions.adamw_directions(views, self.config)
             else:
                 joined = directions.sgd_directions(views, self.multipliers(views))
+            for view in views:
+                view.grad = view.param  # no memory is held until the next step
             for bound, direction in zip(batch, directions.split(joined, views), strict=True):
-                yield Preconditioned(bound, direction, "direction")
+                yield Preconditioned(bound, direction, "direction", (direction, None))
+
+    def _batches_of(
+        self, ready: Sequence[BoundNorm]
+    ) -> list[tuple[list[BoundNorm], list[ParamView]]]:
+        """Parameters of one group, dtype and device, with their views."""
+
+        def kind(bound: BoundNorm) -> tuple[Any, ...]:
+            return bound.group, bound.weight.dtype, bound.weight.device
+
+        return [(batch, [self.view(b) for b in batch]) for batch in grouped(ready, kind)]
 
     def multipliers(self, views: Sequence[ParamView]) -> Tensor:
         """What ``base="sgd"`` multiplies the momentum by.
