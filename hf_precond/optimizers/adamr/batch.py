@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter, methodcaller
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from hf_precond.distributed.collectives import full, is_sharded, like
 from hf_precond.linalg.products import compute_dtype
 from hf_precond.optimizers.adamr.tiling import Tiling, is_embedding
 from hf_precond.optimizers.base.fallback import descend
-from hf_precond.optimizers.base.parameters import ParamView, grouped, in_batches
+from hf_precond.optimizers.base.parameters import ParamView, grouped, in_batches, listed, states
 
 CPU_ELEMENTS = 1 << 18
 """Elements of a batch on a CPU: they stay in the cache from one product to the next."""
@@ -67,7 +68,7 @@ class Batch:
     def add(self, name: str) -> None:
         """Add 1 to a plain number of every view."""
         for view in self.views:
-            view[name] += 1
+            view.state[view.prefix + name] += 1
 
     def __getitem__(self, name: str) -> Tensor:
         """State ``name``, stacked.
@@ -75,7 +76,7 @@ class Batch:
         The views' own tensors become views of the stack. Of a partial batch it may be a copy, to be
         written with :meth:`write`.
         """
-        parts = [view[name] for view in self.views]
+        parts = states(self.views, name)
         stack = adjacent(parts)
         if stack is None:
             stack = torch.cat(parts)
@@ -91,7 +92,7 @@ class Batch:
             name: of the state.
             stack: a tensor of its own, or what was read of the state and changed.
         """
-        parts, new = [view[name] for view in self.views], stack.split(self.tiling.tiles)
+        parts, new = states(self.views, name), stack.split(self.tiling.tiles)
         if is_same_place(parts[0], new[0]):
             return
         own = stack.untyped_storage().nbytes() == stack.numel() * stack.element_size()
@@ -110,7 +111,13 @@ class Batch:
 
     def gradient(self) -> Tensor:
         """The gradient, ``[b, rows, columns]``, in the dtype of the state; not to be written to."""
-        return stacked([self._tiled(full(view.grad)) for view in self.views]).to(self.dtype)
+        gradients = [view.grad for view in self.views]
+        if is_sharded(gradients[0]):
+            gradients = list(map(full, gradients))
+        if self.tiling.split == "columns":
+            return stacked(list(map(self._tiled, gradients))).to(self.dtype)
+        shape = self.tiling.tiles, self.tiling.rows, self.tiling.columns
+        return stacked([gradient.reshape(shape) for gradient in gradients]).to(self.dtype)
 
     def rows_read(self, gradient: Tensor) -> Tensor | None:
         """The rows of an embedding that a step has read, where these are the minority.
@@ -138,13 +145,14 @@ class Batch:
         return self._tiled(param.detach())
 
     def descend(self, directions: Tensor) -> None:
-        """``p ← (1 - lr·wd) p - lr · u``, directions u stacked."""
-        steps = []
+        """``p ← (1 - lr·wd) p - lr · u``, directions u stacked, which take the gradients' place."""
         for view, tiles in zip(self.views, directions.split(self.tiling.tiles), strict=True):
             tiles = tiles.transpose(0, 1) if self.tiling.split == "columns" else tiles
-            step = like(view.param, tiles.reshape(view.param.shape))
-            steps.append(ParamView(view.param, step, view.state, view.prefix, view.group))
-        descend(steps)
+            view.grad = tiles.reshape(view.param.shape)
+        if is_sharded(self.views[0].param):
+            for view in self.views:
+                view.grad = like(view.param, view.grad)
+        descend(self.views)
 
     def _tiled(self, tensor: Tensor) -> Tensor:
         tiling = self.tiling
@@ -153,27 +161,59 @@ class Batch:
         return tensor.reshape(tiling.tiles, tiling.rows, tiling.columns)
 
 
-def batches(tiled: Sequence[tuple[ParamView, Tiling]]) -> Iterator[Batch]:
+@dataclass(eq=False)
+class Kind:
+    """Views of one tiling, parameter group, dtype, device and mesh.
+
+    Args:
+        places: their numbers among all views that take a step.
+        views: the views.
+        tiling: how each of them is seen.
+    """
+
+    places: list[int]
+    views: list[ParamView]
+    tiling: Tiling
+
+
+def kinds(tiled: Sequence[tuple[ParamView, Tiling]]) -> list[Kind]:
+    """Views that take a step, by what does not change from one to the next.
+
+    Args:
+        tiled: the views, each with its tiling.
+    """
+
+    def kind(item: tuple[int, tuple[ParamView, Tiling]]) -> tuple[Any, ...]:
+        view, tiling = item[1]
+        param = view.param
+        mesh = getattr(param, "device_mesh", None)
+        return tiling, id(view.group), param.dtype, param.device, mesh
+
+    found = []
+    for alike in grouped(enumerate(tiled), kind):
+        places, items = zip(*alike, strict=True)
+        found.append(Kind(list(places), [view for view, _ in items], items[0][1]))
+    return found
+
+
+def batches(found: Sequence[Kind]) -> Iterator[Batch]:
     """Views that take the same step together, in batches of a bounded size.
 
     Args:
-        tiled: views whose state has been made, each with its tiling.
+        found: all views that take it; their state has been made.
     """
-    for alike in grouped(tiled, _history):
-        view, tiling = alike[0]
+    runs = []
+    for kind in found:
+        tiling = kind.tiling
+        counts = ("step", "observed", *[f"{side}_updates" for side in tiling.sides])
+        histories = zip(*[states(kind.views, name) for name in counts], strict=True)
+        for run in listed(zip(kind.places, kind.views, strict=True), histories):
+            runs.append((run[0][0], tiling, [view for _, view in run]))
+    for _, tiling, views in sorted(runs, key=itemgetter(0)):
         size = tiling.tiles * tiling.rows * tiling.columns
-        limit = CPU_ELEMENTS if view.param.is_cpu else GPU_ELEMENTS
-        for together in in_batches(alike, size, limit):
-            yield Batch([view for view, _ in together], tiling)
-
-
-def _history(tiled: tuple[ParamView, Tiling]) -> tuple[Any, ...]:
-    view, tiling = tiled
-    param = view.param
-    mesh = getattr(param, "device_mesh", None)
-    counts = ("step", "observed", *(f"{side}_updates" for side in tiling.sides))
-    history = tuple(view[name] for name in counts)
-    return (tiling, id(view.group), param.dtype, param.device, mesh, history)
+        limit = CPU_ELEMENTS if views[0].param.is_cpu else GPU_ELEMENTS
+        for together in in_batches(views, size, limit):
+            yield Batch(list(together), tiling)
 
 
 def stacked(parts: Sequence[Tensor]) -> Tensor:
@@ -196,11 +236,11 @@ def adjacent(parts: Sequence[Tensor]) -> Tensor | None:
     if first.stride(0) * len(first) != first.numel():
         return None
     start, size = first.data_ptr(), first.numel() * first.element_size()
-    storage = first.untyped_storage().data_ptr()
-    for number, part in enumerate(parts):
-        if part.data_ptr() != start + number * size or part.stride() != first.stride():
-            return None
-        if part.untyped_storage().data_ptr() != storage:
-            return None
+    memory = map(methodcaller("data_ptr"), map(Tensor.untyped_storage, parts))
+    # What is asked of every part is asked in C: a step does so for every matrix.
+    if list(map(Tensor.data_ptr, parts)) != [*range(start, start + size * len(parts), size)]:
+        return None
+    if len(set(map(Tensor.stride, parts))) > 1 or len(set(memory)) > 1:
+        return None
     shape = (len(parts) * first.shape[0], *first.shape[1:])
     return first.as_strided(shape, first.stride(), first.storage_offset())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from hf_precond.architectures.modules import find_matrices
 from hf_precond.architectures.parameters import ParameterSurvey
 from hf_precond.architectures.structure import LayerMatrix, ModelStructure
+from hf_precond.optimizers.adamr.batch import Kind
 from hf_precond.optimizers.adamr.config import AdamRConfig
 from hf_precond.optimizers.adamr.rotated_adam import RotatedAdam
 from hf_precond.optimizers.adamr.tiling import Side, Tiling, tile, tile_unbounded
+from hf_precond.optimizers.base.layout import kept
 from hf_precond.optimizers.base.optimizer import PrecondOptimizer
 from hf_precond.optimizers.base.parameters import Bound, BoundMatrix, ParamView, Preconditioned
 from hf_precond.registry import register_optimizer
@@ -194,13 +197,28 @@ class AdamR(PrecondOptimizer):
 
     def refresh(self) -> None:
         """Refresh the bases that are due, with the gradients in their factors."""
-        bound = [bound for bound in self.bound if bound.weight.grad is not None]
-        self.rotated.refresh([self._view(b) for b in bound if not self.uses_fallback(b)])
+        found = kept("kinds", self.bound, self._kinds)
+        for view in [view for kind in found for view in kind.views]:
+            assert view.param.grad is not None
+            view.grad = view.param.grad
+        self.rotated.refresh(found)
 
     def precondition(self, ready: Sequence[BoundMatrix]) -> Iterable[Preconditioned]:
         """Take Adam's step in the eigenbases, which changes the parameters in place."""
         self.rotated.step()
-        return [Preconditioned(b, None, "applied") for b in ready if not self.uses_fallback(b)]
+        for view in [
+            view for kind in kept("kinds", self.bound, self._kinds) for view in kind.views
+        ]:
+            view.grad = view.param  # no memory is held until the next step
+        rotated = kept("rotated", ready, partial(self._rotated, ready))
+        return [Preconditioned(bound, None, "applied") for bound in rotated]
+
+    def _rotated(self, bound: Sequence[BoundMatrix]) -> list[BoundMatrix]:
+        return [each for each in bound if not self.uses_fallback(each)]
+
+    def _kinds(self) -> list[Kind]:
+        rotated = self._rotated([b for b in self.bound if b.weight.grad is not None])
+        return self.rotated.kinds([self._view(bound) for bound in rotated])
 
     def _tiling(self, bound: BoundMatrix) -> Tiling:
         return tile(bound.weight.shape, self.config, bound.matrix)

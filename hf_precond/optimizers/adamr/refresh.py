@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from hf_precond.linalg.factorization import RETRIES
 from hf_precond.optimizers.adamr.batch import Batch, stacked
 from hf_precond.optimizers.adamr.config import AdamRConfig
 from hf_precond.optimizers.adamr.tiling import SIDES, Side
-from hf_precond.optimizers.base.parameters import ParamView, grouped
+from hf_precond.optimizers.base.parameters import ParamView, grouped, states
 from hf_precond.optimizers.base.refresh import FailureRecord, ShardedRefresh
 
 Count = Callable[[str, int | Tensor], None]
@@ -67,6 +67,16 @@ class Basis:
         return waited
 
 
+def values(bases: Sequence[Basis], name: str) -> list[Any]:
+    """State of one name of every basis.
+
+    Args:
+        bases: the bases.
+        name: of the state, without the side.
+    """
+    return [basis.view.state[f"{basis.view.prefix}{basis.side}_{name}"] for basis in bases]
+
+
 class RefreshSchedule:
     """Spreads the refreshes of bases over the steps of an interval, so that all cost the same.
 
@@ -90,7 +100,8 @@ class RefreshSchedule:
         Args:
             bases: all of the views that take this step.
         """
-        new = [basis for basis in bases if basis["phase"] == UNSCHEDULED]
+        phases = values(bases, "phase")
+        new = [b for b, phase in zip(bases, phases, strict=True) if phase == UNSCHEDULED]
         if not new:
             return
         loads = [0.0] * min(self.interval, PHASES)
@@ -114,8 +125,12 @@ class RefreshSchedule:
         Args:
             bases: all of the views that take this step.
         """
-        old = [basis for basis in bases if basis.view["step"] >= self.interval]
-        return [basis for basis in old if basis.view["step"] % self.interval == basis["phase"]]
+        steps = states([basis.view for basis in bases], "step")
+        return [
+            basis
+            for basis, step, phase in zip(bases, steps, values(bases, "phase"), strict=True)
+            if step >= self.interval and step % self.interval == phase
+        ]
 
     def average(self, bases: Sequence[Basis]) -> float:
         """The cost of an average step: all bases but those without a refresh for two intervals.
@@ -123,7 +138,12 @@ class RefreshSchedule:
         Args:
             bases: all of the views that take this step.
         """
-        recent = [basis.cost for basis in bases if basis.waited < 2 * self.interval]
+        steps = states([basis.view for basis in bases], "step")
+        recent = [
+            basis.cost
+            for basis, step, last in zip(bases, steps, values(bases, "refreshed"), strict=True)
+            if step - last < 2 * self.interval
+        ]
         return sum(recent) / self.interval
 
     def select(self, due: Sequence[Basis], average: float) -> list[Basis]:
@@ -172,7 +192,7 @@ class RefreshItem:
     measured: Sequence[Side]
     refreshed: Sequence[Side]
 
-    @property
+    @cached_property
     def view(self) -> ParamView:
         """The view."""
         return self.batch.views[self.index]
@@ -183,14 +203,14 @@ class RefreshItem:
         tiling = self.batch.tiling
         sizes = {"left": tiling.rows, "right": tiling.columns}
         sides = {*self.measured, *self.refreshed}
-        return tiling.tiles * sum(sizes[side] ** 2 for side in sides)
+        return tiling.tiles * sum([sizes[side] ** 2 for side in sides])
 
     @property
     def cost(self) -> float:
         """Of its refreshes, in multiplications; to measure a basis takes a look at its factor."""
         cost = self.batch.tiling.refresh_cost
         measuring = 10.0 * self.view.param.numel() * len(self.measured)
-        return sum(cost[side] for side in self.refreshed) + measuring
+        return sum([cost[side] for side in self.refreshed]) + measuring
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,6 +294,11 @@ class BasisRefresh:
         self.failures = failures
         self.count = count
         self.schedule = RefreshSchedule(config.basis_interval)
+        self._known: tuple[list[ParamView], list[Basis]] = [], []  # of the last step
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of an optimizer has its own views."""
+        return self.__dict__ | {"_known": ([], [])}
 
     # Which bases ------------------------------------------------------------------
 
@@ -286,24 +311,39 @@ class BasisRefresh:
         Raises:
             RuntimeError: a factor was not finite at too many refreshes in a row.
         """
-        views = [(batch, index) for batch in batches for index in range(len(batch.views))]
-        bases = [
-            Basis(batch.views[index], side, cost, name_of(batch.views[index], number))
-            for number, (batch, index) in enumerate(views)
-            for side, cost in batch.tiling.refresh_cost.items()
-        ]
+        bases = self._bases(batches)
         self.schedule.spread(bases)
         selected = self._select(bases)
-        items = []
-        for number, (batch, index) in enumerate(views):
-            view, step, sides = batch.views[index], batch.number("step"), batch.tiling.sides
-            measured = [side for side in sides if (view, side) in selected]
-            refreshed: Sequence[Side] = [side for side in measured if selected[view, side]]
-            if step < self.config.basis_interval:
-                refreshed = [side for side in sides if is_early(side, step)]
-            if measured or refreshed:
-                items.append(RefreshItem(batch, index, number, measured, refreshed))
+        chosen = {view for view, _ in selected}
+        items, number = [], -1
+        for batch in batches:
+            step, sides = batch.number("step"), batch.tiling.sides
+            first = step < self.config.basis_interval
+            early: Sequence[Side] = [side for side in sides if first and is_early(side, step)]
+            for index, view in enumerate(batch.views):
+                number += 1
+                if not early and view not in chosen:
+                    continue
+                measured = [side for side in sides if (view, side) in selected]
+                refreshed = [side for side in measured if selected[view, side]]
+                refreshed = list(early) if first else refreshed
+                if measured or refreshed:
+                    items.append(RefreshItem(batch, index, number, measured, refreshed))
         return items
+
+    def _bases(self, batches: Sequence[Batch]) -> list[Basis]:
+        """The bases of all views, made anew where these are not those of the last step."""
+        views = [view for batch in batches for view in batch.views]
+        known, bases = self._known
+        if list(map(id, views)) != list(map(id, known)):
+            costs = [batch.tiling.refresh_cost for batch in batches for _ in batch.views]
+            bases = [
+                Basis(view, side, cost, name_of(view, number))
+                for number, (view, sides) in enumerate(zip(views, costs, strict=True))
+                for side, cost in sides.items()
+            ]
+            self._known = views, bases
+        return bases
 
     def _select(self, bases: Sequence[Basis]) -> dict[tuple[ParamView, Side], bool]:
         """The due bases, less those that are postponed; whether each is refreshed."""
@@ -312,7 +352,7 @@ class BasisRefresh:
         good = [basis for basis in due if energies[basis] < self.config.basis_tolerance]
         poor = [basis for basis in due if basis not in good]
         self.count("basis_skipped", len(good))
-        refreshed = self.schedule.select(poor, self.schedule.average(bases))
+        refreshed = self.schedule.select(poor, self.schedule.average(bases)) if poor else []
         for basis in (*good, *refreshed):
             failed = math.isnan(energies[basis])
             self.count("basis_kept", int(failed))

@@ -20,7 +20,7 @@ from hf_precond.linalg.products import (
     float32_products,
     matmul,
 )
-from hf_precond.optimizers.adamr.batch import Batch, batches
+from hf_precond.optimizers.adamr.batch import Batch, Kind, batches, kinds
 from hf_precond.optimizers.adamr.config import AdamRConfig
 from hf_precond.optimizers.adamr.refresh import UNSCHEDULED, BasisRefresh, Count
 from hf_precond.optimizers.adamr.tiling import Side, Tiling, tile
@@ -150,13 +150,21 @@ class RotatedAdam:
 
     # The step -------------------------------------------------------------------------
 
-    def refresh(self, views: Sequence[ParamView]) -> None:
+    def kinds(self, views: Sequence[ParamView]) -> list[Kind]:
+        """What :meth:`refresh` takes.
+
+        Args:
+            views: all rotated views that take a step.
+        """
+        return kinds([(view, self.tiling(view)) for view in views])
+
+    def refresh(self, found: Sequence[Kind]) -> None:
         """Begin a step: refresh the bases that are due, with the gradients in their factors.
 
         Args:
-            views: all rotated views that take this step, allocated.
+            found: the :meth:`kinds` of all rotated views that take this step, allocated.
         """
-        self.batches = list(batches([(view, self.tiling(view)) for view in views]))
+        self.batches = list(batches(found))
         self.usable = []
         due = self.bases.due(self.batches)
         room = HELD_ELEMENTS
@@ -371,7 +379,7 @@ class RotatedAdamFallback(FallbackOptimizer):
         plain, rotated = self._divided(views)
         if plain:
             self.adamw.update(plain)
-        self.rotated.refresh(rotated)
+        self.rotated.refresh(self.rotated.kinds(rotated))
         self.rotated.step()
 
     def _divided(self, views: Sequence[ParamView]) -> tuple[list[ParamView], list[ParamView]]:
