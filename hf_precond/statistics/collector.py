@@ -229,7 +229,9 @@ class HookedLayer:
     @property
     def dtype(self) -> torch.dtype:
         """float64 where the layer's weight is, float32 elsewhere."""
-        return compute_dtype(next((p.dtype for p in self.layer.parameters()), torch.float32))
+        own = [p for p in self.layer._parameters.values() if p is not None]  # parameters() is slow
+        first = own[0] if own else next(self.layer.parameters(), None)
+        return torch.float32 if first is None else compute_dtype(first.dtype)
 
     def fits(self, inputs: Any, output: Tensor) -> bool:
         """Whether a call has the widths of the layer's weight; a subclass may do anything.

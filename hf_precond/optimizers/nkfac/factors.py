@@ -146,14 +146,19 @@ class KroneckerFactor:
                 state.pop(self._key(name), None)
 
     def __getitem__(self, name: str) -> Any:
-        value = self.states[self.bound.weight][self._key(name)]
+        value = self._held[self._key(name)]
         return value if self.expert is None else value[self.expert]
 
     def __setitem__(self, name: str, value: Any) -> None:
         if self.expert is None:
-            self.states[self.bound.weight][self._key(name)] = value
+            self._held[self._key(name)] = value
         else:
-            self.states[self.bound.weight][self._key(name)][self.expert] = value
+            self._held[self._key(name)][self.expert] = value
+
+    @cached_property
+    def _held(self) -> dict[str, Any]:
+        """The state of its layer: a factor lasts as long as a step's layout, or an expression."""
+        return self.states[self.bound.weight]
 
     @property
     def is_refreshed(self) -> bool:
