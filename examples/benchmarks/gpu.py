@@ -3,7 +3,7 @@
     python examples/benchmarks/gpu.py --out outputs/gpu --limit 900
     python examples/benchmarks/gpu.py --out outputs/gpu --limit 900     # goes on where it stopped
     python examples/benchmarks/gpu.py --only cost --models bert-base --tokens 4096,32768
-    python examples/benchmarks/gpu.py --only predictions --out outputs/gpu     # needs no GPU
+    python examples/benchmarks/gpu.py --only predictions --out outputs/gpu     # on CPUs too
     python examples/benchmarks/gpu.py --device cpu --tiny --out outputs/try     # without a GPU
 
 ``results.json`` has the card, the versions and what was measured; it is rewritten after every
@@ -19,6 +19,7 @@ part, so a run that is cut off loses one part at most.
 - convergence: ``hf-precond bench gpu.toml``, which goes on by itself too; curves in ``loss.png``.
 - predictions: what ``hf-precond explain --device`` says of each ratio, where it knows the card:
   with a fast host, then with one that takes as long for a launch as this one in AdamW's passes.
+  Without a GPU this takes torch's build for CPUs.
 """
 
 from __future__ import annotations

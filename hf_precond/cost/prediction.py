@@ -155,8 +155,14 @@ def predict(
         fields: of a named optimizer.
 
     Raises:
-        ValueError: a field is not legal, or the model reads neither ids nor images.
+        ValueError: a field is not legal, the model reads neither ids nor images, or torch is built
+            with CUDA and sees no device: its backward pass cannot be traced then.
     """
+    if device.kind == "cuda" and torch.version.cuda and not torch.cuda.is_available():
+        raise ValueError(
+            f"the cost on {device.name} cannot be predicted: this torch is built with CUDA and "
+            "sees no device; use torch's build for CPUs, or a machine with a CUDA device."
+        )
     with torch.device("meta"):
         model = make()
     length = length or sequence_length(model)

@@ -80,6 +80,14 @@ def test_a_tiny_model():
     assert "times as long" in text and "gpu.py" in text
 
 
+def test_a_build_with_cuda_and_no_device_is_refused_in_a_sentence(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="built with CUDA and sees no device") as caught:
+        predict(lambda: None, "muon", DEVICE, 64)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_processor_runs_its_own_code():
     size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     # With dropout torch does not fuse it on CPUs.
