@@ -28,6 +28,9 @@ class Layout:
     Args:
         facts: what it was made of; ``None`` where it serves one step only.
         groups: the parameter groups, of which no parameter is freed while it is known by its id.
+
+    Attributes:
+        weights: of the matrices and norm parameters whose layout it is while it is open.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class Layout:
     ) -> None:
         self.facts = facts
         self.open = False
+        self.weights: dict[Any, Tensor] = {}
         self._groups = [(group, [*group["params"]]) for group in groups]
         self._state: list[int] | None = None
         self._made: dict[tuple[Any, ...], Any] = {}
@@ -53,9 +57,19 @@ class Layout:
         known = self._state
         return None not in (facts, known) and facts == self.facts and known == _entries(state)
 
+    def bind(self, bound: Iterable[Any]) -> None:
+        """Say whose layout it is.
+
+        Args:
+            bound: matrices and norm parameters.
+        """
+        self.weights = {item: item.weight for item in bound}
+
     def begin(self) -> None:
         """Open it for a step; after one that is given up it holds no more."""
         self.open, self._state = True, None
+        for item in self.weights:
+            item.layout = self
 
     def note(self, state: States) -> None:
         """Note the state that a step has left.
@@ -68,6 +82,8 @@ class Layout:
     def close(self) -> None:
         """Close it: what is asked for from here on is looked up."""
         self.open = False
+        for item in self.weights:  # and no circle keeps the state of an optimizer that is gone
+            item.layout = CLOSED
 
     def keep(self, name: Any, items: Iterable[Any], make: Callable[[], Made]) -> Made:
         """What was made for some items, made once.

@@ -296,9 +296,8 @@ class PrecondOptimizer(torch.optim.Optimizer):
         if any(id(parameter) not in known for item in bound for parameter in item.members):
             facts = None
         self.layout = Layout(facts, self.param_groups)
+        self.layout.bind(bound)
         self.layout.begin()
-        for item in bound:
-            item.layout = self.layout
         for item in self.bound:
             self.allocate(item)
 

@@ -214,7 +214,8 @@ class BoundNorm:
     @property
     def weight(self) -> Tensor:
         """The parameter as the module holds it now."""
-        return self.norm.parameter
+        layout = self.layout
+        return layout.weights[self] if layout.open else self.norm.parameter
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -279,7 +280,8 @@ class BoundMatrix:
     @property
     def weight(self) -> Tensor:
         """The weight as the module holds it now; its state is the matrix's state."""
-        return self.matrix.weight_parameter
+        layout = self.layout
+        return layout.weights[self] if layout.open else self.matrix.weight_parameter
 
     @property
     def parameters(self) -> list[Tensor]:

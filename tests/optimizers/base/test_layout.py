@@ -1,10 +1,12 @@
 """What a step keeps of the one before: used while nothing changes, never after something did."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
-from torch import nn
+from torch import is_tensor, nn
 
 from hf_precond.optimizers.base.layout import Layout
 from hf_precond.registry import list_optimizers
@@ -60,7 +62,7 @@ def to_float64(model, optimizer):
 
 def copied_state(model, optimizer):
     for state in optimizer.state.values():
-        held = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
+        held = {k: v.clone() if is_tensor(v) else v for k, v in state.items()}
         state.update(held)
 
 
@@ -72,7 +74,7 @@ def new_dictionaries(model, optimizer):
 def state_in_float64(model, optimizer):
     for state in optimizer.state.values():
         for key, value in state.items():
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
+            if is_tensor(value) and value.is_floating_point():
                 state[key] = value.double()
 
 
@@ -141,6 +143,24 @@ def test_no_gradient_is_held_after_a_step(name):
     views = [v for made in optimizer.layout._made.values() for v in flat(made)]
     assert views and all(view.grad is view.param for view in views)
     optimizer.close()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_is_freed_with_its_optimizer(name):
+    model = make("bert")
+    optimizer = build(name, model)
+    for _ in range(3):
+        backward(model, optimizer, batch("bert"))
+        optimizer.step()
+    optimizer.close()
+    held = [weakref.ref(v) for s in optimizer.state.values() for v in s.values() if is_tensor(v)]
+    gc.collect()
+    gc.disable()
+    try:
+        del optimizer
+        assert held and all(reference() is None for reference in held)
+    finally:
+        gc.enable()
 
 
 def flat(made):
