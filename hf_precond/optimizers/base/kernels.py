@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_precond.compat import devices
-from hf_precond.optimizers.base.parameters import BoundMatrix
+from hf_precond.optimizers.base.parameters import BoundMatrix, whole_layers
 
 
 def for_device(tensor: Tensor) -> ModuleType | None:
@@ -38,9 +38,9 @@ def for_batch(bound: Sequence[BoundMatrix]) -> ModuleType | None:
     if found is None:
         return None
     weights, biases = gradients(bound)
-    dtype = weights[0].dtype
-    alike = all(t.is_contiguous() and t.dtype == dtype for t in (*weights, *(biases or ())))
-    return found if alike else None
+    every = [*weights, *(biases or ())]
+    contiguous = all(map(Tensor.is_contiguous, every))
+    return found if contiguous and len({each.dtype for each in every}) == 1 else None
 
 
 def gradients(bound: Sequence[BoundMatrix]) -> tuple[list[Tensor], list[Tensor] | None]:
@@ -49,8 +49,9 @@ def gradients(bound: Sequence[BoundMatrix]) -> tuple[list[Tensor], list[Tensor] 
     Args:
         bound: matrices that are alike, all or none with a bias.
     """
-    weights = [item.weight.grad for item in bound if item.weight.grad is not None]
+    whole = whole_layers(bound)
+    assert whole is not None
+    weights = [weight.grad for weight in whole[0] if weight.grad is not None]
     if bound[0].matrix.bias is None:
         return weights, None
-    biases = [item.matrix.bias_parameter for item in bound]
-    return weights, [b.grad for b in biases if b is not None and b.grad is not None]
+    return weights, [bias.grad for bias in whole[1] if bias.grad is not None]
