@@ -33,8 +33,11 @@ NO_KERNEL = {
     *("_unsafe_view", "lift_fresh", "_local_scalar_dense", "resize_"),
 }
 """Operations that start nothing on the device, besides views."""
-ONLY_WRITTEN = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_", "normal_"}
-"""In-place operations that do not read what they change."""
+ONLY_WRITTEN = {
+    *("copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_", "normal_"),
+    "hf_precond::kernel",
+}
+"""Operations that do not read what they change."""
 LIKE = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "randn_like"}
 """Operations that read no more of their argument than its shape."""
 ROWS = {"embedding", "index", "gather", "index_select", "select_scatter"}

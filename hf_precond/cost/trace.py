@@ -34,11 +34,19 @@ def pretended_device(kind: str = "cuda", capability: tuple[int, int] = (9, 0)) -
         kind: ``cuda``, ``cpu`` or another type of device.
         capability: of a CUDA device.
     """
+    from hf_precond.cost import pretended_kernels
     from hf_precond.optimizers.adamr import batch
+    from hf_precond.optimizers.base import kernels
     from hf_precond.optimizers.base.refresh import FailureRecord
 
+    has_triton = kind == "cuda" and capability >= (7, 0)
     with (
         warnings.catch_warnings(),
+        replaced(
+            kernels,
+            "for_device",
+            lambda tensor: pretended_kernels if has_triton and tensor.is_cuda else None,
+        ),
         replaced(batch, "adjacent", _adjacent),
         # Flags that the host reads hold no numbers: none of them is a failure.
         replaced(FailureRecord, "_judge", lambda *about: None),
