@@ -26,8 +26,8 @@ def _kernel(read: Sequence[Tensor], written: Sequence[Tensor]) -> None:
     torch.ops.hf_precond.kernel(list(read), list(written))
 
 
-class Gradients:
-    """The gradients of a batch.
+class Matrices:
+    """Weights and biases of a batch, or their gradients.
 
     Args:
         weights: of equal matrices.
@@ -35,23 +35,32 @@ class Gradients:
     """
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> None:
-        self.tensors = [*weights, *(biases or ())]
+        self.tensors, self.has_bias = [*weights, *(biases or ())], biases is not None
         self.count = len(weights)
 
 
 def advance(
-    gradients: Gradients, momentum: Tensor, usual: Tensor, *about: Any, **options: Any
+    gradients: Matrices,
+    momentum: Tensor,
+    usual: Tensor,
+    columns: int,
+    beta: float,
+    *,
+    own: int,
+    wide: int,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Three kernels: momentum and partial sums, their end, the momentum in float16."""
+    across = -(-(columns + gradients.has_bias) // own) * wide
     numbers = momentum.new_empty(2, gradients.count)
     _kernel([*gradients.tensors, momentum], [momentum, numbers])
     _kernel([numbers], [usual, numbers])
-    ahead = torch.empty_like(momentum, dtype=torch.float16)
+    ahead = momentum.new_empty(*momentum.shape[:2], across, dtype=torch.float16)
     _kernel([*gradients.tensors, momentum], [ahead])
     return ahead, numbers[0].view(-1, 1, 1)
 
 
-def frobenius_norms(gradients: Gradients, columns: int) -> Tensor:
+def frobenius_norms(gradients: Matrices, columns: int) -> Tensor:
     """One kernel, and the sum of its parts."""
     first = gradients.tensors[0]
     parts = torch.empty(gradients.count, 2, device=first.device)
@@ -59,7 +68,7 @@ def frobenius_norms(gradients: Gradients, columns: int) -> Tensor:
     return parts.sum(1).sqrt_()
 
 
-def halved(gradients: Gradients, scales: Tensor, columns: int, shape: tuple[int, int]) -> Tensor:
+def halved(gradients: Matrices, scales: Tensor, columns: int, shape: tuple[int, int]) -> Tensor:
     """One kernel."""
     out = torch.empty(gradients.count, *shape, dtype=torch.float16, device=scales.device)
     _kernel([*gradients.tensors, scales], [out])
@@ -80,6 +89,13 @@ def scaled_steps(
     rest = lengths.new_empty(len(found), rows) if has_bias else None
     _kernel([found, norms, lengths], [steps] if rest is None else [steps, rest])
     return steps, rest
+
+
+def descend(
+    parameters: Matrices, found: Tensor, norms: Tensor, lengths: Tensor, *about: Any
+) -> None:
+    """One kernel."""
+    _kernel([*parameters.tensors, found, norms, lengths], parameters.tensors)
 
 
 def unpacked(packed: Tensor, sizes: Tensor, n: int, wide: int) -> Tensor:

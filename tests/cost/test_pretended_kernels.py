@@ -13,7 +13,7 @@ real = pytest.importorskip("hf_precond.optimizers.base.triton_kernels")
 ROWS, COLUMNS = 5, 6
 OPTIONS = {
     "decay": 0.9, "started": True, "noise": 0.3, "length": 5.0, "longest": 2.0, "height": 64.0,
-    "nesterov": True,
+    "nesterov": True, "own": 4, "wide": 8,
 }  # fmt: skip
 CALLS = {
     "advance": lambda k, g: k.advance(
@@ -24,18 +24,21 @@ CALLS = {
     "scaled_steps": lambda k, g: k.scaled_steps(
         torch.ones(3, 8, 8).half(), torch.ones(3), torch.ones(3), COLUMNS, True, ROWS
     ),
+    "descend": lambda k, g: k.descend(
+        g, torch.ones(3, ROWS, 16).half(), torch.ones(3), torch.ones(3), COLUMNS, 4, 8, (1.0,) * 4
+    ),
     "unpacked": lambda k, g: k.unpacked(torch.ones(3, 2, 21), torch.ones(3), 6, 8),
 }
 
 
 def gradients(kernels):
     weights = [torch.ones(ROWS, COLUMNS) for _ in range(3)]
-    return kernels.Gradients(weights, [torch.ones(ROWS) for _ in range(3)])
+    return kernels.Matrices(weights, [torch.ones(ROWS) for _ in range(3)])
 
 
 def about(found):
     found = found if isinstance(found, tuple) else (found,)
-    return [(tuple(t.shape), t.dtype) for t in found]
+    return [t if t is None else (tuple(t.shape), t.dtype) for t in found]
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -63,6 +66,7 @@ def test_traffic():
         pretended_kernels.advance(found, momentum, usual, COLUMNS, 0.9, **OPTIONS)
     kernels = [kernel for kernel in seen.records if kernel.name == pretended_kernels.KERNEL]
     grads, numbers = 3 * ROWS * (COLUMNS + 1), 3 * ROWS * 8
-    expected = [4 * (grads + 2 * numbers + 6), 4 * (6 + 3 + 6), 4 * (grads + numbers) + 2 * numbers]
+    half = 2 * 3 * ROWS * 16
+    expected = [4 * (grads + 2 * numbers + 6), 4 * (6 + 3 + 6), 4 * (grads + numbers) + half]
     assert [kernel.bytes for kernel in kernels] == expected
     assert all(kernel.launches == 1 for kernel in kernels)

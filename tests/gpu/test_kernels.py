@@ -40,8 +40,8 @@ def test_the_momentum_and_the_steps(rows, columns, bias, dtype, kernels, cuda):
     norms = whole[..., :columns].flatten(1).norm(dim=1)
     average = 0.9 * usual.double() + 0.1 * norms
     found, lengths = kernels.advance(
-        kernels.Gradients(grads, biases), momentum, usual, columns, beta, decay=0.9, started=True,
-        noise=noise, length=length, longest=2.0, height=64.0, nesterov=True,
+        kernels.Matrices(grads, biases), momentum, usual, columns, beta, decay=0.9, started=True,
+        noise=noise, length=length, longest=2.0, height=64.0, nesterov=True, own=width, wide=width,
     )  # fmt: skip
     torch.testing.assert_close(momentum.double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(usual.double(), average, rtol=1e-5, atol=0)
@@ -52,6 +52,14 @@ def test_the_momentum_and_the_steps(rows, columns, bias, dtype, kernels, cuda):
     ahead *= 64 / expected.abs().amax((1, 2), keepdim=True)
     torch.testing.assert_close(found.double(), ahead, rtol=2**-10, atol=1e-6)
     norms = found.float().flatten(1).norm(dim=1)
+    held = kernels.Matrices([g.clone() for g in grads], [b.clone() for b in biases or ()] or None)
+    rates = (0.5, 0.2, 0.25, 0.0)
+    kernels.descend(held, found, norms, lengths, columns, width, width, rates)
+    right = found.float() * (lengths / norms[:, None, None])
+    error = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 8e-3, "atol": 1e-3}
+    for place in range(count):
+        after = 0.9 * grads[place].float() - 0.5 * right[place, :, :columns]
+        torch.testing.assert_close(held.tensors[place].float(), after, **error)
     steps, rest = kernels.scaled_steps(found, norms, lengths, columns, bias)
     right = found.float() * (lengths / norms[:, None, None])
     torch.testing.assert_close(steps, right[..., :columns].contiguous())

@@ -20,7 +20,7 @@ kernels = pytest.importorskip("hf_precond.optimizers.base.triton_kernels")
 CPU = torch.device("cpu")
 FIELDS = {
     "decay": 0.9, "started": False, "noise": 0.3, "length": 5.0, "longest": 2.0, "height": 64.0,
-    "nesterov": True,
+    "nesterov": True, "own": 8, "wide": 8,
 }  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def test_the_momentum_and_its_length(values, dtype, bias, block, monkeypatch):
     grads, biases, momentum = gradients(dtype, bias)
     usual, fields, beta = torch.tensor([0.0, 2.0, 40.0]), FIELDS | values, 0.8
     before, old = momentum.double(), usual.double()
-    table = kernels.Gradients(grads, biases)
+    table = kernels.Matrices(grads, biases)
     found, lengths = kernels.advance(table, momentum, usual, 6, beta, **fields)
     whole = torch.zeros(3, 5, 8, dtype=torch.float64)
     whole[..., :6] = torch.stack(grads)
@@ -70,16 +70,56 @@ def test_a_bad_gradient_stays_out_of_the_average(bad):
     grads, biases, momentum = gradients(torch.float32, True)
     grads[1][2, 3] = bad
     usual = torch.ones(3)
-    kernels.advance(kernels.Gradients(grads, biases), momentum, usual, 6, 0.9, **FIELDS)
+    kernels.advance(kernels.Matrices(grads, biases), momentum, usual, 6, 0.9, **FIELDS)
     assert usual.isfinite().all() and usual[1] == pytest.approx(0.9)
     assert not momentum[1].isfinite().all() and momentum[[0, 2]].isfinite().all()
 
 
 def test_zeros_stay_zeros():
     momentum, usual = torch.zeros(1, 5, 8), torch.zeros(1)
-    table = kernels.Gradients([torch.zeros(5, 6)], None)
+    table = kernels.Matrices([torch.zeros(5, 6)], None)
     found, lengths = kernels.advance(table, momentum, usual, 6, 0.9, **FIELDS)
     assert not found.any() and not lengths.any() and not usual.any()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("own", "wide"), [(3, 8), (4, 4), (7, 8)])
+def test_blocks_of_columns(own, wide, bias):
+    grads, biases, momentum = gradients(torch.float32, bias)
+    table, usual = kernels.Matrices(grads, biases), torch.ones(3)
+    whole, _ = kernels.advance(table, momentum.clone(), usual.clone(), 6, 0.8, **FIELDS)
+    fields = FIELDS | {"own": own, "wide": wide}
+    found, _ = kernels.advance(table, momentum, usual, 6, 0.8, **fields)
+    blocks = -(-(6 + bias) // own)
+    assert found.shape == (3, 5, blocks * wide)
+    parts = found.unflatten(2, (blocks, wide))
+    assert not parts[..., own:].any()
+    joined = parts[..., :own].flatten(2)
+    assert torch.equal(joined[..., : 6 + bias], whole[..., : 6 + bias])
+    assert not joined[..., 6 + bias :].any()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("own", "wide"), [(3, 8), (8, 8)])
+def test_descent(own, wide, dtype, bias):
+    weights, biases, _ = gradients(dtype, bias)
+    old = torch.stack(weights).double(), torch.stack(biases).double() if bias else None
+    blocks = -(-(6 + bias) // own)
+    found = torch.randn(3, 5, blocks * wide).half()
+    norms, lengths = torch.rand(3) + 0.5, torch.rand(3)
+    versions = [tensor._version for tensor in weights]
+    table = kernels.Matrices(weights, biases)
+    kernels.descend(table, found, norms, lengths, 6, own, wide, (0.5, 0.2, 0.25, 0.1))
+    steps = found.double().unflatten(2, (blocks, wide))[..., :own].flatten(2)
+    steps = steps * (lengths / norms).double()[:, None, None]
+    error = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 8e-3, "atol": 1e-3}
+    right = 0.9 * old[0] - 0.5 * steps[..., :6]
+    torch.testing.assert_close(torch.stack(weights).double(), right, **error)
+    if bias:
+        right = 0.975 * old[1] - 0.25 * steps[..., 6]
+        torch.testing.assert_close(torch.stack(biases).double(), right, **error)
+    assert all(tensor._version > old for tensor, old in zip(weights, versions, strict=True))
 
 
 @pytest.mark.parametrize("block", [16, 4096])
@@ -92,7 +132,7 @@ def test_norms_and_halves_of_gradients(dtype, bias, block, monkeypatch):
     whole[:, :5, :6] = torch.stack(grads)
     if bias:
         whole[:, :5, 6] = torch.stack(biases)
-    table, scales = kernels.Gradients(grads, biases), torch.tensor([1.0, 2.0, 0.5])
+    table, scales = kernels.Matrices(grads, biases), torch.tensor([1.0, 2.0, 0.5])
     norms = kernels.frobenius_norms(table, 6)
     torch.testing.assert_close(norms.double(), whole.flatten(1).norm(dim=1), rtol=1e-5, atol=0)
     found = kernels.halved(table, scales, 6, (8, 16))
@@ -182,7 +222,7 @@ def test_losses_are_those_of_torchs_operations(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["advance", "scaled_steps", "frobenius_norms", "halved", "unpacked"]
+    "name", ["advance", "descend", "scaled_steps", "frobenius_norms", "halved", "unpacked"]
 )
 def test_a_kernel_with_other_results_is_not_used(name, monkeypatch, caplog):
     own = getattr(kernels, name)
@@ -190,6 +230,7 @@ def test_a_kernel_with_other_results_is_not_used(name, monkeypatch, caplog):
     def wrong(*args, **kwargs):
         found = own(*args, **kwargs)
         first = found[0] if isinstance(found, tuple) else found
+        first = args[0].tensors[0] if name == "descend" else first
         first.view(-1)[-1 if name == "frobenius_norms" else 5] += 0.1
         return found
 

@@ -19,12 +19,14 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_precond.architectures.structure import LayerMatrix
 from hf_precond.linalg.matrix_functions import (
     half_direction,
     half_newton_schulz,
@@ -89,6 +91,11 @@ class BatchedPreconditioner(TwoSidedPreconditioner):
             wide = self._widened(gradient)
             found = self._in_half(wide) if self.half else super().spectral(wide)
             return self._narrowed(found, gradient)
+
+    def spectral_of_wide(self, gradient: Tensor) -> Tensor:
+        """The same, in half precision, of blocks of columns as wide as their factors."""
+        with float32_products(self.precision, gradient):
+            return self._in_half(gradient)
 
     def _in_half(self, gradient: Tensor) -> Tensor:
         if self.form == "rows":
@@ -186,13 +193,10 @@ def _stacked(
     """
     if not rights:
         return None
-    factors = torch.stack([right.stored(optimizer.state) for right in rights])
-    triton = kernels.for_device(first.bound.weight) if half and rights[0].packed else None
+    triton = kernels.for_device(first.bound.weight) if half and not first.bound.bias_rests else None
     if triton is not None:
-        dims, size = tuple(range(1, factors.dim())), rights[0].shape[-1]
-        sizes = torch.linalg.vector_norm(factors, torch.inf, dims, dtype=torch.float32)
-        halves = triton.unpacked(factors, sizes, size, aligned(size))
-        return halves if halves.dim() == 4 else halves.unsqueeze(1)
+        return _halved(optimizer, rights, triton)
+    factors = torch.stack([right.stored(optimizer.state) for right in rights])
     if half:
         dims = tuple(range(1, factors.dim()))  # no factor is zero
         sizes = torch.linalg.vector_norm(
@@ -215,6 +219,23 @@ def _stacked(
     factors = factors if factors.dim() == 4 else factors.unsqueeze(1)
     extra = aligned(factors.shape[-1]) - factors.shape[-1]
     return F.pad(factors, (0, extra, 0, extra)) if extra else factors
+
+
+def _halved(optimizer: AFOpt, rights: Sequence[RightFactor], triton: ModuleType) -> Tensor:
+    """As :func:`_stacked` in float16, by Triton kernels."""
+    stored, size = [right.stored(optimizer.state) for right in rights], rights[0].shape[-1]
+    blocks, wide = rights[0].blocks, aligned(size)
+    if rights[0].packed:
+        factors = torch.stack(stored)
+        dims = tuple(range(1, factors.dim()))
+        sizes = torch.linalg.vector_norm(factors, torch.inf, dims, dtype=torch.float32)
+        found: Tensor = triton.unpacked(factors, sizes, size, wide)
+    else:
+        sizes = torch.stack(torch._foreach_norm(stored, torch.inf)).float()
+        each = [part for factor in stored for part in factor.reshape(-1, size, size).unbind()]
+        scales = sizes.reciprocal().repeat_interleave(blocks) if blocks > 1 else sizes.reciprocal()
+        found = triton.halved(triton.Matrices(each, None), scales, size, (wide, wide))
+    return found.view(len(rights), blocks, wide, wide)
 
 
 def aligned(size: int) -> int:
@@ -244,43 +265,84 @@ def step_in_half(optimizer: AFOpt, batch: Sequence[MatrixPlan]) -> Iterator[Prec
     )
     if not usual or config.covariant_damping or bound[0].bias_rests or not are_alike(bound):
         return None
-    return _stepped(optimizer, batch, bound)
+    rates = _rates(optimizer, bound) if config.scaling == "adaptive" else None
+    triton = kernels.for_batch(bound, steps=True) if rates is not None else None
+    if rates is None or triton is None:
+        return _stepped(optimizer, batch, bound)
+    return _stepped_by_kernels(optimizer, batch, bound, rates, triton)
 
 
 def _stepped(
     optimizer: AFOpt, batch: Sequence[MatrixPlan], bound: Sequence[BoundMatrix]
 ) -> Iterator[Preconditioned]:
-    matrix = bound[0].matrix
-    momentum = _state_stack(
-        optimizer, batch, "momentum", (matrix.shape[0], aligned(matrix.columns))
-    )
-    trends = _state_stack(optimizer, batch, optimizer.trend, (1, 1))
-    length = RMS * math.sqrt(matrix.shape[0] * matrix.columns) * optimizer.config.lr_scale
-    triton = kernels.for_batch(bound) if optimizer.config.scaling == "adaptive" else None
-    if triton is None:
-        ahead, lengths = _advanced(optimizer, batch, momentum, trends, length)
-    else:  # in three kernels, and without a stack of the gradients
-        beta = optimizer.param_groups[bound[0].group]["momentum"]
-        ahead, lengths = triton.advance(
-            triton.Gradients(*kernels.gradients(bound)), momentum, trends, matrix.shape[1], beta,
-            decay=NORM_DECAY, started=optimizer.have_norms(batch),
-            noise=math.sqrt((1 - beta) / (1 + beta)), length=length, longest=LONGEST,
-            height=HEIGHT, nesterov=optimizer.config.nesterov,
-        )  # fmt: skip
+    matrix, momentum, trends, length = _step_of(optimizer, batch)
+    ahead, lengths = _advanced(optimizer, batch, momentum, trends, length)
     factors, size, columns = _half_factors(optimizer, batch), matrix.columns, matrix.shape[1]
     blocks = 1 if factors.stack is None else factors.stack.shape[1]
     found = factors.spectral(ahead if blocks == 1 else ahead[..., :size])
     norms = torch.linalg.vector_norm(found, dim=(1, 2), keepdim=True, dtype=torch.float32)
-    if triton is not None:
-        joined = matrix.bias is not None
-        steps, rest = triton.scaled_steps(found.contiguous(), norms, lengths, columns, joined)
-    else:
-        lengths /= norms.clamp(min=torch.finfo(torch.float32).tiny)
-        steps = lengths.new_empty(len(batch), found.shape[1], columns)
-        torch.mul(found[..., :columns], lengths, out=steps)
-        rest = None if matrix.bias is None else found[..., columns] * lengths[..., 0]
+    lengths /= norms.clamp(min=torch.finfo(torch.float32).tiny)
+    steps = lengths.new_empty(len(batch), found.shape[1], columns)
+    torch.mul(found[..., :columns], lengths, out=steps)
+    rest = None if matrix.bias is None else found[..., columns] * lengths[..., 0]
     for item, parts in zip(bound, split_stacks(bound, steps, rest), strict=True):
         yield Preconditioned(item, parts[0], "direction", parts)
+
+
+def _stepped_by_kernels(
+    optimizer: AFOpt,
+    batch: Sequence[MatrixPlan],
+    bound: Sequence[BoundMatrix],
+    rates: tuple[float, float, float, float],
+    triton: ModuleType,
+) -> Iterator[Preconditioned]:
+    """As :func:`_stepped`, without stacks of gradients and steps; the parameters are changed."""
+    matrix, momentum, trends, length = _step_of(optimizer, batch)
+    beta = optimizer.param_groups[bound[0].group]["momentum"]
+    factors = _half_factors(optimizer, batch)
+    blocks, wide = (1, momentum.shape[2]) if factors.stack is None else factors.stack.shape[1:3]
+    own, columns = -(-matrix.columns // blocks), matrix.shape[1]
+    ahead, lengths = triton.advance(
+        triton.Matrices(*kernels.gradients(bound)), momentum, trends, columns, beta,
+        decay=NORM_DECAY, started=optimizer.have_norms(batch),
+        noise=math.sqrt((1 - beta) / (1 + beta)), length=length, longest=LONGEST,
+        height=HEIGHT, nesterov=optimizer.config.nesterov, own=own, wide=wide,
+    )  # fmt: skip
+    found = factors.spectral_of_wide(ahead).contiguous()
+    norms = torch.linalg.vector_norm(found, dim=(1, 2), dtype=torch.float32)
+    parameters = triton.Matrices(*kernels.parameters(bound))
+    triton.descend(parameters, found, norms, lengths, columns, own, wide, rates)
+    for item in bound:
+        yield Preconditioned(item, None, "applied")
+
+
+def _rates(
+    optimizer: AFOpt, bound: Sequence[BoundMatrix]
+) -> tuple[float, float, float, float] | None:
+    """Rate and weight decay of weights and of biases; ``None`` where a kernel cannot take them."""
+    weight, bias = bound[0].group, bound[0].bias_group
+    if bound[0].matrix.bias is None:
+        bias = weight
+    if bias is None or any(item.bias_group != bound[0].bias_group for item in bound):
+        return None
+    groups = (optimizer.param_groups[number] for number in (weight, bias))
+    rates = [group[name] for group in groups for name in ("lr", "weight_decay")]
+    if any(isinstance(rate, Tensor) for rate in rates):
+        return None
+    first, second, third, fourth = map(float, rates)
+    return first, second, third, fourth
+
+
+def _step_of(
+    optimizer: AFOpt, batch: Sequence[MatrixPlan]
+) -> tuple[LayerMatrix, Tensor, Tensor, float]:
+    """The matrix; its momentum and average of norms, stacked; the length of a step of noise."""
+    matrix = batch[0].bound.matrix
+    shape = matrix.shape[0], aligned(matrix.columns)
+    momentum = _state_stack(optimizer, batch, "momentum", shape)
+    trends = _state_stack(optimizer, batch, optimizer.trend, (1, 1))
+    length = RMS * math.sqrt(matrix.shape[0] * matrix.columns) * optimizer.config.lr_scale
+    return matrix, momentum, trends, length
 
 
 def _advanced(

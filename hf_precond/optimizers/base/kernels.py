@@ -25,11 +25,12 @@ def for_device(tensor: Tensor) -> ModuleType | None:
     return triton_kernels if triton_kernels.usable(tensor.device) else None
 
 
-def for_batch(bound: Sequence[BoundMatrix]) -> ModuleType | None:
+def for_batch(bound: Sequence[BoundMatrix], steps: bool = False) -> ModuleType | None:
     """The same, where they read the gradients of a batch, too: contiguous, stored ``[out, in]``.
 
     Args:
         bound: matrices that are alike and have gradients.
+        steps: whether they are to step the parameters as well.
     """
     first = bound[0]
     if first.dtype != torch.float32 or first.matrix.layout == "transposed":
@@ -37,14 +38,28 @@ def for_batch(bound: Sequence[BoundMatrix]) -> ModuleType | None:
     found = for_device(first.weight)
     if found is None:
         return None
-    weights, biases = gradients(bound)
-    every = [*weights, *(biases or ())]
-    contiguous = all(map(Tensor.is_contiguous, every))
-    return found if contiguous and len({each.dtype for each in every}) == 1 else None
+    for weights, biases in (gradients(bound), parameters(bound))[: 1 + steps]:
+        every = [*weights, *(biases or ())]
+        contiguous = all(map(Tensor.is_contiguous, every))
+        if not contiguous or len({each.dtype for each in every}) > 1:
+            return None
+    return found
+
+
+def parameters(bound: Sequence[BoundMatrix]) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Weights and biases as they are.
+
+    Args:
+        bound: matrices that are alike, all or none with a bias.
+    """
+    whole = whole_layers(bound)
+    assert whole is not None
+    weights = [weight.detach() for weight in whole[0]]
+    return weights, None if bound[0].matrix.bias is None else [b.detach() for b in whole[1]]
 
 
 def gradients(bound: Sequence[BoundMatrix]) -> tuple[list[Tensor], list[Tensor] | None]:
-    """The gradients of weights and biases as they are.
+    """Their gradients.
 
     Args:
         bound: matrices that are alike, all or none with a bias.

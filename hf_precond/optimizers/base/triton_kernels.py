@@ -118,18 +118,50 @@ def _finish(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _ahead(  # type: ignore[no-untyped-def]
-    weights, biases, like, momentum, scales, out, rows, columns, width, ahead,
+    weights, biases, like, momentum, scales, out, rows, columns, width, across, own, wide, ahead,
     has_bias: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(1)
     place = tl.program_id(0) * block + tl.arange(0, block)
-    inside = place < rows * width
-    row, column = place // width, place % width
-    g = _gradient(weights, biases, i, row, column, columns, inside, has_bias, like)
-    shift = i.to(tl.int64) * rows * width
-    m = tl.load(momentum + shift + place, inside, 0.0)
-    found = tl.load(scales + i) * (m + ahead * g)
-    tl.store(out + shift + place, found.to(tl.float16), inside)
+    row, column, valid = _place(place, rows, width, across, own, wide)
+    g = _gradient(weights, biases, i, row, column, columns, valid, has_bias, like)
+    at = momentum + i.to(tl.int64) * rows * width + row * width + column
+    found = tl.load(scales + i) * (tl.load(at, valid, 0.0) + ahead * g)
+    to = out + i.to(tl.int64) * rows * across + place
+    tl.store(to, found.to(tl.float16), place < rows * across)
+
+
+@triton.jit
+def _place(place, rows, width, across, own, wide):  # type: ignore[no-untyped-def]
+    """Row and column of an entry whose columns stand in blocks of ``own``, each ``wide``."""
+    row, there = place // across, place % across
+    column = there // wide * own + there % wide
+    valid = (place < rows * across) & (there % wide < own) & (column < width)
+    return row, column, valid
+
+
+@triton.jit
+def _descend(  # type: ignore[no-untyped-def]
+    weights, biases, like, found, norms, lengths, rows, columns, across, own, wide, tiny,
+    lr, decay, bias_lr, bias_decay, has_bias: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(1)
+    place = tl.program_id(0) * block + tl.arange(0, block)
+    row, column, valid = _place(place, rows, columns + has_bias, across, own, wide)
+    size = tl.load(lengths + i) / tl.maximum(tl.load(norms + i), tiny)
+    step = size * tl.load(found + i.to(tl.int64) * rows * across + place, valid, 0.0)
+    kind = tl.pointer_type(like.dtype.element_ty)
+    at = tl.load(weights + i).to(kind) + row * columns + column
+    inside = valid & (column < columns)
+    before = tl.load(at, inside, 0.0).to(tl.float32)
+    after = before * (1.0 - lr * decay) - lr * step
+    tl.store(at, after.to(like.dtype.element_ty), inside)
+    if has_bias:
+        at = tl.load(biases + i).to(kind) + row
+        inside = valid & (column == columns)
+        before = tl.load(at, inside, 0.0).to(tl.float32)
+        after = before * (1.0 - bias_lr * bias_decay) - bias_lr * step
+        tl.store(at, after.to(like.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -169,8 +201,8 @@ def _unpack(packed, sizes, out, n, blocks, wide, entries, tile: tl.constexpr):  
     tl.store(to, value.to(tl.float16), (i < wide) & (j < wide))
 
 
-class Gradients:
-    """Where the gradients of a batch are.
+class Matrices:
+    """Where the weights and biases of a batch are, or their gradients.
 
     Args:
         weights: of equal matrices, contiguous, ``[out, in]`` each or of so many entries.
@@ -179,8 +211,8 @@ class Gradients:
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> None:
         self.like, self.has_bias, self.count = weights[0], biases is not None, len(weights)
-        self._kept = (*weights, *(biases or ()))  # addresses keep nothing alive
-        places = [tensor.data_ptr() for tensor in self._kept]
+        self.tensors = (*weights, *(biases or ()))  # addresses keep nothing alive
+        places = [tensor.data_ptr() for tensor in self.tensors]
         table = _table(tuple(places), self.like.device)
         self.weights, self.biases = table[: len(weights)], table[-len(weights) :]
 
@@ -196,7 +228,7 @@ def _table(places: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def advance(
-    gradients: Gradients,
+    gradients: Matrices,
     momentum: Tensor,
     usual: Tensor,
     columns: int,
@@ -209,6 +241,8 @@ def advance(
     longest: float,
     height: float,
     nesterov: bool,
+    own: int,
+    wide: int,
 ) -> tuple[Tensor, Tensor]:
     """The momentum of a batch, in place, and what becomes of it in float16.
 
@@ -229,11 +263,14 @@ def advance(
         longest: the largest of the lengths over that.
         height: the largest entry of a momentum in float16.
         nesterov: whether G is added once more.
+        own: columns of a block of the result.
+        wide: columns that each block takes there, zeros beyond its own.
 
     Returns:
-        ``[n, out, width]`` in float16, and the lengths, ``[n, 1, 1]``.
+        ``[n, out, blocks · wide]`` in float16, and the lengths, ``[n, 1, 1]``.
     """
     count, rows, width = momentum.shape
+    across = -(-(columns + gradients.has_bias) // own) * wide
     grid = triton.cdiv(rows * width, BLOCK), count
     partial = momentum.new_empty(count, grid[0], 3)
     lengths, scales = momentum.new_empty(2, count)
@@ -248,16 +285,16 @@ def advance(
             partial, grid[0], usual, lengths, scales, decay, noise, length, longest, height, tiny,
             started=started, chunks=triton.cdiv(grid[0], 256), block=256,
         )  # fmt: skip
-        out = torch.empty_like(momentum, dtype=torch.float16)
+        out = momentum.new_empty(count, rows, across, dtype=torch.float16)
         ahead = (1 - beta) / beta if nesterov and beta > 0 else 0.0
-        _ahead[grid](
-            *table, momentum, scales, out, rows, columns, width, ahead,
+        _ahead[triton.cdiv(rows * across, BLOCK), count](
+            *table, momentum, scales, out, rows, columns, width, across, own, wide, ahead,
             has_bias=gradients.has_bias, block=BLOCK, num_warps=8,
         )  # fmt: skip
     return out, lengths.view(-1, 1, 1)
 
 
-def frobenius_norms(gradients: Gradients, columns: int) -> Tensor:
+def frobenius_norms(gradients: Matrices, columns: int) -> Tensor:
     """Norms of ``[dW | db]``, n numbers.
 
     Args:
@@ -275,7 +312,7 @@ def frobenius_norms(gradients: Gradients, columns: int) -> Tensor:
     return partial.sum(1).sqrt_()
 
 
-def halved(gradients: Gradients, scales: Tensor, columns: int, shape: tuple[int, int]) -> Tensor:
+def halved(gradients: Matrices, scales: Tensor, columns: int, shape: tuple[int, int]) -> Tensor:
     """``[dW | db]`` times a number each, in float16, zeros beyond.
 
     Args:
@@ -330,6 +367,39 @@ def scaled_steps(
             width, tiny, has_bias=has_bias, block=BLOCK, num_warps=8,
         )  # fmt: skip
     return steps, rest
+
+
+def descend(
+    parameters: Matrices,
+    found: Tensor,
+    norms: Tensor,
+    lengths: Tensor,
+    columns: int,
+    own: int,
+    wide: int,
+    rates: tuple[float, float, float, float],
+) -> None:
+    """``p ← (1 - lr·wd) p - lr · length / norm · u``, rounded once to the parameters' dtype.
+
+    Args:
+        parameters: changed in place.
+        found: u, ``[n, out, blocks · wide]``, float16, contiguous; as :func:`advance` lays it out.
+        norms: n numbers.
+        lengths: likewise.
+        columns: of a weight.
+        own: see :func:`advance`.
+        wide: the same.
+        rates: lr and wd of the weights, lr and wd of the biases.
+    """
+    count, rows, across = found.shape
+    tiny = torch.finfo(torch.float32).tiny
+    with torch.cuda.device_of(found):
+        _descend[triton.cdiv(rows * across, BLOCK), count](
+            parameters.weights, parameters.biases, parameters.like, found, norms, lengths, rows,
+            columns, across, own, wide, tiny, *rates,
+            has_bias=parameters.has_bias, block=BLOCK, num_warps=8,
+        )  # fmt: skip
+    torch.autograd.graph.increment_version(parameters.tensors)
 
 
 def unpacked(packed: Tensor, sizes: Tensor, n: int, wide: int) -> Tensor:
@@ -391,12 +461,12 @@ def trial(device: Any) -> None:
     whole, momentum = numbers(2, rows, columns + 6), numbers(2, rows, columns + 6).mul(0.5)
     whole[..., columns + 1 :], momentum[..., columns + 1 :] = 0, 0
     weights = [part[:, :columns].contiguous() for part in whole]
-    gradients = Gradients(weights, [part[:, columns].contiguous() for part in whole])
+    gradients = Matrices(weights, [part[:, columns].contiguous() for part in whole])
     expected = torch.lerp(momentum, whole, 1 - beta)
     usual = torch.tensor([0.0, 1.0], device=device)
     half, lengths = advance(
         gradients, momentum, usual, columns, beta, decay=0.9, started=False, noise=0.8,
-        length=3.0, longest=2.0, height=64.0, nesterov=True,
+        length=3.0, longest=2.0, height=64.0, nesterov=True, own=66, wide=72,
     )  # fmt: skip
     norms, ours = (t[..., :columns].flatten(1).norm(dim=1) for t in (whole, expected))
     average = torch.stack([norms[0], 0.9 + 0.1 * norms[1]])
@@ -404,7 +474,16 @@ def trial(device: Any) -> None:
     same(usual, average)
     same(lengths.flatten(), (ours / (0.8 * average)).clamp(max=2.0) * 3.0)
     scale = 64 / expected.abs().amax((1, 2), keepdim=True)
-    same(half, (expected + (1 / beta - 1) * whole) * scale, 2e-3)
+    ahead = (expected + (1 / beta - 1) * whole) * scale
+    first, last = half.split(72, 2)
+    same(torch.cat([first[..., :66], last[..., :65]], 2), ahead[..., : columns + 1], 2e-3)
+    assert not first[..., 66:].any() and not last[..., 65:].any()
+    held = [part.clone() for part in weights], [part[:, 0].clone() for part in weights]
+    descend(Matrices(*held), half, norms, lengths, columns, 66, 72, (0.5, 0.1, 0.25, 0.0))
+    right = ahead * (lengths / norms[:, None, None])
+    same(torch.stack(held[0]), 0.95 * whole[..., :columns] - 0.5 * right[..., :columns], 2e-3)
+    same(torch.stack(held[1]), whole[..., 0] - 0.25 * right[..., columns], 2e-3)
+    half = ahead.half()
     steps, rest = scaled_steps(half, norms, lengths, columns, True)
     right = half.float() * (lengths / norms[:, None, None])
     same(steps, right[..., :columns])

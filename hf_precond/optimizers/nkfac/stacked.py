@@ -131,7 +131,7 @@ class InPlace:
     def __init__(self, batch: Sequence[BoundMatrix], triton: ModuleType) -> None:
         self.triton, self.matrix = triton, batch[0].matrix
         self.rows, self.columns = self.matrix.shape
-        self.gradients = triton.Gradients(*kernels.gradients(batch))
+        self.gradients = triton.Matrices(*kernels.gradients(batch))
 
     def norms(self) -> Tensor:
         """Of ``[dW | db]``, ``[n, 1, 1]``."""
