@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from hf_precond.statistics import moments
-from hf_precond.statistics.moments import Collection, as_rows, moment, second_moment
+from hf_precond.statistics.moments import (
+    Collection,
+    as_rows,
+    block_moment,
+    moment,
+    second_moment,
+)
 from tests.rounding import accelerator
 
 
@@ -64,3 +70,27 @@ def test_so_many_rows_enter_on_an_accelerator_unless_a_number_is_given():
     assert limits() == [0, 0, 7]
     with accelerator():
         assert limits() == [moments.ROWS, 0, 7]
+
+
+@pytest.mark.parametrize("size", [1, 5, 8, 13, 24])
+@pytest.mark.parametrize("blocks", [1, 2, 3, 4])
+@pytest.mark.parametrize("constant", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_blocks_of_half_precision_are_those_of_float64(weighted, constant, blocks, size):
+    torch.manual_seed(size)
+    rows = torch.randn(40, size).bfloat16()
+    # Weights that bfloat16 holds: the product rounds them, and the count does not.
+    weights = torch.randint(0, 9, (40,)) / 8 if weighted else None
+    exact = rows.double(), None if weights is None else weights.double()
+    with accelerator():
+        found = block_moment(rows, weights, constant, blocks)
+        whole = moment(rows, weights, constant)
+    error = 1e-2 if weighted else 1e-6  # a weighted row is rounded
+    for one, other in (
+        (found, block_moment(*exact, constant, blocks)),
+        (whole, moment(*exact, constant)),
+    ):
+        assert one.shape == other.shape and one.dtype == torch.float32
+        assert (one - other).abs().max() <= error * other.abs().max()
+    if constant and weighted:
+        assert whole[size, size] == weights.sum()
