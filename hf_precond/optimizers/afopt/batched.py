@@ -19,6 +19,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,7 @@ from hf_precond.optimizers.afopt.optimizer import (
 )
 from hf_precond.optimizers.afopt.plan import MatrixPlan, RightFactor
 from hf_precond.optimizers.base import kernels
+from hf_precond.optimizers.base.layout import kept
 from hf_precond.optimizers.base.parameters import (
     BoundMatrix,
     Preconditioned,
@@ -337,10 +339,12 @@ def _step_of(
     optimizer: AFOpt, batch: Sequence[MatrixPlan]
 ) -> tuple[LayerMatrix, Tensor, Tensor, float]:
     """The matrix; its momentum and average of norms, stacked; the length of a step of noise."""
-    matrix = batch[0].bound.matrix
-    shape = matrix.shape[0], aligned(matrix.columns)
-    momentum = _state_stack(optimizer, batch, "momentum", shape)
-    trends = _state_stack(optimizer, batch, optimizer.trend, (1, 1))
+    matrix, bound = batch[0].bound.matrix, [plan.bound for plan in batch]
+    shapes = {"momentum": (matrix.shape[0], aligned(matrix.columns)), optimizer.trend: (1, 1)}
+    momentum, trends = (
+        kept(("stack", name), bound, partial(_state_stack, optimizer, batch, name, shape))
+        for name, shape in shapes.items()
+    )
     length = RMS * math.sqrt(matrix.shape[0] * matrix.columns) * optimizer.config.lr_scale
     return matrix, momentum, trends, length
 

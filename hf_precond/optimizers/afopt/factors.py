@@ -156,6 +156,9 @@ class Factors:
             late: moments whose first statistics come now, not at the first steps, and which of the
                 experts of a stack they are of.
         """
+        turn = step % self.config.inverse_interval
+        if not late and turn not in {0, *self.plan.phases.values()} and not self._starts(step):
+            return
         due: list[StateMatrix] = []
         for factor in (*self.plan.rights, *self.plan.lefts):
             if self._is_due(factor, step):
@@ -173,14 +176,18 @@ class Factors:
             refresh.share(lambda factor: [factor.stored(self.state)])
             refresh.report(failures, _title, count, zeros=True)
 
+    def _starts(self, step: int) -> bool:
+        """Whether this is one of the first steps with statistics, which refresh every factor."""
+        interval = self.config.stat_interval
+        return step <= 2 * interval and step % interval == 0
+
     def _is_due(self, factor: StateMatrix, step: int) -> bool:
-        config = self.config
-        if step <= 2 * config.stat_interval and step % config.stat_interval == 0:
+        if self._starts(step):
             return True
         # An accelerator is busier with the launches of a refresh than with its matrices.
         together = devices.is_accelerator(factor.bound.weight)
         phase = 0 if together else self.plan.phases[factor.bound]
-        return step % config.inverse_interval == phase
+        return step % self.config.inverse_interval == phase
 
     def late(
         self, step: int, statistics: Mapping[str, Statistic], seen: Counter[str]
