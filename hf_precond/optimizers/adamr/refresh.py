@@ -28,8 +28,8 @@ ORTHOGONALIZE_EVERY = 8
 """Refreshes of a basis between two corrections of its orthogonality."""
 PHASES = 4096
 """Most steps of an interval that refreshes are spread over."""
-PORTION = 3 << 23
-"""Entries of the factors that are refreshed together on a GPU: a third of BERT-base's."""
+PORTION = 3 << 25
+"""Entries of the factors that are refreshed together on a GPU, 384 MiB: all of BERT-base's."""
 UNSCHEDULED = -1
 """Phase of a basis that has none yet."""
 
@@ -82,7 +82,8 @@ class RefreshSchedule:
 
     The phases are spread by cost at the first step. Bases that are left as they are make their
     steps cheap, and the others too costly by comparison; a step that has more to refresh than an
-    average one therefore postpones some to the next.
+    average one therefore postpones some to the next. On an accelerator, which is busier with the
+    launches of a refresh than with its matrices, all bases are refreshed at one step.
 
     Args:
         interval: steps between two refreshes of a basis, >= 1.
@@ -104,7 +105,7 @@ class RefreshSchedule:
         new = [b for b, phase in zip(bases, phases, strict=True) if phase == UNSCHEDULED]
         if not new:
             return
-        loads = [0.0] * min(self.interval, PHASES)
+        loads = [0.0] * (1 if _on_accelerator(bases) else min(self.interval, PHASES))
         for basis in bases:
             # The steps of a new view are counted from the next one.
             phase = (basis["phase"] - basis.view["step"] - 1) % self.interval
@@ -152,7 +153,7 @@ class RefreshSchedule:
         Those that have waited longest come first, one of them at least. A basis of cost c is
         refreshed while the load before it is at most ``average - c / interval``: were that
         exceeded at each of ``interval`` steps, the others would cost more than all together do, so
-        none waits for long. With an ``interval`` of 1 all are refreshed.
+        none waits for long. With an ``interval`` of 1, and on accelerators, all are refreshed.
 
         Args:
             due: the bases that need a refresh at this step.
@@ -163,15 +164,20 @@ class RefreshSchedule:
         """
         selected: list[Basis] = []
         load, rounding = 0.0, 1e-9 * average
+        every = self.interval == 1 or _on_accelerator(due)
         for basis in sorted(due, key=lambda basis: basis.waited, reverse=True):
             room = average - basis.cost / self.interval + rounding
-            if self.interval == 1 or not selected or load <= room:
+            if every or not selected or load <= room:
                 selected.append(basis)
                 load += basis.cost
                 basis["refreshed"] = basis.view["step"]
             else:
                 basis["phase"] = (basis["phase"] + 1) % self.interval
         return selected
+
+
+def _on_accelerator(bases: Sequence[Basis]) -> bool:
+    return bool(bases) and devices.is_accelerator(bases[0].view.param)
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,7 +282,7 @@ class BasisRefresh:
     The first basis, at Adam's step 0, is an eigendecomposition; from then on
     :func:`hf_precond.linalg.eigenbasis.refresh` follows the eigenvectors. Below ``basis_interval``
     a left basis is refreshed at steps 1, 4, 16, … and a right one at steps 2, 8, 32, …, then each
-    once an interval, on a step of its own (:class:`RefreshSchedule`). A basis is left as it is
+    once an interval, spread as :class:`RefreshSchedule` says. A basis is left as it is
     where the off-diagonal energy that was measured an interval earlier is below
     ``basis_tolerance``.
 

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from hf_precond.compat import devices
 from hf_precond.optimizers.adamr.refresh import UNSCHEDULED, Basis, RefreshSchedule
 from hf_precond.optimizers.adamr.tiling import Tiling
 from hf_precond.optimizers.base.parameters import ParamView
@@ -147,3 +148,12 @@ def test_an_endless_interval_costs_nothing_at_its_start():
     assert sorted(basis["phase"] for basis in bases[:12]) == list(range(12))
     schedule.spread(bases)
     assert max(basis["phase"] for basis in bases) < 20
+
+
+def test_an_accelerator_refreshes_all_at_one_step(monkeypatch):
+    monkeypatch.setattr(devices, "is_accelerator", lambda tensor: True)
+    schedule, bases = RefreshSchedule(3), bases_of(LONG, *[SQUARE] * 4)
+    schedule.spread(bases)
+    _, refreshed = simulate(schedule, bases, 30, lambda basis, step: True)
+    assert len(refreshed) == len(bases)
+    assert {tuple(steps) for steps in refreshed.values()} == {tuple(range(3, 30, 3))}
