@@ -46,16 +46,15 @@ def advance(
     columns: int,
     beta: float,
     *,
-    own: int,
+    blocks: int,
     wide: int,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Three kernels: momentum and partial sums, their end, the momentum in float16."""
-    across = -(-(columns + gradients.has_bias) // own) * wide
     numbers = momentum.new_empty(2, gradients.count)
     _kernel([*gradients.tensors, momentum], [momentum, numbers])
     _kernel([numbers], [usual, numbers])
-    ahead = momentum.new_empty(*momentum.shape[:2], across, dtype=torch.float16)
+    ahead = momentum.new_empty(*momentum.shape[:2], blocks * wide, dtype=torch.float16)
     _kernel([*gradients.tensors, momentum], [ahead])
     return ahead, numbers[0].view(-1, 1, 1)
 

@@ -13,7 +13,7 @@ real = pytest.importorskip("hf_precond.optimizers.base.triton_kernels")
 ROWS, COLUMNS = 5, 6
 OPTIONS = {
     "decay": 0.9, "started": True, "noise": 0.3, "length": 5.0, "longest": 2.0, "height": 64.0,
-    "nesterov": True, "own": 4, "wide": 8,
+    "nesterov": True, "blocks": 2, "own": 4, "wide": 8,
 }  # fmt: skip
 CALLS = {
     "advance": lambda k, g: k.advance(

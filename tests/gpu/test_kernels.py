@@ -41,7 +41,8 @@ def test_the_momentum_and_the_steps(rows, columns, bias, dtype, kernels, cuda):
     average = 0.9 * usual.double() + 0.1 * norms
     found, lengths = kernels.advance(
         kernels.Matrices(grads, biases), momentum, usual, columns, beta, decay=0.9, started=True,
-        noise=noise, length=length, longest=2.0, height=64.0, nesterov=True, own=width, wide=width,
+        noise=noise, length=length, longest=2.0, height=64.0, nesterov=True, blocks=1,
+        own=width, wide=width,
     )  # fmt: skip
     torch.testing.assert_close(momentum.double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(usual.double(), average, rtol=1e-5, atol=0)
@@ -65,6 +66,16 @@ def test_the_momentum_and_the_steps(rows, columns, bias, dtype, kernels, cuda):
     torch.testing.assert_close(steps, right[..., :columns].contiguous())
     if bias:
         torch.testing.assert_close(rest, right[..., columns].contiguous())
+
+
+def test_bfloat16_weights_are_rounded_to_the_nearest(kernels, cuda):
+    torch.manual_seed(2)
+    weight = torch.ones(512, 512, device=cuda, dtype=torch.bfloat16)
+    found = torch.randn(1, 512, 512, device=cuda).half()
+    one = torch.ones(1, device=cuda)
+    rates = (1.0, 0.0, 1.0, 0.0)
+    kernels.descend(kernels.Matrices([weight], None), found, one, one, 512, 512, 512, rates)
+    assert torch.equal(weight, (1 - found[0].float()).bfloat16())
 
 
 @pytest.mark.parametrize("size", [768, 769, 1024])

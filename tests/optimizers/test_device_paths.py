@@ -104,3 +104,20 @@ def test_a_gradient_of_zeros_moves_nothing(name):
         optimizer.close()
     assert torch.equal(layer.weight, start)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("size", [1e-19, 1e-22, 1e-24])
+@pytest.mark.parametrize("name", list_optimizers())
+def test_tiny_gradients_leave_numbers(name, size):
+    """Whose squares vanish, in one layer."""
+    model = make("bert")
+    layer = model.bert.encoder.layer[0].intermediate.dense
+    with accelerator():
+        optimizer = create_optimizer(model, name, lr=1e-3, **QUICK[name])
+        for step in range(4):
+            backward(model, optimizer, batch("bert", step))
+            layer.weight.grad.mul_(size), layer.bias.grad.mul_(size)
+            optimizer.step()
+            optimizer.zero_grad()
+        optimizer.close()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())

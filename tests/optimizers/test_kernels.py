@@ -20,7 +20,7 @@ kernels = pytest.importorskip("hf_precond.optimizers.base.triton_kernels")
 CPU = torch.device("cpu")
 FIELDS = {
     "decay": 0.9, "started": False, "noise": 0.3, "length": 5.0, "longest": 2.0, "height": 64.0,
-    "nesterov": True, "own": 8, "wide": 8,
+    "nesterov": True, "blocks": 1, "own": 8, "wide": 8,
 }  # fmt: skip
 
 
@@ -88,9 +88,9 @@ def test_blocks_of_columns(own, wide, bias):
     grads, biases, momentum = gradients(torch.float32, bias)
     table, usual = kernels.Matrices(grads, biases), torch.ones(3)
     whole, _ = kernels.advance(table, momentum.clone(), usual.clone(), 6, 0.8, **FIELDS)
-    fields = FIELDS | {"own": own, "wide": wide}
+    blocks = -(-(6 + bias) // own) + 1  # one of them with no column of its own
+    fields = FIELDS | {"blocks": blocks, "own": own, "wide": wide}
     found, _ = kernels.advance(table, momentum, usual, 6, 0.8, **fields)
-    blocks = -(-(6 + bias) // own)
     assert found.shape == (3, 5, blocks * wide)
     parts = found.unflatten(2, (blocks, wide))
     assert not parts[..., own:].any()
@@ -138,6 +138,14 @@ def test_norms_and_halves_of_gradients(dtype, bias, block, monkeypatch):
     found = kernels.halved(table, scales, 6, (8, 16))
     expected = whole * scales[:, None, None]
     torch.testing.assert_close(found.double(), expected, rtol=2**-10, atol=1e-7)
+
+
+def test_the_default_dtype_does_not_matter():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        kernels.trial(CPU)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -211,6 +219,27 @@ def test_steps_are_as_near_to_float64_as_those_of_torchs_operations(
             )
         )
     assert errors[1] <= 1.02 * errors[0]
+
+
+@pytest.mark.parametrize("width", [3, 4, 5, 7])
+def test_many_blocks(width, monkeypatch):
+    """Of 24 columns and a bias, which may need fewer blocks than the factors have."""
+    found = []
+    for interpreted in (False, True):
+        monkeypatch.setattr(devices, "has_triton", lambda tensor, on=interpreted: on)
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(24, 8), torch.nn.Linear(8, 4))
+        inputs = torch.randn(16, 24)
+        with accelerator():
+            optimizer = create_optimizer(model, "afopt", lr=1e-2, max_dim=width)
+            for _ in range(3):
+                model(inputs).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            optimizer.close()
+        found.append(weights(model))
+    for key, value in found[0].items():
+        assert (found[1][key] - value).norm() <= 2e-2 * value.norm(), key
 
 
 def test_losses_are_those_of_torchs_operations(monkeypatch):

@@ -298,7 +298,10 @@ def _stepped_by_kernels(
     rates: tuple[float, float, float, float],
     triton: ModuleType,
 ) -> Iterator[Preconditioned]:
-    """As :func:`_stepped`, without stacks of gradients and steps; the parameters are changed."""
+    """As :func:`_stepped`, without stacks of gradients and steps; the parameters are changed.
+
+    A step that fails has changed those of the batches before.
+    """
     matrix, momentum, trends, length = _step_of(optimizer, batch)
     beta = optimizer.param_groups[bound[0].group]["momentum"]
     factors = _half_factors(optimizer, batch)
@@ -308,7 +311,7 @@ def _stepped_by_kernels(
         triton.Matrices(*kernels.gradients(bound)), momentum, trends, columns, beta,
         decay=NORM_DECAY, started=optimizer.have_norms(batch),
         noise=math.sqrt((1 - beta) / (1 + beta)), length=length, longest=LONGEST,
-        height=HEIGHT, nesterov=optimizer.config.nesterov, own=own, wide=wide,
+        height=HEIGHT, nesterov=optimizer.config.nesterov, blocks=blocks, own=own, wide=wide,
     )  # fmt: skip
     found = factors.spectral_of_wide(ahead).contiguous()
     norms = torch.linalg.vector_norm(found, dim=(1, 2), dtype=torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from hf_precond.compat import devices
 from hf_precond.optimizers.base.parameters import BoundMatrix, whole_layers
+
+LARGEST = 2**30
+"""Entries from which a matrix, padded, may be more than the kernels' 32-bit numbers count."""
 
 
 def for_device(tensor: Tensor) -> ModuleType | None:
@@ -34,6 +38,8 @@ def for_batch(bound: Sequence[BoundMatrix], steps: bool = False) -> ModuleType |
     """
     first = bound[0]
     if first.dtype != torch.float32 or first.matrix.layout == "transposed":
+        return None
+    if math.prod(first.matrix.shape) >= LARGEST:
         return None
     found = for_device(first.weight)
     if found is None:

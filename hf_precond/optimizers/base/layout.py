@@ -40,7 +40,7 @@ class Layout:
         self.open = False
         self.weights: dict[Any, Tensor] = {}
         self._groups = [(group, [*group["params"]]) for group in groups]
-        self._state: list[int] | None = None
+        self._state: list[Any] | None = None
         self._made: dict[tuple[Any, ...], Any] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -161,7 +161,10 @@ def state_of(bound: Sequence[Any], state: States, name: str) -> list[Any]:
     return [held[key] for held, key in kept(("state", name), bound, places)]
 
 
-def _entries(state: States) -> list[int]:
-    """The identity of every entry of a state: another one where something was put into it."""
+def _entries(state: States) -> list[Any]:
+    """Every entry of a state: its identity, and what a tensor's data can be exchanged for."""
     held = state.values()
-    return [id(state), *map(id, held), *map(id, chain.from_iterable(map(dict.values, held)))]
+    entries = list(chain.from_iterable(map(dict.values, held)))
+    tensors = [t for t in entries if type(t) is Tensor or isinstance(t, Tensor)]
+    kinds = [(tensor.dtype, tensor.device) for tensor in tensors]
+    return [id(state), *map(id, held), *map(id, entries), *kinds]

@@ -247,8 +247,11 @@ class PrecondOptimizer(torch.optim.Optimizer):
         with without_autocast(self._first.device):  # a step is often written inside it
             try:
                 self._step()
-            finally:
+            except BaseException:  # what it held of the step goes with it
                 self.layout.close()
+                self.layout = Layout()
+                raise
+            self.layout.close()
         return loss
 
     def _step(self) -> None:
@@ -295,6 +298,7 @@ class PrecondOptimizer(torch.optim.Optimizer):
         known = self.validator.known()
         if any(id(parameter) not in known for item in bound for parameter in item.members):
             facts = None
+        self.layout.close()
         self.layout = Layout(facts, self.param_groups)
         self.layout.bind(bound)
         self.layout.begin()

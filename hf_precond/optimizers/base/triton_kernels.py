@@ -241,6 +241,7 @@ def advance(
     longest: float,
     height: float,
     nesterov: bool,
+    blocks: int,
     own: int,
     wide: int,
 ) -> tuple[Tensor, Tensor]:
@@ -263,14 +264,15 @@ def advance(
         longest: the largest of the lengths over that.
         height: the largest entry of a momentum in float16.
         nesterov: whether G is added once more.
-        own: columns of a block of the result.
+        blocks: blocks of columns of the result.
+        own: columns of each.
         wide: columns that each block takes there, zeros beyond its own.
 
     Returns:
         ``[n, out, blocks · wide]`` in float16, and the lengths, ``[n, 1, 1]``.
     """
     count, rows, width = momentum.shape
-    across = -(-(columns + gradients.has_bias) // own) * wide
+    across = blocks * wide
     grid = triton.cdiv(rows * width, BLOCK), count
     partial = momentum.new_empty(count, grid[0], 3)
     lengths, scales = momentum.new_empty(2, count)
@@ -303,7 +305,7 @@ def frobenius_norms(gradients: Matrices, columns: int) -> Tensor:
     """
     rows, width = gradients.rows(columns), columns + gradients.has_bias
     grid = triton.cdiv(rows * width, BLOCK), gradients.count
-    partial = torch.empty(grid[1], grid[0], device=gradients.like.device)
+    partial = torch.empty(*grid[::-1], dtype=torch.float32, device=gradients.like.device)
     with torch.cuda.device_of(gradients.like):
         _squares[grid](
             gradients.weights, gradients.biases, gradients.like, partial, rows, columns, width,
@@ -452,7 +454,8 @@ def trial(device: Any) -> None:
     """
 
     def numbers(*shape: int) -> Tensor:
-        return torch.arange(math.prod(shape), device=device).mul(0.7).sin().view(shape)
+        count = torch.arange(math.prod(shape), dtype=torch.float32, device=device)
+        return count.mul(0.7).sin().view(shape)
 
     def same(found: Tensor, expected: Tensor, error: float = 1e-4) -> None:
         torch.testing.assert_close(found.float(), expected.float(), rtol=error, atol=error)
@@ -463,10 +466,10 @@ def trial(device: Any) -> None:
     weights = [part[:, :columns].contiguous() for part in whole]
     gradients = Matrices(weights, [part[:, columns].contiguous() for part in whole])
     expected = torch.lerp(momentum, whole, 1 - beta)
-    usual = torch.tensor([0.0, 1.0], device=device)
+    usual = torch.tensor([0.0, 1.0], dtype=torch.float32, device=device)
     half, lengths = advance(
         gradients, momentum, usual, columns, beta, decay=0.9, started=False, noise=0.8,
-        length=3.0, longest=2.0, height=64.0, nesterov=True, own=66, wide=72,
+        length=3.0, longest=2.0, height=64.0, nesterov=True, blocks=2, own=66, wide=72,
     )  # fmt: skip
     norms, ours = (t[..., :columns].flatten(1).norm(dim=1) for t in (whole, expected))
     average = torch.stack([norms[0], 0.9 + 0.1 * norms[1]])
@@ -490,10 +493,10 @@ def trial(device: Any) -> None:
     assert rest is not None
     same(rest, right[..., columns])
     same(frobenius_norms(gradients, columns), whole.flatten(1).norm(dim=1))
-    wide = torch.zeros(2, 72, columns + 6, device=device)
+    wide = torch.zeros_like(whole[:, :1]).repeat(1, 72, 1)
     wide[:, :rows] = whole * norms[:, None, None]
     same(halved(gradients, norms, columns, (72, columns + 6)), wide, 2e-3)
     triangles = numbers(2, packed_size(rows - 1))
-    factors = torch.zeros(2, 72, 72, device=device)
+    factors = torch.zeros(2, 72, 72, dtype=torch.float32, device=device)
     factors[:, : rows - 1, : rows - 1] = unpack(triangles) / norms[:, None, None]
     same(unpacked(triangles, norms, rows - 1, 72), factors, 2e-3)

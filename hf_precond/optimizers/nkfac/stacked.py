@@ -37,7 +37,8 @@ GRADIENT_NORM = 2.0**13
 """To this Frobenius norm gradients are scaled: no entry, and no product with inverses of at most
 unit norm, then leaves float16's range."""
 
-TINY = 1e-30
+TINY = 1e-17
+"""A smaller norm is that of squares that have vanished, and nothing may be scaled to it."""
 
 
 def precondition(optimizer: NKFAC, batch: Sequence[BoundMatrix]) -> Iterator[Preconditioned]:

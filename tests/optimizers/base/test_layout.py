@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -78,6 +79,13 @@ def state_in_float64(model, optimizer):
                 state[key] = value.double()
 
 
+def data_in_float64(model, optimizer):
+    for state in optimizer.state.values():
+        for value in state.values():
+            if is_tensor(value) and value.is_floating_point():
+                value.data = value.data.double()
+
+
 def without_state(model, optimizer):
     for state in optimizer.state.values():
         state.clear()
@@ -89,7 +97,7 @@ def loaded(model, optimizer):
 
 CHANGES = [
     freeze, lose_gradients, move_to_other_group, new_groups, to_float64, copied_state,
-    new_dictionaries, state_in_float64, without_state, loaded,
+    new_dictionaries, state_in_float64, data_in_float64, without_state, loaded,
 ]  # fmt: skip
 BEFORE = [to_float64, loaded]
 """What is done before the passes: statistics are forgotten, or are of one dtype."""
@@ -142,6 +150,27 @@ def test_no_gradient_is_held_after_a_step(name):
         optimizer.step()
     views = [v for made in optimizer.layout._made.values() for v in flat(made)]
     assert views and all(view.grad is view.param for view in views)
+    optimizer.close()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_gradient_is_held_after_a_step_that_failed(name, monkeypatch):
+    model = make("bert")
+    optimizer = build(name, model)
+    for fails in (False, False, True):
+        backward(model, optimizer, batch("bert"))
+        if fails:
+            fail = MemoryError("no memory is left")
+            monkeypatch.setattr(optimizer, "_enable_statistics", Mock(side_effect=fail))
+            held = [weakref.ref(p.grad) for p in model.parameters()]
+            with pytest.raises(MemoryError):
+                optimizer.step()
+            optimizer.zero_grad()
+            gc.collect()
+            assert not any(reference() is not None for reference in held)
+        else:
+            optimizer.step()
+            optimizer.zero_grad()
     optimizer.close()
 
 
