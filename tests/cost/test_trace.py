@@ -63,7 +63,7 @@ def test_a_period_of_afopt():
     assert training.plain.launches < training.average.launches
     assert 0 < training.refresh.launches < training.average.launches
     moments = {k.name for k in training.collection.kernels}
-    assert "mm" in moments and training.due_share == 0.5
+    assert "bmm" in moments and training.due_share == 0.5
 
 
 def test_statistics_without_passes_give_the_same_steps():

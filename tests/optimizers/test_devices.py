@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_precond.compat import devices
+from hf_precond.optimizers.base import kernels
 from hf_precond.registry import create_optimizer, list_optimizers
 from tests.fake_cuda import on_gpu, pretended, with_source
 from tests.optimizers.models import make
@@ -57,6 +58,7 @@ def run(name, kind, monkeypatch, **fields):
     with pretended(monkeypatch, kind), monkeypatch.context() as patch:
         for ability in ("has_tf32", "accumulates"):  # the same of all
             patch.setattr(devices, ability, lambda device: False)
+        patch.setattr(kernels, "for_device", lambda tensor: None)  # Triton's are for CUDA alone
         model = on_gpu(model, device=device)
         optimizer = with_source(create_optimizer(model, name, **QUICK[name] | fields), device)
         with Trace(kind) as trace:
