@@ -12,6 +12,9 @@ from torch import Tensor
 from hf_precond.compat import devices
 
 Number = TypeVar("Number", float, Tensor)
+ALIGNED = 8
+"""Entries of a half-precision row that tensor cores want a multiple of."""
+
 Precision = Literal["auto", "highest", "tf32", "bf16"]
 Arithmetic = Literal["highest", "tf32", "bf16", "half"]
 Kind = Literal["factor", "sign", "solve"]
@@ -128,6 +131,11 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 def compute_dtype(parameter_dtype: torch.dtype) -> torch.dtype:
     """float64 for float64 parameters, float32 for all others."""
     return torch.float64 if parameter_dtype == torch.float64 else torch.float32
+
+
+def padded(size: int) -> int:
+    """Returns a row's length, or the next multiple of :data:`ALIGNED`."""
+    return size + -size % ALIGNED
 
 
 def from_cpu(numbers: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

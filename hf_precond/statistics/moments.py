@@ -14,15 +14,13 @@ from hf_precond.architectures.modules import CONVOLUTIONS
 from hf_precond.architectures.structure import LayerMatrix
 from hf_precond.compat import devices
 from hf_precond.compat.torch_internals import padding_for_pad
-from hf_precond.linalg.products import averaging_weight
+from hf_precond.linalg.products import averaging_weight, padded
 from hf_precond.statistics.requests import CurvatureRequest, MomentRequest, Statistic
 
 HALF = (torch.bfloat16, torch.float16)
 ROWS = 4096
 """Rows of a call that enter a moment on accelerators, at most, where nothing else is said."""
 GOLDEN = (5**0.5 - 1) / 2
-ALIGNED = 8
-"""Half-precision rows of a multiple of so many numbers are read fastest."""
 _PATCHES = 2**24  # entries of a convolution's patches that are laid out at once
 
 
@@ -187,7 +185,7 @@ def _half_moments(rows: Tensor, weights: Tensor | None, constant: bool, blocks: 
     size = rows.shape[-1]
     columns = size + constant
     width = -(-columns // blocks)
-    wide = width if columns == size and blocks == 1 else -(-width // ALIGNED) * ALIGNED
+    wide = width if columns == size and blocks == 1 else padded(width)
     if blocks == 1:
         laid = F.pad(rows, (0, wide - size), value=1.0) if wide > size else rows
         laid = laid.unsqueeze(1)

@@ -34,7 +34,14 @@ from hf_precond.linalg.matrix_functions import (
     packed_size,
     unpack,
 )
-from hf_precond.linalg.products import arithmetic, float32_products, from_cpu, matmul
+from hf_precond.linalg.products import (
+    ALIGNED,
+    arithmetic,
+    float32_products,
+    from_cpu,
+    matmul,
+    padded,
+)
 from hf_precond.optimizers.afopt.optimizer import (
     LONGEST,
     NORM_DECAY,
@@ -56,8 +63,6 @@ from hf_precond.optimizers.base.parameters import (
 if TYPE_CHECKING:
     from hf_precond.optimizers.afopt.optimizer import AFOpt
 
-ALIGNED = 8
-"""Entries of a row that tensor cores want a multiple of, in half precision."""
 DAMPED = 0.5
 """Damping from which products with the factors may be TF32 or float16."""
 HEIGHT = 64.0
@@ -242,7 +247,7 @@ def _halved(optimizer: AFOpt, rights: Sequence[RightFactor], triton: ModuleType)
 
 def aligned(size: int) -> int:
     """A row's length, padded to a multiple of :data:`ALIGNED` unless it is tiny."""
-    return size + -size % ALIGNED if size > ALIGNED else size
+    return padded(size) if size > ALIGNED else size
 
 
 # Half precision from end to end -----------------------------------------------------------------

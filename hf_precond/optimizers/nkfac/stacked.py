@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_precond.linalg.inverses import without_last
-from hf_precond.linalg.products import arithmetic, float32_products
+from hf_precond.linalg.products import arithmetic, float32_products, padded
 from hf_precond.optimizers.base import kernels
 from hf_precond.optimizers.base.layout import state_of
 from hf_precond.optimizers.base.parameters import (
@@ -29,9 +29,6 @@ from hf_precond.optimizers.nkfac.factors import KroneckerFactor
 
 if TYPE_CHECKING:
     from hf_precond.optimizers.nkfac.optimizer import NKFAC
-
-ALIGNMENT = 8
-"""Tensor cores read rows of a multiple of so many numbers fastest."""
 
 GRADIENT_NORM = 2.0**13
 """To this Frobenius norm gradients are scaled: no entry, and no product with inverses of at most
@@ -152,11 +149,6 @@ class InPlace:
             matrices.contiguous(), one, ratio, self.columns, joined, self.rows
         )
         return found
-
-
-def padded(size: int) -> int:
-    """``size``, or the next multiple of :data:`ALIGNMENT`."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def inverse_stack(first: KroneckerFactor, batch: Sequence[BoundMatrix]) -> Tensor:

@@ -244,8 +244,8 @@ def bert(layers, **sizes):
     ids=str,
 )
 def test_launches_of_a_plain_step_of_bert_base(layers, fields, monkeypatch):
-    with pretended(monkeypatch):
-        monkeypatch.setattr(devices, "has_tf32", lambda device: True)
+    with pretended(monkeypatch), monkeypatch.context() as patch:
+        patch.setattr(devices, "has_tf32", lambda device: True)
         optimizer = with_source(create_optimizer(on_gpu(bert(layers)), "nkfac", **fields))
         monkeypatch.setattr(optimizer, "refresh", lambda: None)
         step(optimizer)
