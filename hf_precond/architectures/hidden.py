@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from hf_precond.architectures.attention_block import AttentionBlock
-from hf_precond.architectures.modules import CONVOLUTIONS, find_matrices, is_linear
+from hf_precond.architectures.modules import CONVOLUTIONS, find_matrices, is_layer, is_linear
 from hf_precond.architectures.parameters import ParameterSurvey
 from hf_precond.architectures.structure import LayerMatrix, RowSelection
 
@@ -87,6 +87,36 @@ def outside_attention(
         if not skipped and name not in survey.routers:
             chosen.append((matrix, what))
     return chosen + experts_of(survey)
+
+
+def in_hidden_layers(
+    survey: ParameterSurvey, attentions: Sequence[AttentionBlock]
+) -> list[tuple[str, LayerMatrix, str]]:
+    """Every matrix of a hidden layer, in the order of the parameters: the name of its weight too.
+
+    Linear layers, convolutions, stacks of experts, and the A and B of LoRA; an attention's tied
+    weights, single rows and output heads too.
+
+    Args:
+        survey: of the model.
+        attentions: all of the model's.
+    """
+    chosen = [found for b in attentions for found in in_attention(replace(b, note=""))]
+    chosen += outside_attention(survey, attentions)
+    inside = {id(matrix.weight_parameter) for matrix, _ in chosen}
+    others = [m for m in find_matrices(survey.model) if id(m.weight_parameter) not in inside]
+    chosen += [(m, what) for m in others if (what := _kind(survey, m)) is not None]
+    order = {name: place for place, name in enumerate(survey.parameters)}
+    named = [(survey.name_of(m.weight_parameter), m, what) for m, what in chosen]
+    return sorted(named, key=lambda found: order[found[0]])
+
+
+def _kind(survey: ParameterSurvey, matrix: LayerMatrix) -> str | None:
+    """What a matrix of a hidden layer is that no attention and no linear layer holds."""
+    if not matrix.of_layer or not is_layer(matrix.module):
+        return None
+    what = survey.describe(survey.name_of(matrix.weight_parameter))
+    return what if what in ("adapter", "convolution") else None
 
 
 def experts_of(survey: ParameterSurvey) -> list[Candidate]:

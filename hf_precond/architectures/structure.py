@@ -326,8 +326,9 @@ class ModelStructure:
         matrices: the matrices to precondition, in model order. Those of
             ``attention`` that are in scope are among them.
         attention: the attention blocks that have a matrix in scope.
-        hidden: matrices of hidden linear layers outside ``matrices``, which
-            Muon steps where it is the fallback optimizer.
+        hidden: matrices of hidden layers that are stepped by a matrix sign:
+            outside ``matrices`` by Muon, where it is the fallback optimizer,
+            inside by AdamR's ``direction="sign"``.
         norms: the norm parameters to precondition.
         routing: the routing table.
         owners: name, module and attribute of every parameter, frozen ones too.

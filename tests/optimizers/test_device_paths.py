@@ -19,6 +19,7 @@ CASES += [
     ("adamr", {"basis_source": "feature"}),
     ("adamr", {"max_dim": 10}),
     ("adamr", {"floor": 0.0}),
+    ("adamr", {"direction": "sign"}),
     ("nkfac", {"base": "adamr"}),
     ("nkfac", {"reference": True, "weight_decay": 0.1}),
 ]

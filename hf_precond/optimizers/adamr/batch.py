@@ -187,7 +187,7 @@ def kinds(tiled: Sequence[tuple[ParamView, Tiling]]) -> list[Kind]:
         view, tiling = item[1]
         param = view.param
         mesh = getattr(param, "device_mesh", None)
-        return tiling, id(view.group), param.dtype, param.device, mesh
+        return tiling, id(view.group), view.hidden, param.dtype, param.device, mesh
 
     found = []
     for alike in grouped(enumerate(tiled), kind):

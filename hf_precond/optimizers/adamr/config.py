@@ -19,6 +19,9 @@ class AdamRConfig(OptimizerConfig):
             (AdamW). Default ``auto``.
         basis_source: second moments of the ``gradient``, or of the layer's
             inputs and output gradients (``feature``). Default ``gradient``.
+        direction: ``adam``, Adam's step in the bases, or ``sign``: the matrix sign
+            of that step, at its norm, for the matrices of hidden layers (as in
+            SOAP-Muon). Default ``adam``.
         transport: how Adam's second moment follows a new basis: it stays with
             its columns (``permute``) or is spread by their ``overlap``.
             Default ``permute``.
@@ -40,6 +43,9 @@ class AdamRConfig(OptimizerConfig):
         precision: of products with preconditioners on accelerators: ``auto``
             (TF32 where the device has it, else float32), ``highest`` (float32,
             as release 0.1), ``tf32`` or ``bf16``. Default ``auto``.
+
+    Raises:
+        ValueError: ``direction="sign"`` with ``basis="identity"``, which is AdamW.
     """
 
     name: ClassVar[str] = "adamr"
@@ -50,6 +56,7 @@ class AdamRConfig(OptimizerConfig):
     state_dtype: str | None = one_of("float32", "float64", "bfloat16")
     basis: Literal["auto", "two_sided", "one_sided", "identity"] = "auto"
     basis_source: Literal["gradient", "feature"] = "gradient"
+    direction: Literal["adam", "sign"] = "adam"
     transport: Literal["overlap", "permute"] = "permute"
     floor: float = bounded(1e-4, 0.0)
     stat_decay: float = decay(0.95)
@@ -59,3 +66,11 @@ class AdamRConfig(OptimizerConfig):
     max_dim: int = bounded(2048, 1)
     max_state_ratio: float = bounded(6.0, 1.0)
     precision: Precision = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.direction == "sign" and self.basis == "identity":
+            raise ValueError(
+                "direction='sign': with basis='identity' there are no bases to take Adam's step "
+                "in; set basis='auto', or use --optim muon."
+            )

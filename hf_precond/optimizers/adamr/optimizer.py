@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hf_precond.architectures.attention import find_attention
+from hf_precond.architectures.hidden import in_hidden_layers
 from hf_precond.architectures.modules import find_matrices
 from hf_precond.architectures.parameters import ParameterSurvey
 from hf_precond.architectures.structure import LayerMatrix, ModelStructure
@@ -41,6 +43,7 @@ def every_matrix(model: nn.Module, config: Any) -> ModelStructure:
     """
     survey = ParameterSurvey(model)
     matrices, treated, reasons = [], {}, {}
+    signed = signed_names(model, survey) if config.direction == "sign" else ()
     for matrix in find_matrices(model):
         matrix.bias = None
         (name,) = survey.matrix_names(matrix)
@@ -54,13 +57,25 @@ def every_matrix(model: nn.Module, config: Any) -> ModelStructure:
                 reasons[name] = reason
                 continue
             matrices.append(matrix)
-            treated[name] = reason
+            treated[name] = reason + (", matrix sign" if name in signed else "")
     if not matrices:
         raise ValueError(
             "adamr: no trainable parameter of this model has two dimensions, so nothing would be "
             "rotated; unfreeze a matrix, or use --optim adamw_torch."
         )
-    return survey.structure(config, treated, reasons, matrices=matrices)
+    hidden = [matrix for matrix in matrices if survey.name_of(matrix.weight_parameter) in signed]
+    return survey.structure(config, treated, reasons, matrices=matrices, hidden=hidden)
+
+
+def signed_names(model: nn.Module, survey: ParameterSurvey) -> set[str]:
+    """Returns the weights of hidden layers, which ``direction="sign"`` is about.
+
+    Args:
+        model: the model.
+        survey: its parameters.
+    """
+    found = {name for name, _, _ in in_hidden_layers(survey, find_attention(model))}
+    return found - set(survey.head) - set(survey.tied)
 
 
 def bounded_by(matrix: LayerMatrix, config: AdamRConfig) -> str:
@@ -218,16 +233,18 @@ class AdamR(PrecondOptimizer):
 
     def _kinds(self) -> list[Kind]:
         rotated = self._rotated([b for b in self.bound if b.weight.grad is not None])
-        return self.rotated.kinds([self._view(bound) for bound in rotated])
+        signed = {matrix.name for matrix in self.structure.hidden}
+        return self.rotated.kinds([self._view(b, b.matrix.name in signed) for b in rotated])
 
     def _tiling(self, bound: BoundMatrix) -> Tiling:
         return tile(bound.weight.shape, self.config, bound.matrix)
 
-    def _view(self, bound: BoundMatrix) -> ParamView:
+    def _view(self, bound: BoundMatrix, hidden: bool = False) -> ParamView:
         """A whole weight as a view; without a gradient it is for its state alone."""
         group, weight = self.param_groups[bound.group], bound.weight
         gradient: Tensor = weight if weight.grad is None else weight.grad
-        return ParamView(weight, gradient, self.state[weight], "", group, matrix=bound.matrix)
+        state = self.state[weight]
+        return ParamView(weight, gradient, state, "", group, matrix=bound.matrix, hidden=hidden)
 
 
 def is_featured(matrix: LayerMatrix) -> bool:

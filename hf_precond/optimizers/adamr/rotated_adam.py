@@ -13,7 +13,15 @@ from hf_precond.compat import devices
 from hf_precond.config.base import OptimizerConfig
 from hf_precond.distributed import collectives
 from hf_precond.linalg.banded import add_lower_product, banded, banded_size
+from hf_precond.linalg.matrix_functions import (
+    frobenius_norm,
+    gram_newton_schulz,
+    half_newton_schulz,
+    largest_entry,
+    newton_schulz,
+)
 from hf_precond.linalg.products import (
+    Precision,
     arithmetic,
     averaging_weight,
     compute_dtype,
@@ -48,13 +56,18 @@ class RotatedAdam:
     The factors are kept as ``Qᵀ L Q`` and averaged with ``b = min(stat_decay, 1 - 1/k)``. A
     gradient enters them before the bases are refreshed at its step.
 
+    Under ``direction="sign"`` the matrix sign of Û takes its place in hidden layers, at the same
+    Frobenius norm: ``Û ← msign(Û) ‖Û‖_F / ‖msign(Û)‖_F``. It does not depend on the bases:
+    ``Q_L msign(Û) Q_Rᵀ = msign(Q_L Û Q_Rᵀ)``.
+
     A step is :meth:`refresh` and then :meth:`step`. The first call only collects statistics: in the
     basis of its own gradient an entry off the diagonal is pure rounding, and Adam would scale it
     to 1.
 
     Source: Ying Sun, "Designing effective preconditioned optimizers for deep
     neural network training", PolyU 2024 (the rotation transformation); the
-    step is our reconstruction, related to SOAP (Vyas et al., 2024).
+    step is our reconstruction, related to SOAP (Vyas et al., 2024). The sign of
+    SOAP's step is known from SOAP-Muon (modded-nanogpt, 2026).
 
     Args:
         config: AdamR's fields.
@@ -186,6 +199,8 @@ class RotatedAdam:
                 held, batch.rotated_gradient = batch.rotated_gradient, None
                 direction, scale = self._adam(batch, self._rotate(batch) if held is None else held)
                 del held
+                if batch.views[0].hidden:
+                    direction = sign_at_norm(direction, self.config.precision)
                 self._descend(batch, direction, scale)
         self.batches = []
         if self.usable:
@@ -289,6 +304,31 @@ class RotatedAdam:
         else:
             step = matmul(left, right, precision)
             batch.descend(step if scale == 1.0 else step.mul_(scale))
+
+
+def sign_at_norm(matrices: Tensor, precision: Precision) -> Tensor:
+    """``msign(U) ‖U‖_F / ‖msign(U)‖_F`` of every matrix, by five Newton–Schulz steps.
+
+    Args:
+        matrices: U, ``[b, m, n]``.
+        precision: a config's; ``auto`` is half precision on accelerators.
+
+    Returns:
+        ``[b, m, n]``; zeros stay zeros.
+    """
+    tall = matrices.shape[1] > matrices.shape[2]
+    wide = matrices.mT if tall else matrices
+    if arithmetic(precision, wide, "sign") == "half":
+        sign = half_newton_schulz(wide)
+    elif wide.shape[2] < 2 * wide.shape[1]:
+        with float32_products(precision, wide):
+            sign = newton_schulz(wide)
+    else:
+        unit = wide / largest_entry(wide)
+        with float32_products("highest", unit):
+            sign = torch.bmm(gram_newton_schulz(torch.bmm(unit, unit.mT)), unit)
+    sign = sign.mT if tall else sign
+    return sign.mul_(frobenius_norm(matrices) / frobenius_norm(sign))
 
 
 def fused_direction(batch: Batch, rotated: Tensor, lowest: Tensor) -> Tensor:

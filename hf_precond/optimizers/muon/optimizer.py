@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_precond.architectures.attention import find_attention
-from hf_precond.architectures.hidden import ROUTER, in_attention, outside_attention
-from hf_precond.architectures.modules import find_matrices, is_layer
+from hf_precond.architectures.hidden import ROUTER, in_hidden_layers
 from hf_precond.architectures.parameters import ParameterSurvey, add_reason
 from hf_precond.architectures.structure import LayerMatrix, ModelStructure, RowSelection
 from hf_precond.distributed.collectives import full, like, local
@@ -54,18 +53,11 @@ def hidden_matrices(model: nn.Module, config: MuonConfig) -> ModelStructure:
     Raises:
         ValueError: there is none.
     """
-    survey, attentions = ParameterSurvey(model), find_attention(model)
-    chosen = [found for b in attentions for found in in_attention(replace(b, note=""))]
-    chosen += outside_attention(survey, attentions)
-    inside = {id(matrix.weight_parameter) for matrix, _ in chosen}
-    others = [m for m in find_matrices(model) if id(m.weight_parameter) not in inside]
-    chosen += [(m, what) for m in others if (what := _kind(survey, m)) is not None]
-    order = {name: place for place, name in enumerate(survey.parameters)}
-    named = [(survey.name_of(m.weight_parameter), m, what) for m, what in chosen]
+    survey = ParameterSurvey(model)
     matrices: dict[tuple[str, RowSelection | None], LayerMatrix] = {}
     treated: dict[str, str] = {}
     reasons = dict.fromkeys(survey.routers, ROUTER)
-    for name, matrix, what in sorted(named, key=lambda found: order[found[0]]):
+    for name, matrix, what in in_hidden_layers(survey, find_attention(model)):
         if name in survey.head:
             reasons[name] = f"output head ({what})"
         elif min(stack_shape(matrix)[1:]) == 1:
@@ -79,14 +71,6 @@ def hidden_matrices(model: nn.Module, config: MuonConfig) -> ModelStructure:
             "orthogonalised; unfreeze a linear layer, or use --optim adamw_torch."
         )
     return survey.structure(config, treated, reasons, matrices=list(matrices.values()))
-
-
-def _kind(survey: ParameterSurvey, matrix: LayerMatrix) -> str | None:
-    """What a matrix of a hidden layer is that no attention and no linear layer holds."""
-    if not matrix.of_layer or not is_layer(matrix.module):
-        return None
-    what = survey.describe(survey.name_of(matrix.weight_parameter))
-    return what if what in ("adapter", "convolution") else None
 
 
 @register_optimizer(

@@ -39,7 +39,9 @@ def adamr(modules, **fields):
         for number, module in enumerate(modules)
     ]
     groups = [{"params": [module.weight for module in modules]}]
-    return AdamR(groups, ModelStructure(matrices), AdamRConfig.create(**fields))
+    config = AdamRConfig.create(**fields)
+    hidden = matrices if config.direction == "sign" else []
+    return AdamR(groups, ModelStructure(matrices, hidden=hidden), config)
 
 
 def run(optimizer, modules, gradients):

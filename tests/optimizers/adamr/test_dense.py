@@ -11,12 +11,12 @@ from hf_precond.registry import create_optimizer
 DOUBLE = torch.float64
 TILES = {"grouped": 2, "blocks": 2}
 """Matrices that a weight is seen as: groups, and blocks of rows no wider than ``max_dim``."""
-SIDES = {"words": ("right",), "blocks": ("left",)}
+SIDES = {"words": ("right",), "blocks": ("left",), "tall": ("right",)}
 """Rotated sides, where not both."""
 
 
 class Net(nn.Module):
-    """A square matrix, a wide one, a grouped convolution, an embedding, two sides too wide."""
+    """Square, wide and tall matrices, a grouped convolution, an embedding, two sides too wide."""
 
     def __init__(self):
         super().__init__()
@@ -24,6 +24,7 @@ class Net(nn.Module):
         self.wide = nn.Linear(5, 4, bias=False)
         self.grouped = nn.Conv1d(4, 6, 2, groups=2, bias=False)
         self.words = nn.Embedding(7, 4)
+        self.tall = nn.Linear(3, 7, bias=False)
         self.blocks = nn.Linear(9, 8, bias=False)
         self.double()
 
@@ -39,6 +40,15 @@ def jacobi(matrix):
                 skew[i, j] = math.tan(angle)
     factor = torch.eye(size, dtype=DOUBLE) + skew
     return factor @ torch.linalg.inv(torch.linalg.cholesky(factor.mT @ factor).mT)
+
+
+def at_norm_of(matrix):
+    """The quintic Newton-Schulz iteration for the sign, from the matrix at norm 1, at its norm."""
+    x = matrix / matrix.norm()
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x * matrix.norm() / x.norm()
 
 
 class Tile:
@@ -117,6 +127,8 @@ FIELDS = [
     {"basis_interval": 2, "basis_tolerance": 0.3, "stat_interval": 2},
     {"basis_interval": 5, "stat_decay": 0.0, "floor": 0.0, "betas": (0.0, 0.9)},
     {"transport": "overlap", "basis_interval": 4, "stat_interval": 3, "eps": 1e-3},
+    {"direction": "sign"},
+    {"direction": "sign", "basis_interval": 1, "betas": (0.8, 0.9)},
 ]
 
 
@@ -148,6 +160,8 @@ def test_a_run_of_steps(fields):
             pairs = zip(tiles[name], parts, strict=True)
             directions = [tile.direction(part, due, group) for tile, part in pairs]
             if directions[0] is not None:
+                if optimizer.config.direction == "sign" and name != "words":
+                    directions = [at_norm_of(direction) for direction in directions]
                 step = torch.cat(directions).reshape(p.shape)
                 wanted[name] = (1 - 0.02 * 0.1) * wanted[name] - 0.02 * step
             torch.testing.assert_close(p.detach(), wanted[name], rtol=1e-7, atol=1e-8)

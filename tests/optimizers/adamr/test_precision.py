@@ -22,20 +22,22 @@ def gradients(condition, steps, size=48):
         yield left @ (scale[:, None] * sample) @ right.T
 
 
+@pytest.mark.parametrize("direction", ["adam", "sign"])
 @pytest.mark.parametrize(
     ("condition", "precision", "least"),
     [(c, "auto", 0.999) for c in (1.0, 1e2, 1e4)]
     + [(1e6, "auto", 0.99), (1e6, "highest", 0.99999), (1e2, "bf16", 0.99)],
 )
-def test_the_direction_of_a_step_is_that_of_float64(condition, precision, least):
+def test_the_direction_of_a_step_is_that_of_float64(condition, precision, least, direction):
     """Steps with a refresh of either side and with none, from the same state."""
     seen = list(gradients(condition, 24))
     (exact,) = layers(torch.zeros(48, 48, dtype=torch.float64))
-    optimizer = adamr([exact], lr=1.0, basis_tolerance=0.0, stat_decay=0.9)
+    fields = {"lr": 1.0, "basis_tolerance": 0.0, "stat_decay": 0.9, "direction": direction}
+    optimizer = adamr([exact], **fields)
     run(optimizer, [exact], [[g] for g in seen[:20]])
     for gradient in seen[20:]:
         (rounded,) = layers(exact.weight.detach().float())
-        copy = adamr([rounded], lr=1.0, basis_tolerance=0.0, stat_decay=0.9, precision=precision)
+        copy = adamr([rounded], **fields, precision=precision)
         copy.load_state_dict(optimizer.state_dict())
         before = exact.weight.detach().clone()
         run(optimizer, [exact], [[gradient]])
