@@ -14,7 +14,7 @@ from hf_precond import AFOpt, PrecondSeq2SeqTrainer, PrecondTrainer, load_config
 from hf_precond.config.hub import CONFIG_FILE, version
 from hf_precond.integrations.arguments import own_optimizer
 from hf_precond.integrations.callback import logged_diagnostics
-from hf_precond.optimizers.base.optimizer import REPORT_INTERVAL
+from hf_precond.optimizers.base.reporting import REPORT_INTERVAL
 from hf_precond.registry import get_info, list_optimizers
 from tests.integrations.tiny import bart, bert, llama, sequence_data, t5, text_data
 
@@ -220,7 +220,7 @@ def logged_keys(trainer):
 @each_name
 @pytest.mark.parametrize("choice", ["auto", "full", "off"])
 def test_diagnostics_by_choice(name, choice, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_precond.optimizers.base.optimizer.REPORT_INTERVAL", 3)
+    monkeypatch.setattr("hf_precond.optimizers.base.reporting.REPORT_INTERVAL", 3)
     args = f"{OFTEN[name]},diagnostics={choice}"
     trainer = make(name, tmp_path, max_steps=5, optim_args=args)
     trainer.train()

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from hf_precond.architectures.groups import given_groups, parameter_groups
 from hf_precond.architectures.structure import LayerMatrix, ModelStructure, RoutingTable
-from hf_precond.compat import devices
 from hf_precond.compat.warn import warn
 from hf_precond.config.base import OptimizerConfig
 from hf_precond.distributed import collectives
@@ -37,6 +36,7 @@ from hf_precond.optimizers.base.parameters import (
     Preconditioned,
 )
 from hf_precond.optimizers.base.refresh import Counters, FailureRecord
+from hf_precond.optimizers.base.reporting import Reporting
 from hf_precond.registry import make_config, read_model
 
 if TYPE_CHECKING:
@@ -45,11 +45,8 @@ if TYPE_CHECKING:
 STEP_ENTRIES = 2**25
 """Entries of preconditioned gradients that a step holds before AdamW or SGD takes them."""
 
-REPORT_INTERVAL = 100
-"""Steps between two reports in the logs under ``diagnostics="auto"``."""
 
-
-class PrecondOptimizer(torch.optim.Optimizer):
+class PrecondOptimizer(Reporting, torch.optim.Optimizer):
     """A template: update statistics, refresh preconditioners, precondition, step, count.
 
     A subclass says which statistics it needs (:meth:`requests`, :meth:`due`), what it does with
@@ -102,8 +99,6 @@ class PrecondOptimizer(torch.optim.Optimizer):
     head: NewHead | None = None  # what is stepped by what it does to the outputs
     resumed_head: Sequence[str] | None = None  # its layers in the training that is resumed
     layout = Layout()  # of the last step, and inside step() of the current one
-    observing = False  # whether the next step keeps what :meth:`report` needs
-    _reported_at: int | None = None
 
     def __init__(
         self,
@@ -768,75 +763,9 @@ class PrecondOptimizer(torch.optim.Optimizer):
         names = (*own, *bound, "resumed_head")
         return super().__getstate__() | {name: getattr(self, name) for name in names}
 
-    # What a person sees --------------------------------------------------------------------
+    # What a person sees (and what :class:`Reporting` has) ---------------------------------
 
     @property
     def routing(self) -> RoutingTable:
         """Every parameter, how it is stepped, and why."""
         return self.structure.routing
-
-    def count(self, name: str, by: int | Tensor = 1) -> None:
-        """Add to a counter that :meth:`diagnostics` shows.
-
-        Args:
-            name: the counter's name.
-            by: a number, or a tensor that is added on its device.
-        """
-        self.counters.add(name, by)
-
-    def count_dropped(self, counter: str, dropped: Mapping[str, Tensor]) -> None:
-        """Count statistics that were not finite; too many in a row stop training.
-
-        Args:
-            counter: name of the counter.
-            dropped: by layer 1 where its statistic was dropped, else 0: 0-d tensors.
-        """
-        if dropped:
-            device = next(iter(dropped.values())).device
-            flags = torch.stack([flag.to(device) for flag in dropped.values()])
-            self.count(counter, flags.sum())
-            self.failures.watch("statistic", list(dropped), flags)
-
-    def diagnostics(self) -> dict[str, float]:
-        """The counters and :meth:`report`, as plain numbers; the counters alone if ``off``.
-
-        Reads from the device, and may cost about as much as a step: call it when logging.
-        """
-        reported = {} if self.config.diagnostics == "off" else self.report()
-        return self.counted() | reported
-
-    def counted(self) -> dict[str, float]:
-        """The counters and what else is at hand, as plain numbers; one read from the device."""
-        values = {name: float(value) for name, value in self.counters.items()}
-        known = self.counters.on_device
-        if known:
-            device = next(iter(known.values())).device
-            dtype = devices.widest(device)
-            numbers = torch.stack([value.to(device, dtype) for value in known.values()])
-            for name, value in zip(known, numbers.tolist(), strict=True):
-                values[name] = values.get(name, 0.0) + value
-        if self.coverage.unobserved:
-            values["unobserved_matrices"] = float(len(self.coverage.unobserved))
-        return values | self.fallback.diagnostics()
-
-    def report(self) -> dict[str, float]:
-        """The diagnostics that must be computed, as plain numbers."""
-        return {}
-
-    def expect_log(self) -> None:
-        """Say that the next step will be logged: it keeps what :meth:`report` needs."""
-        self.observing = self._report_is_due(self.steps + 1)
-
-    def logged(self) -> dict[str, float]:
-        """The diagnostics for a log, as the field ``diagnostics`` asks; see the config."""
-        if self.config.diagnostics == "off":
-            return {}
-        if not self._report_is_due(self.steps):
-            return self.counted()
-        self._reported_at = self.steps
-        return self.counted() | self.report()
-
-    def _report_is_due(self, step: int) -> bool:
-        if self.config.diagnostics != "auto" or self._reported_at is None:
-            return self.config.diagnostics != "off"
-        return not 0 <= step - self._reported_at < REPORT_INTERVAL
