@@ -75,18 +75,13 @@ def halved(gradients: Matrices, scales: Tensor, columns: int, shape: tuple[int, 
 
 
 def scaled_steps(
-    found: Tensor,
-    norms: Tensor,
-    lengths: Tensor,
-    columns: int,
-    has_bias: bool,
-    rows: int | None = None,
+    found: Tensor, scales: Tensor, columns: int, has_bias: bool, rows: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """One kernel."""
     rows = found.shape[1] if rows is None else rows
-    steps = lengths.new_empty(len(found), rows, columns)
-    rest = lengths.new_empty(len(found), rows) if has_bias else None
-    _kernel([found, norms, lengths], [steps] if rest is None else [steps, rest])
+    steps = scales.new_empty(len(found), rows, columns)
+    rest = scales.new_empty(len(found), rows) if has_bias else None
+    _kernel([found, scales], [steps] if rest is None else [steps, rest])
     return steps, rest
 
 

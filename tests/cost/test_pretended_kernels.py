@@ -22,7 +22,7 @@ CALLS = {
     "frobenius_norms": lambda k, g: k.frobenius_norms(g, COLUMNS),
     "halved": lambda k, g: k.halved(g, torch.ones(3), COLUMNS, (8, 8)),
     "scaled_steps": lambda k, g: k.scaled_steps(
-        torch.ones(3, 8, 8).half(), torch.ones(3), torch.ones(3), COLUMNS, True, ROWS
+        torch.ones(3, 8, 8).half(), torch.ones(3), COLUMNS, True, ROWS
     ),
     "descend": lambda k, g: k.descend(
         g, torch.ones(3, ROWS, 16).half(), torch.ones(3), torch.ones(3), COLUMNS, 4, 8, (1.0,) * 4

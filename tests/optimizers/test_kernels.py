@@ -151,9 +151,9 @@ def test_the_default_dtype_does_not_matter():
 @pytest.mark.parametrize("bias", [True, False])
 def test_steps_of_padded_rows(bias):
     torch.manual_seed(1)
-    found, norms, lengths = torch.randn(2, 8, 16).half(), torch.rand(2), torch.rand(2)
-    steps, rest = kernels.scaled_steps(found, norms, lengths, 6, bias, 5)
-    expected = (found.float() * (lengths / norms)[:, None, None])[:, :5]
+    found, scales = torch.randn(2, 8, 16).half(), torch.rand(2)
+    steps, rest = kernels.scaled_steps(found, scales, 6, bias, 5)
+    expected = (found.float() * scales[:, None, None])[:, :5]
     torch.testing.assert_close(steps, expected[..., :6].contiguous())
     if bias:
         torch.testing.assert_close(rest, expected[..., 6].contiguous())
@@ -162,9 +162,9 @@ def test_steps_of_padded_rows(bias):
 @pytest.mark.parametrize("bias", [True, False])
 def test_steps_have_the_length(bias):
     torch.manual_seed(1)
-    found, norms, lengths = torch.randn(2, 5, 8).half(), torch.rand(2), torch.rand(2)
-    steps, rest = kernels.scaled_steps(found, norms, lengths, 6, bias)
-    expected = found.float() * (lengths / norms)[:, None, None]
+    found, scales = torch.randn(2, 5, 8).half(), torch.rand(2)
+    steps, rest = kernels.scaled_steps(found, scales, 6, bias)
+    expected = found.float() * scales[:, None, None]
     torch.testing.assert_close(steps, expected[..., :6].contiguous())
     assert (rest is not None) == bias
     if bias:

@@ -166,16 +166,15 @@ def _descend(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _steps(  # type: ignore[no-untyped-def]
-    found, norms, lengths, steps, rest, rows, columns, height, width, tiny,
+    found, scales, steps, rest, rows, columns, height, width,
     has_bias: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(1)
     place = tl.program_id(0) * block + tl.arange(0, block)
     inside = place < rows * width
     row, column = place // width, place % width
-    size = tl.load(lengths + i) / tl.maximum(tl.load(norms + i), tiny)
     at = found + i.to(tl.int64) * height * width + place
-    step = tl.load(at, inside, 0.0).to(tl.float32) * size
+    step = tl.load(at, inside, 0.0).to(tl.float32) * tl.load(scales + i)
     to = steps + i.to(tl.int64) * rows * columns + row * columns + column
     tl.store(to, step, inside & (column < columns))
     if has_bias:
@@ -338,19 +337,13 @@ def halved(gradients: Matrices, scales: Tensor, columns: int, shape: tuple[int, 
 
 
 def scaled_steps(
-    found: Tensor,
-    norms: Tensor,
-    lengths: Tensor,
-    columns: int,
-    has_bias: bool,
-    rows: int | None = None,
+    found: Tensor, scales: Tensor, columns: int, has_bias: bool, rows: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Directions times ``length / norm``, the bias apart.
+    """Directions times a number each, the bias apart.
 
     Args:
         found: ``[n, height, width]``, float16, contiguous.
-        norms: n numbers.
-        lengths: likewise.
+        scales: n numbers.
         columns: of a weight.
         has_bias: whether the next column is the bias.
         rows: of a weight; all by default.
@@ -360,13 +353,12 @@ def scaled_steps(
     """
     count, height, width = found.shape
     rows = height if rows is None else rows
-    steps = lengths.new_empty(count, rows, columns)
-    rest = lengths.new_empty(count, rows) if has_bias else None
-    tiny = torch.finfo(torch.float32).tiny
+    steps = scales.new_empty(count, rows, columns)
+    rest = scales.new_empty(count, rows) if has_bias else None
     with torch.cuda.device_of(found):
         _steps[triton.cdiv(rows * width, BLOCK), count](
-            found, norms, lengths, steps, steps if rest is None else rest, rows, columns, height,
-            width, tiny, has_bias=has_bias, block=BLOCK, num_warps=8,
+            found, scales, steps, steps if rest is None else rest, rows, columns, height, width,
+            has_bias=has_bias, block=BLOCK, num_warps=8,
         )  # fmt: skip
     return steps, rest
 
@@ -487,8 +479,8 @@ def trial(device: Any) -> None:
     same(torch.stack(held[0]), 0.95 * whole[..., :columns] - 0.5 * right[..., :columns], 2e-3)
     same(torch.stack(held[1]), whole[..., 0] - 0.25 * right[..., columns], 2e-3)
     half = ahead.half()
-    steps, rest = scaled_steps(half, norms, lengths, columns, True)
-    right = half.float() * (lengths / norms[:, None, None])
+    steps, rest = scaled_steps(half, 1 / norms, columns, True)
+    right = half.float() / norms[:, None, None]
     same(steps, right[..., :columns])
     assert rest is not None
     same(rest, right[..., columns])

@@ -144,9 +144,9 @@ class InPlace:
 
     def steps(self, matrices: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor | None]:
         """The matrices times a number each, weights and biases apart."""
-        joined, one = self.matrix.bias is not None, torch.ones_like(ratio)
+        joined = self.matrix.bias is not None
         found: tuple[Tensor, Tensor | None] = self.triton.scaled_steps(
-            matrices.contiguous(), one, ratio, self.columns, joined, self.rows
+            matrices.contiguous(), ratio, self.columns, joined, self.rows
         )
         return found
 
