@@ -110,7 +110,7 @@ DIVERGED = 64.0
 """An entry of the later steps' product that tells divergence: eigenvalues of it are below 41."""
 
 
-def half_newton_schulz(matrix: Tensor, weighed: Tensor | None = None) -> Tensor:
+def half_newton_schulz(matrix: Tensor, weighed: Tensor | None = None, steps: int = STEPS) -> Tensor:
     """``msign(Z S^½) S^½`` by the steps of :func:`newton_schulz` in float16, given Z and ``Z S``.
 
     float16 has the 10 bits of TF32 at twice its speed, and more than bfloat16; the entries of Z and
@@ -126,6 +126,7 @@ def half_newton_schulz(matrix: Tensor, weighed: Tensor | None = None) -> Tensor:
         matrix: Z, ``[b, m, n]`` with ``m <= n``, float32.
         weighed: Y, ``[b, m, n]``, for S symmetric positive definite. Default ``None``: S is the
             identity.
+        steps: number of steps, > :data:`RESTART`.
 
     Returns:
         ``[b, m, n]``, float32; zeros stay zeros.
@@ -133,9 +134,9 @@ def half_newton_schulz(matrix: Tensor, weighed: Tensor | None = None) -> Tensor:
     size = largest_entry(matrix)
     x = _halved(matrix, size)
     if _is_short(x, weighed):
-        return _quintic(x.div_(_norm(x)), STEPS).to(matrix.dtype)
+        return _quintic(x.div_(_norm(x)), steps).to(matrix.dtype)
     height = size if weighed is None else largest_entry(weighed)
-    last, y, trace = _last_steps(x, None if weighed is None else _halved(weighed, height))
+    last, y, trace = _last_steps(x, None if weighed is None else _halved(weighed, height), steps)
     return torch.bmm(last, y) * (height / (size * trace)).sqrt()
 
 
@@ -174,7 +175,7 @@ def _is_short(x: Tensor, weighed: Tensor | None) -> bool:
     return weighed is None and x.shape[2] < 2 * x.shape[1]
 
 
-def _last_steps(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _last_steps(x: Tensor, y: Tensor | None, steps: int = STEPS) -> tuple[Tensor, Tensor, Tensor]:
     """P of the last steps, Y after the first ones, and the trace that all are divided by."""
     gram, weighed = _wide_gram(x if y is None else y, x), y is not None
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
@@ -184,7 +185,7 @@ def _last_steps(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     first = _gram_steps(_halved(gram, trace), RESTART)
     x = torch.bmm(first, x)
     y = x if y is None else torch.bmm(first, y)
-    last = _gram_steps(_halved(_wide_gram(y, x), trace), STEPS - RESTART)
+    last = _gram_steps(_halved(_wide_gram(y, x), trace), steps - RESTART)
     if weighed:
         largest = torch.linalg.vector_norm(last, math.inf, dim=(-2, -1), keepdim=True)
         last = torch.where(largest < DIVERGED, last, _eye(last))

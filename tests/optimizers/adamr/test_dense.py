@@ -45,7 +45,7 @@ def jacobi(matrix):
 def at_norm_of(matrix):
     """The quintic Newton-Schulz iteration for the sign, from the matrix at norm 1, at its norm."""
     x = matrix / matrix.norm()
-    for _ in range(5):
+    for _ in range(3):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return x * matrix.norm() / x.norm()
