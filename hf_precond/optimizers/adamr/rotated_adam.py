@@ -40,8 +40,8 @@ HELD_ELEMENTS = 1 << 25
 """Elements of rotated gradients that may be held from a refresh to the step."""
 
 SIGN_STEPS = 3
-"""Newton–Schulz steps of ``direction="sign"``: singular values above 1/60 of U's Frobenius norm come
-into [0.6, 1.25], smaller ones stay smaller. Five steps were no better."""
+"""Newton–Schulz steps of ``direction="sign"``: singular values above 1/60 of U's Frobenius norm
+come into [0.6, 1.25], smaller ones stay smaller. Five steps were no better."""
 
 
 class RotatedAdam:
