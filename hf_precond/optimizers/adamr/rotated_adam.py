@@ -203,7 +203,7 @@ class RotatedAdam:
                 held, batch.rotated_gradient = batch.rotated_gradient, None
                 direction, scale = self._adam(batch, self._rotate(batch) if held is None else held)
                 del held
-                if batch.views[0].hidden:
+                if self.config.direction == "sign" and batch.views[0].hidden:
                     direction = sign_at_norm(direction, self.config.precision)
                 self._descend(batch, direction, scale)
         self.batches = []

@@ -27,7 +27,7 @@ def experts(count, rows, columns, dtype=torch.float64):
 
 
 def adamr(modules, **fields):
-    """The optimizer of modules whose weights are matrices."""
+    """The optimizer of modules whose weights are matrices of hidden layers."""
     matrices = [
         LayerMatrix(
             f"layer{number}",
@@ -39,9 +39,8 @@ def adamr(modules, **fields):
         for number, module in enumerate(modules)
     ]
     groups = [{"params": [module.weight for module in modules]}]
-    config = AdamRConfig.create(**fields)
-    hidden = matrices if config.direction == "sign" else []
-    return AdamR(groups, ModelStructure(matrices, hidden=hidden), config)
+    structure = ModelStructure(matrices, hidden=matrices)
+    return AdamR(groups, structure, AdamRConfig.create(**fields))
 
 
 def run(optimizer, modules, gradients):
