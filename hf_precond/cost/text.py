@@ -26,15 +26,16 @@ def prediction_text(prediction: Prediction, name: str) -> str:
         f"    {tokens:,} tokens a step in sequences of {prediction.length:,}; {_passes(device)}",
         *_assumed(device),
         "",
-        _line("an average step, GFLOP in", columns),
     ]
+    rows = [("an average step, GFLOP in", columns)]
     for title, part in parts.items():
         flops = part.flops
         cells = [f"{flops[p] / 1e9:,.1f}" if p in flops else "-" for p in precisions]
         cells += [f"{part.bytes / 1e9:,.2f}", f"{_launches(device, part):,.0f}"]
-        lines.append(_line(f"  {title}", [*cells, f"{device.average(part):,.2f}"]))
+        rows.append((f"  {title}", [*cells, f"{device.average(part):,.2f}"]))
     own, adamw = prediction.step_ms(tokens), prediction.adamw_ms(tokens)
     lines += [
+        *_table(rows),
         "",
         f"a whole training step: {own:,.2f} ms with {name}, {adamw:,.2f} ms with fused AdamW,",
         f"    {own / adamw:.2f} times as long; {_break_even(prediction)}",
@@ -76,6 +77,14 @@ def _break_even(prediction: Prediction) -> str:
     return f"below 5 % from {tokens:,} tokens a step"
 
 
-def _line(title: str, cells: list[str]) -> str:
-    width = min(11, (80 - 26) // len(cells))
-    return f"{title:<26}" + "".join(f"{cell:>{width}}" for cell in cells)
+def _table(rows: list[tuple[str, list[str]]]) -> list[str]:
+    """Titles and cells, these as far apart as 80 columns have room for."""
+    columns = zip(*(cells for _, cells in rows), strict=True)
+    widths = [max(map(len, column)) for column in columns]
+    title = max(len(title) for title, _ in rows)
+    gap = max(1, min(3, (80 - title - sum(widths)) // len(widths)))
+    return [
+        f"{name:<{title}}"
+        + "".join(f"{cell:>{gap + width}}" for cell, width in zip(cells, widths, strict=True))
+        for name, cells in rows
+    ]

@@ -7,7 +7,7 @@ import transformers
 from hf_precond.cost.counting import Kernel
 from hf_precond.cost.devices import Device
 from hf_precond.cost.prediction import Prediction, predict
-from hf_precond.cost.text import prediction_text
+from hf_precond.cost.text import _table, prediction_text
 from hf_precond.cost.trace import TracedStep, TracedTraining
 
 # One millisecond is 1 GB of traffic, or 250 launches.
@@ -78,6 +78,16 @@ def test_a_tiny_model():
     text = prediction_text(prediction, "muon")
     assert max(map(len, text.splitlines())) <= 80 and "predicted, not measured" in text
     assert "times as long" in text and "gpu.py" in text
+
+
+def test_columns_stay_apart_whatever_is_in_them():
+    heads = ["float32", "tf32", "bfloat16", "float16", "GB", "launches", "ms"]
+    cells = ["1,234.5", "12,345.6", "123,456.7", "1,234.5", "123.45", "1,203", "1,234.56"]
+    lines = _table([("an average step, GFLOP in", heads), ("  the model's passes", cells)])
+    assert [line.split()[-len(heads) :] for line in lines] == [heads, cells]
+    assert {len(line) for line in lines} == {max(map(len, lines))} and len(lines[0]) <= 100
+    (line, _) = _table([("an average step, GFLOP in", heads), ("  refreshes", ["-"] * 7)])
+    assert line.split()[-len(heads) :] == heads and len(line) <= 80
 
 
 def test_a_build_with_cuda_and_no_device_is_refused_in_a_sentence(monkeypatch):
