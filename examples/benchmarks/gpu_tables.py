@@ -102,6 +102,8 @@ def made(arm: str) -> Callable[[nn.Module], Any]:
 
 def _field(pair: str) -> tuple[str, Any]:
     name, value = pair.split("=")
+    if value.isdigit():
+        return name, int(value)
     return name, float(value) if value.replace(".", "").isdigit() else value
 
 

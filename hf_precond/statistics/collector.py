@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -556,11 +557,13 @@ class MomentCollector(StatisticsSource):
         weights: Tensor | None,
     ) -> Statistic:
         with torch.no_grad(), without_autocast(gradient.device):
-            rows = as_rows(output_rows(hooked.layer, gradient), hooked.dtype)
-            if rows.dtype == hooked.dtype:
-                return second_moment(collection, self._scaled(rows, collection), weights, self.step)
+            dtype, rows = hooked.dtype, output_rows(hooked.layer, gradient)
+            convert = partial(as_rows, dtype=dtype)
+            if convert(gradient.new_empty(0)).dtype == dtype:
+                prepare = lambda chosen: self._scaled(convert(chosen), collection)  # noqa: E731
+                return second_moment(collection, rows, weights, self.step, prepare)
             # Scaled once summed: half precision has no room for it.
-            statistic = second_moment(collection, rows, weights, self.step)
+            statistic = second_moment(collection, rows, weights, self.step, convert)
             factor = self._scaled(statistic.sum.new_ones(()), collection)
             return Statistic(statistic.sum * factor.square(), statistic.count)
 
@@ -584,8 +587,8 @@ class MomentCollector(StatisticsSource):
             role = multihead_role(collection.matrix)
             inputs, weights = multihead_input(hooked.module, role, args, kwargs)
             if weights is not None:
-                rows = as_rows(inputs, dtype)
-                return second_moment(collection, rows, weights.to(dtype), self.step)
+                convert = partial(as_rows, dtype=dtype)
+                return second_moment(collection, inputs, weights.to(dtype), self.step, convert)
         else:
             inputs = args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(inputs, Tensor):
@@ -596,8 +599,9 @@ class MomentCollector(StatisticsSource):
 
         def compute() -> Statistic:
             weights = self._token_weights(hooked, inputs, tuple(inputs.shape))
-            rows = as_rows(inputs, dtype, low if is_linear(hooked.layer) else None)
-            return second_moment(collection, rows, weights, self.step)
+            rounded = low if is_linear(hooked.layer) else None
+            convert = partial(as_rows, dtype=dtype, low=rounded)
+            return second_moment(collection, inputs, weights, self.step, convert)
 
         # Layers of one parent read the same mask.
         parent = hooked.path.rpartition(".")[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -254,7 +254,11 @@ def thinned(rows: Tensor, limit: int, step: int) -> Tensor:
 
 
 def second_moment(
-    collection: Collection, rows: Tensor, weights: Tensor | None, step: int = 0
+    collection: Collection,
+    rows: Tensor,
+    weights: Tensor | None,
+    step: int = 0,
+    prepare: Callable[[Tensor], Tensor] = torch.detach,
 ) -> Statistic:
     """Returns what the rows of one call add to a collection.
 
@@ -263,10 +267,13 @@ def second_moment(
         rows: inputs or output gradients, ``[…, T, d]``, each leading index a sequence.
         weights: of the tokens, ``[…, T]`` or flat; those of output gradients only count.
         step: the optimizer's step; it chooses the rows where not all enter.
+        prepare: converts the rows that enter, entry by entry.
     """
     if collection.center:
+        rows = prepare(rows)
         rows = centred(rows.to(moment_dtype(rows)), weights)
     rows = thinned(rows.flatten(0, -2), collection.rows, step)
+    rows = rows if collection.center else prepare(rows)
     if weights is not None:
         weights = thinned(weights.flatten(), collection.rows, step)
     count = count_of(len(rows), weights, rows.new_empty(0, dtype=moment_dtype(rows)))

@@ -1,12 +1,15 @@
 """Second moments of some of the rows."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from hf_precond.architectures.structure import LayerMatrix
 from hf_precond.statistics.collector import MomentCollector
-from hf_precond.statistics.moments import thinned
+from hf_precond.statistics.moments import as_rows, thinned
 from hf_precond.statistics.requests import MomentRequest
 from tests.optimizers.models import batch, make
 
@@ -48,6 +51,26 @@ def test_sums_and_counts_are_of_the_chosen_rows():
     torch.testing.assert_close(taken["input"].sum, rows.T @ rows)
     torch.testing.assert_close(taken["output_grad"].sum, deltas.T @ deltas)
     assert taken["input"].count == taken["output_grad"].count == len(rows) == 10
+    collector.close()
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+def test_only_rows_that_enter_are_converted(scale, monkeypatch):
+    converted = []
+
+    def note(tensor, dtype, low=None):
+        converted.append(len(tensor))
+        return as_rows(tensor, dtype, low)
+
+    monkeypatch.setattr("hf_precond.statistics.collector.as_rows", note)
+    layer = nn.Linear(4, 3)
+    found = [replace(r, scale=scale) for r in requests(LayerMatrix("0", layer, bias="bias"), 10)]
+    collector = MomentCollector(layer, found)
+    collector.loss_scale = 2.0
+    collector.enable(True, 0)
+    layer(torch.randn(50, 4)).square().sum().backward()
+    assert set(collector.take()) == {"input", "output_grad"}
+    assert max(converted) == 10
     collector.close()
 
 
