@@ -186,15 +186,16 @@ def _half_moments(rows: Tensor, weights: Tensor | None, constant: bool, blocks: 
     columns = size + constant
     width = -(-columns // blocks)
     wide = width if columns == size and blocks == 1 else padded(width)
-    if blocks == 1:
-        laid = F.pad(rows, (0, wide - size), value=1.0) if wide > size else rows
-        laid = laid.unsqueeze(1)
-    else:
-        laid = rows.new_ones(len(rows), blocks, wide)
+    if blocks == 1 and wide == size:
+        laid = rows.unsqueeze(1)
+    else:  # what lies beyond a block's width is cut off from the product
+        laid = rows.new_empty(len(rows), blocks, wide)
         whole, rest = divmod(size, width)
         laid[:, :whole, :width] = rows[:, : whole * width].unflatten(1, (whole, width))
         if rest:
             laid[:, whole, :rest] = rows[:, whole * width :]
+        if constant:
+            laid[:, whole, rest] = 1
         end, used = divmod(columns, width)
         if end < blocks:
             laid[:, end, used:] = 0

@@ -82,9 +82,13 @@ def test_blocks_of_half_precision_are_those_of_float64(weighted, constant, block
     # Weights that bfloat16 holds: the product rounds them, and the count does not.
     weights = torch.randint(0, 9, (40,)) / 8 if weighted else None
     exact = rows.double(), None if weights is None else weights.double()
-    with accelerator():
-        found = block_moment(rows, weights, constant, blocks)
-        whole = moment(rows, weights, constant)
+    torch.use_deterministic_algorithms(True)  # memory that nothing was written to is NaN
+    try:
+        with accelerator():
+            found = block_moment(rows, weights, constant, blocks)
+            whole = moment(rows, weights, constant)
+    finally:
+        torch.use_deterministic_algorithms(False)
     error = 1e-2 if weighted else 1e-6  # a weighted row is rounded
     for one, other in (
         (found, block_moment(*exact, constant, blocks)),
