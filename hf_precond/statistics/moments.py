@@ -191,7 +191,8 @@ def _half_moments(rows: Tensor, weights: Tensor | None, constant: bool, blocks: 
     else:  # what lies beyond a block's width is cut off from the product
         laid = rows.new_empty(len(rows), blocks, wide)
         whole, rest = divmod(size, width)
-        laid[:, :whole, :width] = rows[:, : whole * width].unflatten(1, (whole, width))
+        if whole:
+            laid[:, :whole, :width] = rows[:, : whole * width].unflatten(1, (whole, width))
         if rest:
             laid[:, whole, :rest] = rows[:, whole * width :]
         if constant:
