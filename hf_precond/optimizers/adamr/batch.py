@@ -153,6 +153,8 @@ class Batch:
             for view in self.views:
                 view.grad = like(view.param, view.grad)
         descend(self.views)
+        for view in self.views:
+            view.grad = view.param  # the directions of no batch are kept for the next ones
 
     def _tiled(self, tensor: Tensor) -> Tensor:
         tiling = self.tiling
