@@ -143,7 +143,7 @@ def test_the_shipped_comparison_tunes_alike():
     spec = load(folder / "compare.toml")
     assert list(spec.tasks) == ["gpt", "vit"]
     for entries in spec.entries.values():
-        assert len(entries) == 9
+        assert len(entries) == 10
         for entry in entries.values():
             momentum = "beta1" if "beta1" in entry.grid else "momentum"
             assert list(entry.grid) == ["lr", momentum, "weight_decay"]
