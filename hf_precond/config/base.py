@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 ConfigT = TypeVar("ConfigT", bound="OptimizerConfig")
+ValueT = TypeVar("ValueT")
 
 _WORDS = {
     **dict.fromkeys(("true", "yes", "on", "1"), True),
@@ -76,11 +77,50 @@ def one_of(*names: str) -> Any:
     return field(default=None, metadata={"choices": names})
 
 
+@dataclass(frozen=True)
+class Removed:
+    """What a field was that earlier releases had.
+
+    A config or a checkpoint with its default means what it meant, and is read without it; any
+    other value shaped what was trained, and is refused.
+
+    Args:
+        default: the field's.
+        last: the last release that has the field.
+    """
+
+    default: Any
+    last: str
+
+    def check(self, owner: str, name: str, value: Any) -> None:
+        """Refuse any value but the default.
+
+        Args:
+            owner: the optimizer's name.
+            name: the field's.
+            value: a value, or the text that stands for one.
+
+        Raises:
+            ValueError: naming the last release that has the field.
+        """
+        if isinstance(value, str) and isinstance(self.default, bool):
+            value = _WORDS.get(value.lower(), value)
+        if value != self.default:
+            raise ValueError(
+                f"{name}={value!r}: {owner} no longer has this field, and hf_precond {self.last} "
+                "is the last release that has it; leave it out for what is "
+                f"{name}={self.default!r} there, or install that release."
+            )
+
+
 class _Field:
     """The legal values of one field of a config, and how text becomes a value."""
 
-    def __init__(self, owner: str, item: dataclasses.Field[Any], hint: Any) -> None:
+    def __init__(
+        self, owner: str, item: dataclasses.Field[Any], hint: Any, removed: Mapping[Any, str]
+    ) -> None:
         self.owner, self.name, self.default = owner, item.name, item.default
+        self.removed = removed
         union = typing.get_origin(hint) in (typing.Union, types.UnionType)
         kinds = typing.get_args(hint) if union else (hint,)
         self.kind = kinds[0]
@@ -110,6 +150,8 @@ class _Field:
         """The error for a value that is not legal."""
         near = difflib.get_close_matches(value, self.choices, n=1) if isinstance(value, str) else []
         hint = f" (did you mean {near[0]!r}?)" if near else ""
+        if isinstance(value, str) and value in self.removed:
+            hint = f" (hf_precond {self.removed[value]} is the last release that has {value!r})"
         return ValueError(
             f"{self.name}={value!r}: {self.owner} takes {self.legal()}{hint}; "
             f"the default is {self.default!r}."
@@ -217,6 +259,10 @@ class OptimizerConfig:
     name: ClassVar[str] = ""
     layout: ClassVar[tuple[str, ...]] = ("state_dtype",)
     """Fields that decide which tensors the state has: a checkpoint is refused under others."""
+    removed: ClassVar[Mapping[str, Removed]] = {}
+    """Fields of earlier releases."""
+    removed_values: ClassVar[Mapping[str, Mapping[str, str]]] = {}
+    """Field to the values that it no longer has, each with the last release that has it."""
 
     lr: float = bounded(1e-3, 0.0)
     weight_decay: float = bounded(0.0, 0.0)
@@ -238,11 +284,28 @@ class OptimizerConfig:
     @functools.cache
     def _fields(cls) -> dict[str, _Field]:
         hints = typing.get_type_hints(cls)
-        return {i.name: _Field(cls.name, i, hints[i.name]) for i in dataclasses.fields(cls)}
+        return {
+            item.name: _Field(
+                cls.name, item, hints[item.name], cls.removed_values.get(item.name, {})
+            )
+            for item in dataclasses.fields(cls)
+        }
+
+    @classmethod
+    def _known(cls, values: Mapping[str, ValueT]) -> dict[str, ValueT]:
+        """Values without those of removed fields.
+
+        Raises:
+            ValueError: a name is no field, with the field that was probably meant; a removed
+                field is not at its default.
+        """
+        cls._refuse_unknown(name for name in values if name not in cls.removed)
+        for name in cls.removed.keys() & values.keys():
+            cls.removed[name].check(cls.name, name, values[name])
+        return {name: value for name, value in values.items() if name not in cls.removed}
 
     @classmethod
     def _refuse_unknown(cls, names: Iterable[str]) -> None:
-        """Raise for a name that is no field, with the field that was probably meant."""
         known = list(cls._fields())
         for name in [name for name in names if name not in known]:
             near = [ALIASES[name]] if name in ALIASES else []
@@ -263,8 +326,7 @@ class OptimizerConfig:
             ValueError: a value is not legal, or a name is no field (the
                 message has the nearest field).
         """
-        cls._refuse_unknown(values)
-        return cls(**values)
+        return cls(**cls._known(values))
 
     @classmethod
     def from_strings(cls: type[ConfigT], values: Mapping[str, str]) -> ConfigT:
@@ -289,9 +351,9 @@ class OptimizerConfig:
             ValueError: a string is no value of its field's type, or a name is
                 no field.
         """
-        cls._refuse_unknown(values)
+        texts = {name: str(text).strip() for name, text in values.items()}
         known = cls._fields()
-        return {name: known[name].parse(str(text).strip()) for name, text in values.items()}
+        return {name: known[name].parse(text) for name, text in cls._known(texts).items()}
 
     @classmethod
     def from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
@@ -426,8 +488,7 @@ class OptimizerConfig:
         Raises:
             ValueError: as :meth:`create`.
         """
-        self._refuse_unknown(values)
-        return dataclasses.replace(self, **values)
+        return dataclasses.replace(self, **self._known(values))
 
     @property
     def decays_everything(self) -> bool:

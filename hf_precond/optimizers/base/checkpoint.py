@@ -120,7 +120,9 @@ def forget_empty(state: MutableMapping[Tensor, dict[str, Any]]) -> None:
 
 
 @contextmanager
-def restoring(optimizer: torch.optim.Optimizer, own: Mapping[str, Any]) -> Iterator[None]:
+def restoring(
+    optimizer: torch.optim.Optimizer, own: Mapping[str, Any], config: OptimizerConfig
+) -> Iterator[None]:
     """Inside, ``load_state_dict`` of torch gives every parameter :func:`restored` state.
 
     Torch's own is cast to the parameter's dtype. Ours is made of what the
@@ -129,6 +131,7 @@ def restoring(optimizer: torch.optim.Optimizer, own: Mapping[str, Any]) -> Itera
     Args:
         optimizer: the one that loads.
         own: its :func:`identity`.
+        config: its config.
 
     Raises:
         ValueError: see :func:`refuse_other`; nothing has been loaded.
@@ -136,7 +139,7 @@ def restoring(optimizer: torch.optim.Optimizer, own: Mapping[str, Any]) -> Itera
     given: list[Mapping[str, Any]] = []
 
     def before(_: Any, state_dict: dict[str, Any]) -> None:
-        refuse_other(state_dict, own)
+        refuse_other(state_dict, own, config)
         given.append(state_dict)
 
     def after(_: Any) -> None:
@@ -193,7 +196,9 @@ def _copied(name: str, value: Any, parameter: Tensor) -> Any:
     return value.detach().clone().to(device=device)
 
 
-def refuse_other(state_dict: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+def refuse_other(
+    state_dict: Mapping[str, Any], own: Mapping[str, Any], config: OptimizerConfig
+) -> None:
     """Refuse a state dict of another optimizer or model, or one that is not whole.
 
     One that came through ``torch.distributed.checkpoint`` has no identity any
@@ -202,6 +207,7 @@ def refuse_other(state_dict: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     Args:
         state_dict: what is to be loaded.
         own: :func:`identity` of the optimizer that loads it.
+        config: that optimizer's.
 
     Raises:
         ValueError: naming what differs, and what to do.
@@ -227,7 +233,7 @@ def refuse_other(state_dict: Mapping[str, Any], own: Mapping[str, Any]) -> None:
             f"{saved['optimizer']}, or load the weights only and start {name} anew."
         )
     refuse_other_model(name, saved["parameters"], own["parameters"])
-    _refuse_other_layout(name, saved["layout"], own["layout"])
+    _refuse_other_layout(config, saved["layout"], own["layout"])
     _refuse_parts(name, state_dict, own["parameters"])
 
 
@@ -278,7 +284,19 @@ def refuse_other_model(
     )
 
 
-def _refuse_other_layout(name: str, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+def _refuse_other_layout(
+    config: OptimizerConfig, saved: Mapping[str, Any], own: Mapping[str, Any]
+) -> None:
+    for field in config.removed.keys() & saved.keys():
+        config.removed[field].check(config.name, field, saved[field])
+    for field in config.removed_values.keys() & saved.keys():
+        last = config.removed_values[field].get(saved[field])
+        if last is not None:
+            raise ValueError(
+                f"{config.name}: this state was saved with {field}={saved[field]!r}, and "
+                f"hf_precond {last} is the last release that has it; resume with that one, or "
+                "start the optimizer anew."
+            )
     differences = [
         f"{field}={saved.get(field)!r} there and {value!r} here"
         for field, value in own.items()
@@ -286,9 +304,9 @@ def _refuse_other_layout(name: str, saved: Mapping[str, Any], own: Mapping[str, 
     ]
     if differences:
         raise ValueError(
-            f"{name}: this state was saved with other settings: {', '.join(differences)}. They "
-            "decide which tensors it has: resume with the saved ones (optimizer_config.json beside "
-            "the checkpoint holds them), or start the optimizer anew."
+            f"{config.name}: this state was saved with other settings: {', '.join(differences)}. "
+            "They decide which tensors it has: resume with the saved ones (optimizer_config.json "
+            "beside the checkpoint holds them), or start the optimizer anew."
         )
 
 

@@ -735,7 +735,7 @@ class PrecondOptimizer(Reporting, torch.optim.Optimizer):
         """
         own = self._identity()
         refuse_rated_head(state_dict.get(checkpoint.KEY, own).get("head", ()), self.config)
-        with checkpoint.restoring(self, own):
+        with checkpoint.restoring(self, own, self.config):
             super().load_state_dict(state_dict)
         self.layout = Layout()
         if not self.attached:
