@@ -153,8 +153,11 @@ class Batch:
             for view in self.views:
                 view.grad = like(view.param, view.grad)
         descend(self.views)
+
+    def release(self) -> None:
+        """Lets go of gradients and directions: none is held for the batches that follow."""
         for view in self.views:
-            view.grad = view.param  # the directions of no batch are kept for the next ones
+            view.grad = view.param
 
     def _tiled(self, tensor: Tensor) -> Tensor:
         tiling = self.tiling

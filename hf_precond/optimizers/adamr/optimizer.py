@@ -221,10 +221,6 @@ class AdamR(PrecondOptimizer):
     def precondition(self, ready: Sequence[BoundMatrix]) -> Iterable[Preconditioned]:
         """Take Adam's step in the eigenbases, which changes the parameters in place."""
         self.rotated.step()
-        for view in [
-            view for kind in kept("kinds", self.bound, self._kinds) for view in kind.views
-        ]:
-            view.grad = view.param  # no memory is held until the next step
         rotated = kept("rotated", ready, partial(self._rotated, ready))
         return [Preconditioned(bound, None, "applied") for bound in rotated]
 

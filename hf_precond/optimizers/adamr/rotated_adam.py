@@ -206,6 +206,7 @@ class RotatedAdam:
                 if self.config.direction == "sign" and batch.views[0].hidden:
                     direction = sign_at_norm(direction, self.config.precision)
                 self._descend(batch, direction, scale)
+            batch.release()
         self.batches = []
         if self.usable:
             device = self.usable[0].device
