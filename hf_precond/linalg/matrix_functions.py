@@ -323,47 +323,6 @@ def _inverse_factor_on_device(moment: Tensor, damping: float, mean: Tensor | Non
     return DampedInverse(inverse.mT, usable, identity)
 
 
-def inverse_sqrt(
-    moment: Tensor, damping: float, mean: Tensor | None = None, blocks: int = 1
-) -> DampedInverse:
-    """``(A + λ·tr(A)/n·I)^(-1/2)``, symmetric, by the coupled Newton–Schulz iteration.
-
-    ``T = (3I - Z Y)/2, Y ← Y T, Z ← T Z`` from ``Y = A/‖A‖_F, Z = I`` (Higham, "Functions of
-    Matrices", 2008, eq. 6.35): Y tends to the root, Z to its inverse. The number of steps follows
-    from λ, which bounds the condition number; nothing is read back to the host.
-
-    Args:
-        moment: A, ``[…, n, n]``.
-        damping: λ, > 0.
-        mean: see :func:`damp`.
-        blocks: how many blocks share ``mean``.
-    """
-    damped, identity = damp(moment, damping, mean)
-    shape, size = damped.shape, damped.shape[-1]
-    largest = largest_entry(damped)  # the squares of entries above 1e19 are beyond float32
-    y = damped / largest
-    norm = frobenius_norm(y)
-    y = (y / norm).reshape(-1, size, size)
-    z = _eye(y).expand_as(y).contiguous()
-    for _ in range(_root_steps(size * blocks, damping)):
-        t = torch.bmm(z, y).mul_(-0.5)
-        t.diagonal(dim1=-2, dim2=-1).add_(1.5)
-        y, z = torch.bmm(y, t), torch.bmm(t, z)
-    value = z.reshape(shape) * norm.rsqrt() * largest.rsqrt()
-    value = (value + value.mT) * 0.5
-    return DampedInverse(value, torch.isfinite(value).all(-1).all(-1), identity)
-
-
-def _root_steps(size: int, damping: float) -> int:
-    """Steps until the smallest eigenvalue of a damped matrix of this size has converged.
-
-    It is at least ``λ/(n + λ√n)`` of the Frobenius norm, and grows by 9/4 a step while small; six
-    more make it exact.
-    """
-    smallest = damping / (size + damping * math.sqrt(size))
-    return math.ceil(-math.log(smallest) / math.log(2.25)) + 6
-
-
 def _cholesky(moment: Tensor, damping: float, mean: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Lower factors, where they are usable, and where they are the identity's."""
     damped, identity = damp(moment, damping, mean)

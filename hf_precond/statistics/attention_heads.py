@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from hf_precond.architectures.attention_block import AttentionBlock
 from hf_precond.distributed import collectives
 from hf_precond.linalg.products import compute_dtype, without_autocast
-from hf_precond.statistics.moments import centred, count_of, weighted
+from hf_precond.statistics.moments import count_of, weighted
 from hf_precond.statistics.passes import (
     OutputGradAccumulator,
     PassKind,
@@ -223,9 +223,9 @@ class HeadMoments:
             if request.kind == "entropy":
                 moments[name] = self._entropies(attention, call, request.rows)
             elif request.kind == "query":
-                moments[name] = _moment(query.to(dtype), attention.queries, request.center)
+                moments[name] = _moment(query.to(dtype), attention.queries)
             else:
-                moments[name] = _moment(key.to(dtype), attention.memory, request.center)
+                moments[name] = _moment(key.to(dtype), attention.memory)
         if attention.rope is not None:
             moments[attention.path, "rotation"] = attention.rope.tables(query, attention.queries)
         return moments
@@ -320,18 +320,17 @@ class HeadMoments:
         self.hooks.close()
 
 
-def _moment(vectors: Tensor, reader: Reader, center: bool) -> Statistic:
+def _moment(vectors: Tensor, reader: Reader) -> Statistic:
     """The moment per head of queries or keys ``[B, H, N, d_h]``."""
     batch, _, length, size = vectors.shape
     weights = reader.read((batch, length, size), vectors.dtype)
     spread = None if weights is None else weights[:, None].expand(vectors.shape[:-1])
-    rows = centred(vectors, spread) if center else vectors
-    total = (weighted(rows, spread).mT @ rows).sum(0)
-    return Statistic(total, count_of(batch * length, weights, rows))
+    total = (weighted(vectors, spread).mT @ vectors).sum(0)
+    return Statistic(total, count_of(batch * length, weights, vectors))
 
 
 def _key(attention: _ObservedAttention, request: MomentRequest) -> Hashable:
-    return attention.path, request.kind, request.center, request.rows
+    return attention.path, request.kind, request.rows
 
 
 # Entropy of attention weights ---------------------------------------------------

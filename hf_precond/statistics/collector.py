@@ -357,7 +357,7 @@ class MomentCollector(StatisticsSource):
                 path = matrix.name if matrix.stack else paths[module]
                 held[place] = HookedLayer(module, layer, path, reader, around)
             key = held[place].path, *_variant(request, matrix)
-            options = (request.center, request.blocks, request.rows, request.scale)
+            options = (request.blocks, request.rows, request.scale)
             new = Collection(request.kind, matrix, False, *options)
             collection = held[place].collections.setdefault(key, new)
             collection.constant |= request.kind == "input" and request.matrix.bias is not None
@@ -791,8 +791,6 @@ def _refuse(request: MomentRequest, matrix: LayerMatrix) -> None:
             f"{request.key}: the input of {matrix.name} ({type(layer).__name__}) has no second "
             "moment; ask for those of linear layers and convolutions."
         )
-    if request.center and isinstance(layer, CONVOLUTIONS):
-        raise ValueError(f"{request.key}: a convolution's patches are no sequence to centre.")
     if request.kind == "output_grad" and isinstance(layer, nn.MultiheadAttention):
         raise ValueError(
             f"{request.key}: the projections of {matrix.name} are inside "
@@ -806,4 +804,4 @@ def _variant(request: MomentRequest, matrix: LayerMatrix) -> tuple[Hashable, ...
         return request.kind, request.rows, matrix.rows, request.scale
     width = request.matrix.columns if request.blocks > 1 else 0
     role = multihead_role(matrix)
-    return request.kind, request.rows, role, request.center, request.blocks, width
+    return request.kind, request.rows, role, request.blocks, width

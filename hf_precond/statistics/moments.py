@@ -104,19 +104,6 @@ def weighted(rows: Tensor, weights: Tensor | None) -> Tensor:
     return rows if weights is None else rows * weights.to(rows.dtype).unsqueeze(-1)
 
 
-def centred(rows: Tensor, weights: Tensor | None) -> Tensor:
-    """Returns rows less the (weighted) mean over each sequence.
-
-    Args:
-        rows: ``[…, n, d]``, n the length of a sequence.
-        weights: ``[…, n]``, or ``None`` for ones.
-    """
-    if weights is None:
-        return rows - rows.mean(-2, keepdim=True)
-    total = weights.sum(-1, keepdim=True).clamp(min=1).unsqueeze(-1)
-    return rows - weighted(rows, weights).sum(-2, keepdim=True) / total
-
-
 def count_of(rows: int, weights: Tensor | None, like: Tensor) -> Tensor:
     """Returns the (weighted) number of rows as a new 0-d tensor; nothing is read from the device.
 
@@ -218,7 +205,6 @@ class Collection:
         kind: ``input`` or ``output_grad``.
         matrix: a matrix whose input or output gradient it is.
         constant: a 1 stands behind every row.
-        center: each sequence's mean is subtracted first.
         blocks: number of diagonal blocks; 1 for the whole moment.
         rows: at most so many rows of a call enter; 0 for all.
         scale: of output gradients.
@@ -227,15 +213,14 @@ class Collection:
     kind: str
     matrix: LayerMatrix
     constant: bool = False
-    center: bool = False
     blocks: int = 1
     rows: int = 0
     scale: float = 1.0
 
     @property
-    def variant(self) -> tuple[bool, bool, int, int]:
+    def variant(self) -> tuple[bool, int, int]:
         """What two collections must have in common to have the same moment of the same input."""
-        return self.constant, self.center, self.blocks, self.rows
+        return self.constant, self.blocks, self.rows
 
 
 def thinned(rows: Tensor, limit: int, step: int) -> Tensor:
@@ -271,22 +256,16 @@ def second_moment(
         step: the optimizer's step; it chooses the rows where not all enter.
         prepare: converts the rows that enter, entry by entry.
     """
-    if collection.center:
-        rows = prepare(rows)
-        rows = centred(rows.to(moment_dtype(rows)), weights)
-    rows = thinned(rows.flatten(0, -2), collection.rows, step)
-    rows = rows if collection.center else prepare(rows)
+    rows = prepare(thinned(rows.flatten(0, -2), collection.rows, step))
     if weights is not None:
         weights = thinned(weights.flatten(), collection.rows, step)
     count = count_of(len(rows), weights, rows.new_empty(0, dtype=moment_dtype(rows)))
     if collection.kind == "output_grad":
         rows, weights = select_outputs(collection.matrix, rows), None
-    constant = collection.constant
-    if constant and collection.center:  # the constant less its mean is zero
-        rows, constant = F.pad(rows, (0, 1)), False
     if collection.blocks > 1:
-        return Statistic(block_moment(rows, weights, constant, collection.blocks), count)
-    return Statistic(moment(rows, weights, constant), count)
+        blocks = block_moment(rows, weights, collection.constant, collection.blocks)
+        return Statistic(blocks, count)
+    return Statistic(moment(rows, weights, collection.constant), count)
 
 
 def patch_moment(

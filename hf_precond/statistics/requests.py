@@ -42,8 +42,6 @@ class MomentRequest:
         average_rotation: for ``query`` / ``key`` under RoPE: return the
             average of ``R_iᵀ C R_i`` over the positions, C the moment of
             the rotated vectors, instead of C.
-        center: for ``key`` and ``input``: subtract each sequence's mean first
-            (the constant 1 of ``input`` becomes 0).
         blocks: for ``input``: collect only the ``blocks`` diagonal blocks of
             ``width = ceil(columns / blocks)`` columns each, as
             ``[blocks, width, width]``; columns beyond the last are zeros.
@@ -59,7 +57,6 @@ class MomentRequest:
     matrix: LayerMatrix
     attention: AttentionBlock | None = None
     average_rotation: bool = False
-    center: bool = False
     blocks: int = 1
     rows: int = 0
     scale: float = 1.0

@@ -14,7 +14,7 @@ from hf_precond.architectures.structure import ModelStructure
 from hf_precond.optimizers.adamr.config import AdamRConfig
 from hf_precond.optimizers.adamr.optimizer import every_matrix
 from hf_precond.optimizers.afopt.config import AFOptConfig
-from hf_precond.optimizers.afopt.plan import attention_matrices
+from hf_precond.optimizers.afopt.scope import attention_matrices
 from hf_precond.optimizers.muon.config import MuonConfig
 from hf_precond.optimizers.muon.optimizer import hidden_matrices
 from hf_precond.optimizers.nkfac.config import NKFACConfig

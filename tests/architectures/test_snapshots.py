@@ -14,7 +14,7 @@ import torch
 from transformers.models.vit import modeling_vit
 
 from hf_precond.optimizers.afopt.config import AFOptConfig
-from hf_precond.optimizers.afopt.plan import attention_matrices
+from hf_precond.optimizers.afopt.scope import attention_matrices
 from tests.architectures.families import FAMILIES, build
 
 FOLDER = Path(__file__).parent / "snapshots"

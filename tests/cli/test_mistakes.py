@@ -82,7 +82,7 @@ MISTAKES = [
     (fields("base=adam"), ["base='adam'", "did you mean 'adamw'?"]),
     (fields("diagnostics=always"), ["diagnostics='always'", "'auto', 'full', 'off'"]),
     (fields("precision=fp8"), ["precision='fp8'", "'highest'"]),
-    (fields("joint=true"), ["joint=True", "direction='inverse'"]),
+    (fields("joint=true"), ["joint=True", "hf_precond 0.2.0 is the last release"]),
     (fields("reference=true,base=adamr", "nkfac"), ["reference=True", "base='sgd'"]),
     (fields("basis_tolerance=2", "adamr"), ["basis_tolerance=2.0", "[0, 1]"]),
     (fields("probe=one", "sgdph"), ["probe='one'", "did you mean 'ones'?"]),

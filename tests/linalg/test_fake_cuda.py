@@ -16,7 +16,6 @@ SQUARE = {
     "newton_step_reference": lambda a: newton_step_reference(a, a),
     "inverse": lambda a: functions.inverse(a, 0.1).value,
     "inverse_factor": lambda a: functions.inverse_factor(a, 0.1).value,
-    "inverse_sqrt": lambda a: functions.inverse_sqrt(a, 0.1).value,
     "spd_block_inverse": spd_block_inverse,
     "newton_schulz": functions.newton_schulz,
     "gram_newton_schulz": functions.gram_newton_schulz,

@@ -85,7 +85,7 @@ CASES = [(name, {}) for name in list_optimizers()]
 CASES += [
     pytest.param(*case, marks=slow)
     for case in (
-        ("afopt", {"direction": "inverse_sqrt"}), ("afopt", {"scaling": "graft"}),
+        ("afopt", {"direction": "inverse"}), ("afopt", {"scaling": "cap"}),
         ("nkfac", {"reference": True}), ("sgdph", {"base": "sgd"}),
     )
 ]  # fmt: skip

@@ -314,23 +314,6 @@ def test_an_attention_whose_rotation_cannot_be_read_is_not_observed_any_more() -
     assert set(taken) == {f"{second.name}/query", f"{second.name}/key"}
 
 
-def test_centred_keys_lose_each_sequences_mean() -> None:
-    model, batch = build("llama"), FAMILIES["llama"].batch()
-    blocks = find_attention(model)[:1]
-    collector = opened(model, head_requests(blocks, center=True))
-    seen = Seen([blocks[0].module])
-    loss_of(model, batch).backward()
-    seen.end()
-    found = collector.take()[f"{blocks[0].name}/key"].sum
-    collector.close()
-    expected = torch.zeros_like(found)
-    for key, mask in zip(seen.calls[blocks[0].module][1], batch["attention_mask"], strict=True):
-        kept = key[:, mask.bool()]
-        kept = kept - kept.mean(1, keepdim=True)
-        expected += kept.mT @ kept
-    torch.testing.assert_close(found, expected)
-
-
 def test_look_up_is_wrapped_only_while_needed_and_models_do_not_mix() -> None:
     original = AttentionInterface.get_interface
     first, second = build("llama"), build("llama")

@@ -17,7 +17,6 @@ from hf_precond.statistics.collector import MomentCollector
 from hf_precond.statistics.requests import MomentRequest
 from tests.architectures.families import FAMILIES, build, loss_of, text
 from tests.statistics.support import (
-    Recorder,
     close_all,
     opened,
     requests_for,
@@ -116,23 +115,6 @@ def test_diagonal_blocks_are_those_of_the_whole_moment(blocks: int, bias: bool) 
         part = whole[span, span]
         expected[: len(part), : len(part)] = part
         torch.testing.assert_close(block, expected)
-
-
-def test_centred_inputs_lose_each_sequences_mean() -> None:
-    model, batch = build("bert"), text()
-    block = find_attention(model)[0]
-    collector = opened(model, [MomentRequest("x", "input", block.q, block, center=True)])
-    recorder = Recorder([block.q.module])
-    loss_of(model, batch).backward()
-    found = collector.take()["x"].sum
-    expected = torch.zeros(17, 17, dtype=torch.float64)
-    for rows, mask in zip(
-        recorder.calls[block.q.module][0][0], batch["attention_mask"], strict=True
-    ):
-        kept = rows[mask.bool()]
-        kept = kept - kept.mean(0)
-        expected[:16, :16] += kept.T @ kept
-    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])

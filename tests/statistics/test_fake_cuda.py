@@ -57,12 +57,12 @@ def test_moments_of_half_precision(blocks):
     assert found.sum.dtype == found.count.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("blocks", "rows", "center"), [(1, 0, False), (3, 4, False), (1, 0, True)])
+@pytest.mark.parametrize(("blocks", "rows"), [(1, 0), (3, 4)])
 @pytest.mark.parametrize("kind", ["input", "output_grad"])
-def test_statistics_add_up(kind, blocks, rows, center):
+def test_statistics_add_up(kind, blocks, rows):
     matrix = LayerMatrix("layer", on_gpu(nn.Linear(8, 6)), bias="bias")
     if kind == "input":
-        collection, shape = Collection(kind, matrix, True, center, blocks, rows), (2, 5, 8)
+        collection, shape = Collection(kind, matrix, True, blocks, rows), (2, 5, 8)
     else:
         collection, shape = Collection(kind, matrix, rows=rows), (10, 6)
     buffer, weights = StatisticsBuffer(), there(2, 5)

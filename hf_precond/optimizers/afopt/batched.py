@@ -9,7 +9,7 @@
 - Elsewhere (fused or sharded weights, a direction or a scaling that is not the default) products
   with factors are TF32 where ``precision="auto"`` and the device has it. Rounding of a
   gradient is multiplied by the root of the factors' condition number, ``1 + n/λ`` at most: below a
-  damping of 1/2, and with the covariant one, they are float32.
+  damping of 1/2 they are float32.
 - Rows of an odd length are padded with zeros to a multiple of 8: tensor cores want theirs aligned.
 """
 
@@ -76,13 +76,13 @@ class BatchedPreconditioner(TwoSidedPreconditioner):
     """The factors around a batch of gradients on an accelerator.
 
     Args:
-        stack: the right factors, ``[k, blocks, w, w]``; ``None`` for the identity.
+        rights: the right factors, ``[k, blocks, w, w]``.
         siblings: how many neighbours of the batch share each of them, k numbers.
         half: whether the matrix sign is computed in float16.
         sizes: what the left factors were divided by, ``[n · heads, 1, 1]``.
     """
 
-    stack: Tensor | None = None
+    rights: Tensor
     siblings: Sequence[int] = ()
     half: bool = False
     sizes: Tensor | None = None
@@ -107,14 +107,11 @@ class BatchedPreconditioner(TwoSidedPreconditioner):
     def _in_half(self, gradient: Tensor) -> Tensor:
         if self.form == "rows":
             z = self._times_left(self._split(gradient), True)
-            weighed = None
-            if self.stack is not None:
-                weighed = self._split(self._times_right(z.view(gradient.shape)))
-            return self._times_left(self._sign(z, weighed)).view(gradient.shape)
+            sign = self._sign(z, self._split(self._times_right(z.view(gradient.shape))))
+            return self._times_left(sign).view(gradient.shape)
         z = self._split(self._times_right(gradient))
         if self.form == "columns":
-            weighed = None if self.left is None else self._times_left(z).mT
-            sign = self._sign(z.mT, weighed).mT
+            sign = self._sign(z.mT, None if self.left is None else self._times_left(z).mT).mT
         else:
             z = self._times_left(z, True)
             tall = z.shape[1] > z.shape[2]
@@ -130,9 +127,7 @@ class BatchedPreconditioner(TwoSidedPreconditioner):
 
     def _widened(self, gradient: Tensor) -> Tensor:
         """``[n, out, c]`` with every block of columns as wide as its factor."""
-        if self.stack is None:
-            return gradient
-        _, blocks, wide, _ = self.stack.shape
+        _, blocks, wide, _ = self.rights.shape
         columns = gradient.shape[2]
         width = -(-columns // blocks)
         if blocks > 1 and blocks * width > columns:
@@ -143,9 +138,9 @@ class BatchedPreconditioner(TwoSidedPreconditioner):
 
     def _narrowed(self, direction: Tensor, gradient: Tensor) -> Tensor:
         """The reverse of :meth:`_widened`."""
-        if direction.shape == gradient.shape or self.stack is None:
+        if direction.shape == gradient.shape:
             return direction
-        blocks, columns = self.stack.shape[1], gradient.shape[2]
+        blocks, columns = self.rights.shape[1], gradient.shape[2]
         parts = direction.unflatten(2, (blocks, -1))[..., : -(-columns // blocks)]
         return parts.flatten(2)[..., :columns]
 
@@ -155,9 +150,7 @@ class BatchedPreconditioner(TwoSidedPreconditioner):
         return matmul(self.left.mT if transposed else self.left, matrices, self.precision)
 
     def _times_right(self, matrices: Tensor, transposed: bool = False) -> Tensor:
-        if self.stack is None:
-            return matrices
-        factors = self.stack.mT if transposed else self.stack
+        factors = self.rights.mT if transposed else self.rights
         products, place, start = [], 0, 0
         for count, alike in itertools.groupby(self.siblings):
             number = len(list(alike))
@@ -182,24 +175,22 @@ def batched(optimizer: AFOpt, batch: Sequence[MatrixPlan]) -> BatchedPreconditio
     left = None
     if first.left is not None:
         left = torch.cat(optimizer.tensors(batch, "left")).to(first.bound.dtype)
-    narrow = config.damping >= DAMPED and not config.covariant_damping
-    stack = _stacked(optimizer, first, [right for right, _ in runs])
+    narrow = config.damping >= DAMPED
+    rights = _stacked(optimizer, first, [right for right, _ in runs])
     return BatchedPreconditioner(
-        first.heads, first.form, left, () if stack is None else (stack,),
-        config.precision if narrow else "highest", stack, [count for _, count in runs],
+        first.heads, first.form, left, rights, config.precision if narrow else "highest",
+        [count for _, count in runs],
         arithmetic(config.precision, first.bound.weight, "sign") == "half",
     )  # fmt: skip
 
 
 def _stacked(
     optimizer: AFOpt, first: MatrixPlan, rights: Sequence[RightFactor], half: bool = False
-) -> Tensor | None:
+) -> Tensor:
     """Right factors of one shape, ``[k, blocks, w, w]``, padded to a multiple of 8.
 
     In float16 each is divided by its largest entry.
     """
-    if not rights:
-        return None
     triton = kernels.for_device(first.bound.weight) if half and not first.bound.bias_rests else None
     if triton is not None:
         return _halved(optimizer, rights, triton)
@@ -270,7 +261,7 @@ def step_in_half(optimizer: AFOpt, batch: Sequence[MatrixPlan]) -> Iterator[Prec
         and config.precision == "auto"
         and config.damping >= DAMPED
     )
-    if not usual or config.covariant_damping or bound[0].bias_rests or not are_alike(bound):
+    if not usual or bound[0].bias_rests or not are_alike(bound):
         return None
     rates = _rates(optimizer, bound) if config.scaling == "adaptive" else None
     triton = kernels.for_batch(bound, steps=True) if rates is not None else None
@@ -285,8 +276,7 @@ def _stepped(
     matrix, momentum, trends, length = _step_of(optimizer, batch)
     ahead, lengths = _advanced(optimizer, batch, momentum, trends, length)
     factors, size, columns = _half_factors(optimizer, batch), matrix.columns, matrix.shape[1]
-    blocks = 1 if factors.stack is None else factors.stack.shape[1]
-    found = factors.spectral(ahead if blocks == 1 else ahead[..., :size])
+    found = factors.spectral(ahead if factors.rights.shape[1] == 1 else ahead[..., :size])
     norms = torch.linalg.vector_norm(found, dim=(1, 2), keepdim=True, dtype=torch.float32)
     lengths /= norms.clamp(min=torch.finfo(torch.float32).tiny)
     steps = lengths.new_empty(len(batch), found.shape[1], columns)
@@ -310,7 +300,7 @@ def _stepped_by_kernels(
     matrix, momentum, trends, length = _step_of(optimizer, batch)
     beta = optimizer.param_groups[bound[0].group]["momentum"]
     factors = _half_factors(optimizer, batch)
-    blocks, wide = (1, momentum.shape[2]) if factors.stack is None else factors.stack.shape[1:3]
+    blocks, wide = factors.rights.shape[1:3]
     own, columns = -(-matrix.columns // blocks), matrix.shape[1]
     ahead, lengths = triton.advance(
         triton.Matrices(*kernels.gradients(bound)), momentum, trends, columns, beta,
@@ -422,15 +412,14 @@ def _state_stack(
 def _half_factors(optimizer: AFOpt, batch: Sequence[MatrixPlan]) -> BatchedPreconditioner:
     """The factors of a batch in float16, each scaled to entries of 1 and less."""
     first, heads, runs = batch[0], batch[0].heads, _runs(batch)
-    stack = _stacked(optimizer, first, [right for right, _ in runs], True)
+    rights = _stacked(optimizer, first, [right for right, _ in runs], True)
     left = sizes = None
     if first.left is not None:
         whole = torch.cat(optimizer.tensors(batch, "left")).to(first.bound.dtype)
         sizes = torch.linalg.vector_norm(whole, torch.inf, dim=(1, 2), keepdim=True)
         left = torch.div(whole, sizes, out=torch.empty_like(whole, dtype=torch.float16))
-    rights = () if stack is None else (stack,)
     return BatchedPreconditioner(
-        heads, first.form, left, rights, optimizer.config.precision, stack,
+        heads, first.form, left, rights, optimizer.config.precision,
         [count for _, count in runs], True, sizes,
     )  # fmt: skip
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from hf_precond.config.base import OptimizerConfig, bounded, decay, interval, one_of, positive
+from hf_precond.config.base import (
+    OptimizerConfig,
+    Removed,
+    bounded,
+    decay,
+    interval,
+    one_of,
+    positive,
+)
 from hf_precond.linalg.products import Precision
 
 
@@ -26,23 +34,19 @@ class AFOptConfig(OptimizerConfig):
             Default ``all_linear``; ``attention`` is cheaper, takes higher
             rates, and was better only where a task hangs on attention alone.
         direction: ``spectral`` (msign between the inverse square roots of the
-            factors), ``inverse`` or ``inverse_sqrt``. Default ``spectral``.
-        scaling: what sets the length of a step: ``adaptive``, ``rms``,
-            ``logit_rms``, ``cap``, ``graft`` or ``norm_recovery``. The root
-            mean square of a step's entries is fixed under ``rms``; under
-            ``adaptive`` it is up to twice as long where gradients agree, and
-            shorter where they vanish, as Adam's. Default ``adaptive``.
+            factors) or ``inverse``. Default ``spectral``.
+        scaling: what sets the length of a step: ``adaptive``, ``rms``, ``cap``
+            or ``norm_recovery``. The root mean square of a step's entries is
+            fixed under ``rms``; under ``adaptive`` it is up to twice as long
+            where gradients agree, and shorter where they vanish, as Adam's.
+            Default ``adaptive``.
         lr_scale: multiplier of ``lr`` for the preconditioned matrices under
             ``scaling="adaptive"``, ``"rms"`` and ``"cap"``, and for the matrices left to
             ``base="muon"``, > 0. Default 4.
         rho: the rms change of the logits per unit of lr that a step of q, and
-            one of k, makes (``logit_rms``) or makes at most (``cap``), > 0.
-            Default 10.
+            one of k, makes at most under ``scaling="cap"``, > 0. Default 10.
         damping: multiple of a factor's mean eigenvalue added to its diagonal,
             > 0. Default 1.
-        covariant_damping: damp the per-head factors through the input factor,
-            which keeps the invariance to W_q -> W_q M, W_k -> W_k M^-T.
-            Default ``False``.
         stat_decay: decay of the factors' running average, in [0, 1).
             Default 0.95.
         stat_interval: steps between two statistics, >= 1. Default 5.
@@ -55,12 +59,6 @@ class AFOptConfig(OptimizerConfig):
             this size, >= 1. Default 1024.
         nesterov: Nesterov's form of the momentum of the spectral direction.
             Default ``True``.
-        space: factors of features (``logits``) or of weights (``product``).
-            Default ``logits``.
-        joint: the joint least-squares correction of ``inverse``.
-            Default ``False``.
-        center: leave row constants of the logits out of the metric.
-            Default ``False``.
         rope: the factor of rotated keys and queries: ``averaged`` over
             positions, or ``ignored``. Default ``averaged``.
         attention_entropy: report the entropy of each layer's attention weights
@@ -71,57 +69,40 @@ class AFOptConfig(OptimizerConfig):
             as release 0.1), ``tf32`` or ``bf16``. Default ``auto``.
 
     Raises:
-        ValueError: ``joint``, ``center``, ``space``, ``scaling`` or ``base`` that
-            exclude each other.
+        ValueError: a value is not legal.
     """
 
     name: ClassVar[str] = "afopt"
     layout: ClassVar[tuple[str, ...]] = (
         *("state_dtype", "base", "scope", "direction", "scaling"),
-        *("space", "joint", "center", "rope", "max_dim"),
+        *("rope", "max_dim"),
     )
+    removed: ClassVar = {
+        "center": Removed(False, "0.2.0"),
+        "covariant_damping": Removed(False, "0.2.0"),
+        "joint": Removed(False, "0.2.0"),
+        "space": Removed("logits", "0.2.0"),
+    }
+    removed_values: ClassVar = {
+        "direction": {"inverse_sqrt": "0.2.0"},
+        "scaling": dict.fromkeys(("graft", "logit_rms"), "0.2.0"),
+    }
 
     state_dtype: str | None = one_of("float32", "float64", "bfloat16")
     momentum: float = decay(0.8)
     base: Literal["adamw", "sgd", "adamr", "muon"] = "adamw"
     scope: Literal["query_key", "attention", "all_linear"] = "all_linear"
-    direction: Literal["spectral", "inverse", "inverse_sqrt"] = "spectral"
-    scaling: Literal["adaptive", "rms", "logit_rms", "cap", "graft", "norm_recovery"] = "adaptive"
+    direction: Literal["spectral", "inverse"] = "spectral"
+    scaling: Literal["adaptive", "rms", "cap", "norm_recovery"] = "adaptive"
     lr_scale: float = positive(4.0)
     rho: float = positive(10.0)
     damping: float = positive(1.0)
-    covariant_damping: bool = False
     stat_decay: float = decay(0.95)
     stat_interval: int = interval(5)
     stat_rows: int | None = bounded(None, 0)
     inverse_interval: int = interval(20)
     max_dim: int = bounded(1024, 1)
     nesterov: bool = True
-    space: Literal["logits", "product"] = "logits"
-    joint: bool = False
-    center: bool = False
     rope: Literal["averaged", "ignored"] = "averaged"
     attention_entropy: bool = False
     precision: Precision = "auto"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.joint and (self.direction != "inverse" or self.space != "logits"):
-            raise ValueError(
-                "joint=True: the joint correction exists for direction='inverse' in "
-                "space='logits' only; set these, or joint=False."
-            )
-        if self.center and self.space != "logits":
-            raise ValueError(
-                "center=True: space='product' has no features to center; set space='logits'."
-            )
-        if self.space != "logits" and self.scaling in ("logit_rms", "cap"):
-            raise ValueError(
-                f"scaling={self.scaling!r}: the change of the logits is predicted from features; "
-                "set space='logits', or scaling='adaptive'."
-            )
-        if self.scaling == "graft" and self.base not in ("adamw", "sgd"):
-            raise ValueError(
-                f"scaling='graft': the norm of the step of base={self.base!r} is not defined for "
-                "one matrix alone; set base='adamw' or 'sgd'."
-            )

@@ -73,12 +73,12 @@ def report(optimizer: AFOpt) -> dict[str, float]:
     and k together (first order); ``logit_change_max``: that of the head that moves most.
     ``cosine``: between momentum and direction, mean over the matrices. ``condition_input`` and
     ``condition_head``: largest condition numbers of the damped factors, the former estimated by
-    power iterations. Nothing before the first step of this process, and under a scaling by the
-    fallback optimizer's gradient or step. A step that was not observed is computed again, from the
+    power iterations. Nothing before the first step of this process, and under
+    ``scaling="norm_recovery"``. A step that was not observed is computed again, from the
     momentum as it stands.
     """
     observed, optimizer.observed = optimizer.observed, None
-    if not optimizer.rates or optimizer.config.scaling in ("graft", "norm_recovery"):
+    if not optimizer.rates or optimizer.config.scaling == "norm_recovery":
         return {}
     now = optimizer.plan, optimizer.steps
     if observed is None or (observed.plan, observed.number) != now or not observed.cosines:
@@ -186,7 +186,7 @@ def _input_conditions(factors: Factors, rights: Sequence[RightFactor]) -> list[T
             inverse = torch.stack([r.read(factors.state) for r in batch]).view_as(moment)
             if batch[0].kind != "inverse":
                 inverse = inverse @ inverse.mT
-            damping = torch.stack(means) * factors.damping(batch[0])
+            damping = torch.stack(means) * factors.config.damping
             largest = largest_eigenvalue(torch.stack([moment, inverse]), rounds=ROUNDS)
             conditions.append(((largest[0] + damping) * largest[1]).flatten())
     return conditions
@@ -207,7 +207,7 @@ def _head_conditions(factors: Factors, lefts: Sequence[StateMatrix]) -> list[Ten
         dtype = devices.widest(moment.device)
         usable = torch.where(finite[..., None, None], moment, 0.0).to(dtype)
         values = devices.kernel(torch.linalg.eigvalsh, usable)
-        damping = torch.cat(means).to(dtype) * factors.damping(alike[0])
+        damping = torch.cat(means).to(dtype) * factors.config.damping
         shift = damping + torch.finfo(dtype).tiny
         condition = (values[..., -1] + shift) / (values[..., 0].clamp(min=0) + shift)
         conditions.append(torch.where(finite, condition, torch.nan))

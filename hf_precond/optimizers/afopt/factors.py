@@ -13,11 +13,7 @@ Nothing is collected for A_K and A_Q unless queries and keys are rotated or norm
 the logits: then they are the moments of the vectors that the logits are made of, which under RoPE
 are averaged, ``(1/n) Σ_i R_iᵀ C R_i`` over the positions (``rope="averaged"``).
 
-- ``center``: A_K of keys less their sequence's mean; k's right factor that of such inputs, the
-  constant 1 among them
-- ``space="product"``: ``A_K,h = W_k,h W_k,hᵀ``, A_Q likewise, without bias; no right factors
-- damping: ``A + λ·tr(A)/n·I``, at least 1e-12. ``covariant_damping``: the left factors as if A_X
-  were damped, ``A_K + λ·tr(A_X)/n·Ŵ_k Ŵ_kᵀ`` (v: ``(1 + λ) W_oᵀ W_o``), and ``8 ε·tr(A)/n·I``
+- damping: ``A + λ·tr(A)/n·I``, at least 1e-12
 - an input wider than ``max_dim``: ``⌈in / max_dim⌉`` diagonal blocks of equal width of A_X, with
   the mean eigenvalue of all, here too
 - averages: ``A ← b A + (1 - b) E[·]``, ``b = min(stat_decay, 1 - 1/k)`` at the k-th statistic
@@ -48,10 +44,8 @@ from hf_precond.architectures.attention_block import AttentionBlock
 from hf_precond.compat import devices
 from hf_precond.distributed.collectives import is_sharded
 from hf_precond.linalg.matrix_functions import (
-    DampedInverse,
     inverse,
     inverse_factor,
-    inverse_sqrt,
     mean_eigenvalue,
     pack,
     unpack,
@@ -80,10 +74,6 @@ STARTS = 3
 """Statistics of a moment at each of which its factors are recomputed."""
 EVERY_EXPERT = "every expert of "
 """Before the key of a moment: whether each expert of the stack has had more statistics."""
-JITTER = 8
-"""Damping beside the covariant one, in units of rounding times the mean eigenvalue (1e-6)."""
-ROOT_COST = 60
-"""Multiplications of an inverse square root over those of an inverse."""
 
 
 class Factors:
@@ -245,7 +235,7 @@ class Factors:
         """Multiplications of a refresh."""
         *copies, size, _ = factor.shape
         if isinstance(factor, RightFactor):
-            return math.prod(copies) * size**3 * (ROOT_COST if factor.kind == "root" else 1)
+            return math.prod(copies) * size**3
         return math.prod(copies) * size * factor.bound.matrix.columns**2
 
     def _compute(
@@ -260,7 +250,8 @@ class Factors:
         if first.kind == "moment":
             torch._foreach_copy_(stored, moments)
             return
-        result = self._inverse(first, torch.cat(moments), torch.cat(means))
+        invert = inverse if first.kind == "inverse" else inverse_factor
+        result = invert(torch.cat(moments), self.config.damping, torch.cat(means))
         values = result.value.view(count, *first.shape)
         usable = result.usable.view(count, *first.shape[:-2], 1, 1)
         if first.packed:
@@ -270,19 +261,6 @@ class Factors:
         refresh.fail(factors, ~result.usable.view(count, -1).all(1))
         refresh.count("failed_refreshes", (~result.usable).sum())
         refresh.count("identity_factors", result.identity.sum())
-
-    def _inverse(self, factor: StateMatrix, moments: Tensor, means: Tensor) -> DampedInverse:
-        damping = self.damping(factor)
-        if factor.kind == "root":
-            blocks = factor.blocks if isinstance(factor, RightFactor) else 1
-            return inverse_sqrt(moments, damping, means, blocks)
-        return (inverse if factor.kind == "inverse" else inverse_factor)(moments, damping, means)
-
-    def damping(self, factor: StateMatrix) -> float:
-        """λ; for left factors a jitter where they are damped through the input's moment."""
-        if self.config.covariant_damping and not isinstance(factor, RightFactor):
-            return JITTER * torch.finfo(factor.bound.dtype).eps
-        return self.config.damping
 
     # Moments -----------------------------------------------------------------------
 
@@ -320,14 +298,10 @@ class Factors:
             return moment, (traces / factor.columns).repeat_interleave(factor.blocks)
         if isinstance(factor, RightFactor):
             moment = self._input_moment(factor)
-            return moment, (_trace(moment) / factor.columns).expand(len(moment))
-        plan, covariant = self.plan.of[factor.bound], self.config.covariant_damping
-        if factor is plan.own:
-            assert plan.block is not None
-            moment = self.vector_moment(plan.block, plan.role, covariant)
-        else:
-            moment = self._left_moment(plan, covariant and factor is plan.left)
-        moment = moment.to(plan.bound.dtype)
+            trace = moment.diagonal(dim1=-2, dim2=-1).sum()  # of all blocks
+            return moment, (trace / factor.columns).expand(len(moment))
+        plan = self.plan.of[factor.bound]
+        moment = self._left_moment(plan).to(plan.bound.dtype)
         return moment, mean_eigenvalue(moment)
 
     def _input_moment(self, right: RightFactor) -> Tensor:
@@ -344,26 +318,23 @@ class Factors:
         moment[block : block + 1, :, last:] = 0
         return moment
 
-    def _left_moment(self, plan: MatrixPlan, damped: bool) -> Tensor:
+    def _left_moment(self, plan: MatrixPlan) -> Tensor:
         """The moments of a matrix's rows, ``[heads, rows, rows]``."""
         if plan.side:
             from hf_precond.optimizers.afopt.variants import adapter_left_moment
 
-            return adapter_left_moment(self, plan, damped)
+            return adapter_left_moment(self, plan)
         assert plan.block is not None
-        moment = self.output_moment(plan.block, plan.role, damped)
+        moment = self.output_moment(plan.block, plan.role)
         assert moment is not None
         return moment
 
-    def output_moment(
-        self, block: AttentionBlock, role: str, damped: bool = False
-    ) -> Tensor | None:
+    def output_moment(self, block: AttentionBlock, role: str) -> Tensor | None:
         """What the output of a role's matrix is weighed by, ``[heads, d_h, d_h]``.
 
         Args:
             block: the attention.
             role: q, k, v or o.
-            damped: by the covariant damping.
 
         Returns:
             ``None`` for the identity.
@@ -371,17 +342,17 @@ class Factors:
         if role in block.downs or role in block.parts or role in block.spans:
             from hf_precond.optimizers.afopt import latent
 
-            return latent.output_moment(self, block, role, damped)
+            return latent.output_moment(self, block, role)
         group = block.heads.group
         if role == "q":
-            return self.met(block, "k", damped).repeat_interleave(group, 0)
+            return self.met(block, "k").repeat_interleave(group, 0)
         if role == "k":
-            moment = self.met(block, "q", damped)
+            moment = self.met(block, "q")
         elif role == "v":
             outputs = [self._outputs(each) for each in block.meeting("q") if each.o is not None]
             if not outputs:
                 return None
-            moment = sum(outputs[1:], outputs[0]) * (1 + damped * self.config.damping)
+            moment = sum(outputs[1:], outputs[0])
         else:
             return None
         return moment.unflatten(0, (-1, group)).sum(1)
@@ -395,49 +366,35 @@ class Factors:
             parts = parts.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
         return torch.bmm(parts, parts.mT)
 
-    def met(self, block: AttentionBlock, role: str, damped: bool = False) -> Tensor:
+    def met(self, block: AttentionBlock, role: str) -> Tensor:
         """A_K that an attention's queries meet (role k), or A_Q that its keys meet (role q).
 
         The latter is summed over the attentions that use its keys.
         """
-        moments = [self.vector_moment(each, role, damped) for each in block.meeting(role)]
+        moments = [self.vector_moment(each, role) for each in block.meeting(role)]
         return sum(moments[1:], moments[0])
 
-    def vector_moment(self, block: AttentionBlock, role: str, damped: bool = False) -> Tensor:
+    def vector_moment(self, block: AttentionBlock, role: str) -> Tensor:
         """A_Q (role q), ``[H, d_h, d_h]``, or A_K (role k), ``[H_kv, d_h, d_h]``."""
         observed = self.plan.moments_of.get(block, {}).get(VECTORS[role])
-        moment = None if observed is None else self._read(observed)
-        if moment is not None and not damped:
-            return moment
+        if observed is not None:
+            return self._read(observed)
         if block.parts or block.spans:
             from hf_precond.optimizers.afopt import latent
 
-            return latent.vector_moment(self, block, role, moment, damped)
-        return self.image_moment(block, role, moment, damped)
+            return latent.vector_moment(self, block, role)
+        return self.image_moment(block, role)
 
-    def image_moment(
-        self, block: AttentionBlock, role: str, observed: Tensor | None, damped: bool
-    ) -> Tensor:
+    def image_moment(self, block: AttentionBlock, role: str) -> Tensor:
         """The moment of what a role's matrix makes of its input, ``[heads, rows, rows]``.
 
         Args:
             block: the attention.
             role: of the matrix.
-            observed: that moment where it was collected.
-            damped: by the covariant damping.
         """
-        weight, config = heads_of(self.weight(block, role), block.heads_of(role)), self.config
-        if config.space == "product":
-            weight = weight[..., : block.roles()[role].shape[1]]
-            return torch.bmm(weight, weight.mT) * (1 + damped * config.damping)
-        moments, name = self.plan.moments_of[block], self.plan.input_of(block, role)
-        if observed is None:
-            inputs = self._read(moments[name])
-            observed = quadratic(weight.to(inputs.dtype), inputs)
-        if damped:
-            mean = _trace(self._read(moments[name])) / moments[name].request.matrix.columns
-            observed = observed + torch.bmm(weight, weight.mT) * config.damping * mean
-        return observed
+        weight = heads_of(self.weight(block, role), block.heads_of(role))
+        inputs = self._read(self.plan.moments_of[block][block.reads(role)])
+        return quadratic(weight.to(inputs.dtype), inputs)
 
     def weight(self, block: AttentionBlock, role: str) -> Tensor:
         """``[W | b]`` in the dtype of the mathematics: products of bfloat16 ones lose two digits.
@@ -520,11 +477,6 @@ def times_right(
                 target.copy_(product)
         start = stop
     return result
-
-
-def _trace(moment: Tensor) -> Tensor:
-    """The trace of diagonal blocks."""
-    return moment.diagonal(dim1=-2, dim2=-1).sum()
 
 
 def _gathers(factor: StateMatrix) -> bool:

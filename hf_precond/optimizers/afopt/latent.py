@@ -36,29 +36,26 @@ if TYPE_CHECKING:
     from hf_precond.optimizers.afopt.factors import Factors
 
 
-def output_moment(
-    factors: Factors, block: AttentionBlock, role: str, damped: bool
-) -> Tensor | None:
+def output_moment(factors: Factors, block: AttentionBlock, role: str) -> Tensor | None:
     """What the output of a matrix is weighed by, ``[heads, rows, rows]``.
 
     Args:
         factors: reads moments and weights.
         block: the attention.
         role: of a latent, a part of queries or keys, or those beside a part.
-        damped: by the covariant damping.
 
     Returns:
         ``None`` for the identity.
     """
     if role in block.downs:
-        return _latent_moment(factors, block, role, damped)
-    return _part_moment(factors, block, role, damped)
+        return _latent_moment(factors, block, role)
+    return _part_moment(factors, block, role)
 
 
-def _part_moment(factors: Factors, block: AttentionBlock, role: str, damped: bool) -> Tensor:
+def _part_moment(factors: Factors, block: AttentionBlock, role: str) -> Tensor:
     """That of queries or keys, in the columns that a matrix makes."""
     queries = "q" in block.serves(role)
-    moment = factors.met(block, "k" if queries else "q", damped)
+    moment = factors.met(block, "k" if queries else "q")
     moment = in_span(block, role, moment)
     if queries:
         moment = moment.repeat_interleave(block.heads.group, 0)
@@ -81,16 +78,14 @@ def in_span(block: AttentionBlock, role: str, moment: Tensor) -> Tensor:
     return moment.unflatten(2, (-1, rows)).sum(2).unflatten(1, (-1, rows)).sum(1)
 
 
-def _latent_moment(
-    factors: Factors, block: AttentionBlock, role: str, damped: bool
-) -> Tensor | None:
+def _latent_moment(factors: Factors, block: AttentionBlock, role: str) -> Tensor | None:
     down = block.downs[role]
     terms = []
     for image in down.images:
         if image == role:  # keys that are values
-            terms.append(_part_moment(factors, block, role, damped))
+            terms.append(_part_moment(factors, block, role))
             continue
-        moment = factors.output_moment(block, image, damped)
+        moment = factors.output_moment(block, image)
         if moment is None:
             continue
         if block.v is block.k and image == "v":
@@ -111,30 +106,22 @@ def _latent_moment(
     return scale[:, None] * total * scale
 
 
-def vector_moment(
-    factors: Factors, block: AttentionBlock, role: str, observed: Tensor | None, damped: bool
-) -> Tensor:
-    """A_Q (role q) or A_K (role k), by the covariant damping or where it was not observed.
+def vector_moment(factors: Factors, block: AttentionBlock, role: str) -> Tensor:
+    """A_Q (role q) or A_K (role k) where it was not observed.
 
     Args:
         factors: reads moments and weights.
         block: the attention.
         role: ``q`` or ``k``.
-        observed: what was collected, without damping; ``None`` for nothing.
-        damped: by the covariant damping.
 
     Returns:
         ``[heads, d_h, d_h]``.
     """
     count, size, terms = block.heads_of(role), block.heads.size, []
     for maker in block.makers(role):
-        moment = factors.image_moment(block, maker, None, False)
-        if damped:
-            with_damping = factors.image_moment(block, maker, moment, True)
-            moment = with_damping if observed is None else with_damping - moment
+        moment = factors.image_moment(block, maker)
         start, stop = block.span(maker)
         times, edges = (stop - start) // moment.shape[-1], (start, size - stop)
         moment = moment.repeat(1, times, times)
         terms.append(F.pad(moment, edges * 2).expand(count, -1, -1))
-    total = torch.stack(terms).sum(0)
-    return total if observed is None else observed + total
+    return torch.stack(terms).sum(0)

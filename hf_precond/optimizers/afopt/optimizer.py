@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,9 +30,8 @@ from hf_precond.optimizers.afopt.plan import (
     MatrixPlan,
     Moment,
     RightFactor,
-    attention_matrices,
-    check_attention,
 )
+from hf_precond.optimizers.afopt.scope import attention_matrices, warn_of_unread
 from hf_precond.optimizers.base.agreement import agreement
 from hf_precond.optimizers.base.layout import kept, state_of
 from hf_precond.optimizers.base.optimizer import PrecondOptimizer
@@ -92,7 +90,7 @@ class AFOpt(PrecondOptimizer):
     (of G and M without the bias) is 1 where gradients are noise of a constant size; it grows where
     they agree, and falls as they vanish: where the training set is learned, or an expert gets no
     token. The other directions and scalings: :mod:`~hf_precond.optimizers.afopt.variants`; what A_L
-    and A_R are made of, ``space``, ``center``, ``rope``, the damping, when factors are recomputed:
+    and A_R are made of, ``rope``, the damping, when factors are recomputed:
     :mod:`~hf_precond.optimizers.afopt.factors`.
 
     The thesis (Ying Sun, "Designing effective preconditioned optimizers for deep neural network
@@ -133,7 +131,7 @@ class AFOpt(PrecondOptimizer):
         self._plan = None
         self._seen: Counter[str] = Counter()  # statistics by key, since the state was loaded
         self._norms_seen: Counter[BoundMatrix] = Counter()  # likewise, of gradients
-        check_attention(self.structure.attention, self.config)
+        warn_of_unread(self.structure.attention, self.config)
         if self.config.attention_entropy:
             from hf_precond.optimizers.afopt.diagnostics import EntropyMonitor
 
@@ -190,7 +188,7 @@ class AFOpt(PrecondOptimizer):
 
     def uses_fallback(self, bound: Bound) -> bool:
         """Whether ``scaling`` needs the fallback optimizer's step."""
-        return self.config.scaling in ("norm_recovery", "graft")
+        return self.config.scaling == "norm_recovery"
 
     def allocate(self, bound: BoundMatrix) -> None:
         """Makes momentum, moments (zeros) and factors (identities)."""
@@ -281,7 +279,7 @@ class AFOpt(PrecondOptimizer):
 
         def key(plan: MatrixPlan) -> tuple:
             bound, matrix = plan.bound, plan.bound.matrix
-            block = plan.block if plan.left_moment or plan.own else None
+            block = plan.block if plan.left_moment else None
             logits = block and (block.heads, block.logit_scale, len(block.borrowers))
             side = plan.right and (plan.right.shape, plan.right.kind)
             sizes = matrix.shape, matrix.columns, matrix.stack
@@ -296,8 +294,7 @@ class AFOpt(PrecondOptimizer):
                 continue
             from hf_precond.optimizers.base.experts import runs
 
-            limit = CHUNK if self.config.scaling != "graft" else sys.maxsize
-            parts = [replace(p, experts=run) for p in alike for run in runs(p.bound, size, limit)]
+            parts = [replace(p, experts=run) for p in alike for run in runs(p.bound, size, CHUNK)]
             for equal in grouped(parts, _experts):
                 yield from in_batches(equal, size * _experts(equal[0]), CHUNK)
 
@@ -399,12 +396,7 @@ class AFOpt(PrecondOptimizer):
         preconditioner = self.preconditioner(batch)
         if self.config.direction == "spectral":
             return preconditioner.spectral(gradients)
-        directions = preconditioner.linear(gradients)
-        if batch[0].own is not None:
-            from hf_precond.optimizers.afopt.variants import joint_part
-
-            directions -= 0.5 * joint_part(self, batch, gradients)
-        return directions
+        return preconditioner.linear(gradients)
 
     def preconditioner(self, batch: Sequence[MatrixPlan]) -> TwoSidedPreconditioner:
         """The factors of a batch.
@@ -420,9 +412,7 @@ class AFOpt(PrecondOptimizer):
         rights = [plan.right for plan in batch if plan.right is not None]
         if first.experts is not None:
             stacks = self._rights_of_experts(batch)
-            return TwoSidedPreconditioner(
-                1, first.form, None, () if stacks is None else stacks, self.config.precision
-            )
+            return TwoSidedPreconditioner(1, first.form, None, stacks, self.config.precision)
         unpacked: dict[RightFactor, Tensor] = {}
         for alike in grouped(dict.fromkeys(rights), lambda right: right.shape):
             stored = [right.stored(self.state) for right in alike]
@@ -438,19 +428,16 @@ class AFOpt(PrecondOptimizer):
         factors = [unpacked[right] for right in rights]
         return TwoSidedPreconditioner(first.heads, first.form, left, factors, self.config.precision)
 
-    def _rights_of_experts(self, batch: Sequence[MatrixPlan]) -> Tensor | None:
+    def _rights_of_experts(self, batch: Sequence[MatrixPlan]) -> Tensor:
         """The right factors of experts, one tensor for all."""
-        stored = []
-        for plan in batch:
-            if plan.right is None or plan.experts is None:
-                return None
-            factor = plan.right.part(*plan.experts).stored(self.state)
-            stored.append(unpack(factor) if plan.right.packed else factor)
-        factors = torch.cat(stored).to(batch[0].bound.dtype)
-        if batch[0].bound.bias_rests and batch[0].right is not None:
+        rights = [(p.right, p.experts) for p in batch if p.right and p.experts]
+        right = rights[0][0]
+        stored = [right.part(*experts).stored(self.state) for right, experts in rights]
+        factors = torch.cat(stored)
+        factors = (unpack(factors) if right.packed else factors).to(batch[0].bound.dtype)
+        if batch[0].bound.bias_rests:
             from hf_precond.optimizers.afopt.variants import without_bias
 
-            right = batch[0].right
             factors = torch.stack([without_bias(right, factor) for factor in factors])
         return factors
 
@@ -546,7 +533,7 @@ class TwoSidedPreconditioner:
         form: how the matrix sign is computed.
         left: ``[n · heads, rows, rows]``, or ``None`` for the identity.
         rights: one a matrix, ``[c, c]`` or blocks ``[b, w, w]``, the same tensor object for
-            siblings; empty for the identity. One tensor for all of experts.
+            siblings. One tensor for all of experts.
         precision: of products on GPUs.
     """
 
@@ -557,7 +544,7 @@ class TwoSidedPreconditioner:
     precision: Precision = "highest"
 
     def linear(self, gradient: Tensor) -> Tensor:
-        """``P_L G P_R``: directions ``inverse`` and ``inverse_sqrt``."""
+        """``P_L G P_R``: the direction ``inverse``."""
         return self._times_left(self._split(self._times_right(gradient))).view_as(gradient)
 
     def spectral(self, gradient: Tensor) -> Tensor:
@@ -603,14 +590,10 @@ class TwoSidedPreconditioner:
 
     def _times_right(self, matrices: Tensor, transposed: bool = False) -> Tensor:
         """``X W_R`` (transposed: ``X W_Rᵀ``) of ``[n, …, c]``."""
-        if not len(self.rights):
-            return matrices
         return times_right(matrices, self.rights, transposed, self.precision)
 
     def _between_rights(self, symmetric: Tensor, transposed: bool = False) -> Tensor:
         """``W_R S W_Rᵀ`` (transposed: ``W_Rᵀ S W_R``) of symmetric ``[n · heads, c, c]``."""
-        if not len(self.rights):
-            return symmetric
         stack = (-1, self.heads * symmetric.shape[-1], symmetric.shape[-1])
         once = self._times_right(symmetric.view(stack), not transposed).view_as(symmetric)
         return self._times_right(once.mT.reshape(stack), not transposed).view_as(symmetric)

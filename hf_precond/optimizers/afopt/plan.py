@@ -1,4 +1,4 @@
-"""Which matrices AFOpt preconditions, and which factors stand left and right of each gradient."""
+"""Which factors stand left and right of each gradient, and which moments they are made of."""
 
 from __future__ import annotations
 
@@ -9,23 +9,10 @@ from functools import cached_property
 from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hf_precond.architectures.attention import find_attention, is_named_attention
 from hf_precond.architectures.attention_block import AttentionBlock
-from hf_precond.architectures.hidden import (
-    CONVOLUTION,
-    ROLES,
-    ROUTER,
-    Candidate,
-    in_attention,
-    outside_attention,
-)
-from hf_precond.architectures.modules import find_matrices
-from hf_precond.architectures.parameters import ParameterSurvey, add_reason
 from hf_precond.architectures.structure import LayerMatrix, ModelStructure
-from hf_precond.architectures.tables import HOW_TO_DECLARE
-from hf_precond.compat.warn import warn
 from hf_precond.linalg.matrix_functions import pack, packed_size, unpack
 from hf_precond.optimizers.afopt.config import AFOptConfig
 from hf_precond.optimizers.base.layout import state_of
@@ -34,11 +21,10 @@ from hf_precond.statistics.moments import request_shape, rows_of
 from hf_precond.statistics.requests import MomentRequest
 
 State = dict[Tensor, dict[str, Any]]
-Kind = Literal["moment", "inverse", "factor", "root"]
+Kind = Literal["moment", "inverse", "factor"]
 Form = Literal["rows", "columns", "square"]
 Side = Literal["", "down", "up"]
 
-SCOPES = {"query_key": "qk", "attention": "qkvo", "all_linear": "qkvo"}
 VECTORS = {"q": "query", "k": "key"}
 SPECTRAL_KINDS: dict[Form, tuple[Kind, Kind]] = {
     "rows": ("factor", "inverse"),
@@ -49,136 +35,6 @@ SPECTRAL_KINDS: dict[Form, tuple[Kind, Kind]] = {
 EXPERT_WIDTH = 4
 """Columns of an input's diagonal block over the rows of an expert, at most: so that the factors of
 many narrow experts hold at most six numbers a weight."""
-
-# Which matrices ----------------------------------------------------------------------
-
-
-def attention_matrices(model: nn.Module, config: AFOptConfig) -> ModelStructure:
-    """Finds the matrices in ``config.scope``.
-
-    ``query_key`` takes q and k of the attentions, ``attention`` v and o too, ``all_linear`` the
-    other linear layers as well, except output heads, tied weights and adapters outside the
-    attentions; in a model without attention the convolutions too.
-
-    Args:
-        model: the model.
-        config: the config.
-
-    Returns:
-        The structure, with a reason for what becomes of every parameter.
-
-    Raises:
-        ValueError: nothing would be preconditioned: no attention was found, or its matrices are
-            frozen.
-    """
-    survey, attentions, scope = ParameterSurvey(model), find_attention(model), config.scope
-
-    def is_tied(matrix: LayerMatrix) -> bool:
-        return survey.name_of(matrix.weight_parameter) in survey.tied
-
-    linears = outside_attention(survey, attentions, convolutions=not attentions)
-    chosen: list[Candidate] = []
-    left: list[tuple[LayerMatrix, str, str]] = []
-    outside_scope = f"outside scope={scope}"
-    blocks: list[AttentionBlock] = []
-    for block in attentions:
-        candidates = in_attention(block, SCOPES[scope])
-        tied = [matrix for matrix, _ in candidates if is_tied(matrix)]
-        if candidates and not tied:
-            blocks.append(block)
-            chosen += candidates
-        for role, matrix in block.roles().items():
-            if role in block.trainable and not is_tied(matrix):
-                why = outside_scope
-                if tied and set(block.serves(role)) <= set(SCOPES[scope]):
-                    why = f"its attention has a tied weight ({tied[0].name})"
-                left.append((matrix, ROLES[role], why))
-    if scope == "all_linear":
-        order = {name: place for place, name in enumerate(survey.parameters)}
-        chosen += linears
-        chosen.sort(key=lambda candidate: order[survey.name_of(candidate[0].weight_parameter)])
-    matrices = list(dict.fromkeys(matrix for matrix, _ in chosen))
-    model_name = type(model).__name__
-    if not attentions and (scope != "all_linear" or not matrices):
-        raise ValueError(
-            f"afopt: no attention that it knows was found in {model_name}; {HOW_TO_DECLARE}; or "
-            "choose adamr, which needs none."
-        )
-    if not matrices:
-        raise ValueError(
-            f"afopt: {model_name} has {len(attentions)} attentions, but no matrix in scope={scope} "
-            "trains (they are frozen or tied); unfreeze them, widen scope, or put LoRA adapters on "
-            "q, k, v or o."
-        )
-    unread = any(map(is_named_attention, model.modules()))
-    if not attentions and (unread or not any(what == CONVOLUTION for _, what in chosen)):
-        warn(
-            f"afopt: no attention was found in {model_name}, so only its other linear layers are "
-            f"preconditioned; {HOW_TO_DECLARE}."
-        )
-    inside = set(matrices)
-    left += [(matrix, what, outside_scope) for matrix, what in linears]
-    left = [candidate for candidate in left if candidate[0] not in inside]
-    treated: dict[str, str] = {}
-    outside = dict.fromkeys(survey.routers, ROUTER)
-    for matrix, what in chosen:
-        add_reason(treated, survey.matrix_names(matrix), what)
-    for matrix, what, why in left:
-        for name in survey.matrix_names(matrix):
-            if name in treated:  # for other rows of a fused weight
-                add_reason(treated, [name], f"{what} by the fallback optimizer")
-            else:
-                add_reason(outside, [name], f"{what}: {why}")
-    for matrix in find_matrices(model):
-        name = survey.name_of(matrix.weight_parameter)
-        if min(matrix.shape) == 1 and survey.describe(name) == "linear layer":
-            add_reason(outside, [name], "a single row or column")
-    hidden = [matrix for matrix, _, _ in left]
-    return survey.structure(
-        config, treated, outside, matrices=matrices, hidden=hidden, attention=blocks
-    )
-
-
-def check_attention(attentions: Sequence[AttentionBlock], config: AFOptConfig) -> None:
-    """Checks that the config fits the attentions; warns where averaged factors cannot be had.
-
-    Args:
-        attentions: those with a matrix in scope.
-        config: the config.
-
-    Raises:
-        ValueError: ``joint`` for an attention without a known joint solution.
-    """
-    for block in attentions:
-        made = block.parts or block.downs or block.lender or block.borrowers
-        if config.joint and (block.heads.group > 1 or made or observes(block, config)):
-            raise ValueError(
-                f"joint=True: {block.name} has grouped, rotated, normed or shared queries and "
-                "keys, or several matrices that make them, "
-                "for which the joint solution is not known; set joint=False (or "
-                "rope='ignored' where they are only rotated)."
-            )
-    unread = [block.name for block in attentions if block.rotary and not block.observed]
-    if unread and config.rope == "averaged" and config.space == "logits":
-        warn(
-            f"afopt: the rotated queries and keys of {len(unread)} attentions ({unread[0]}, …) "
-            "cannot be read, so their factors follow from the inputs and weights alone, as "
-            "with rope='ignored'."
-        )
-
-
-def observes(block: AttentionBlock, config: AFOptConfig) -> bool:
-    """Whether A_K and A_Q are collected, instead of following from A_X and the weights.
-
-    Queries and keys that are rotated or normed on their way to the logits, or
-    made of several tensors, are no linear functions of one input.
-    """
-    if block.rotary:
-        return block.observed and config.rope == "averaged"
-    return block.observed and (block.normed or bool(block.parts))
-
-
-# Which factors -------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -193,7 +49,7 @@ class StateMatrix:
         shape: ``[…, n, n]``.
         packed: kept as one triangle.
         kind: ``moment``, A itself; or of A, damped, ``inverse``; ``factor``, W with ``W Wᵀ`` the
-            inverse; ``root``, the symmetric inverse square root.
+            inverse.
         experts: of a stack of experts the first and the last (exclusive) that are meant; ``None``
             for all.
     """
@@ -301,7 +157,6 @@ class MatrixPlan:
         right: the factor of its input; ``None`` for the identity.
         left: the factors of its rows; ``None`` for the identity.
         left_moment: the moments under ``left``, where changes of the logits are predicted.
-        own: under ``joint``, the inverse moments of its own queries (q) or keys (k).
         moments: what its factors are made of.
         experts: of a stack of experts the first and the last (exclusive) that are stepped; ``None``
             for all.
@@ -315,7 +170,6 @@ class MatrixPlan:
     right: RightFactor | None = None
     left: StateMatrix | None = None
     left_moment: StateMatrix | None = None
-    own: StateMatrix | None = None
     moments: list[Moment] = field(default_factory=list)
     experts: tuple[int, int] | None = None
 
@@ -348,6 +202,17 @@ def _members(block: AttentionBlock, bound: Mapping[LayerMatrix, BoundMatrix]) ->
     ]
 
 
+def observes(block: AttentionBlock, config: AFOptConfig) -> bool:
+    """Whether A_K and A_Q are collected, instead of following from A_X and the weights.
+
+    Queries and keys that are rotated or normed on their way to the logits, or
+    made of several tensors, are no linear functions of one input.
+    """
+    if block.rotary:
+        return block.observed and config.rope == "averaged"
+    return block.observed and (block.normed or bool(block.parts))
+
+
 class AFOptPlan:
     """The plan of every matrix, and every moment and factor they need.
 
@@ -373,8 +238,7 @@ class AFOptPlan:
         self.rights: list[RightFactor] = []
         for plan in plans:
             self._add_left(plan)
-            if config.space == "logits":
-                self._add_right(plan)
+            self._add_right(plan)
         self.stored: dict[BoundMatrix, list[StateMatrix]] = {item: [] for item in bound}
         for stored in (*self.lefts, *self.rights, *self.moments):
             self.stored[stored.bound].append(stored)
@@ -390,9 +254,9 @@ class AFOptPlan:
 
     def _kinds(self, plan: MatrixPlan) -> tuple[Kind, Kind]:
         """Kinds of the left and right factors."""
-        linear: dict[str, Kind] = {"inverse": "inverse", "inverse_sqrt": "root"}
-        kind = linear.get(self.config.direction)
-        return SPECTRAL_KINDS[plan.form] if kind is None else (kind, kind)
+        if self.config.direction == "inverse":
+            return "inverse", "inverse"
+        return SPECTRAL_KINDS[plan.form]
 
     def _add_left(self, plan: MatrixPlan) -> None:
         def add(name: str, kind: Kind) -> StateMatrix:
@@ -407,10 +271,8 @@ class AFOptPlan:
         meets_output = serves == "v" and block is not None and block.o is not None
         if {"q", "k"} & set(serves) or meets_output or plan.side == "down":
             plan.left = add("left", self._kinds(plan)[0])
-        if in_logits and config.scaling in ("logit_rms", "cap"):
+        if in_logits and config.scaling == "cap":
             plan.left_moment = add("left_moment", "moment")
-        if in_logits and config.joint:
-            plan.own = add("own", "inverse")
 
     def _add_right(self, plan: MatrixPlan) -> None:
         """The right factor, and the moments that it and the left one are made from."""
@@ -420,14 +282,13 @@ class AFOptPlan:
             plan.right = self._right(plan, moment)
             plan.moments.append(moment)
             return
-        plan.right = self._right(plan, self._moment(plan, block, self.input_of(block, role)))
+        plan.right = self._right(plan, self._moment(plan, block, block.reads(role)))
         plan.moments.append(plan.right.moment)
         serves = block.serves(role)
-        others = [b for a, b in ("qk", "kq") if a in serves or (config.joint and b in serves)]
+        others = [b for a, b in ("qk", "kq") if a in serves]
         for met, other in [(met, vector) for vector in others for met in block.meeting(vector)]:
-            # Covariant damping is in units of the input's moment.
-            if not observes(met, config) or config.covariant_damping:
-                inputs = [self.input_of(met, maker) for maker in met.makers(other)]
+            if not observes(met, config):
+                inputs = [met.reads(maker) for maker in met.makers(other)]
                 plan.moments += [self._moment(plan, met, name) for name in inputs]
             if observes(met, config):
                 plan.moments.append(self._moment(plan, met, VECTORS[other]))
@@ -449,20 +310,13 @@ class AFOptPlan:
         self.rights.append(factor)
         return factor
 
-    def input_of(self, block: AttentionBlock, role: str) -> str:
-        """The name in :attr:`moments_of` of what enters a role's matrix."""
-        if self.config.center and role in block.makers("k"):
-            return "centered" if role == "k" else f"centered_{role}"
-        return block.reads(role)
-
     def _moment(self, plan: MatrixPlan, block: AttentionBlock, name: str) -> Moment:
         """A moment of an attention, made once; its first matrix's state holds it.
 
         Where none of its matrices is in scope, that of the plan that asks does.
 
         ``x``, ``context``, ``value``, ``o``: of a tensor that :meth:`AttentionBlock.reads` names;
-        ``centered``: of k's input about each sequence's mean (``centered_k_rot`` and its like: of
-        another part's); ``query``, ``key``: of these vectors.
+        ``query``, ``key``: of these vectors.
         """
         moments = self.moments_of.setdefault(block, {})
         if name in moments:
@@ -471,10 +325,8 @@ class AFOptPlan:
         if vectors:
             matrix = block.q if name == "query" else block.k
         else:
-            centered = name.startswith("centered")
-            tensor = block.reads(name[len("centered_") :] or "k") if centered else name
             # v first: DeBERTa calls q and k with its relative positions too.
-            readers = [block.roles()[role] for role in sorted(block.readers(tensor), reverse=True)]
+            readers = [block.roles()[role] for role in sorted(block.readers(name), reverse=True)]
             matrix = max(readers, key=lambda m: (m.columns, m.trains))
         holders = (each.bound for each in self.matrices if each.block is block)
         holder = next(holders, None)
@@ -486,7 +338,6 @@ class AFOptPlan:
             matrix,
             attention=block,
             average_rotation=vectors and block.rotary,
-            center=name.startswith("centered") or (self.config.center and name == "key"),
         )
         return moments[name]
 

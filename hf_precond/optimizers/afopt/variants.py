@@ -2,21 +2,15 @@
 
 Directions, per head, with ``P = (A + λ·tr(A)/n·I)⁻¹`` and N the momentum::
 
-    spectral      U = P_L^(1/2) msign(P_L^(1/2) N P_R^(1/2)) P_R^(1/2)     the default
-    inverse       U = P_L N P_R               the least-squares step along -∂L/∂S, S = QKᵀ/√d
-    joint         U = P_L N (P_R - ½ Ŵᵀ P_own Ŵ)    q and k: what both steps move is counted once
-    inverse_sqrt  U = P_L^(1/2) N P_R^(1/2)
-
-with ``Ŵ = [W | b]`` of the head itself and P_own of its own A_Q (q) or A_K (k).
+    spectral  U = P_L^(1/2) msign(P_L^(1/2) N P_R^(1/2)) P_R^(1/2)     the default
+    inverse   U = P_L N P_R                   the least-squares step along -∂L/∂S, S = QKᵀ/√d
 
 Scalings of U, the direction of one matrix ``[W | b]``, all heads together; the step is ``lr``
 times::
 
     adaptive       m·s·U·0.2·√numel/‖U‖_F, s = min(2, ‖M‖_F/(g r₀))   m = lr_scale; the default
     rms            m·βᵏ·U·0.2·√numel/‖U‖_F
-    logit_rms      βᵏ·U·ρ/c, c the rms change of the logits that U makes: q and k; others as rms
-    cap            the shorter of these two: q and k; others as rms
-    graft          U·‖B‖_F/‖U‖_F, B the fallback optimizer's step per unit of lr, by its own moments
+    cap            as rms; of q and k at most βᵏ·U·ρ/c, c the rms change of the logits that U makes
     norm_recovery  the fallback optimizer steps with U·‖Ĝ‖_F/‖U‖_F, U of Ĝ without momentum
 
 k counts the steps in a row without a gradient, β is the momentum's decay; c follows
@@ -43,11 +37,8 @@ from hf_precond.architectures.computed import effective_step
 from hf_precond.architectures.structure import LayerMatrix
 from hf_precond.linalg.inverses import root_without_last, without_last
 from hf_precond.linalg.matrix_functions import frobenius_norm, largest_entry
-from hf_precond.linalg.products import compute_dtype
 from hf_precond.optimizers.afopt.factors import Factors, heads_of, quadratic, times_right
 from hf_precond.optimizers.afopt.plan import MatrixPlan, RightFactor
-from hf_precond.optimizers.base.fallback import AdamWFallback, FallbackOptimizer, SGDFallback
-from hf_precond.optimizers.base.parameters import ParamView
 
 if TYPE_CHECKING:
     from hf_precond.optimizers.afopt.optimizer import AFOpt
@@ -57,30 +48,11 @@ Batch = Sequence[MatrixPlan]
 # Directions --------------------------------------------------------------------------
 
 
-def joint_part(optimizer: AFOpt, batch: Batch, gradients: Tensor) -> Tensor:
-    """``P_L G Ŵᵀ P_own Ŵ`` per head: twice the part that the steps of q and k both make.
-
-    Args:
-        optimizer: the optimizer.
-        batch: queries or keys of one shape.
-        gradients: ``[n, out, c]``.
-
-    Returns:
-        ``[n, out, c]``.
-    """
-    weights = torch.cat([heads_of(plan.bound.matrix.read(), plan.heads) for plan in batch])
-    left, own = (torch.cat(optimizer.tensors(batch, name)) for name in ("left", "own"))
-    weights, left, own = (tensor.to(gradients.dtype) for tensor in (weights, left, own))
-    small = torch.bmm(left, torch.bmm(gradients.reshape(weights.shape), weights.mT))
-    return torch.bmm(torch.bmm(small, own), weights).view_as(gradients)
-
-
 def without_bias(right: RightFactor, factor: Tensor) -> Tensor:
     """A right factor for steps that leave the bias as it is: frozen since it was joined.
 
     The least change of the output is then sought without the constant 1 among the inputs: the
-    moment loses its last row and column. Symmetric roots are left as they are (they do not follow
-    from the factor).
+    moment loses its last row and column.
 
     Args:
         right: what the factor is.
@@ -89,8 +61,6 @@ def without_bias(right: RightFactor, factor: Tensor) -> Tensor:
     Returns:
         The same shape.
     """
-    if right.kind == "root":
-        return factor
     narrow = without_last if right.kind == "inverse" else root_without_last
     if factor.dim() == 2:
         return narrow(factor)
@@ -103,31 +73,14 @@ def without_bias(right: RightFactor, factor: Tensor) -> Tensor:
 # Scalings ------------------------------------------------------------------------------
 
 
-def logit_lengths(optimizer: AFOpt, batch: Batch, directions: Tensor) -> Tensor:
-    """``logit_rms`` and ``cap``."""
-    config, lengths = optimizer.config, optimizer.rms_lengths(directions)
+def capped(optimizer: AFOpt, batch: Batch, directions: Tensor) -> Tensor:
+    """``cap``: ``βᵏ·min(m·0.2·√numel/‖U‖_F, ρ/c)``."""
+    lengths = optimizer.rms_lengths(directions)
     if batch[0].left_moment is not None:
         per_unit = logit_change(optimizer, batch, directions)[:, None, None]
-        allowed = config.rho / per_unit.clamp(min=torch.finfo(per_unit.dtype).tiny)
-        if config.scaling == "cap":
-            lengths = torch.minimum(lengths, allowed)
-        else:
-            lengths = torch.where(per_unit > 0, allowed, lengths)
+        allowed = optimizer.config.rho / per_unit.clamp(min=torch.finfo(per_unit.dtype).tiny)
+        lengths = torch.minimum(lengths, allowed)
     return lengths * optimizer.trends(batch)
-
-
-def graft(optimizer: AFOpt, batch: Batch, directions: Tensor) -> Tensor:
-    """``‖B‖_F/‖U‖_F``; the fallback optimizer's moments advance."""
-    gradients, groups, state = optimizer.gradients(batch), optimizer.param_groups, optimizer.state
-    if batch[0].experts is not None:
-        gradients = gradients.unflatten(0, (len(batch), -1))
-    norms = [
-        fallback_step_norms(
-            optimizer.fallback, plan.bound.views(gradient, groups, state, {}), plan.bound.matrix
-        )
-        for plan, gradient in zip(batch, gradients, strict=True)
-    ]
-    return torch.cat(norms)[:, None, None].to(directions.dtype) / frobenius_norm(directions)
 
 
 def recover_norms(optimizer: AFOpt, batch: Batch, directions: Tensor) -> Tensor:
@@ -138,9 +91,7 @@ def recover_norms(optimizer: AFOpt, batch: Batch, directions: Tensor) -> Tensor:
 
 
 SCALINGS: dict[str, Callable[[AFOpt, Batch, Tensor], Tensor]] = {
-    "logit_rms": logit_lengths,
-    "cap": logit_lengths,
-    "graft": graft,
+    "cap": capped,
     "norm_recovery": recover_norms,
 }
 """What a direction ``[n, out, c]`` is multiplied with, ``[n, 1, 1]``."""
@@ -176,37 +127,6 @@ def logit_change(optimizer: AFOpt, batch: Batch, steps: Tensor) -> Tensor:
     return (squares.sum(1) / (attentions * block.heads.query)).sqrt()
 
 
-def fallback_step_norms(
-    fallback: FallbackOptimizer, views: Sequence[ParamView], matrix: LayerMatrix
-) -> Tensor:
-    """Norm of the step per unit of learning rate that AdamW or SGD would take, ``[1]``.
-
-    Its moments advance, nothing is stepped.
-
-    Args:
-        fallback: AdamW's or SGD's.
-        views: weight and bias of one matrix, with their raw gradients.
-        matrix: the matrix; of a stack the norm is that of each expert, ``[count]``.
-    """
-    if isinstance(fallback, AdamWFallback):
-        parts = [
-            first / (root + view.group["eps"])
-            for view, (first, root) in zip(views, fallback.directions(views), strict=True)
-        ]
-    else:
-        assert isinstance(fallback, SGDFallback)
-        fallback.allocate(views)
-        parts = []
-        for view in views:
-            gradient = view.grad.to(compute_dtype(view.param.dtype))
-            if view.group["momentum"] != 0:
-                gradient = view["momentum_buffer"].mul_(view.group["momentum"]).add_(gradient)
-            parts.append(gradient)
-    (count,) = matrix.stack or (1,)
-    norms = [torch.linalg.vector_norm(part.reshape(count, -1), dim=1) for part in parts]
-    return torch.linalg.vector_norm(torch.stack(norms), dim=0)
-
-
 # Adapters ------------------------------------------------------------------------------
 
 
@@ -228,13 +148,12 @@ def up_input_moment(down: LayerMatrix, moment: Tensor, columns: int) -> Tensor:
     return moment
 
 
-def adapter_left_moment(factors: Factors, plan: MatrixPlan, damped: bool) -> Tensor:
+def adapter_left_moment(factors: Factors, plan: MatrixPlan) -> Tensor:
     """The moments of the rows of LoRA's A (for all roles that share it) or B.
 
     Args:
         factors: reads moments and weights.
         plan: the adapter's plan.
-        damped: by the covariant damping.
 
     Returns:
         ``[heads, rows, rows]``.
@@ -242,7 +161,7 @@ def adapter_left_moment(factors: Factors, plan: MatrixPlan, damped: bool) -> Ten
     block, terms = plan.block, []
     assert block is not None
     if plan.side == "up":
-        moment = factors.output_moment(block, plan.role, damped)
+        moment = factors.output_moment(block, plan.role)
         pair = next(p for p in block.pairs(plan.role) if p.up is plan.bound.matrix)
         scale = block.row_scale(plan.role, pair)
         assert moment is not None
@@ -257,7 +176,7 @@ def adapter_left_moment(factors: Factors, plan: MatrixPlan, damped: bool) -> Ten
         up = adapter.up.read()[:, : adapter.up.shape[1]].to(plan.bound.dtype)
         scale = block.row_scale(role, adapter)
         up = up if scale is None else scale[:, None].to(up.dtype) * up
-        moment = factors.output_moment(block, role, damped)
+        moment = factors.output_moment(block, role)
         parts = heads_of(up, 1 if moment is None else len(moment))
         weighed = parts if moment is None else torch.bmm(moment.to(up.dtype), parts)
         terms.append(torch.bmm(parts.mT, weighed).sum(0))

@@ -8,7 +8,7 @@ from hf_precond.architectures.groups import parameter_groups
 from hf_precond.architectures.structure import LayerMatrix, ModelStructure, RowSelection
 from hf_precond.optimizers.afopt.config import AFOptConfig
 from hf_precond.optimizers.afopt.optimizer import AFOpt
-from hf_precond.optimizers.afopt.plan import attention_matrices
+from hf_precond.optimizers.afopt.scope import attention_matrices
 from hf_precond.statistics.collector import MomentCollector
 
 

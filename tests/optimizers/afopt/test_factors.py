@@ -14,10 +14,8 @@ from tests.optimizers.afopt.support import (
     Attention,
     backward,
     changes,
-    cosine,
     directions,
     inputs,
-    logit_step,
     matrices_of,
     optimizer_of,
     spectral,
@@ -35,7 +33,7 @@ def test_fused_projection_equals_the_split_one():
         fused.qkv.weight.copy_(torch.cat([split.q.weight, split.k.weight, split.v.weight]))
         fused.qkv.bias.copy_(torch.cat([split.q.bias, split.k.bias, split.v.bias]))
         fused.o.load_state_dict(split.o.state_dict())
-    for fields in ({}, {"direction": "inverse", "damping": 0.1}, {"scaling": "graft"}):
+    for fields in ({}, {"direction": "inverse", "damping": 0.1}, {"scaling": "rms"}):
         for _ in range(2):
             for module in (split, fused):
                 optimizer = spectral(module, momentum=0.9, lr=1e-2, **fields)
@@ -183,7 +181,7 @@ def test_wide_inputs_in_diagonal_blocks():
         torch.testing.assert_close(actual[role], expected, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("direction", ["spectral", "inverse", "inverse_sqrt"])
+@pytest.mark.parametrize("direction", ["spectral", "inverse"])
 def test_blocks_of_one_are_the_dense_factor(direction):
     torch.manual_seed(3)
     module, x = Attention(d=16, heads=4), inputs(2, 20, 16)
@@ -289,23 +287,8 @@ def test_zero_weights_have_identity_factors_and_are_counted():
     assert optimizer.diagnostics()["identity_factors"] >= 4
 
 
-def test_center_leaves_the_key_bias_alone_and_helps_where_features_have_a_mean():
-    torch.manual_seed(7)
-    module, x = Attention(d=16, heads=2), inputs(4, 20, 16, shift=2.0)
-    cosines = []
-    for center in (False, True):
-        optimizer = optimizer_of(module, roles="qk", center=center, damping=1e-6)
-        descent = backward(module, x)
-        actual = directions(optimizer)
-        change = logit_step(module, x, actual)
-        cosines.append(cosine(change - change.mean(-1, keepdim=True), descent))
-        optimizer.close()
-    assert actual["k"][:, -1].abs().max() < 1e-9 * actual["k"].abs().max()
-    assert cosines[1] > cosines[0] - 1e-3
-
-
-@pytest.mark.parametrize("scaling", ["adaptive", "rms", "logit_rms", "cap"])
-@pytest.mark.parametrize("direction", ["spectral", "inverse", "inverse_sqrt"])
+@pytest.mark.parametrize("scaling", ["adaptive", "rms", "cap"])
+@pytest.mark.parametrize("direction", ["spectral", "inverse"])
 def test_gradients_too_small_or_large_to_square_in_float32_make_no_other_step(direction, scaling):
     """As of a branch without gradient, whose momentum has decayed for some hundred steps."""
     steps = []
@@ -322,20 +305,16 @@ def test_gradients_too_small_or_large_to_square_in_float32_make_no_other_step(di
             torch.testing.assert_close(actual[name], expected, rtol=2e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("space", ["logits", "product"])
-def test_factors_of_bfloat16_weights_are_not_rounded_to_bfloat16(space):
+def test_factors_of_bfloat16_weights_are_not_rounded_to_bfloat16():
     torch.manual_seed(0)
     module, same = Attention(d=16, heads=2).bfloat16(), Attention(d=16, heads=2)
     same.load_state_dict(module.state_dict())
     actual = []
     for each in (module, same):
-        optimizer = spectral(each, space=space)
-        roles = "qkv" if space == "product" else "v"
+        optimizer = spectral(each)
         block = optimizer.structure.attention[0]
-        factors = optimizer.factors
-        actual.append([factors.output_moment(block, role).double() for role in roles])
-    for ours, exact in zip(*actual, strict=True):
-        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
+        actual.append(optimizer.factors.output_moment(block, "v").double())
+    torch.testing.assert_close(*actual, rtol=1e-5, atol=1e-6)
 
 
 class Patches(nn.Module):

@@ -17,7 +17,7 @@ DOUBLE = torch.float64
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("direction", ["spectral", "inverse", "inverse_sqrt"])
+@pytest.mark.parametrize("direction", ["spectral", "inverse"])
 def test_every_matrix_in_scope_is_stepped_unlike_the_fallback_optimizer(name, direction):
     model = make(name)
     peer = copy.deepcopy(model)
@@ -165,17 +165,15 @@ def logit_gradient(seed):
     return -kept[0].grad
 
 
-@pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("frozen", ["q_proj", "k_proj"])
-def test_freezing_queries_or_keys_leaves_the_others_step_as_it_is(frozen, center):
-    """Under RoPE too, where the covariant damping needs the input's moment beside the keys'."""
+def test_freezing_queries_or_keys_leaves_the_others_step_as_it_is(frozen):
+    """Under RoPE too, where keys have a moment of their own."""
     moved = []
     for freeze in (False, True):
         model = make("llama", dtype=DOUBLE)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not (freeze and frozen in name))
-        fields = {"covariant_damping": True, "center": center, "damping": 0.1, "scope": "query_key"}
-        optimizer = create_optimizer(model, "afopt", lr=1e-2, **fields)
+        optimizer = create_optimizer(model, "afopt", lr=1e-2, damping=0.1, scope="query_key")
         train_step(model, optimizer, batch("llama", dtype=DOUBLE))
         kept = "k_proj" if frozen == "q_proj" else "q_proj"
         moved.append({name: p for name, p in weights(model).items() if kept in name})

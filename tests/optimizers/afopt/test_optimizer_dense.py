@@ -9,8 +9,8 @@ from tests.optimizers.models import batch, make, train_step
 
 DOUBLE = torch.float64
 HEADS, WIDTH = 2, 16
-READS = {"q": "x", "k": "k", "v": "x", "o": "o"}
-"""Whose moment a role's right factor is made of; k's own differs where it is centered."""
+READS = {"q": "x", "k": "x", "v": "x", "o": "o"}
+"""Whose moment a role's right factor is made of."""
 
 
 def eye(size):
@@ -40,7 +40,7 @@ class Peer:
             inner, out = layer.attention.self, layer.attention.output.dense
             self.layers[number] = {"q": inner.query, "k": inner.key, "v": inner.value, "o": out}
         self.moments, self.updates, self.factors = {}, 0, {}
-        self.momenta, self.usual, self.base = {}, {}, {}
+        self.momenta, self.usual = {}, {}
         self.inputs = {}
         for number, roles in self.layers.items():
             for role, layer in roles.items():
@@ -56,13 +56,10 @@ class Peer:
         layer = self.layers[number][role]
         return torch.cat([layer.weight.grad, layer.bias.grad[:, None]], 1)
 
-    def second(self, x, mask, center):
-        """``E[x̂ x̂ᵀ]`` over the tokens of the mask; less each sequence's mean, 0 for the 1."""
+    def second(self, x, mask):
+        """``E[x̂ x̂ᵀ]`` over the tokens of the mask."""
         x, weights = x.detach(), mask.to(DOUBLE)
-        if center:
-            x = x - (x * weights[..., None]).sum(1, True) / weights.sum(1)[:, None, None]
-        last = torch.zeros_like(x[..., :1]) if center else torch.ones_like(x[..., :1])
-        rows = torch.cat([x, last], -1)
+        rows = torch.cat([x, torch.ones_like(x[..., :1])], -1)
         moment = torch.einsum("bti,bt,btj->ij", rows, weights, rows) / weights.sum()
         width = -(-len(moment) // -(-WIDTH // self.config.max_dim))
         places = torch.arange(len(moment)) // width
@@ -72,44 +69,32 @@ class Peer:
         self.updates += 1
         keep = min(self.config.stat_decay, 1 - 1 / self.updates)
         for (number, role), x in self.inputs.items():
-            if role == "v":  # reads what q reads
+            if role in "kv":  # read what q reads
                 continue
             key = number, READS[role]
-            actual = self.second(x, mask, role == "k" and self.config.center)
+            actual = self.second(x, mask)
             self.moments[key] = keep * self.moments.get(key, 0.0) + (1 - keep) * actual
 
-    def left(self, number, role, damped):
+    def left(self, number, role):
         """The left moments of the heads: A_K, A_Q, W_oᵀ W_o."""
-        config = self.config
-        covariant = config.damping if damped and config.covariant_damping else 0.0
         if role == "v":
             parts = self.weight(number, "o")[:, :-1].mT.reshape(HEADS, -1, WIDTH)
-            return (1 + covariant) * parts @ parts.mT
-        other, which = {"q": ("k", "k"), "k": ("q", "x")}[role]
-        parts = self.weight(number, other).reshape(HEADS, -1, WIDTH + 1)
-        if config.space == "product":
-            return (1 + covariant) * parts[..., :-1] @ parts[..., :-1].mT
-        moment = self.moments[number, which]
-        shift = covariant * moment.trace() / len(moment) * eye(len(moment))
-        return parts @ (moment + shift) @ parts.mT
+            return parts @ parts.mT
+        parts = self.weight(number, {"q": "k", "k": "q"}[role]).reshape(HEADS, -1, WIDTH + 1)
+        return parts @ self.moments[number, "x"] @ parts.mT
 
-    def damp(self, moment, covariant=False):
-        jitter = 8 * torch.finfo(DOUBLE).eps
-        scale = jitter if covariant else self.config.damping
-        return moment + scale * moment.trace() / len(moment) * eye(len(moment))
+    def damp(self, moment):
+        return moment + self.config.damping * moment.trace() / len(moment) * eye(len(moment))
 
     def refresh(self, number, role):
         config = self.config
         exponent = -1.0 if config.direction == "inverse" else -0.5
-        right = eye(WIDTH + 1)
-        if config.space == "logits":
-            right = power(self.damp(self.moments[number, READS[role]]), exponent)
+        right = power(self.damp(self.moments[number, READS[role]]), exponent)
         lefts, plain = [eye(WIDTH)], None
         if role != "o":
-            actual = self.left(number, role, True)
-            lefts = [power(self.damp(part, config.covariant_damping), exponent) for part in actual]
+            lefts = [power(self.damp(part), exponent) for part in self.left(number, role)]
         if role in "qk":
-            plain = self.left(number, role, False)
+            plain = self.left(number, role)
         self.factors[number, role] = lefts, right, plain
 
     def direction(self, key, momentum):
@@ -127,18 +112,9 @@ class Peer:
         squares = (plain * (parts @ moment @ parts.mT)).sum((-2, -1)) / (WIDTH / HEADS)
         return squares.mean().sqrt()
 
-    def length(self, key, step, gradient, group):
+    def length(self, key, step, gradient):
         """What the direction is multiplied with."""
         config = self.config
-        if config.scaling == "graft":
-            first, second = self.base.get(key, (0.0, 0.0))
-            beta1, beta2 = group["betas"]
-            first, second = beta1 * first + (1 - beta1) * gradient, beta2 * second
-            second = second + (1 - beta2) * gradient.square()
-            self.base[key] = first, second
-            count = self.steps + 1
-            root = (second / (1 - beta2**count)).sqrt() + group["eps"]
-            return (first / (1 - beta1**count) / root).norm() / step.norm()
         plain = config.lr_scale * 0.2 * step.numel() ** 0.5 / step.norm()
         if config.scaling == "adaptive":
             beta, norm = config.momentum, gradient[:, :-1].norm()
@@ -148,8 +124,7 @@ class Peer:
             return plain * (self.momenta[key][:, :-1].norm() / noise).clamp(max=2.0)
         if config.scaling == "rms" or key[1] not in "qk":
             return plain
-        allowed = config.rho / self.logit_rms(key, step)
-        return allowed if config.scaling == "logit_rms" else torch.minimum(plain, allowed)
+        return torch.minimum(plain, config.rho / self.logit_rms(key, step))
 
     def step(self, mask, groups):
         """``[W | b]`` after a step, by layer and role."""
@@ -168,7 +143,7 @@ class Peer:
             self.momenta[key] = moved
             ahead = beta * moved + (1 - beta) * gradient if config.nesterov else moved
             step = self.direction(key, ahead / ahead.abs().max())
-            step = step * self.length(key, step, gradient, groups[0])
+            step = step * self.length(key, step, gradient)
             before, lr = self.weight(*key), groups[0]["lr"]
             kept = before.clone()
             kept[:, :-1] *= 1 - lr * groups[0]["weight_decay"]  # biases do not decay
@@ -180,12 +155,11 @@ class Peer:
 FIELDS = [
     {},
     {"scaling": "rms", "stat_decay": 0.5},
-    {"direction": "inverse", "scaling": "cap", "rho": 0.5, "covariant_damping": True},
-    {"direction": "inverse_sqrt", "scaling": "graft", "max_dim": 5, "center": True},
-    {"scaling": "logit_rms", "center": True, "max_dim": 7, "nesterov": False},
-    {"space": "product", "covariant_damping": True, "momentum": 0.5},
-    {"direction": "inverse", "space": "product", "scaling": "graft", "damping": 0.01},
-    {"covariant_damping": True, "center": True, "scaling": "cap", "stat_decay": 0.0},
+    {"direction": "inverse", "scaling": "cap", "rho": 0.5},
+    {"direction": "inverse", "max_dim": 5, "momentum": 0.5},
+    {"scaling": "cap", "rho": 0.01, "max_dim": 7, "nesterov": False},
+    {"direction": "inverse", "scaling": "rms", "damping": 0.01},
+    {"scaling": "cap", "stat_decay": 0.0},
 ]
 
 

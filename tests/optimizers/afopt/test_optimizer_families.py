@@ -49,7 +49,7 @@ def test_trains(name, dtype):
 def test_a_key_without_bias_has_nothing_of_the_constant_in_its_blocks(max_dim):
     """Whisper's queries have a bias: the moment they share with the keys holds the constant 1."""
     model = build("whisper", torch.float64).train()
-    fields = {"max_dim": max_dim, "stat_interval": 1, "direction": "inverse_sqrt"}
+    fields = {"max_dim": max_dim, "stat_interval": 1, "direction": "inverse"}
     optimizer = create_optimizer(model, "afopt", scope="query_key", **fields)
     loss_of(model, FAMILIES["whisper"].batch()).backward()
     optimizer.step()

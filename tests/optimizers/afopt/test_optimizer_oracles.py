@@ -72,39 +72,6 @@ def test_few_tokens_move_exactly_against_the_gradient():
     assert cosine(plain, descent) < 0.9
 
 
-# Joint least squares ------------------------------------------------------------
-
-
-def test_joint_formula_is_the_least_squares_solution():
-    """In δS, not in δW: the gauge directions (W_q M, −W_k Mᵀ) change nothing."""
-    torch.manual_seed(1)
-    module, x = Attention(d=6, heads=2, bias=False), inputs(1, 14, 6)
-    optimizer = optimizer_of(module, roles="qk", joint=True, damping=1e-13)
-    descent = backward(module, x)
-    actual = directions(optimizer)
-    change = logit_step(module, x, actual)
-    # Columns: the change of S for a unit change of each entry of W_q, then of W_k.
-    columns = []
-    for role in "qk":
-        for index in range(36):
-            unit = torch.zeros(6, 6, dtype=torch.float64)
-            unit.view(-1)[index] = -1
-            columns.append(logit_step(module, x, {role: unit}).flatten())
-    design = torch.stack(columns, 1)
-    solution = torch.linalg.lstsq(design, descent.flatten()[:, None], driver="gelsd").solution
-    expected = (design @ solution).view_as(change)
-    ratio = expected.norm() / change.norm()
-    torch.testing.assert_close(change * ratio, expected, rtol=0, atol=1e-9)
-    separate = optimizer_of(module, roles="qk", damping=1e-13)
-    backward(module, x)
-    blockwise = logit_step(module, x, directions(separate))
-    assert cosine(change, descent) > cosine(blockwise, descent) + 1e-4
-    gauge = torch.block_diag(*torch.randn(2, 3, 3, dtype=torch.float64))
-    with torch.no_grad():
-        null = {"q": gauge @ module.q.weight, "k": -(gauge.mT @ module.k.weight)}
-    assert logit_step(module, x, null).abs().max() < 1e-12
-
-
 # What the factors are --------------------------------------------------------------
 
 
@@ -123,9 +90,9 @@ def test_key_and_query_moments_follow_from_the_input_moment(kv_heads):
     torch.testing.assert_close(factors.vector_moment(block, "q"), queries.detach())
     outputs = torch.stack([w.mT @ w for w in module.o.weight.detach().split(4, 1)])
     grouped = outputs.unflatten(0, (kv_heads, -1)).sum(1)
-    torch.testing.assert_close(factors.output_moment(block, "v", False), grouped)
+    torch.testing.assert_close(factors.output_moment(block, "v"), grouped)
     shared = queries.unflatten(0, (kv_heads, -1)).sum(1)
-    torch.testing.assert_close(factors.output_moment(block, "k", False), shared.detach())
+    torch.testing.assert_close(factors.output_moment(block, "k"), shared.detach())
 
 
 def test_key_bias_has_no_gradient_and_rows_of_the_logit_gradient_sum_to_zero():
@@ -224,15 +191,14 @@ def plain(optimizer):
     return {t.role: t.bound.gradient() for t in optimizer.plan.matrices}
 
 
-def test_inverse_direction_is_invariant():
+def test_directions_are_invariant():
     assert relative_difference(damping=1e-12) < 1e-7
-    assert relative_difference(damping=0.1, covariant_damping=True) < 1e-7
-    assert relative_difference(steps=whole_step, damping=1e-12, scaling="logit_rms") < 1e-7
+    assert relative_difference(damping=1e-12, direction="spectral") < 1e-7
+    assert relative_difference(steps=whole_step, damping=1e-12, scaling="cap", lr_scale=1e9) < 1e-7
 
 
 def test_the_invariance_fails_where_it_must():
     assert relative_difference(damping=0.1) > 0.02
-    assert relative_difference(damping=1e-12, direction="inverse_sqrt") > 0.1
     assert (
         relative_difference(steps=whole_step, damping=1e-12, scaling="norm_recovery", base="sgd")
         > 0.1
@@ -244,7 +210,6 @@ def test_the_invariance_fails_where_it_must():
 def test_orthogonal_changes_of_basis_keep_every_matrix_direction():
     for fields in (
         {"damping": 0.1},
-        {"damping": 0.1, "direction": "inverse_sqrt"},
         {"damping": 1.0, "direction": "spectral"},
         {"damping": 0.1, "steps": whole_step, "scaling": "norm_recovery", "base": "sgd"},
     ):
@@ -369,20 +334,19 @@ def test_newton_schulz_step_between_symmetric_roots(heads, d):
         )
 
 
-@pytest.mark.parametrize("direction, exponent", [("inverse", -1.0), ("inverse_sqrt", -0.5)])
-def test_powers_against_eigh(direction, exponent):
+def test_inverses_against_eigh():
     torch.manual_seed(10)
     module, x = Attention(d=16, heads=4), inputs(3, 20, 16, spread=100.0)
-    optimizer = optimizer_of(module, direction=direction, damping=0.1)
+    optimizer = optimizer_of(module, damping=0.1)
     backward(module, x)
     actual = directions(optimizer)
     for role, (left, right) in dense_factors(optimizer, module, x, 0.1).items():
         layer = getattr(module, role)
         gradient = torch.cat([layer.weight.grad, layer.bias.grad[:, None]], 1)
-        expected = gradient @ power(right.detach(), 0.1, exponent)
+        expected = gradient @ power(right.detach(), 0.1, -1.0)
         if left is not None:
             parts = expected.unflatten(0, (4, -1))
-            expected = (power(left.detach(), 0.1, exponent) @ parts).flatten(0, 1)
+            expected = (power(left.detach(), 0.1, -1.0) @ parts).flatten(0, 1)
         torch.testing.assert_close(
             actual[role], expected, rtol=0, atol=1e-8 * expected.abs().max().item()
         )
@@ -405,24 +369,16 @@ def mean_cosines(spread=1e3, shift=0.0, causal=False, seeds=5):
             actual = kind(optimizer)
             change = logit_step(module, x, actual)
             sums[name] = sums.get(name, 0) + cosine(change - change.mean(-1, keepdim=True), descent)
-        for name, fields in {
-            "inverse": {"direction": "inverse"},
-            "inverse_sqrt": {"direction": "inverse_sqrt"},
-            "joint": {"direction": "inverse", "joint": True},
-            "product": {"direction": "inverse", "space": "product"},
-        }.items():
-            optimizer = optimizer_of(module, roles="qk", **{"damping": 1e-8, **fields})
-            backward(module, x, seed=seed)
-            change = logit_step(module, x, directions(optimizer))
-            change = change - change.mean(-1, keepdim=True)
-            sums[name] = sums.get(name, 0) + cosine(change, descent)
-            optimizer.close()
+        optimizer = optimizer_of(module, roles="qk", damping=1e-8)
+        backward(module, x, seed=seed)
+        change = logit_step(module, x, directions(optimizer))
+        change = change - change.mean(-1, keepdim=True)
+        sums["inverse"] = sums.get("inverse", 0) + cosine(change, descent)
+        optimizer.close()
     return {name: value / seeds for name, value in sums.items()}
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_ordering_of_the_cosines(causal):
     actual = mean_cosines(causal=causal)
-    assert actual["joint"] > actual["inverse"] > actual["inverse_sqrt"] > actual["plain"], actual
-    assert actual["inverse"] > actual["plain"] + 0.05
-    assert actual["inverse"] > actual["product"]
+    assert actual["inverse"] > actual["plain"] + 0.05, actual

@@ -101,7 +101,7 @@ def test_what_is_found(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_predicted_change_of_the_logits_is_the_one_really_seen(kind):
-    layer, optimizer, tensors = made(kind, scaling="logit_rms", rho=1.0)
+    layer, optimizer, tensors = made(kind, scaling="cap", rho=1.0)
     before, size = layer.attention.logits.detach().clone(), 1e-6
     steps = directions(optimizer)
     assert set(steps) == ROLES[kind]

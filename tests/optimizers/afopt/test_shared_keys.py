@@ -78,7 +78,7 @@ def seen_by(blocks, run):
 def test_keys_are_weighed_by_the_queries_of_all_that_use_them(make):
     """The change of the logits of all three that a step of the lender's keys makes, predicted."""
     model = without_norms(make())
-    optimizer = create_optimizer(model, "afopt", stat_interval=1, scaling="logit_rms", rho=1.0)
+    optimizer = create_optimizer(model, "afopt", stat_interval=1, scaling="cap", rho=1.0)
     lender = optimizer.structure.attention[1]
     blocks = [lender, *lender.borrowers]
     for block in lender.borrowers:

@@ -90,7 +90,7 @@ def test_norm_recovery_keeps_every_norm_and_hands_the_gradient_to_the_fallback_o
     torch.manual_seed(9)
     module, x = Attention(d=16, heads=2), inputs(2, 12, 16)
     optimizer = optimizer_of(
-        module, scaling="norm_recovery", direction="inverse_sqrt", damping=0.1, base=base, lr=1e-2
+        module, scaling="norm_recovery", direction="inverse", damping=0.1, base=base, lr=1e-2
     )
     twin = copy.deepcopy(module)
     backward(module, x)
@@ -111,29 +111,6 @@ def test_norm_recovery_keeps_every_norm_and_hands_the_gradient_to_the_fallback_o
     peer.step()
     for ours, theirs in zip(module.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
-
-
-def test_graft_takes_the_norm_of_the_fallback_step():
-    torch.manual_seed(10)
-    module, x = Attention(d=16, heads=2), inputs(2, 12, 16)
-    twin = copy.deepcopy(module)
-    optimizer = spectral(module, scaling="graft", lr=1e-2, momentum=0.9)
-    peer = torch.optim.AdamW(twin.parameters(), lr=1e-2, weight_decay=0.0)
-    for seed in range(3):
-        backward(module, x, seed=seed)
-        for ours, theirs in zip(module.parameters(), twin.parameters(), strict=True):
-            theirs.grad = ours.grad.clone()
-        before = [copy.deepcopy(m.state_dict()) for m in (module, twin)]
-        optimizer.step()
-        peer.step()
-        for name in "qkvo":
-            norms = []
-            for old, new in zip(before, (module, twin), strict=True):
-                parts = [
-                    new.state_dict()[f"{name}.{k}"] - old[f"{name}.{k}"] for k in ("weight", "bias")
-                ]
-                norms.append(sum(part.square().sum() for part in parts).sqrt().item())
-            assert norms[0] == pytest.approx(norms[1], rel=1e-9)
 
 
 def seen_change(module, x, delta, role):
@@ -157,7 +134,7 @@ def test_predicted_logit_change_is_the_one_really_seen(batch_size, role):
     """Within 10 % on the batch it was measured on; exactly, for one sequence."""
     torch.manual_seed(11)
     module, x = Attention(d=32, heads=4), inputs(batch_size, 24, 32, spread=30.0, shift=0.2)
-    optimizer = spectral(module, roles=role, scaling="logit_rms", rho=1.0, lr=1e-3)
+    optimizer = spectral(module, roles=role, scaling="cap", lr_scale=1e6, rho=1.0, lr=1e-3)
     backward(module, x)
     layer = getattr(module, role)
     start = copy.deepcopy(module.state_dict())
