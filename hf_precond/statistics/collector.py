@@ -441,10 +441,10 @@ class MomentCollector(StatisticsSource):
         def output_moments(
             collector: MomentCollector, hooked: HookedLayer, gradient: Tensor
         ) -> Iterator[tuple[Hashable, Statistic]]:
-            gradient = gradient.mT if transposed else gradient
+            rows = output_rows(hooked.layer, gradient.mT if transposed else gradient)
             for key in gradients:
                 collection = hooked.collections[key]
-                yield key, collector._output_moment(hooked, collection, gradient, weights)
+                yield key, collector._output_moment(hooked, collection, rows, weights)
 
         # A call that a function makes comes as a copy, with an input side of its own.
         self._add_at_gradient(self.layers[hooked.module], result, moments, output_moments)
@@ -491,7 +491,7 @@ class MomentCollector(StatisticsSource):
         hooked: HookedLayer,
         inputs: Tensor,
         result: Tensor,
-        as_rows: Callable[[Tensor], Tensor],
+        laid_out: Callable[[Tensor], Tensor],
         segments: Segments,
     ) -> None:
         """Collects from a product with the weights of experts, those of each expert by themselves.
@@ -500,7 +500,7 @@ class MomentCollector(StatisticsSource):
             hooked: the stack of their weights.
             inputs: ``[rows, in]``.
             result: as it was returned.
-            as_rows: makes ``[rows, out]`` of the result, or of its gradient.
+            laid_out: makes ``[rows, out]`` of the result, or of its gradient.
             segments: the rows' experts.
         """
         if not self.enabled or not result.requires_grad:
@@ -515,18 +515,21 @@ class MomentCollector(StatisticsSource):
             collector: MomentCollector, hooked: HookedLayer, kind: str, rows: Tensor
         ) -> Iterator[tuple[Hashable, Statistic]]:
             asked = [each for each in hooked.collections.items() if each[1].kind == kind]
+            convert = partial(as_rows, dtype=hooked.dtype)
             with torch.no_grad(), without_autocast(rows.device):
                 for expert, own, weights in segments.of(rows) if asked else ():
                     kept = None if weights is None else weights.to(hooked.dtype)
                     for key, collection in asked:
-                        part = own.to(hooked.dtype)
-                        part = part if kind == "input" else collector._scaled(part, collection)
-                        yield (key, expert), second_moment(collection, part, kept, collector.step)
+                        if kind == "input":
+                            part = second_moment(collection, own, kept, collector.step, convert)
+                        else:
+                            part = collector._output_moment(hooked, collection, own, kept)
+                        yield (key, expert), part
 
         def output_moments(
             collector: MomentCollector, hooked: HookedLayer, gradient: Tensor
         ) -> Iterator[tuple[Hashable, Statistic]]:
-            return of(collector, hooked, "output_grad", as_rows(gradient))
+            return of(collector, hooked, "output_grad", laid_out(gradient))
 
         moments.update(of(self, hooked, "input", inputs.detach()))
         self._add_at_gradient(hooked, result, moments, output_moments)
@@ -553,13 +556,14 @@ class MomentCollector(StatisticsSource):
         self,
         hooked: HookedLayer,
         collection: Collection,
-        gradient: Tensor,
+        rows: Tensor,
         weights: Tensor | None,
     ) -> Statistic:
-        with torch.no_grad(), without_autocast(gradient.device):
-            dtype, rows = hooked.dtype, output_rows(hooked.layer, gradient)
+        """The moment of output gradients ``[rows, out]``, as they come."""
+        with torch.no_grad(), without_autocast(rows.device):
+            dtype = hooked.dtype
             convert = partial(as_rows, dtype=dtype)
-            if convert(gradient.new_empty(0)).dtype == dtype:
+            if convert(rows.new_empty(0)).dtype == dtype:
                 prepare = lambda chosen: self._scaled(convert(chosen), collection)  # noqa: E731
                 return second_moment(collection, rows, weights, self.step, prepare)
             # Scaled once summed: half precision has no room for it.

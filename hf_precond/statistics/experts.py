@@ -161,11 +161,11 @@ class ExpertCalls:
         segments = self._segments(hooked, matrix, inputs, rows, chosen, other, turned)
         observe = self.observe()
 
-        def as_rows(tensor: Tensor) -> Tensor:
+        def laid_out(tensor: Tensor) -> Tensor:
             return (tensor.mT if turned else tensor).flatten(0, -2)
 
         if segments is not None and observe is not None:
-            observe(hooked, rows.flatten(0, -2), result, as_rows, segments)
+            observe(hooked, rows.flatten(0, -2), result, laid_out, segments)
         return segments is not None
 
     def _find(self, weight: Tensor) -> tuple[HookedLayer, bool, Any] | None:
