@@ -110,11 +110,19 @@ def test_architecture_is_short():
 MARKDOWN = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *(ROOT / "examples").rglob("*.md")]
 
 
+def headings(document):
+    """The anchors of a document's headings."""
+    titles = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("document", MARKDOWN, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_and_tests_that_are_named_exist(document):
     text = document.read_text()
-    for link in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (document.parent / link).exists(), link
+    for link, _, heading in re.findall(r"\]\(([^)#:]*)(#([^)]+))?\)", text):
+        target = document.parent / link if link else document
+        assert target.exists(), link
+        assert not heading or heading in headings(target), f"{link}#{heading}"
     for path in re.findall(r"\btests/[\w./]*\w", text):
         assert (ROOT / path).exists() or any(s.startswith(path) for s in shown_files()), path
 

@@ -81,8 +81,8 @@ def one_of(*names: str) -> Any:
 class Removed:
     """What a field was that earlier releases had.
 
-    A config or a checkpoint with its default means what it meant, and is read without it; any
-    other value shaped what was trained, and is refused.
+    A config, or a checkpoint that recorded it, with its default means what it meant, and is read
+    without it; any other value shaped what was trained, and is refused.
 
     Args:
         default: the field's.
@@ -92,25 +92,18 @@ class Removed:
     default: Any
     last: str
 
-    def check(self, owner: str, name: str, value: Any) -> None:
-        """Refuse any value but the default.
+    def parse(self, text: str) -> Any:
+        """The value that a text stands for, or the text where it stands for none.
 
         Args:
-            owner: the optimizer's name.
-            name: the field's.
-            value: a value, or the text that stands for one.
-
-        Raises:
-            ValueError: naming the last release that has the field.
+            text: as on the command line.
         """
-        if isinstance(value, str) and isinstance(self.default, bool):
-            value = _WORDS.get(value.lower(), value)
-        if value != self.default:
-            raise ValueError(
-                f"{name}={value!r}: {owner} no longer has this field, and hf_precond {self.last} "
-                "is the last release that has it; leave it out for what is "
-                f"{name}={self.default!r} there, or install that release."
-            )
+        if isinstance(self.default, bool):
+            return _WORDS.get(text.lower(), text)
+        try:
+            return type(self.default)(text)
+        except ValueError:
+            return text
 
 
 class _Field:
@@ -280,6 +273,12 @@ class OptimizerConfig:
         for name, item in self._fields().items():
             object.__setattr__(self, name, item.conform(getattr(self, name)))
 
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """A pickle of an earlier release is read as its config file is."""
+        for name, value in self._known(state).items():
+            object.__setattr__(self, name, value)
+        self.__post_init__()
+
     @classmethod
     @functools.cache
     def _fields(cls) -> dict[str, _Field]:
@@ -299,10 +298,16 @@ class OptimizerConfig:
             ValueError: a name is no field, with the field that was probably meant; a removed
                 field is not at its default.
         """
-        cls._refuse_unknown(name for name in values if name not in cls.removed)
-        for name in cls.removed.keys() & values.keys():
-            cls.removed[name].check(cls.name, name, values[name])
-        return {name: value for name, value in values.items() if name not in cls.removed}
+        gone = [name for name in values if name in cls.removed and name not in cls._fields()]
+        cls._refuse_unknown(name for name in values if name not in gone)
+        for name, value in ((name, values[name]) for name in gone):
+            if value != cls.removed[name].default:
+                raise ValueError(
+                    f"{name}={value!r}: {cls.name} no longer has this field, and hf_precond "
+                    f"{cls.removed[name].last} is the last release that has it; leave it out for "
+                    f"what is {name}={cls.removed[name].default!r} there, or install that release."
+                )
+        return {name: value for name, value in values.items() if name not in gone}
 
     @classmethod
     def _refuse_unknown(cls, names: Iterable[str]) -> None:
@@ -345,15 +350,15 @@ class OptimizerConfig:
             values: field to text.
 
         Returns:
-            Field to value. The ranges are checked when a config is made.
+            Field to value, also of removed fields. The ranges are checked when a config is made.
 
         Raises:
             ValueError: a string is no value of its field's type, or a name is
                 no field.
         """
-        texts = {name: str(text).strip() for name, text in values.items()}
-        known = cls._fields()
-        return {name: known[name].parse(text) for name, text in cls._known(texts).items()}
+        known: dict[str, _Field | Removed] = {**cls.removed, **cls._fields()}
+        cls._refuse_unknown(name for name in values if name not in known)
+        return {name: known[name].parse(str(text).strip()) for name, text in values.items()}
 
     @classmethod
     def from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:

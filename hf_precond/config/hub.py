@@ -59,9 +59,10 @@ def load(
     values = read_config(path)
     config_cls = cls if cls.name else _class_for(values.get("optimizer"), path)
     try:
-        return config_cls.from_dict(values).replace(**fields)
+        return config_cls.from_dict({**values, **fields})
     except ValueError as error:
-        raise ValueError(f"{path}: {error}{_newer(values)}") from error
+        advice = "" if "is the last release" in str(error) else _newer(values)
+        raise ValueError(f"{path}: {error}{advice}") from error
 
 
 def push(

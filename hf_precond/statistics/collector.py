@@ -441,7 +441,10 @@ class MomentCollector(StatisticsSource):
         def output_moments(
             collector: MomentCollector, hooked: HookedLayer, gradient: Tensor
         ) -> Iterator[tuple[Hashable, Statistic]]:
-            rows = output_rows(hooked.layer, gradient.mT if transposed else gradient)
+            if not gradients:
+                return
+            gradient = gradient.detach().mT if transposed else gradient.detach()
+            rows = output_rows(hooked.layer, gradient)
             for key in gradients:
                 collection = hooked.collections[key]
                 yield key, collector._output_moment(hooked, collection, rows, weights)

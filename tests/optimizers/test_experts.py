@@ -1,5 +1,6 @@
 """Experts are preconditioned one by one, by the tokens that are routed to each."""
 
+import contextlib
 import copy
 import weakref
 
@@ -14,7 +15,9 @@ from hf_precond.architectures.experts import declare_experts, find_experts, forg
 from hf_precond.optimizers.afopt import factors as afopt_factors
 from hf_precond.optimizers.afopt import optimizer as afopt_optimizer
 from hf_precond.optimizers.nkfac import optimizer as nkfac_optimizer
+from hf_precond.statistics import collector
 from tests import ranks
+from tests.rounding import accelerator
 
 WIDTH, INNER, EXPERTS, TOP = 16, 24, 4, 2
 TEXT = {
@@ -364,6 +367,28 @@ def test_bfloat16_weights_train(name):
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] - 0.05
     assert "unobserved_matrices" not in optimizer.diagnostics()
+
+
+@pytest.mark.parametrize("on_accelerator", [False, True])
+def test_rows_of_an_expert_are_converted_once_chosen(on_accelerator, monkeypatch):
+    """As those of other layers: bfloat16 stays bfloat16 where the device sums it in float32."""
+    seen = []
+
+    def recorded(tensor, dtype, low=None):
+        rows = as_rows(tensor, dtype, low)
+        seen.append((len(rows), rows.dtype))
+        return rows
+
+    as_rows = collector.as_rows
+    monkeypatch.setattr(collector, "as_rows", recorded)
+    model = mixtral().bfloat16()
+    optimizer = hf_precond.create_optimizer(model, "nkfac", stat_interval=1, stat_rows=2)
+    with accelerator() if on_accelerator else contextlib.nullcontext():
+        model(**batch()).loss.backward()
+    assert seen and max(rows for rows, _ in seen) <= 2
+    kept = torch.bfloat16 if on_accelerator else torch.float32
+    assert {dtype for _, dtype in seen} == {kept}
+    optimizer.close()
 
 
 def test_adapters_leave_the_experts_frozen():

@@ -30,6 +30,7 @@ CASES += [("afopt", {"precision": precision}) for precision in ("tf32", "bf16")]
 CASES += [
     ("afopt", {"attention_entropy": True}),
     ("afopt", {"max_dim": 10}),
+    ("afopt", {"damping": 0.1}),
     ("afopt", {"state_dtype": "bfloat16"}),
     ("afopt", {"nesterov": False, "base": "sgd"}),
 ]

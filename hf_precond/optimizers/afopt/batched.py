@@ -426,5 +426,5 @@ def _half_factors(optimizer: AFOpt, batch: Sequence[MatrixPlan]) -> BatchedPreco
 
 def _runs(batch: Sequence[MatrixPlan]) -> list[tuple[RightFactor, int]]:
     """Right factors, and how many neighbours share each."""
-    rights = [plan.right for plan in batch if plan.right is not None]
+    rights = [plan.right for plan in batch]
     return [(right, len(list(alike))) for right, alike in itertools.groupby(rights)]

@@ -148,7 +148,6 @@ def layer_change(
     heads = block.heads.query
     terms, cross = [], []
     for role, (plan, step) in roles.items():
-        assert plan.right is not None
         if plan.bound.matrix.effective is not None:
             step = effective_step(plan.bound.matrix, step)
         moment = factors.moment(plan.right)[0].to(step.dtype)

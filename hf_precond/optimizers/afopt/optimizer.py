@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -117,7 +117,7 @@ class AFOpt(PrecondOptimizer):
         **fields: of the config.
 
     Raises:
-        ValueError: for fields that contradict each other or the model.
+        ValueError: for a field that is not legal, or that the model has no use for.
     """
 
     config: AFOptConfig
@@ -281,9 +281,9 @@ class AFOpt(PrecondOptimizer):
             bound, matrix = plan.bound, plan.bound.matrix
             block = plan.block if plan.left_moment else None
             logits = block and (block.heads, block.logit_scale, len(block.borrowers))
-            side = plan.right and (plan.right.shape, plan.right.kind)
+            right = plan.right.shape, plan.right.kind
             sizes = matrix.shape, matrix.columns, matrix.stack
-            alike = *sizes, plan.heads, plan.left is None, side, logits
+            alike = *sizes, plan.heads, plan.left is None, right, logits
             return *alike, bound.group, bound.bias_rests, bound.weight.dtype, bound.weight.device
 
         for alike in grouped(plans, key):
@@ -294,7 +294,7 @@ class AFOpt(PrecondOptimizer):
                 continue
             from hf_precond.optimizers.base.experts import runs
 
-            parts = [replace(p, experts=run) for p in alike for run in runs(p.bound, size, CHUNK)]
+            parts = [p.part(*run) for p in alike for run in runs(p.bound, size, CHUNK)]
             for equal in grouped(parts, _experts):
                 yield from in_batches(equal, size * _experts(equal[0]), CHUNK)
 
@@ -409,7 +409,7 @@ class AFOpt(PrecondOptimizer):
             from hf_precond.optimizers.afopt.batched import batched
 
             return batched(self, batch)
-        rights = [plan.right for plan in batch if plan.right is not None]
+        rights = [plan.right for plan in batch]
         if first.experts is not None:
             stacks = self._rights_of_experts(batch)
             return TwoSidedPreconditioner(1, first.form, None, stacks, self.config.precision)
@@ -430,9 +430,8 @@ class AFOpt(PrecondOptimizer):
 
     def _rights_of_experts(self, batch: Sequence[MatrixPlan]) -> Tensor:
         """The right factors of experts, one tensor for all."""
-        rights = [(p.right, p.experts) for p in batch if p.right and p.experts]
-        right = rights[0][0]
-        stored = [right.part(*experts).stored(self.state) for right, experts in rights]
+        right = batch[0].right
+        stored = [p.right.part(*p.experts).stored(self.state) for p in batch if p.experts]
         factors = torch.cat(stored)
         factors = (unpack(factors) if right.packed else factors).to(batch[0].bound.dtype)
         if batch[0].bound.bias_rests:

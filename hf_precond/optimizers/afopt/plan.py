@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -154,12 +155,14 @@ class MatrixPlan:
         side: ``down`` or ``up`` where the matrix is LoRA's A or B.
         block: the attention, if any.
         heads: row groups that have a left factor and a matrix sign each.
-        right: the factor of its input; ``None`` for the identity.
         left: the factors of its rows; ``None`` for the identity.
         left_moment: the moments under ``left``, where changes of the logits are predicted.
         moments: what its factors are made of.
         experts: of a stack of experts the first and the last (exclusive) that are stepped; ``None``
             for all.
+
+    Attributes:
+        right: the factor of its input.
     """
 
     bound: BoundMatrix
@@ -167,11 +170,22 @@ class MatrixPlan:
     side: Side = ""
     block: AttentionBlock | None = None
     heads: int = 1
-    right: RightFactor | None = None
+    right: RightFactor = field(init=False)
     left: StateMatrix | None = None
     left_moment: StateMatrix | None = None
     moments: list[Moment] = field(default_factory=list)
     experts: tuple[int, int] | None = None
+
+    def part(self, first: int, last: int) -> MatrixPlan:
+        """That of some experts of a stack.
+
+        Args:
+            first: the first of them.
+            last: the last, exclusive.
+        """
+        part = copy.copy(self)
+        part.experts = first, last
+        return part
 
     @property
     def rows(self) -> int:
@@ -287,11 +301,11 @@ class AFOptPlan:
         serves = block.serves(role)
         others = [b for a, b in ("qk", "kq") if a in serves]
         for met, other in [(met, vector) for vector in others for met in block.meeting(vector)]:
-            if not observes(met, config):
-                inputs = [met.reads(maker) for maker in met.makers(other)]
-                plan.moments += [self._moment(plan, met, name) for name in inputs]
             if observes(met, config):
                 plan.moments.append(self._moment(plan, met, VECTORS[other]))
+            else:
+                inputs = [met.reads(maker) for maker in met.makers(other)]
+                plan.moments += [self._moment(plan, met, name) for name in inputs]
 
     def _right(self, plan: MatrixPlan, moment: Moment) -> RightFactor:
         """The right factor of a matrix: a sibling's, or a new one in its own state."""

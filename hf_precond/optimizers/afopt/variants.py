@@ -119,7 +119,7 @@ def logit_change(optimizer: AFOpt, batch: Batch, steps: Tensor) -> Tensor:
     if any(matrix.effective is not None for matrix in matrices):
         steps = torch.stack([effective_step(m, s) for m, s in zip(matrices, steps, strict=True)])
     left = torch.cat(optimizer.tensors(batch, "left_moment")).to(steps.dtype)
-    moments = [factors.moment(plan.right)[0] for plan in batch if plan.right is not None]
+    moments = [factors.moment(plan.right)[0] for plan in batch]
     moved = times_right(steps, moments).view(len(left), -1, steps.shape[-1])
     gram = torch.bmm(moved, steps.reshape(moved.shape).mT)
     squares = (gram * left).sum((-2, -1)).view(len(batch), -1).clamp(min=0) * block.logit_scale**2

@@ -287,15 +287,15 @@ def refuse_other_model(
 def _refuse_other_layout(
     config: OptimizerConfig, saved: Mapping[str, Any], own: Mapping[str, Any]
 ) -> None:
-    for field in config.removed.keys() & saved.keys():
-        config.removed[field].check(config.name, field, saved[field])
-    for field in config.removed_values.keys() & saved.keys():
-        last = config.removed_values[field].get(saved[field])
+    for field, value in saved.items():
+        last = config.removed_values.get(field, {}).get(value)
+        if field in config.removed and field not in own and value != config.removed[field].default:
+            last = config.removed[field].last
         if last is not None:
             raise ValueError(
-                f"{config.name}: this state was saved with {field}={saved[field]!r}, and "
-                f"hf_precond {last} is the last release that has it; resume with that one, or "
-                "start the optimizer anew."
+                f"{config.name}: this state was saved with {field}={value!r}, and hf_precond "
+                f"{last} is the last release that has it; resume with that one, or start the "
+                "optimizer anew."
             )
     differences = [
         f"{field}={saved.get(field)!r} there and {value!r} here"

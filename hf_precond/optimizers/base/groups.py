@@ -50,6 +50,7 @@ def check_group(group: Mapping[str, Any], config: OptimizerConfig) -> None:
     fields, legal = known & group.keys(), ", ".join(key for key in PER_GROUP if key in known)
     others = sorted(fields - set(PER_GROUP))
     _check_keys(group, config.name, known, legal)
+    config.replace(**{key: group[key] for key in group.keys() & config.removed.keys()})
     if others:
         raise ValueError(
             messages.NOT_PER_GROUP.format(name=config.name, field=others[0], legal=legal)

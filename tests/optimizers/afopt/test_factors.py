@@ -6,6 +6,7 @@ from torch import nn
 
 from hf_precond.architectures.attention_block import AttentionBlock, Heads
 from hf_precond.architectures.structure import LayerMatrix, ModelStructure
+from hf_precond.linalg.matrix_functions import pack
 from hf_precond.optimizers.afopt.config import AFOptConfig
 from hf_precond.optimizers.afopt.optimizer import AFOpt
 from hf_precond.registry import create_optimizer
@@ -312,9 +313,15 @@ def test_factors_of_bfloat16_weights_are_not_rounded_to_bfloat16():
     actual = []
     for each in (module, same):
         optimizer = spectral(each)
-        block = optimizer.structure.attention[0]
-        actual.append(optimizer.factors.output_moment(block, "v").double())
-    torch.testing.assert_close(*actual, rtol=1e-5, atol=1e-6)
+        block, factors = optimizer.structure.attention[0], optimizer.factors
+        for bound in optimizer.bound:
+            optimizer.allocate(bound)
+        (moment,) = [m for m in optimizer.plan.moments if m.name == "input_moment"]
+        stored = moment.stored(optimizer.state)
+        stored.copy_(pack(torch.eye(17, dtype=stored.dtype)))
+        actual.append([factors.output_moment(block, role).double() for role in "qkv"])
+    for ours, exact in zip(*actual, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
 
 
 class Patches(nn.Module):
