@@ -122,7 +122,7 @@ class StatisticsSource(Protocol):
             training), or a function that returns it; ``None`` for 1. Output
             gradients are divided by it; a source without them ignores it.
         outdated: the passes have shown that the model is not as the requests
-            suppose (:class:`~hf_precond.statistics.collector.InputCheck`); the
+            suppose (:class:`~hf_precond.statistics.shared_inputs.InputCheck`); the
             optimizer makes them anew.
     """
 

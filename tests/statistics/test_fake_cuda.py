@@ -7,7 +7,6 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from hf_precond.architectures.structure import LayerMatrix
 from hf_precond.statistics.attention_heads import Call, entropies, spaced
-from hf_precond.statistics.collector import SharedInputs
 from hf_precond.statistics.hessian_products import diagonal_estimates, probe_vectors
 from hf_precond.statistics.moments import (
     Collection,
@@ -17,6 +16,7 @@ from hf_precond.statistics.moments import (
 )
 from hf_precond.statistics.passes import StatisticsBuffer
 from hf_precond.statistics.rope import average, half_split, tables
+from hf_precond.statistics.shared_inputs import SharedInputs
 from hf_precond.statistics.token_weights import TokenWeights
 from tests.fake_cuda import GPU, Watch, on_gpu, pretended
 
