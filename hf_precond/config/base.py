@@ -36,6 +36,12 @@ ALIASES = {
     **{"learning_rate": "lr", "adam_epsilon": "eps", "epsilon": "eps"},
 }
 
+TRAINERS = (
+    *("max_grad_norm", "warmup_steps", "warmup_ratio", "lr_scheduler_type", "max_steps"),
+    *("num_train_epochs", "gradient_accumulation_steps", "seed", "bf16", "fp16"),
+)
+"""Arguments of the Trainer that are no fields."""
+
 
 def bounded(
     default: Any,
@@ -144,7 +150,11 @@ class _Field:
         near = difflib.get_close_matches(value, self.choices, n=1) if isinstance(value, str) else []
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         if isinstance(value, str) and value in self.removed:
-            hint = f" (hf_precond {self.removed[value]} is the last release that has {value!r})"
+            last = self.removed[value]
+            hint = f" (hf_precond {last} is the last release that has {value!r}; docs/migration.md"
+            hint += " says what to set instead)"
+        if self.name == "lr" and value is None:
+            hint = " (starting_lr() is None where nothing was pretrained: leave lr out)"
         return ValueError(
             f"{self.name}={value!r}: {self.owner} takes {self.legal()}{hint}; "
             f"the default is {self.default!r}."
@@ -304,8 +314,8 @@ class OptimizerConfig:
             if value != cls.removed[name].default:
                 raise ValueError(
                     f"{name}={value!r}: {cls.name} no longer has this field, and hf_precond "
-                    f"{cls.removed[name].last} is the last release that has it; leave it out for "
-                    f"what is {name}={cls.removed[name].default!r} there, or install that release."
+                    f"{cls.removed[name].last} is the last release that has it; leave it out (that "
+                    f"is {name}={cls.removed[name].default!r} there), or install that release."
                 )
         return {name: value for name, value in values.items() if name not in gone}
 
@@ -313,12 +323,27 @@ class OptimizerConfig:
     def _refuse_unknown(cls, names: Iterable[str]) -> None:
         known = list(cls._fields())
         for name in [name for name in names if name not in known]:
-            near = [ALIASES[name]] if name in ALIASES else []
-            near = near or difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ValueError(
-                f"{name}: {cls.name} has no such field{hint} Its fields are {', '.join(known)}."
+                f"{name}: {cls.name} has no such field{cls._hint(name)} Its fields are "
+                f"{', '.join(known)}."
             )
+
+    @classmethod
+    def _hint(cls, name: str) -> str:
+        """Where a name belongs that is no field: the field that was meant, or whose it is."""
+        from hf_precond.registry import get_info, list_optimizers
+
+        known, others = cls._fields(), []
+        if name not in ALIASES:
+            configs = {other: get_info(other).config_cls for other in list_optimizers()}
+            others = [other for other, config in configs.items() if name in config._fields()]
+        near = [ALIASES[name]] if name in ALIASES else []
+        near = near or difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
+        if others:
+            return f"; it is one of {' and '.join(others)}."
+        if name in TRAINERS:
+            return f"; the Trainer has it, as --{name}."
+        return f"; did you mean {near[0]!r}?" if near else "."
 
     @classmethod
     def create(cls: type[ConfigT], **values: Any) -> ConfigT:

@@ -35,9 +35,10 @@ FOLLOWS = {
 
 STARTING_LR = (
     "%s: the learning rate was left at the Trainer's %g; training starts at %g instead, which "
-    "follows from the pretrained weights (when it is resumed, at the rate that it had). Set "
-    "--learning_rate, or --optim_args lr=%g for the Trainer's."
+    "follows from the pretrained weights. Set --learning_rate, or --optim_args lr=%g for the "
+    "Trainer's."
 )
+SAVED_LR = "--optim_args config=%s sets the learning rate: lr=%s. For another write lr=… beside it."
 
 
 def config_from_arguments(
@@ -200,7 +201,11 @@ def _warn_of_unused(args: Any, config: OptimizerConfig, pairs: Mapping[str, str]
         values = used if isinstance(used, tuple) else (used,)
         for name, value in zip(names, values, strict=True):
             legal = {value} if saved and field == "lr" else {value, defaults.get(name)}
-            if getattr(args, name) not in legal:
+            if getattr(args, name) in legal:
+                continue
+            if saved and field == "lr" and lr_is_unset(args):
+                logger.warning(SAVED_LR, pairs[CONFIG_KEY], used)
+            else:
                 logger.warning(
                     "--%s %s is not used: --optim_args%s sets %s=%s.",
                     name, getattr(args, name), source, field, used,

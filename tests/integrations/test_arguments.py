@@ -65,7 +65,8 @@ def test_a_saved_config_stands_before_the_trainers_and_behind_the_other_pairs(tm
         )
     assert config == NKFACConfig(lr=0.1, damping=0.25, base="sgd", betas=(0.5, 0.6))
     assert [r.getMessage() for r in caplog.records] == [
-        f"--learning_rate 5e-05 is not used: --optim_args config={folder} sets lr=0.1.",
+        f"--optim_args config={folder} sets the learning rate: lr=0.1. For another write lr=… "
+        "beside it.",
         f"--weight_decay 0.3 is not used: --optim_args config={folder} sets weight_decay=0.0.",
         f"--adam_beta2 0.9 is not used: --optim_args config={folder} sets betas=(0.5, 0.6).",
     ]

@@ -305,8 +305,9 @@ def _refuse_other_layout(
     if differences:
         raise ValueError(
             f"{config.name}: this state was saved with other settings: {', '.join(differences)}. "
-            "They decide which tensors it has: resume with the saved ones (optimizer_config.json "
-            "beside the checkpoint holds them), or start the optimizer anew."
+            "They decide which tensors it has: resume with the saved ones (--optim_args "
+            "config=CHECKPOINT, whose optimizer_config.json holds them), or start the optimizer "
+            "anew."
         )
 
 

@@ -80,6 +80,19 @@ def _check_keys(group: Mapping[str, Any], name: str, known: set[str], legal: str
             warn(said)
 
 
+def have_own_rates(groups: Any, config: Any) -> bool:
+    """Whether every group was given with a learning rate of its own, and not all the config's.
+
+    Args:
+        groups: what the optimizer is made with.
+        config: the optimizer's; under ``layer_lr_decay`` the rates are ours.
+    """
+    if not isinstance(groups, list) or not groups or config.layer_lr_decay != 1.0:
+        return False
+    rates = [group.get("lr") if isinstance(group, Mapping) else None for group in groups]
+    return None not in rates and any(isinstance(r, Tensor) or r != config.lr for r in rates)
+
+
 def parameter_names(owners: Sequence[Owner]) -> dict[int, str]:
     """``id`` of every parameter that the model holds now to its name; not to be kept.
 

@@ -85,8 +85,8 @@ HAND_MADE = (
     "create_optimizer(model, …) instead."
 )
 NOT_IN_GROUPS = (
-    "{name}: it is in none of the parameter groups, as nothing is that {optimizer} would "
-    "precondition; pass a matrix of the model's layers too, those of the very model that the "
+    "none of the matrices that {optimizer} would precondition is in the parameter groups (the "
+    "first of them: {name}); pass parameters of the model's layers, of the very model that the "
     "optimizer is made for or attached to, or build with create_optimizer(model, {optimizer!r})."
 )
 REPLACED = (

@@ -91,7 +91,7 @@ class NewHead:
         config: OptimizerConfig,
         groups: Sequence[Mapping[str, Any]],
         state: MutableMapping[Tensor, dict[str, Any]],
-        lr: float,
+        lr: float | None,
         names: Collection[str] | None = None,
     ) -> NewHead | None:
         """The new head of a model, ``None`` where there is none or its rate was given.
@@ -101,10 +101,10 @@ class NewHead:
             config: the optimizer's.
             groups: the optimizer's; one with a rate of its own keeps it.
             state: the optimizer's.
-            lr: the rate of groups that have none of their own.
+            lr: the rate of groups that have none of their own, ``None`` where all have one.
             names: of the layers in the training that is resumed, whose head is no longer new.
         """
-        if model is None or not _is_asked_for(config):
+        if model is None or lr is None or not _is_asked_for(config):
             return None
         common = {
             id(parameter)
@@ -225,8 +225,8 @@ class NewHead:
         for view in known:
             group = view.group
             peak = group.get("max_lr", group.get("initial_lr", self.lr))
-            step = directions[id(view.param)] * (scales[id(measured[id(view.param)])] / peak)
-            steps.append(dataclasses.replace(view, grad=step))
+            scale = _over(scales[id(measured[id(view.param)])], peak)
+            steps.append(dataclasses.replace(view, grad=directions[id(view.param)] * scale))
         descend(steps)
         return others
 
@@ -292,6 +292,13 @@ def _trend(first: Tensor, root: Tensor, beta: float) -> Tensor:
     """``min(1, ‖m‖ / (‖√v‖ r₀))``."""
     norms = [torch.linalg.vector_norm(collectives.full(each)) for each in (first, root)]
     return agreement(norms[0], norms[1], beta, 1.0)
+
+
+def _over(scale: Tensor, peak: float | Tensor) -> Tensor:
+    """``scale / peak``; 0 at a peak of 0, where nothing moves."""
+    if isinstance(peak, Tensor):
+        return torch.where(peak > 0, scale / peak, 0.0)
+    return scale / peak if peak > 0 else torch.zeros_like(scale)
 
 
 def _is_asked_for(config: OptimizerConfig) -> bool:

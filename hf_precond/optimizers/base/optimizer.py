@@ -24,7 +24,7 @@ from hf_precond.optimizers.base.fallback import (
     group_defaults,
     make_fallback,
 )
-from hf_precond.optimizers.base.groups import check_group, note_added, routed
+from hf_precond.optimizers.base.groups import check_group, have_own_rates, note_added, routed
 from hf_precond.optimizers.base.layout import Layout, facts_of, kept
 from hf_precond.optimizers.base.new_head import NewHead, refuse_rated_head
 from hf_precond.optimizers.base.parameters import (
@@ -124,7 +124,7 @@ class PrecondOptimizer(Reporting, torch.optim.Optimizer):
             )
         self.config = config
         # Of groups without a rate of their own; of a resumed training, what that began with.
-        self.common_lr = config.lr
+        self.common_lr = None if have_own_rates(params, config) else config.lr
         self.structure = structure
         self.counters = Counters()
         self.failures = FailureRecord()

@@ -152,6 +152,38 @@ def test_a_rate_of_its_own_is_kept(folder: str) -> None:
     assert hf_precond.create_optimizer(model, "adamr").head is None  # a rate means the head's
 
 
+def test_groups_that_all_have_a_rate_keep_it_at_the_default_too(folder: str) -> None:
+    """Also where the head's is the default of the field, as in the recipe."""
+    for own, expected in (({"lr": 1e-3}, False), ({}, True)):
+        model = fresh(folder)
+        body = [p for n, p in model.named_parameters() if not n.startswith("classifier")]
+        head = list(model.classifier.parameters())
+        groups = [{"params": body, "lr": 2e-5}, {"params": head} | own]
+        optimizer = hf_precond.create_optimizer(model, "afopt", params=groups)
+        assert (optimizer.head is not None) == expected
+        optimizer.close()
+    model = fresh(folder)
+    alike = [{"params": [p], "lr": 1e-3} for p in model.parameters()]
+    optimizer = hf_precond.create_optimizer(model, "afopt", params=alike)
+    assert optimizer.head is not None
+    optimizer.close()
+
+
+@pytest.mark.parametrize("rate", [0.0, torch.tensor(0.0)])
+def test_a_rate_of_zero_moves_nothing(folder: str, rate: float) -> None:
+    model = fresh(folder)
+    optimizer = hf_precond.create_optimizer(model, "adamr", lr=0.0)
+    assert optimizer.head is not None
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = rate
+    before = copy.deepcopy(model.state_dict())
+    for _ in range(2):
+        step(model, optimizer)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    optimizer.close()
+
+
 def test_a_state_without_the_rule_goes_on_without(folder: str, caplog) -> None:
     """As of an earlier release, which did not know it."""
     model = fresh(folder)

@@ -112,7 +112,7 @@ def test_a_finished_direction_decays_by_its_own_groups():
 
 def test_a_matrix_outside_the_groups_is_refused():
     model = network()
-    with pytest.raises(ValueError, match="in none of the parameter groups"):
+    with pytest.raises(ValueError, match="would precondition is in the parameter groups"):
         Doubling(model[2].parameters(), whole(model), NKFACConfig())
 
 
