@@ -111,7 +111,7 @@ def devices() -> list[str]:
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    lines = [f"{'cpu':<14}{cores} cores, {torch.get_num_threads()} threads"]
+    lines = [f"{'cpu':<14}{cores} cores, threads of torch: {torch.get_num_threads()}"]
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
         lines.append(f"{f'cuda:{index}':<14}{found.name}, {found.total_memory / 2**30:.0f} GiB")
