@@ -62,11 +62,11 @@ def test_an_unknown_field_names_the_nearest_legal_one():
         AFOptConfig().replace(scop="attention")
     with pytest.raises(ValueError, match=r"zzz: nkfac has no such field\. Its fields are lr,"):
         NKFACConfig.create(zzz=1.0)
-    with pytest.raises(ValueError, match="lr_scale: nkfac has no .*; it is one of afopt and muon"):
+    with pytest.raises(ValueError, match=r"lr_scale: nkfac has no .*; it is one of afopt and muon"):
         NKFACConfig.create(lr_scale=1.0)
-    with pytest.raises(ValueError, match="basis_interval: afopt .*; it is one of adamr"):
+    with pytest.raises(ValueError, match=r"basis_interval: afopt .*; it is one of adamr"):
         AFOptConfig.create(basis_interval=3)
-    with pytest.raises(ValueError, match="max_grad_norm: afopt .*the Trainer has it, as --max_gr"):
+    with pytest.raises(ValueError, match=r"max_grad_norm: afopt .*the Trainer has it, as --max_gr"):
         AFOptConfig.create(max_grad_norm=1.0)
     with pytest.raises(ValueError, match=r"lr=None: afopt takes .*starting_lr\(\) is None where"):
         AFOptConfig.create(lr=None)
