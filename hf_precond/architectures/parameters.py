@@ -22,6 +22,8 @@ from hf_precond.architectures.modules import (
     weight_norm_scales,
 )
 from hf_precond.architectures.structure import (
+    FROZEN,
+    PRECONDITIONED,
     LayerMatrix,
     ModelStructure,
     NormParameter,
@@ -33,8 +35,6 @@ from hf_precond.architectures.tables import FOR_TASK, HEAD_CHILDREN, LORA_MARK, 
 if TYPE_CHECKING:
     from hf_precond.architectures.attention_block import AttentionBlock
     from hf_precond.architectures.experts import ExpertMatrix
-
-PRECONDITIONED, FROZEN = "preconditioned", "frozen"
 
 
 class ParameterSurvey:

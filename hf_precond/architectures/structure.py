@@ -256,6 +256,10 @@ class NormParameter:
         return next(iter(successors(self.module, self.attribute)))
 
 
+PRECONDITIONED, FROZEN = "preconditioned", "frozen"
+"""Treatments that are not the name of a fallback optimizer."""
+
+
 @dataclass(frozen=True)
 class Route:
     """How one parameter is treated.
@@ -280,6 +284,9 @@ class Route:
 @dataclass
 class RoutingTable:
     """Every parameter of a model with its treatment; prints as a table of 80 columns.
+
+    The table counts frozen parameters and leaves them out: of a model with adapters they are nearly
+    all, and hide what trains.
 
     Args:
         routes: one a parameter, in model order.
@@ -306,6 +313,8 @@ class RoutingTable:
     def __str__(self) -> str:
         lines = [f"{'parameter':<42} {'shape':<12} {'treatment':<14} reason"]
         for route in self.routes:
+            if route.treatment == FROZEN:
+                continue
             shape = "x".join(map(str, route.shape)) or "scalar"
             name = route.name if len(route.name) <= 42 else "…" + route.name[-41:]
             reason = route.reason + (f" [{route.group}]" if route.group else "")
@@ -314,7 +323,11 @@ class RoutingTable:
                 lines.append(f"{head} {reason}")
             else:
                 lines += [head.rstrip(), textwrap.indent(textwrap.fill(reason, 76), "    ")]
-        lines.append(", ".join(f"{n} {t}" for t, n in sorted(self.count().items())))
+        counts = [
+            f"{number} {treatment}" + " (not listed)" * (treatment == FROZEN)
+            for treatment, number in sorted(self.count().items())
+        ]
+        lines.append(", ".join(counts))
         return "\n".join(lines)
 
 

@@ -84,3 +84,11 @@ def test_long_names_and_reasons_stay_within_80_columns():
     lines = str(table).splitlines()
     assert max(map(len, lines)) <= 80
     assert f"{reason} [decay]" == " ".join(line.strip() for line in lines[2:-1])
+
+
+def test_frozen_parameters_are_counted_and_not_listed():
+    trained = Route("a.lora_A.weight", (4, 8), "preconditioned", "linear layer")
+    frozen = [Route(f"a.{i}.weight", (8, 8), "frozen", "does not train") for i in range(3)]
+    lines = str(RoutingTable([*frozen, trained])).splitlines()
+    assert lines[1].startswith("a.lora_A.weight") and not any("a.0" in line for line in lines)
+    assert lines[-1] == "3 frozen (not listed), 1 preconditioned"

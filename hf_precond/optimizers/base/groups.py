@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_precond.architectures.parameters import FROZEN
-from hf_precond.architectures.structure import ModelStructure, Owner, Route, RoutingTable
+from hf_precond.architectures.structure import FROZEN, ModelStructure, Owner, Route, RoutingTable
 from hf_precond.compat.warn import warn
 from hf_precond.config.base import ALIASES, OptimizerConfig
 from hf_precond.optimizers.base import messages
