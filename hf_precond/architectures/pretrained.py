@@ -16,9 +16,11 @@ from hf_precond.architectures.peft import find_adapter
 from hf_precond.architectures.structure import LayerMatrix
 from hf_precond.compat.transformers_internals import was_loaded
 
-BODY_STEP = 0.1
+BODY_STEP = 0.05
 """Sum over the layers of a pretrained body of what a unit step changes them by, relative to their
 weights: the learning rate that :func:`starting_lr` chooses, times layers over weights."""
+LONG, SHORT = 300, 150
+"""Steps of a training: of more the rate is that of so many, and likewise of fewer."""
 
 SAVED = re.compile(r"modules_to_save\.[^.]+")
 """PEFT's copy of a module that is trained along with its adapters."""
@@ -63,13 +65,16 @@ def _was_loaded(name: str, parameters: Mapping[str, Tensor]) -> bool:
     return was_loaded(parameters[name] if source is None else source)
 
 
-def starting_lr(model: nn.Module) -> float | None:
+def starting_lr(model: nn.Module, steps: int | None = None) -> float | None:
     """The learning rate at which fine-tuning starts well, from the weights that were loaded.
 
-    ``lr = 0.1 · rms(W) / K``, of the K linear layers and convolutions that were loaded and train,
+    ``lr = 0.05 · rms(W) / K``, of the K linear layers and convolutions that were loaded and train,
     W all their weights. A step of size lr in every entry then changes the weights of each
-    by ``0.1 / K`` of their size, and what the model computes, to first order, by K times as much,
+    by ``0.05 / K`` of their size, and what the model computes, to first order, by K times as much,
     whatever its depth and the scale of its weights.
+
+    A training of fewer than 300 steps has less to overfit with and further to go: its rate is
+    ``300 / steps`` times as high, twice at most.
 
     LoRA steps ``s B A`` instead, B from zero and A ``[r, in]``: with its scaling s the change has
     the same spectral norm, whatever the rank is, at ``lr / (s √in rms(A))``, where W are the
@@ -77,6 +82,7 @@ def starting_lr(model: nn.Module) -> float | None:
 
     Args:
         model: as ``from_pretrained`` returned it, or within PEFT's wrappers.
+        steps: of the optimizer in the whole training; ``None`` where they are not known, as many.
 
     Returns:
         The rate, to two digits; ``None`` where nothing that was loaded trains (a model made
@@ -85,6 +91,7 @@ def starting_lr(model: nn.Module) -> float | None:
     parameters = dict(model.named_parameters())
     if not any(map(was_loaded, parameters.values())):
         return None
+    size = BODY_STEP * LONG / min(max(steps or LONG, SHORT), LONG)
     head = {id(parameters[name]) for name in find_head(model) if name in parameters}
     body = [
         matrix.weight_parameter
@@ -94,14 +101,14 @@ def starting_lr(model: nn.Module) -> float | None:
         and id(matrix.weight_parameter) not in head
     ]
     if body:
-        return _rounded(BODY_STEP * _rms(body) / len(body))
+        return _rounded(size * _rms(body) / len(body))
     pairs = list(_adapters(model))
     below = [weight for _, weight in pairs if weight.is_floating_point()]
     if not below:
         return None
     reach = [a.scaling * math.sqrt(a.down.shape[1]) * _rms([a.down.read()]) for a, _ in pairs]
     mean = sum(reach) / len(reach)
-    return _rounded(BODY_STEP * _rms(below) / len(pairs) / mean) if mean > 0 else None
+    return _rounded(size * _rms(below) / len(pairs) / mean) if mean > 0 else None
 
 
 def _adapters(model: nn.Module) -> Iterable[tuple[LowRankAdapter, Tensor]]:

@@ -11,6 +11,7 @@ import logging
 import re
 import sys
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from hf_precond.compat.transformers_internals import is_added
@@ -35,10 +36,25 @@ FOLLOWS = {
 
 STARTING_LR = (
     "%s: the learning rate was left at the Trainer's %g; training starts at %g instead, which "
-    "follows from the pretrained weights. Set --learning_rate, or --optim_args lr=%g for the "
-    "Trainer's."
+    "follows from the pretrained weights and the number of steps. Set --learning_rate, or "
+    "--optim_args lr=%g for the Trainer's."
 )
 SAVED_LR = "--optim_args config=%s sets the learning rate: lr=%s. For another write lr=… beside it."
+
+
+IN_TRAINING: ContextVar[Any] = ContextVar("IN_TRAINING", default=None)
+"""The Trainer whose ``train`` runs; transformers asks for an optimizer without naming it."""
+
+
+def planned_steps(args: Any) -> int | None:
+    """Optimizer steps of the whole training; ``None`` where they are not known yet.
+
+    Args:
+        args: the training arguments.
+    """
+    state = getattr(IN_TRAINING.get(), "state", None)
+    steps = int(args.max_steps if args.max_steps > 0 else getattr(state, "max_steps", 0))
+    return steps if steps > 0 else None
 
 
 def config_from_arguments(
@@ -46,8 +62,8 @@ def config_from_arguments(
 ) -> OptimizerConfig:
     """The config given by ``--optim``, ``--optim_args`` and the Trainer's own arguments.
 
-    A learning rate that nobody has set follows from the pretrained weights
-    (:func:`~hf_precond.architectures.pretrained.starting_lr`).
+    A learning rate that nobody has set follows from the pretrained weights and the number of
+    steps (:func:`~hf_precond.architectures.pretrained.starting_lr`).
 
     Args:
         args: ``TrainingArguments`` whose ``optim`` is a name of this package.
@@ -73,7 +89,7 @@ def config_from_arguments(
         values = tuple(getattr(args, name) for name in names)
         own[field] = values if len(values) > 1 else values[0]
         if field == "lr" and model is not None and lr_is_unset(args):
-            own[field] = _starting_lr(args, model, warn)
+            own[field] = _starting_lr(args, model, planned_steps(args), warn)
         try:
             config_cls.create(**{field: own[field]})
         except ValueError as error:
@@ -105,11 +121,11 @@ def lr_is_unset(args: Any) -> bool:
     return not named and defaults == {args.learning_rate}
 
 
-def _starting_lr(args: Any, model: nn.Module, warn: bool) -> float:
-    """The rate that follows from the weights, the Trainer's own where none does."""
+def _starting_lr(args: Any, model: nn.Module, steps: int | None, warn: bool) -> float:
+    """The rate that follows from weights and steps, the Trainer's own where none does."""
     from hf_precond.architectures.pretrained import starting_lr
 
-    found = starting_lr(model)
+    found = starting_lr(model, steps)
     if found is None:
         return args.learning_rate
     if warn and args.process_index == 0:

@@ -15,7 +15,7 @@ import torch
 from transformers.trainer_callback import TrainerCallback
 
 from hf_precond.compat.transformers_internals import is_added
-from hf_precond.integrations.arguments import config_from_arguments, own_optimizer
+from hf_precond.integrations.arguments import IN_TRAINING, config_from_arguments, own_optimizer
 from hf_precond.registry import get_info, list_optimizers
 
 # Prefix of the optimizer's diagnostics among the Trainer's logs.
@@ -94,6 +94,21 @@ def restored_settings(own: Any) -> dict[str, Any]:
         for key, value in restored.items()
         if hasattr(own.config, key) and getattr(own.config, key) != value
     }
+
+
+@contextmanager
+def during_training(trainer: Any) -> Iterator[None]:
+    """What ``Trainer.train`` runs inside: the optimizer hears of the steps and sees the losses.
+
+    Args:
+        trainer: the Trainer.
+    """
+    token = IN_TRAINING.set(trainer)
+    try:
+        with recorded_losses(trainer):
+            yield
+    finally:
+        IN_TRAINING.reset(token)
 
 
 @contextmanager

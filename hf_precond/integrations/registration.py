@@ -131,8 +131,8 @@ def _correct_model_card(module: ModuleType) -> None:
 
 
 def _extend_trainer(module: ModuleType) -> None:
-    from hf_precond.integrations.callback import PrecondCallback, recorded_losses
+    from hf_precond.integrations.callback import PrecondCallback, during_training
 
     internals.wrap_lookup(module, look_up)
-    internals.wrap_training(module, recorded_losses)
+    internals.wrap_training(module, during_training)
     internals.add_default_callback(module, PrecondCallback)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import math
 import sys
 from typing import Any
 
@@ -47,9 +48,10 @@ def test_a_rate_that_nobody_set_follows_from_the_weights(folder, tmp_path, caplo
     model = pretrained(folder)
     with caplog.at_level(logging.WARNING):
         found = rates(trainer(model, tmp_path, optim=name))
-    assert found == {starting_lr(model)} and starting_lr(model) != 5e-5
+    rate = starting_lr(model, 6)
+    assert found == {rate} and rate != 5e-5
     said = [text for text in caplog.messages if "learning rate was left" in text]
-    assert len(said) == 1 and f"training starts at {starting_lr(model):g}" in said[0]
+    assert len(said) == 1 and f"training starts at {rate:g}" in said[0]
 
 
 def test_a_rate_that_was_set_is_taken(folder, tmp_path, monkeypatch) -> None:
@@ -59,6 +61,24 @@ def test_a_rate_that_was_set_is_taken(folder, tmp_path, monkeypatch) -> None:
     for words in (["--learning_rate", "5e-5"], ["--learning-rate=5e-5"]):
         monkeypatch.setattr(sys, "argv", ["script.py", *words])
         assert rates(trainer(model, tmp_path, learning_rate=5e-5)) == {5e-5}
+
+
+def test_epochs_are_counted_as_steps(folder, tmp_path) -> None:
+    """Known to the Trainer once it trains; before, a training counts as a long one."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = True
+
+    for epochs, batch in ((2.0, 4), (400.0, 8), (1.0, 1)):
+        own = {"max_steps": -1, "num_train_epochs": epochs, "per_device_train_batch_size": batch}
+        model = pretrained(folder)
+        assert rates(trainer(model, tmp_path, **own)) == {starting_lr(model)}
+        made = trainer(model, tmp_path, **own, save_strategy="no", lr_scheduler_type="constant")
+        rate = starting_lr(model, math.ceil(len(made.train_dataset) / batch) * int(epochs))
+        made.add_callback(Stop())
+        made.train()
+        assert {group["lr"] for group in made.optimizer.param_groups} == {rate}, epochs
 
 
 def test_nothing_follows_from_random_weights(tmp_path) -> None:
@@ -82,7 +102,7 @@ def test_arguments_with_a_default_of_their_own_have_set_it(tmp_path) -> None:
 
 def test_the_model_card_and_the_config_have_it(folder, tmp_path) -> None:
     made = trainer(pretrained(folder), tmp_path, PrecondTrainer)
-    rate = starting_lr(made.model)
+    rate = starting_lr(made.model, 6)
     made.train()
     made.create_model_card()
     made.save_model()
