@@ -234,7 +234,8 @@ def create_optimizer(
     Without ``params`` weight decay applies by the Trainer's rule: not to biases
     and norms. With ``head_lr_scale`` other than 1 the newly initialised head
     has groups of its own, with ``layer_lr_decay`` every layer. The routing
-    table (``print(optimizer.routing)``) shows how every parameter is updated.
+    table (``print(optimizer.routing)``) shows how every parameter that trains
+    is updated.
 
     Groups of your own are taken as they are::
 

@@ -272,6 +272,8 @@ class Training:
 
     def __init__(self, arm: str, model: str, tokens: int, device: torch.device) -> None:
         self.device = device
+        on_gpu = device.type == "cuda"
+        self.others = torch.cuda.memory_allocated(device) if on_gpu else 0  # of the arms before
         torch.manual_seed(0)
         with device:
             self.model = gpu_tables.MODELS[model]().train()
@@ -284,7 +286,7 @@ class Training:
             tensor.copy_(torch.randint(high, tensor.shape, generator=words))
         if self.batch["labels"].dim() == 2:
             self.batch["labels"] = self.batch["input_ids"]
-        if device.type == "cuda":
+        if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
         self.optimizer = gpu_tables.made(arm)(self.model)
 
@@ -324,7 +326,8 @@ class Training:
         row: dict[str, Any] = {"first_steps_s": round(time.perf_counter() - start, 2)}
         row["state_mib"] = round(MemoryCounter.state_of(self.optimizer) / 2**20, 1)
         if self.device.type == "cuda":
-            row["peak_mib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**20)
+            peak = torch.cuda.max_memory_allocated(self.device) - self.others
+            row["peak_mib"] = round(peak / 2**20)
         return row
 
     def time(self, span: int) -> float:

@@ -20,7 +20,8 @@ BODY_STEP = 0.05
 """Sum over the layers of a pretrained body of what a unit step changes them by, relative to their
 weights: the learning rate that :func:`starting_lr` chooses, times layers over weights."""
 LONG, SHORT = 300, 150
-"""Steps of a training: of more the rate is that of so many, and likewise of fewer."""
+"""Steps between which the starting rate falls: longer trainings take that of the first number,
+shorter ones that of the second."""
 
 SAVED = re.compile(r"modules_to_save\.[^.]+")
 """PEFT's copy of a module that is trained along with its adapters."""
@@ -73,8 +74,8 @@ def starting_lr(model: nn.Module, steps: int | None = None) -> float | None:
     by ``0.05 / K`` of their size, and what the model computes, to first order, by K times as much,
     whatever its depth and the scale of its weights.
 
-    A training of fewer than 300 steps has less to overfit with and further to go: its rate is
-    ``300 / steps`` times as high, twice at most.
+    A training of fewer than 300 steps has further to go in each: its rate is ``300 / steps``
+    times as high, twice at most. A rule of thumb, from five tasks under one encoder.
 
     LoRA steps ``s B A`` instead, B from zero and A ``[r, in]``: with its scaling s the change has
     the same spectral norm, whatever the rank is, at ``lr / (s √in rms(A))``, where W are the
@@ -82,7 +83,9 @@ def starting_lr(model: nn.Module, steps: int | None = None) -> float | None:
 
     Args:
         model: as ``from_pretrained`` returned it, or within PEFT's wrappers.
-        steps: of the optimizer in the whole training; ``None`` where they are not known, as many.
+        steps: of the optimizer in the whole training; ``None``, or a number that is not
+            positive (``TrainingArguments.max_steps`` is -1), where they are not known, which
+            counts as 300 or more.
 
     Returns:
         The rate, to two digits; ``None`` where nothing that was loaded trains (a model made
@@ -91,7 +94,8 @@ def starting_lr(model: nn.Module, steps: int | None = None) -> float | None:
     parameters = dict(model.named_parameters())
     if not any(map(was_loaded, parameters.values())):
         return None
-    size = BODY_STEP * LONG / min(max(steps or LONG, SHORT), LONG)
+    known = steps if steps is not None and steps > 0 else LONG
+    size = BODY_STEP * LONG / min(max(known, SHORT), LONG)
     head = {id(parameters[name]) for name in find_head(model) if name in parameters}
     body = [
         matrix.weight_parameter

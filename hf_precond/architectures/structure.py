@@ -285,8 +285,8 @@ class Route:
 class RoutingTable:
     """Every parameter of a model with its treatment; prints as a table of 80 columns.
 
-    The table counts frozen parameters and leaves them out: of a model with adapters they are nearly
-    all, and hide what trains.
+    The print counts frozen parameters and leaves them out, though they are among the routes: of a
+    model with adapters they are nearly all, and would hide what trains.
 
     Args:
         routes: one a parameter, in model order.

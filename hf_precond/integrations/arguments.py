@@ -36,7 +36,7 @@ FOLLOWS = {
 
 STARTING_LR = (
     "%s: the learning rate was left at the Trainer's %g; training starts at %g instead, which "
-    "follows from the pretrained weights and the number of steps. Set --learning_rate, or "
+    "follows from the pretrained weights and a training of %s steps. Set --learning_rate, or "
     "--optim_args lr=%g for the Trainer's."
 )
 SAVED_LR = "--optim_args config=%s sets the learning rate: lr=%s. For another write lr=… beside it."
@@ -46,13 +46,23 @@ IN_TRAINING: ContextVar[Any] = ContextVar("IN_TRAINING", default=None)
 """The Trainer whose ``train`` runs; transformers asks for an optimizer without naming it."""
 
 
+def training_state(args: Any) -> Any:
+    """The state of the Trainer that trains with these arguments; ``None`` where none does.
+
+    Args:
+        args: the training arguments.
+    """
+    trainer = IN_TRAINING.get()
+    return trainer.state if getattr(trainer, "args", None) is args else None
+
+
 def planned_steps(args: Any) -> int | None:
     """Optimizer steps of the whole training; ``None`` where they are not known yet.
 
     Args:
         args: the training arguments.
     """
-    state = getattr(IN_TRAINING.get(), "state", None)
+    state = training_state(args)
     steps = int(args.max_steps if args.max_steps > 0 else getattr(state, "max_steps", 0))
     return steps if steps > 0 else None
 
@@ -121,6 +131,16 @@ def lr_is_unset(args: Any) -> bool:
     return not named and defaults == {args.learning_rate}
 
 
+def lr_follows(args: Any) -> bool:
+    """Whether the learning rate is left to what follows from the weights.
+
+    Args:
+        args: the training arguments.
+    """
+    pairs = parse_pairs(args.optim_args)
+    return lr_is_unset(args) and not {"lr", CONFIG_KEY} & pairs.keys()
+
+
 def _starting_lr(args: Any, model: nn.Module, steps: int | None, warn: bool) -> float:
     """The rate that follows from weights and steps, the Trainer's own where none does."""
     from hf_precond.architectures.pretrained import starting_lr
@@ -128,9 +148,11 @@ def _starting_lr(args: Any, model: nn.Module, steps: int | None, warn: bool) -> 
     found = starting_lr(model, steps)
     if found is None:
         return args.learning_rate
-    if warn and args.process_index == 0:
-        given = args.learning_rate
-        logger.warning(STARTING_LR, args.optim.value, given, found, given)
+    # The scheduler and the groups of a training that is resumed bring their own rate.
+    resumes = getattr(training_state(args), "global_step", 0) > 0
+    if warn and not resumes and args.process_index == 0:
+        given, length = args.learning_rate, steps or "300 or more"
+        logger.warning(STARTING_LR, args.optim.value, given, found, length, given)
     return found
 
 
@@ -249,6 +271,9 @@ def own_optimizer(optimizer: Any) -> Any:
 
 def config_in_use(trainer: Any) -> OptimizerConfig | None:
     """The config of the optimizer that a Trainer has or will create.
+
+    Before a training whose steps follow from epochs, a rate that follows from the weights is that
+    of 300 steps or more.
 
     Args:
         trainer: any ``Trainer``.

@@ -15,7 +15,12 @@ import torch
 from transformers.trainer_callback import TrainerCallback
 
 from hf_precond.compat.transformers_internals import is_added
-from hf_precond.integrations.arguments import IN_TRAINING, config_from_arguments, own_optimizer
+from hf_precond.integrations.arguments import (
+    IN_TRAINING,
+    config_from_arguments,
+    lr_follows,
+    own_optimizer,
+)
 from hf_precond.registry import get_info, list_optimizers
 
 # Prefix of the optimizer's diagnostics among the Trainer's logs.
@@ -208,8 +213,17 @@ class PrecondCallback(TrainerCallback):
                 state.global_step,
             )
         restored = restored_settings(own) if state.global_step else {}
+        before = own.config
         if restored:
             own.config = own.config.replace(**restored)
+        if "lr" in restored and lr_follows(args):
+            rate = restored.pop("lr")
+            if args.process_index == 0:
+                logger.warning(
+                    "%s: the learning rate goes on from the checkpoint's %g; a training that "
+                    "starts with the present version and steps would take %g.",
+                    own.config.name, rate, before.lr,
+                )  # fmt: skip
         if restored and args.process_index == 0:
             logger.warning(
                 "%s: the checkpoint's %s, not what this run asks for: resuming restores them; "

@@ -63,12 +63,15 @@ def test_a_rate_that_was_set_is_taken(folder, tmp_path, monkeypatch) -> None:
         assert rates(trainer(model, tmp_path, learning_rate=5e-5)) == {5e-5}
 
 
+class Stop(TrainerCallback):
+    """Ends a training after its first step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = True
+
+
 def test_epochs_are_counted_as_steps(folder, tmp_path) -> None:
     """Known to the Trainer once it trains; before, a training counts as a long one."""
-
-    class Stop(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            control.should_training_stop = True
 
     for epochs, batch in ((2.0, 4), (400.0, 8), (1.0, 1)):
         own = {"max_steps": -1, "num_train_epochs": epochs, "per_device_train_batch_size": batch}
@@ -133,3 +136,34 @@ def test_a_resumed_training_keeps_its_rate(folder, tmp_path) -> None:
     assert two.head is not None
     state, other = (copy.deepcopy(t.model.state_dict()) for t in (whole, again))
     assert all(torch.equal(state[key], other[key]) for key in state)
+
+
+def test_an_extended_training_keeps_its_rate_and_says_so(folder, tmp_path, caplog) -> None:
+    whole = trainer(pretrained(folder), tmp_path, save_steps=4, save_strategy="steps")
+    whole.train()
+    again = trainer(pretrained(folder), tmp_path, max_steps=400, save_strategy="no")
+    again.add_callback(Stop())
+    with caplog.at_level(logging.WARNING):
+        caplog.clear()
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    rates = [own_optimizer(made.optimizer).config.lr for made in (whole, again)]
+    assert rates[0] == rates[1] == starting_lr(pretrained(folder), 6)
+    words = ("learning rate was left", "learning rate goes on", "asks for")
+    said = [text for text in caplog.messages if any(word in text for word in words)]
+    assert len(said) == 1
+    assert f"goes on from the checkpoint's {rates[0]:g}" in said[0]
+    assert f"would take {starting_lr(pretrained(folder), 400):g}" in said[0]
+
+
+def test_the_steps_are_those_of_the_trainer_that_asks(folder, tmp_path) -> None:
+    class Other(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = True
+            other.create_optimizer()
+
+    own = {"max_steps": -1, "save_strategy": "no"}
+    other = trainer(pretrained(folder), tmp_path, **own)
+    first = trainer(pretrained(folder), tmp_path, **own)
+    first.add_callback(Other())
+    first.train()
+    assert {group["lr"] for group in other.optimizer.param_groups} == {starting_lr(other.model)}
