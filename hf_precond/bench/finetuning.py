@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_precond.bench.forgetting import Rows, neighbours_accuracy
 from hf_precond.bench.tasks import Batch, Task, folder_of, minilm, on
 
-Rows = list[dict[str, Any]]
 IGNORED = -100
 """The label of what enters no loss: padding, and all but a word's first token."""
 
@@ -29,12 +29,15 @@ def text_classification(
     eval_rows: int = 1000,
     batch_size: int = 32,
     length: int = 64,
+    lora_rank: int = 0,
+    lora_scale: float = 2.0,
+    remembered: Sequence[str] = (),
 ) -> Task:
     """A pretrained encoder with a new head for classes of texts.
 
     Evaluated on the validation split, else the test split: ``loss``,
     ``accuracy``, ``matthews`` (Matthews' correlation) and ``ece`` (the expected
-    calibration error).
+    calibration error); ``knn_…`` of what its features still tell of other data.
 
     Args:
         seed: of the new head, of dropout and of the order of the rows.
@@ -47,11 +50,16 @@ def text_classification(
         eval_rows: rows evaluated on, at most.
         batch_size: rows of a batch, padded to the longest of them.
         length: tokens of a text, at most.
+        lora_rank: of adapters on all linear layers of the body, which is then
+            frozen; 0 for none.
+        lora_scale: of their products: ``lora_alpha`` over the rank.
+        remembered: folders below ``data`` of other data sets, whose labels are
+            told from the body's features by their nearest neighbours.
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     path = minilm() if model is None else model
-    train, held = _splits(folder_of(data, dataset), train_rows, eval_rows)
+    train, held = splits(folder_of(data, dataset), train_rows, eval_rows)
     column = text or ("text" if "text" in train[0] else "sentence")
     names = sorted({row["label"] for row in train + held})
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -65,10 +73,14 @@ def text_classification(
         ]
 
     torch.manual_seed(seed)
-    net = AutoModelForSequenceClassification.from_pretrained(path, num_labels=len(names)).train()
-    batch = functools.partial(_padded, pad=tokenizer.pad_token_id)
+    net: nn.Module = AutoModelForSequenceClassification.from_pretrained(path, num_labels=len(names))
+    net = with_adapters(net, "SEQ_CLS", lora_rank, lora_scale).train()
+    batch = functools.partial(padded, pad=tokenizer.pad_token_id)
     evaluate = functools.partial(_classes, rows=encode(held), batch=batch)
-    return Task(net, _epochs(encode(train), batch_size, seed, batch), evaluate)
+    if remembered:
+        folders = {name: folder_of(data, name) for name in remembered}
+        evaluate = functools.partial(_and_neighbours, evaluate, folders, tokenizer)
+    return Task(net, epochs(encode(train), batch_size, seed, batch), evaluate)
 
 
 def token_classification(
@@ -80,6 +92,8 @@ def token_classification(
     eval_rows: int = 1000,
     batch_size: int = 32,
     length: int = 64,
+    lora_rank: int = 0,
+    lora_scale: float = 2.0,
 ) -> Task:
     """A pretrained encoder with a new head for entities, tagged as IOB2.
 
@@ -97,11 +111,13 @@ def token_classification(
         eval_rows: rows evaluated on, at most.
         batch_size: rows of a batch, padded to the longest of them.
         length: tokens of a sentence, at most.
+        lora_rank: as in :func:`text_classification`.
+        lora_scale: the same.
     """
     from transformers import AutoModelForTokenClassification, AutoTokenizer
 
     path = minilm() if model is None else model
-    train, held = _splits(folder_of(data, dataset), train_rows, eval_rows)
+    train, held = splits(folder_of(data, dataset), train_rows, eval_rows)
     tags = sorted({tag for row in train + held for tag in row["ner_tags"]})
     tokenizer = AutoTokenizer.from_pretrained(path)
 
@@ -121,14 +137,44 @@ def token_classification(
         return found
 
     torch.manual_seed(seed)
-    net = AutoModelForTokenClassification.from_pretrained(path, num_labels=len(tags)).train()
-    batch = functools.partial(_padded, pad=tokenizer.pad_token_id)
+    net: nn.Module = AutoModelForTokenClassification.from_pretrained(path, num_labels=len(tags))
+    net = with_adapters(net, "TOKEN_CLS", lora_rank, lora_scale).train()
+    batch = functools.partial(padded, pad=tokenizer.pad_token_id)
     evaluate = functools.partial(_entities, rows=encode(held), batch=batch, tags=tags)
-    return Task(net, _epochs(encode(train), batch_size, seed, batch), evaluate)
+    return Task(net, epochs(encode(train), batch_size, seed, batch), evaluate)
 
 
-def _splits(folder: Path, train_rows: int, eval_rows: int) -> tuple[Rows, Rows]:
+def with_adapters(model: nn.Module, kind: str, rank: int, scale: float) -> nn.Module:
+    """A model whose linear layers have LoRA's adapters, with a head that trains whole.
+
+    Args:
+        model: the model.
+        kind: PEFT's ``task_type``.
+        rank: of the adapters; 0 leaves the model as it is.
+        scale: ``lora_alpha`` over the rank.
+    """
+    if not rank:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    alpha: Any = scale * rank  # a float too, whatever its annotation says
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules="all-linear",
+        exclude_modules=["classifier", "lm_head"],
+        task_type=kind,
+    )
+    return get_peft_model(model, config)
+
+
+def splits(folder: Path, train_rows: int, eval_rows: int) -> tuple[Rows, Rows]:
     """Rows to train and to evaluate on, chosen at random but equal for all seeds.
+
+    Args:
+        folder: with ``train.json`` and ``validation.json`` or ``test.json``.
+        train_rows: of the first, at most.
+        eval_rows: of the second, at most.
 
     Raises:
         FileNotFoundError: the folder has no split to evaluate on.
@@ -144,8 +190,13 @@ def _splits(folder: Path, train_rows: int, eval_rows: int) -> tuple[Rows, Rows]:
     return found[0], found[1]
 
 
-def _padded(rows: Sequence[Batch], pad: int) -> Batch:
-    """A batch of rows, as long as the longest."""
+def padded(rows: Sequence[Batch], pad: int) -> Batch:
+    """A batch of rows, as long as the longest.
+
+    Args:
+        rows: with ``input_ids`` and ``labels``.
+        pad: the token that fills them up.
+    """
 
     def joined(name: str, value: int) -> Tensor:
         if not rows[0][name].dim():
@@ -158,10 +209,17 @@ def _padded(rows: Sequence[Batch], pad: int) -> Batch:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def _epochs(
+def epochs(
     rows: list[Batch], size: int, seed: int, batch: Callable[[Sequence[Batch]], Batch]
 ) -> Callable[[int], Batch]:
-    """A task's batches: every epoch the rows in another order, as a ``Trainer`` draws them."""
+    """A task's batches: every epoch the rows in another order, as a ``Trainer`` draws them.
+
+    Args:
+        rows: all of them.
+        size: how many a batch has.
+        seed: of the orders.
+        batch: makes a batch of rows.
+    """
     generator = torch.Generator().manual_seed(1000 + seed)
     waiting: list[int] = []
 
@@ -204,6 +262,18 @@ def _classes(
         "matthews": matthews(chosen, labels),
         "ece": calibration_error(logits, labels),
     }
+
+
+def _and_neighbours(
+    evaluate: Callable[[nn.Module], dict[str, float]],
+    folders: Mapping[str, Path],
+    tokenizer: Any,
+    model: nn.Module,
+) -> dict[str, float]:
+    found = evaluate(model)
+    for name, folder in folders.items():
+        found[f"knn_{name}"] = neighbours_accuracy(model, tokenizer, *splits(folder, 1000, 500))
+    return found
 
 
 def _entities(

@@ -21,6 +21,8 @@ CONTROLS = {
     "soap": "soap:SOAPConfig",
     "soap_muon": "soap_muon:SOAPMuonConfig",
     "newton_muon": "newton_muon:NewtonMuonConfig",
+    "lora_plus": "lora:LoRAPlusConfig",
+    "lora_muon": "lora:LoRAMuonConfig",
 }
 """Name to module and config class, below ``hf_precond.bench.controls``."""
 

@@ -602,5 +602,5 @@ TASKS: dict[str, Callable[..., Task]] = {
 ELSEWHERE = {
     name: f"hf_precond.bench.finetuning:{name}"
     for name in ("text_classification", "token_classification")
-}
+} | {"label_generation": "hf_precond.bench.generation:label_generation"}
 """The same, from modules that need this one."""

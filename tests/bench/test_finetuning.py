@@ -141,3 +141,24 @@ def test_the_calibration_error_is_the_mean_gap_of_the_bins():
     right = torch.tensor([0, 1, 0, 0])
     gaps = [abs(1 - 0.9 + 0 - 0.91), abs(1 - 0.65 + 1 - 0.6)]
     assert calibration_error(logits, right) == pytest.approx(sum(gaps) / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("function", "dataset"), [("text_classification", "texts"), ("token_classification", "tags")]
+)
+def test_adapters_leave_the_body_as_it_is(encoder, data, function, dataset):
+    args = {"dataset": dataset, "model": encoder, "lora_rank": 2, "lora_scale": 3.0}
+    model = tasks.make(function, 1, data, args).model
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name.split(".default")[0].rsplit(".", 1)[1] for name in names} == {
+        "lora_A",
+        "lora_B",
+        "modules_to_save",
+    }
+    layer = next(m for m in model.modules() if hasattr(m, "lora_A"))
+    assert layer.lora_A.default.weight.shape[0] == 2 and layer.scaling == {"default": 3.0}
+
+
+def test_features_are_asked_for_other_data(encoder, data):
+    task = classification(encoder, data, remembered=["texts"], lora_rank=2)
+    assert 0 <= task.figures()["knn_texts"] <= 1
