@@ -208,9 +208,11 @@ class PrecondCallback(TrainerCallback):
         if state.global_step and not own.steps and args.process_index == 0:
             logger.warning(
                 "%s: training goes on at step %d without the optimizer's state, which the "
-                "checkpoint lacks (save_only_model leaves it out): the optimizer starts anew.",
+                "checkpoint lacks (save_only_model leaves it out): the optimizer starts anew, at a "
+                "learning rate of %g.",
                 own.config.name,
                 state.global_step,
+                own.config.lr,
             )
         restored = restored_settings(own) if state.global_step else {}
         before = own.config

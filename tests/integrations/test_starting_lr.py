@@ -167,3 +167,16 @@ def test_the_steps_are_those_of_the_trainer_that_asks(folder, tmp_path) -> None:
     first.add_callback(Other())
     first.train()
     assert {group["lr"] for group in other.optimizer.param_groups} == {starting_lr(other.model)}
+
+
+def test_a_training_that_goes_on_without_a_state_names_its_rate(folder, tmp_path, caplog) -> None:
+    own = {"save_steps": 4, "save_strategy": "steps", "save_only_model": True}
+    trainer(pretrained(folder), tmp_path, **own).train()
+    again = trainer(pretrained(folder), tmp_path, max_steps=400, save_strategy="no")
+    again.add_callback(Stop())
+    with caplog.at_level(logging.WARNING):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    (group, *_) = again.optimizer.param_groups
+    said = [text for text in caplog.messages if "optimizer starts anew" in text]
+    assert len(said) == 1
+    assert said[0].endswith(f"at a learning rate of {group['initial_lr']:g}.")
