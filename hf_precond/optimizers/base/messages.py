@@ -61,6 +61,10 @@ NEW_HEAD = (
     "step (rms) at the peak of the schedule, whatever the learning rate; head='lr' steps it at the "
     "learning rate instead."
 )
+EARLIER_HEAD = (
+    "%s: this state is of release 0.2, which stepped a new head by all that changes of its "
+    "outputs; it goes on by what varies from input to input, in larger steps than before."
+)
 RATES_NEED_MODEL = (
     "{field}={value}: which parameters it scales is read off the model, and {name} was made from "
     "parameters alone; use hf_precond.create_optimizer(model, {name!r}, params=groups, {field}=…), "

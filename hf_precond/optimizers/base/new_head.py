@@ -29,6 +29,8 @@ INTERVAL = 20
 FLOOR = 1e-6
 """Smallest mean square change of the outputs that a step is scaled by, over that of inputs with the
 same trace which have no direction: momentum may point where a batch has no inputs."""
+SHIFT = 5.0
+"""AdamW's rate for the constant part of the head's outputs, over ``head_step``."""
 MOMENT = "head_input"
 """The state of a layer that holds its input's second moment."""
 
@@ -43,15 +45,25 @@ def moment_is_due(step: int) -> bool:
 
 
 class NewHead:
-    """The linear layers of a new head, stepped along AdamW's direction D by a step of known effect.
+    """The linear layers of a new head, stepped along AdamW's directions by steps of known effect.
 
-    ``W ← (1 - lr·wd) W - s ρ (lr / lr₀) D / rms``, ``rms² = tr(D A Dᵀ) / out``: the root mean
-    square change of a layer's outputs per unit step, with A ``[in, in]`` the mean of x xᵀ over the
-    tokens of a batch (a bias enters W, and a constant 1 enters x). ρ is ``head_step``, lr₀ the rate
-    that a schedule starts from or rises to. So the rate of the body, the width of the features and
-    their scale do not matter. Where gradients vanish, as when the training set is learned, steps
-    do too: ``s = min(1, ‖m‖ / (‖√v‖ r₀))`` of AdamW's moments, ``r₀² = (1-β₁)/(1+β₁)`` being the
-    ratio of independent gradients of one size.
+    With μ the mean of a layer's inputs over the tokens of a batch, C their covariance, W ``[out,
+    in]`` its weight and b its bias, ``W x + b = W (x - μ) + (b + W μ)``. W and the constant part
+    are stepped apart, each along AdamW's direction of its own gradient, ``dW - db μᵀ`` and db::
+
+        W ← (1 - lr·wd) W - s a D_W ,      a = ρ / √(tr(D_W C D_Wᵀ) / out)
+        b ← b - s (k ρ D_b - a D_W μ) ,    s = (lr / lr₀) min(1, ‖m‖ / (‖√v‖ r₀))
+
+    ρ is ``head_step``: the root mean square change of the outputs' variable part. lr₀ is the rate
+    that a schedule starts from or rises to, so the rate of the body, the width of the features and
+    their scale do not matter. An output layer's constant part, which has AdamW's step of about kρ
+    with k = 5, soon knows how frequent the classes are; the body need not learn it. k is 1 in a
+    hidden layer of the head. Where gradients vanish, as when the training set is learned, steps
+    do too: m and v are AdamW's moments of W, and ``r₀² = (1-β₁)/(1+β₁)`` the ratio of independent
+    gradients of one size.
+
+    Without a bias that trains there is no such division: of W alone the root mean square change of
+    all its outputs is ρ, C being the mean of x xᵀ.
 
     A layer whose input was not seen is stepped by AdamW at ``lr``.
 
@@ -209,8 +221,8 @@ class NewHead:
             if MOMENT in self.state[matrix.weight_parameter]
             for parameter in _parameters(matrix)
         }
-        known = [view for view in own if id(view.param) in measured]
         self.adamw.update([view for view in own if id(view.param) not in measured])
+        known = self._centred([view for view in own if id(view.param) in measured], measured)
         pairs = zip(known, self.adamw.directions(known), strict=True)
         directions: dict[int, Tensor] = {}
         trends: dict[int, Tensor] = {}
@@ -219,16 +231,33 @@ class NewHead:
             directions[id(view.param)] = first / (root + view.group["eps"])
             if view.param is matrix.weight_parameter or id(matrix) not in trends:
                 trends[id(matrix)] = _trend(first, root, view.group["betas"][0])
-        moved = {id(matrix): matrix for matrix in measured.values() if id(matrix) in trends}
-        scales = {key: self._scale(m, directions) * trends[key] for key, m in moved.items()}
+        for matrix in {id(m): m for m in measured.values() if id(m) in trends}.values():
+            self._scale(matrix, directions, trends[id(matrix)])
         steps = []
         for view in known:
             group = view.group
             peak = group.get("max_lr", group.get("initial_lr", self.lr))
-            scale = _over(scales[id(measured[id(view.param)])], peak)
-            steps.append(dataclasses.replace(view, grad=directions[id(view.param)] * scale))
+            step = directions[id(view.param)] * _inverse(peak)
+            steps.append(dataclasses.replace(view, grad=step))
         descend(steps)
         return others
+
+    def _centred(
+        self, views: Sequence[ParamView], measured: Mapping[int, LayerMatrix]
+    ) -> list[ParamView]:
+        """The views, of weights with the gradient at inputs less their mean: ``dW - db μᵀ``."""
+        gradients = {id(view.param): view.grad for view in views}
+        centred = []
+        for view in views:
+            matrix = measured[id(view.param)]
+            if view.param is matrix.weight_parameter and id(matrix.bias_parameter) in gradients:
+                mean = self.state[view.param][MOMENT][:-1, -1]
+                bias = collectives.full(gradients[id(matrix.bias_parameter)]).to(mean.dtype)
+                shift = _laid_out(matrix, bias[:, None] * mean)
+                gradient = view.grad.to(mean.dtype) - collectives.like(view.grad, shift)
+                view = dataclasses.replace(view, grad=gradient)
+            centred.append(view)
+        return centred
 
     def _divide(
         self, views: Sequence[ParamView]
@@ -241,25 +270,42 @@ class NewHead:
         own = [dataclasses.replace(v, group=fields | v.group) for v, is_its in flagged if is_its]
         return own, [view for view, is_its in flagged if not is_its]
 
-    def _scale(self, matrix: LayerMatrix, directions: Mapping[int, Tensor]) -> Tensor:
-        """ρ over the root mean square change of a layer's outputs along a direction.
+    def _scale(
+        self, matrix: LayerMatrix, directions: MutableMapping[int, Tensor], trend: Tensor
+    ) -> None:
+        """Scale a layer's directions to steps at the peak of the schedule.
 
         Args:
             matrix: the layer's.
             directions: by ``id`` of the parameter; one without a gradient has none.
+            trend: the share that is left of the steps' lengths.
         """
-        moment = self.state[matrix.weight_parameter][MOMENT]
-        zeros = moment.new_zeros(())
-        weight = collectives.full(directions.get(id(matrix.weight_parameter), zeros))
-        rows = moment.new_zeros(matrix.shape[0], len(moment))
-        columns = matrix.shape[1]
-        rows[:, :columns] = weight.mT if matrix.layout == "transposed" else weight
-        if matrix.bias_parameter is not None:
-            rows[:, columns] = collectives.full(directions.get(id(matrix.bias_parameter), zeros))
+        moment, rho = self.state[matrix.weight_parameter][MOMENT], self.config.head_step
+        weight, bias = (
+            None if each is None else directions.get(id(each))
+            for each in (matrix.weight_parameter, matrix.bias_parameter)
+        )
+        if weight is None:
+            assert bias is not None  # one of both has a gradient
+            directions[id(matrix.bias_parameter)] = bias * (self._shift(matrix) * trend)
+            return
+        mean, moment = moment[:-1, -1], moment[: matrix.shape[1], : matrix.shape[1]]
+        rows = _laid_out(matrix, collectives.full(weight))
+        if bias is not None:
+            moment = moment - mean[:, None] * mean
         squared = ((rows @ moment) * rows).sum() / len(rows)
         even = rows.square().sum() * moment.diagonal().mean() / len(rows)
         squared = torch.maximum(squared, FLOOR * even)
-        return torch.where(squared > 0, self.config.head_step * squared.rsqrt(), 0.0)
+        scale = torch.where(squared > 0, rho * trend * squared.rsqrt(), 0.0)
+        directions[id(matrix.weight_parameter)] = weight * scale
+        if bias is not None:
+            moved = collectives.like(bias, (rows @ mean) * scale)
+            directions[id(matrix.bias_parameter)] = bias * (self._shift(matrix) * trend) - moved
+
+    def _shift(self, matrix: LayerMatrix) -> float:
+        """The rate of a layer's constant part: ρ where the head goes on above the layer."""
+        inputs = {other.shape[1] for other in self.matrices if other is not matrix}
+        return self.config.head_step * (1.0 if matrix.shape[0] in inputs else SHIFT)
 
     def drop(self) -> None:
         """Forget what was collected for a step that did not come."""
@@ -273,19 +319,24 @@ class NewHead:
             self.source = None
 
 
-def refuse_rated_head(head: Sequence[str], config: OptimizerConfig) -> None:
+def check_saved_head(saved: Mapping[str, Any], config: OptimizerConfig) -> None:
     """Refuse to go on with a rate where a training stepped its new head by its outputs.
 
+    Of one that an earlier release began, say that the steps are others.
+
     Args:
-        head: the layers that it stepped so.
+        saved: what the state says of itself.
         config: the optimizer's.
 
     Raises:
         ValueError: with what to do.
     """
+    head = saved.get("head", ())
     if head and not _is_asked_for(config):
         fields = f"head={config.head!r} and head_lr_scale={config.head_lr_scale:g}"
         raise ValueError(messages.RATED_HEAD.format(name=config.name, first=head[0], fields=fields))
+    if head and "head_inputs" not in saved and collectives.rank() == 0:
+        logger.warning(messages.EARLIER_HEAD, config.name)
 
 
 def _trend(first: Tensor, root: Tensor, beta: float) -> Tensor:
@@ -294,11 +345,16 @@ def _trend(first: Tensor, root: Tensor, beta: float) -> Tensor:
     return agreement(norms[0], norms[1], beta, 1.0)
 
 
-def _over(scale: Tensor, peak: float | Tensor) -> Tensor:
-    """``scale / peak``; 0 at a peak of 0, where nothing moves."""
+def _laid_out(matrix: LayerMatrix, weight: Tensor) -> Tensor:
+    """``[out, in]`` as the weight lies in memory, and back."""
+    return weight.mT if matrix.layout == "transposed" else weight
+
+
+def _inverse(peak: float | Tensor) -> float | Tensor:
+    """``1 / peak``; 0 at a peak of 0, where nothing moves."""
     if isinstance(peak, Tensor):
-        return torch.where(peak > 0, scale / peak, 0.0)
-    return scale / peak if peak > 0 else torch.zeros_like(scale)
+        return torch.where(peak > 0, 1 / peak, 0.0)
+    return 1 / peak if peak > 0 else 0.0
 
 
 def _is_asked_for(config: OptimizerConfig) -> bool:

@@ -26,7 +26,7 @@ from hf_precond.optimizers.base.fallback import (
 )
 from hf_precond.optimizers.base.groups import check_group, have_own_rates, note_added, routed
 from hf_precond.optimizers.base.layout import Layout, facts_of, kept
-from hf_precond.optimizers.base.new_head import NewHead, refuse_rated_head
+from hf_precond.optimizers.base.new_head import NewHead, check_saved_head
 from hf_precond.optimizers.base.parameters import (
     Bound,
     BoundMatrix,
@@ -721,7 +721,7 @@ class PrecondOptimizer(Reporting, torch.optim.Optimizer):
     def _identity(self) -> dict[str, Any]:
         head = () if self.head is None else self.head.names
         own = checkpoint.identity(self.config, self.param_groups, self.structure.owners, head)
-        return own | {"lr": self.common_lr}
+        return own | {"lr": self.common_lr, "head_inputs": "centred"}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`'s output; every tensor keeps its own dtype.
@@ -734,7 +734,7 @@ class PrecondOptimizer(Reporting, torch.optim.Optimizer):
                 with other fields, or is not whole; nothing has been loaded.
         """
         own = self._identity()
-        refuse_rated_head(state_dict.get(checkpoint.KEY, own).get("head", ()), self.config)
+        check_saved_head(state_dict.get(checkpoint.KEY, own), self.config)
         with checkpoint.restoring(self, own, self.config):
             super().load_state_dict(state_dict)
         self.layout = Layout()

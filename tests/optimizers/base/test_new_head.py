@@ -13,7 +13,7 @@ from torch import nn
 
 import hf_precond
 from hf_precond.architectures.pretrained import find_new_head
-from hf_precond.optimizers.base.new_head import MOMENT, moment_is_due
+from hf_precond.optimizers.base.new_head import MOMENT, SHIFT, moment_is_due
 from hf_precond.optimizers.sgdph.optimizer import SGDPH
 from hf_precond.statistics.requests import Statistic
 from tests.architectures.families import FAMILIES, text
@@ -70,7 +70,10 @@ def test_new_is_what_the_checkpoint_lacks(folder: str, tmp_path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("lr", [1e-5, 1e-2])
 def test_a_step_changes_the_outputs_by_what_was_asked(folder: str, name: str, lr: float) -> None:
-    """Of each layer, over the inputs that it had: whatever the rate, with and without a bias."""
+    """Of each layer, over the inputs that it had: whatever the rate, with and without a bias.
+
+    With one, of what varies from input to input.
+    """
     model = fresh(folder)
     if name == "muon":
         model.classifier.out_proj.bias = None
@@ -91,26 +94,66 @@ def test_a_step_changes_the_outputs_by_what_was_asked(folder: str, name: str, lr
         for (n, layer), x in zip(layers.items(), inputs[:2], strict=True):
             with torch.no_grad():
                 change = layer(x) - before[n](x)
+            change = change if layer.bias is None else change - change.mean(0)
             torch.testing.assert_close(change.square().mean().sqrt().item(), RHO, rtol=1e-4, atol=0)
     assert {r.treatment for r in optimizer.routing if "classifier" in r.name} == {"adamw"}
 
 
-def test_the_direction_is_adamws(folder: str) -> None:
-    """Proportional to the step of torch's AdamW on the layer's gradients; decay by the rate."""
-    model = fresh(folder)
-    optimizer = hf_precond.create_optimizer(model, "afopt", lr=1e-2, head="auto", weight_decay=0.1)
-    layer = model.classifier.out_proj
-    twin = layer.weight.detach().clone().requires_grad_()
-    adamw = torch.optim.AdamW([twin], lr=1.0, weight_decay=0.0)
-    for _ in range(4):
-        before = layer.weight.detach().clone()
-        start = twin.detach().clone()
-        step(model, optimizer)
-        twin.grad = layer.weight.grad.clone()
-        adamw.step()
-        moved, direction = layer.weight - before * (1 - 1e-2 * 0.1), twin.detach() - start
-        cosine = torch.cosine_similarity(moved.flatten(), direction.flatten(), 0)
-        assert cosine > 1 - 1e-5
+class Oracle:
+    """A layer on centred inputs, ``W (x - μ) + c``, W and c stepped by AdamW's directions."""
+
+    def __init__(self, layer: nn.Linear, rho: float, shift: float) -> None:
+        self.weight, self.bias = layer.weight.detach().double(), layer.bias.detach().double()
+        self.rho, self.shift, self.steps, self.moments = rho, shift, 0, {}
+
+    def look(self, x: torch.Tensor) -> None:
+        x = x.detach().double().flatten(0, -2)
+        self.mean, self.covariance = x.mean(0), torch.cov(x.mT, correction=0)
+
+    def direction(self, name: str, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        first, second = self.moments.get(name, (0.0, 0.0))
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient.square()
+        self.moments[name] = first, second
+        return first / (1 - 0.9**self.steps), (second / (1 - 0.999**self.steps)).sqrt()
+
+    def step(self, weight: torch.Tensor, bias: torch.Tensor, decay: float = 0.0) -> float:
+        self.steps += 1
+        first, root = self.direction("weight", weight.double() - torch.outer(bias, self.mean))
+        trend = min(1.0, (first.norm() / root.norm() * (1.9 / 0.1) ** 0.5).item())
+        along = first / (root + 1e-8)
+        change = torch.trace(along @ self.covariance @ along.mT) / len(along)
+        along = along * self.rho * trend / change.sqrt()
+        first, root = self.direction("bias", bias.double())
+        constant = self.shift * self.rho * trend * first / (root + 1e-8)
+        self.weight = (1 - decay) * self.weight - along
+        self.bias = self.bias - (constant - along @ self.mean)
+        return trend
+
+
+def test_steps_are_adamws_of_a_layer_with_centred_inputs(folder: str) -> None:
+    """Both layers of the head; gradients that vanish; inputs that are seen at some steps only."""
+    model, wd = fresh(folder), 0.1
+    optimizer = hf_precond.create_optimizer(model, "afopt", lr=1e-2, head_step=RHO, weight_decay=wd)
+    layers = (model.classifier.dense, model.classifier.out_proj)
+    oracles = [Oracle(layer, RHO, k) for layer, k in zip(layers, (1.0, SHIFT), strict=True)]
+    inputs: dict[nn.Module, torch.Tensor] = {}
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda m, args: inputs.__setitem__(m, args[0]))
+    trends = []
+    for number, factor in enumerate([1.0] * 3 + [1e-3] * 18):
+        optimizer.zero_grad()
+        model(**text()).loss.backward()
+        for layer, oracle in zip(layers, oracles, strict=True):
+            if moment_is_due(number):
+                oracle.look(inputs[layer])
+            for parameter in layer.parameters():
+                parameter.grad *= factor
+            trends.append(oracle.step(layer.weight.grad, layer.bias.grad, 1e-2 * wd))
+        optimizer.step()
+        for layer, oracle in zip(layers, oracles, strict=True):
+            for found, wanted in ((layer.weight, oracle.weight), (layer.bias, oracle.bias)):
+                torch.testing.assert_close(found.detach().double(), wanted, rtol=1e-4, atol=1e-5)
+    assert trends[0] == 1.0 and trends[-1] < 0.9
 
 
 def test_steps_follow_the_schedule(folder: str) -> None:
@@ -129,9 +172,8 @@ def test_steps_follow_the_schedule(folder: str) -> None:
             before = copy.deepcopy(layer)
             step(model, optimizer)
             x = seen[-1].detach()
-            with torch.no_grad():
-                changed = (nn.functional.linear(x, layer.weight, layer.bias) - nn.functional.linear(
-                    x, before.weight, before.bias)).square().mean().sqrt()  # fmt: skip
+            changed = x @ (layer.weight - before.weight).detach().mT
+            changed = (changed - changed.mean(0)).square().mean().sqrt()
             factor = rate / 1e-3 if factors is None else factors[number]
             torch.testing.assert_close(changed.item(), RHO * factor, rtol=1e-3, atol=1e-7)
             schedule.step()
@@ -196,6 +238,20 @@ def test_a_state_without_the_rule_goes_on_without(folder: str, caplog) -> None:
     assert "the new head (classifier.dense, classifier.out_proj)" in caplog.text
     resumed.load_state_dict(state)
     assert resumed.head is None
+
+
+def test_a_head_of_release_0_2_goes_on_and_says_so(folder: str, caplog) -> None:
+    model = fresh(folder)
+    optimizer = hf_precond.create_optimizer(model, "afopt")
+    step(model, optimizer)
+    state = optimizer.state_dict()
+    for earlier in (False, True):
+        if earlier:
+            del state["hf_precond"]["head_inputs"]
+        resumed = hf_precond.create_optimizer(fresh(folder), "afopt")
+        resumed.load_state_dict(state)
+        assert resumed.head is not None
+        assert ("this state is of release 0.2" in caplog.text) == earlier
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -272,33 +328,3 @@ def test_without_a_usable_moment_the_head_rests(folder: str, broken: float) -> N
     model(**text()).loss.backward()
     optimizer.step()
     assert torch.equal(layer.weight, before) and before.isfinite().all()
-
-
-def test_steps_shrink_as_gradients_vanish(folder: str) -> None:
-    """By ``min(1, ‖m‖ / (‖√v‖ r₀))`` of AdamW's moments, written out."""
-    model = fresh(folder)
-    optimizer = hf_precond.create_optimizer(model, "afopt", lr=1e-3, head_step=RHO)
-    out = model.classifier.out_proj
-    first, second, shares = torch.zeros(()), torch.zeros(()), []
-    for number, factor in enumerate([1.0] * 3 + [1e-3] * 18):
-        inputs: list[torch.Tensor] = []
-        handle = out.register_forward_pre_hook(lambda _, args, to=inputs: to.append(args[0]))
-        optimizer.zero_grad()
-        model(**text()).loss.backward()
-        handle.remove()
-        for parameter in (out.weight, out.bias):
-            parameter.grad *= factor
-        gradient = out.weight.grad.double()
-        first = 0.9 * first + 0.1 * gradient
-        second = 0.999 * second + 0.001 * gradient.square()
-        mean, root = first / (1 - 0.9 ** (number + 1)), second / (1 - 0.999 ** (number + 1))
-        usual = root.sum().sqrt() * ((1 - 0.9) / (1 + 0.9)) ** 0.5
-        wanted = min(1.0, (mean.norm() / usual).item())
-        x = torch.cat([inputs[0], torch.ones(len(inputs[0]), 1)], 1).detach()
-        before = torch.cat([out.weight, out.bias[:, None]], 1).detach().clone()
-        optimizer.step()
-        change = x @ (torch.cat([out.weight, out.bias[:, None]], 1).detach() - before).mT
-        if moment_is_due(number):  # else the input was seen at an earlier step
-            assert change.square().mean().sqrt().item() == pytest.approx(RHO * wanted, rel=1e-3)
-            shares.append(wanted)
-    assert shares[0] == 1.0 and shares[-1] < 0.9
