@@ -230,8 +230,9 @@ class OptimizerConfig:
             rate. A ``head_lr_scale`` other than 1, a group with an ``lr`` of
             its own and a training of the head alone mean ``lr``. Default
             ``auto``.
-        head_step: root mean square change of a new head's outputs (logits) that
-            a step makes at the peak of the schedule, > 0. Default 0.04.
+        head_step: root mean square change of a new head's outputs (logits), of
+            what varies from token to token, that a step makes at the peak of
+            the schedule, > 0. Default 0.04.
         layer_lr_decay: learning rate of a layer over that of the layer above
             it, in (0, 1]: with L layers, layer i (from 0) gets
             ``lr · decay^(L - i)``, embeddings ``lr · decay^(L + 1)``, and what
