@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_precond.architectures.pretrained import starting_lr
 from hf_precond.config.base import OptimizerConfig
 from hf_precond.registry import create_optimizer, get_info, list_optimizers
 
@@ -27,6 +28,8 @@ CONTROLS = {
 """Name to module and config class, below ``hf_precond.bench.controls``."""
 
 BETAS = ("beta1", "beta2")
+AUTO = "auto"
+"""A learning rate that follows from pretrained weights and the number of steps."""
 
 
 def names() -> list[str]:
@@ -71,12 +74,13 @@ def check(name: str, fields: Mapping[str, Any]) -> OptimizerConfig:
 
     Args:
         name: one of :func:`names`.
-        fields: field to value; ``beta1`` and ``beta2`` replace one of ``betas``.
+        fields: field to value; ``beta1`` and ``beta2`` replace one of ``betas``, and ``lr`` may
+            be ``"auto"``.
 
     Raises:
         ValueError: a name is unknown or a value not legal.
     """
-    cls, values = config_class(name), dict(fields)
+    cls, values = config_class(name), {k: v for k, v in fields.items() if (k, v) != ("lr", AUTO)}
     given = {number: values.pop(b) for number, b in enumerate(BETAS) if b in values}
     if given:
         betas = list(values.get("betas", cls._fields()["betas"].default))
@@ -102,7 +106,9 @@ def check_for_script(name: str) -> None:
         )
 
 
-def build(model: nn.Module, name: str, fields: Mapping[str, Any], warmup: int) -> Any:
+def build(
+    model: nn.Module, name: str, fields: Mapping[str, Any], warmup: int, steps: int | None = None
+) -> Any:
     """Build an optimizer for a model.
 
     Args:
@@ -110,17 +116,30 @@ def build(model: nn.Module, name: str, fields: Mapping[str, Any], warmup: int) -
         name: one of :func:`names`.
         fields: its fields.
         warmup: steps of warm-up, for an optimizer that has a schedule of its own.
+        steps: of the whole training, from which ``lr = "auto"`` follows.
 
     Returns:
         A torch optimizer, or what steps like one.
 
     Raises:
-        ValueError: as :func:`check`.
+        ValueError: as :func:`check`, and where no rate follows from the model.
     """
+    if fields.get("lr") == AUTO:
+        fields = {**fields, "lr": _followed_lr(model, name, steps)}
     config: Any = check(name, fields)
     if name in list_optimizers():
         return create_optimizer(model, config)
     return config.build(model, warmup)
+
+
+def _followed_lr(model: nn.Module, name: str, steps: int | None) -> float:
+    found = starting_lr(model, steps)
+    if found is None:
+        raise ValueError(
+            f"{name}: lr = {AUTO!r} follows from pretrained weights, and the task's model has none "
+            "that train; give a number."
+        )
+    return found
 
 
 def has_own_schedule(optimizer: Any) -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_precond.bench.optimizers import AUTO
 from hf_precond.bench.spec import Run
 
 ARGUMENTS = {
@@ -40,6 +41,8 @@ def command(run: Run, folder: str) -> list[str]:
     """
     task, training = run.task, run.task.training
     fields = dict(run.fields)
+    if fields.get("lr") == AUTO:  # what a Trainer does by itself
+        del fields["lr"]
     if "betas" in fields:
         first, second = fields.pop("betas")
         fields = {"beta1": first, "beta2": second} | fields

@@ -104,7 +104,7 @@ def train(run: Run, progress: Progress = lambda step: None) -> dict[str, Any]:
     task = tasks.make(run.task.function, run.seed, run.task.data, run.task.args)
     task.model.to(device).train()
     warm = warmup_steps(training)
-    optimizer = optimizers.build(task.model, run.optimizer, run.fields, warm)
+    optimizer = optimizers.build(task.model, run.optimizer, run.fields, warm, training.steps)
     try:
         return _loop(run, task, optimizer, device, progress)
     finally:

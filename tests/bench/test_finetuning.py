@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from hf_precond.bench import tasks
+from hf_precond import starting_lr
+from hf_precond.bench import optimizers, tasks
 from hf_precond.bench.finetuning import calibration_error, matthews, spans
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "ann", "flew", "to", "rome", "##s", "today"]
@@ -162,3 +163,13 @@ def test_adapters_leave_the_body_as_it_is(encoder, data, function, dataset):
 def test_features_are_asked_for_other_data(encoder, data):
     task = classification(encoder, data, remembered=["texts"], lora_rank=2)
     assert 0 <= task.figures()["knn_texts"] <= 1
+
+
+@pytest.mark.parametrize("name", ["afopt", "adamw", "soap"])
+def test_a_rate_may_follow_from_weights_and_steps(encoder, data, name):
+    model = classification(encoder, data).model
+    for steps in (150, 300):
+        optimizer = optimizers.build(model, name, {"lr": "auto", "weight_decay": 0.1}, 1, steps)
+        assert {group["lr"] for group in optimizer.param_groups} == {starting_lr(model, steps)}
+    with pytest.raises(ValueError, match="lr = 'auto' follows from pretrained weights"):
+        optimizers.build(torch.nn.Linear(2, 2), name, {"lr": "auto"}, 1, 150)

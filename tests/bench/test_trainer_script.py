@@ -38,6 +38,11 @@ def test_fields_become_the_trainers_arguments_or_optim_args():
     assert named["--eval_steps"] == ["10"] and named["--eval_strategy"] == ["steps"]
 
 
+def test_a_rate_that_is_left_to_the_trainer_is_no_argument():
+    words = command(run("afopt", {"lr": "auto", "weight_decay": 0.1}), "out")
+    assert "--learning_rate" not in words and words[words.index("--weight_decay") + 1] == "0.1"
+
+
 def test_adamw_is_torchs_fused_one_and_trials_evaluate_at_the_end():
     _, named = options(run("adamw", {"lr": 1e-3}))
     assert named["--optim"] == ["adamw_torch_fused"] and "--optim_args" not in named
