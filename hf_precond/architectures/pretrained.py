@@ -16,9 +16,12 @@ from hf_precond.architectures.peft import find_adapter
 from hf_precond.architectures.structure import LayerMatrix
 from hf_precond.compat.transformers_internals import was_loaded
 
-BODY_STEP = 0.05
+BODY_STEP = 0.025
 """Sum over the layers of a pretrained body of what a unit step changes them by, relative to their
 weights: the learning rate that :func:`starting_lr` chooses, times layers over weights."""
+ADAPTER = 4.0
+"""The same of LoRA's adapters over that: of a rank much smaller than the layers' widths, they need
+larger steps for as much."""
 LONG, SHORT = 300, 150
 """Steps between which the starting rate falls: longer trainings take that of the first number,
 shorter ones that of the second."""
@@ -69,17 +72,18 @@ def _was_loaded(name: str, parameters: Mapping[str, Tensor]) -> bool:
 def starting_lr(model: nn.Module, steps: int | None = None) -> float | None:
     """The learning rate at which fine-tuning starts well, from the weights that were loaded.
 
-    ``lr = 0.05 · rms(W) / K``, of the K linear layers and convolutions that were loaded and train,
+    ``lr = 0.025 · rms(W) / K``, of the K linear layers and convolutions that were loaded and train,
     W all their weights. A step of size lr in every entry then changes the weights of each
-    by ``0.05 / K`` of their size, and what the model computes, to first order, by K times as much,
+    by ``0.025 / K`` of their size, and what the model computes, to first order, by K times as much,
     whatever its depth and the scale of its weights.
 
-    A training of fewer than 300 steps has further to go in each: its rate is ``300 / steps``
-    times as high, twice at most. A rule of thumb, from five tasks under one encoder.
+    A training of fewer than 300 steps has further to go in each, and has seen its rows less often:
+    its rate is ``(300 / steps)²`` times as high, four times at most. A rule of thumb, from five
+    tasks under one encoder.
 
     LoRA steps ``s B A`` instead, B from zero and A ``[r, in]``: with its scaling s the change has
-    the same spectral norm, whatever the rank is, at ``lr / (s √in rms(A))``, where W are the
-    weights below the adapters and K is their number.
+    four times that spectral norm, whatever the rank is, at ``4 lr / (s √in rms(A))``, where W are
+    the weights below the adapters and K is their number.
 
     Args:
         model: as ``from_pretrained`` returned it, or within PEFT's wrappers.
@@ -95,7 +99,7 @@ def starting_lr(model: nn.Module, steps: int | None = None) -> float | None:
     if not any(map(was_loaded, parameters.values())):
         return None
     known = steps if steps is not None and steps > 0 else LONG
-    size = BODY_STEP * LONG / min(max(known, SHORT), LONG)
+    size = BODY_STEP * (LONG / min(max(known, SHORT), LONG)) ** 2
     head = {id(parameters[name]) for name in find_head(model) if name in parameters}
     body = [
         matrix.weight_parameter
@@ -112,7 +116,7 @@ def starting_lr(model: nn.Module, steps: int | None = None) -> float | None:
         return None
     reach = [a.scaling * math.sqrt(a.down.shape[1]) * _rms([a.down.read()]) for a, _ in pairs]
     mean = sum(reach) / len(reach)
-    return _rounded(size * _rms(below) / len(pairs) / mean) if mean > 0 else None
+    return _rounded(ADAPTER * size * _rms(below) / len(pairs) / mean) if mean > 0 else None
 
 
 def _adapters(model: nn.Module) -> Iterable[tuple[LowRankAdapter, Tensor]]:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_precond.architectures.parameters import find_head
 from hf_precond.bench.forgetting import Rows, neighbours_accuracy
 from hf_precond.bench.tasks import Batch, Task, folder_of, minilm, on
 
@@ -157,12 +158,14 @@ def with_adapters(model: nn.Module, kind: str, rank: int, scale: float) -> nn.Mo
         return model
     from peft import LoraConfig, get_peft_model
 
+    head = sorted({name.rpartition(".")[0] for name in find_head(model)})
     alpha: Any = scale * rank  # a float too, whatever its annotation says
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         target_modules="all-linear",
-        exclude_modules=["classifier", "lm_head"],
+        exclude_modules=[*head, "lm_head"],
+        modules_to_save=sorted({name.partition(".")[0] for name in head}) or None,
         task_type=kind,
     )
     return get_peft_model(model, config)

@@ -43,8 +43,8 @@ def label_generation(
         seed: of the adapters, of dropout and of the order of the rows.
         model: folder or Hub id.
         dataset: a folder below ``data`` with ``train.json`` and
-            ``validation.json`` or ``test.json``, JSON lines with ``text`` and
-            ``label``; a label that is a number is named by
+            ``validation.json`` or ``test.json``, JSON lines with ``text`` or
+            ``sentence`` and ``label``; a label that is a number is named by
             ``categories.txt``, a JSON list.
         data: the data folder.
         train_rows: rows trained on, at most, the same for all seeds.
@@ -89,7 +89,10 @@ def _encoded(tokenizer: Any, names: list[str] | None, length: int, rows: Rows) -
     found = []
     for row in rows:
         name = row["label"] if names is None else names[row["label"]]
-        text = tokenizer(PROMPT.format(row["text"]))["input_ids"][:length]
+        words = row["text" if "text" in row else "sentence"]
+        ids = tokenizer(words, add_special_tokens=False)["input_ids"]
+        words = words if len(ids) <= length else tokenizer.decode(ids[:length])
+        text = tokenizer(PROMPT.format(words))["input_ids"]
         answer = tokenizer(f" {str(name).replace('_', ' ')}", add_special_tokens=False)["input_ids"]
         answer = [*answer, tokenizer.eos_token_id]
         labels = [IGNORED] * len(text) + answer

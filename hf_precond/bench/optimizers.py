@@ -90,15 +90,21 @@ def check(name: str, fields: Mapping[str, Any]) -> OptimizerConfig:
     return cls.create(**values)
 
 
-def check_for_script(name: str) -> None:
-    """Refuse what a script could not take as ``--optim``.
+def check_for_script(name: str, fields: Mapping[str, Any]) -> None:
+    """Refuse what a script could not take as ``--optim`` and its arguments.
 
     Args:
         name: one of :func:`names`.
+        fields: its fields that are not tuned.
 
     Raises:
-        ValueError: the optimizer is a control of this package.
+        ValueError: the optimizer is a control of this package, or its rate follows from nothing.
     """
+    if name == "adamw" and fields.get("lr") == AUTO:
+        raise ValueError(
+            f"lr = {AUTO!r}: under adamw a Trainer takes 5e-5 whatever the weights; give a number, "
+            "or take optimizer = 'adamr' with basis = 'identity', which is AdamW."
+        )
     if name not in (*list_optimizers(), "adamw"):
         raise ValueError(
             f"optimizer {name!r} is no --optim name, so a script cannot train with it; write the "

@@ -375,7 +375,7 @@ class _Reader:
                         f"{fewest}; raise it (grids may have to be extended), or drop values."
                     )
                 if spec.tasks[task].script:
-                    optimizers.check_for_script(entry.optimizer)
+                    optimizers.check_for_script(entry.optimizer, entry.fields)
         for label in spec.reference:
             if label not in self.values["optimizers"]:
                 raise ValueError(f"reference = {label!r}: there is no [optimizers.{label}].")

@@ -5,11 +5,17 @@ import math
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizerFast,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+)
 
 from hf_precond import starting_lr
 from hf_precond.bench import optimizers, tasks
-from hf_precond.bench.finetuning import calibration_error, matthews, spans
+from hf_precond.bench.finetuning import calibration_error, matthews, spans, with_adapters
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "ann", "flew", "to", "rome", "##s", "today"]
 
@@ -158,6 +164,25 @@ def test_adapters_leave_the_body_as_it_is(encoder, data, function, dataset):
     }
     layer = next(m for m in model.modules() if hasattr(m, "lora_A"))
     assert layer.lora_A.default.weight.shape[0] == 2 and layer.scaling == {"default": 3.0}
+
+
+def test_a_head_of_two_layers_trains_whole(tmp_path):
+    """And has no adapters: PEFT knows the names of some heads only."""
+    config = DistilBertConfig(
+        vocab_size=9, dim=8, n_layers=1, n_heads=2, hidden_dim=8, num_labels=3
+    )
+    model = with_adapters(DistilBertForSequenceClassification(config), "SEQ_CLS", 2, 1.0)
+    whole = {n.split(".")[2] for n, p in model.named_parameters() if p.requires_grad} - {
+        "distilbert"
+    }
+    assert whole == {"pre_classifier", "classifier"}
+    assert not any("lora_" in name and "classifier" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("name", ["lora_plus", "lora_muon", "afopt"])
+def test_all_step_the_new_head_by_its_rule(encoder, data, name):
+    model = classification(encoder, data, lora_rank=2).model
+    assert optimizers.build(model, name, {"lr": 1e-3}, 1).head is not None
 
 
 def test_features_are_asked_for_other_data(encoder, data):

@@ -61,6 +61,16 @@ def test_only_the_name_and_the_end_have_labels(language_model, data):
     assert trained and all("lora_" in name for name in trained)
 
 
+def test_a_long_text_is_cut_and_keeps_its_question(language_model, data):
+    batch = made(language_model, data, length=1).batches(0)
+    encode = AutoTokenizer.from_pretrained(language_model)
+    texts = {
+        encode.decode(ids[m.bool()])
+        for ids, m in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    }
+    assert texts == {"Text : ann Label : by air </s>", "Text : ann Label : rail </s>"}
+
+
 def test_exact_is_how_often_greedy_generation_gives_the_answer(language_model, data):
     task = made(language_model, data, lora_rank=0)
     optimizer = torch.optim.Adam(task.model.parameters(), lr=0.03)

@@ -124,6 +124,9 @@ def test_a_control_is_no_optimizer_of_a_script(tmp_path):
     read(tmp_path, text)
     with pytest.raises(ValueError, match="no --optim name"):
         read(tmp_path, text + "[optimizers.soap]\ngrid = {lr = [1e-3, 1e-2]}\n")
+    given = "fields = {lr = 'auto'}\ngrid = {eps = [1e-8, 1e-6]}"
+    with pytest.raises(ValueError, match="under adamw a Trainer takes 5e-5"):
+        read(tmp_path, text.replace("grid = {lr = [1e-3, 1e-2]}", given))
 
 
 def test_a_file_that_is_not_there(tmp_path):

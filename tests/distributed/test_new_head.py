@@ -9,7 +9,7 @@ from torch.distributed.fsdp import fully_shard
 
 from hf_precond import AdamRConfig
 from hf_precond.architectures.modules import layer_matrix
-from hf_precond.distributed.collectives import full
+from hf_precond.distributed.collectives import full, rank, world_size
 from hf_precond.optimizers.base.new_head import NewHead
 from hf_precond.optimizers.base.parameters import ParamView
 from tests import ranks
@@ -34,6 +34,7 @@ def stepped(sharded):
     for number in range(4):
         head.enable(number)
         x = torch.randn(16, 4, dtype=torch.float64, generator=generator)
+        x = x[rank() :: world_size()]
         model.zero_grad()
         model(x).square().mean().backward()
         head.update()

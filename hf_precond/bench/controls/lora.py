@@ -43,9 +43,12 @@ class LoRAPlusConfig(ControlConfig):
         for group in self.groups(model):
             for inside in (False, True):
                 params = [p for p in group["params"] if (id(p) in upper) is inside]
-                rate = group["lr"] * (self.ratio if inside else 1.0)
-                name = f"{group['name']}{' of B' * inside}"
-                groups += [group | {"params": params, "lr": rate, "name": name}] if params else []
+                own = {k: v for k, v in group.items() if k != "lr"} | {"params": params}
+                if (
+                    inside
+                ):  # the others have no rate of their own: a new head is stepped by its rule
+                    own |= {"lr": self.lr * self.ratio, "name": f"{group['name']} of B"}
+                groups += [own] if params else []
         fields = {"lr": self.lr, "betas": self.betas, "eps": self.eps, "head": self.head}
         return create_optimizer(model, "adamr", params=groups, basis="identity", **fields)
 

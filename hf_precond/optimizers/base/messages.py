@@ -57,13 +57,13 @@ RATED_HEAD = (
     "and here {fields}; resume with head='auto' and without head_lr_scale, or start anew."
 )
 NEW_HEAD = (
-    "%s: the new head (%s) is stepped along AdamW's direction so that its outputs change by %g a "
-    "step (rms) at the peak of the schedule, whatever the learning rate; head='lr' steps it at the "
-    "learning rate instead."
+    "%s: the new head (%s) is stepped along AdamW's direction so that what varies of its outputs "
+    "changes by %g a step (rms) at the peak of the schedule, whatever the learning rate; head='lr' "
+    "steps it at the learning rate instead."
 )
 EARLIER_HEAD = (
     "%s: this state is of release 0.2, which stepped a new head by all that changes of its "
-    "outputs; it goes on by what varies from input to input, in larger steps than before."
+    "outputs; it goes on by what varies from input to input, in steps of another size."
 )
 RATES_NEED_MODEL = (
     "{field}={value}: which parameters it scales is read off the model, and {name} was made from "

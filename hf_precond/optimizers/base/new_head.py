@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_precond.architectures.modules import find_matrices, is_layer, is_linear
+from hf_precond.architectures.parameters import base_of, find_head
 from hf_precond.architectures.pretrained import find_new_head, head_layers
 from hf_precond.architectures.structure import LayerMatrix, RoutingTable
 from hf_precond.compat.torch_internals import WRAPPERS
@@ -30,9 +32,13 @@ FLOOR = 1e-6
 """Smallest mean square change of the outputs that a step is scaled by, over that of inputs with the
 same trace which have no direction: momentum may point where a batch has no inputs."""
 SHIFT = 5.0
-"""AdamW's rate for the constant part of the head's outputs, over ``head_step``."""
+"""AdamW's rate for the constant part of logits, over ``head_step``."""
+MEMORY = 64
+"""Tokens of earlier looks that enter a moment beside those of the last, at most."""
 MOMENT = "head_input"
 """The state of a layer that holds its input's second moment."""
+TOKENS = "head_tokens"
+"""The state of a layer that holds how many tokens that moment is the mean of."""
 
 
 def moment_is_due(step: int) -> bool:
@@ -47,23 +53,24 @@ def moment_is_due(step: int) -> bool:
 class NewHead:
     """The linear layers of a new head, stepped along AdamW's directions by steps of known effect.
 
-    With μ the mean of a layer's inputs over the tokens of a batch, C their covariance, W ``[out,
-    in]`` its weight and b its bias, ``W x + b = W (x - μ) + (b + W μ)``. W and the constant part
-    are stepped apart, each along AdamW's direction of its own gradient, ``dW - db μᵀ`` and db::
+    With μ the mean and A the second moment of a layer's inputs over n tokens, W ``[out, in]`` its
+    weight and b its bias, ``W x + b = W (x - μ) + (b + W μ)``. W and the constant part are stepped
+    apart, each along AdamW's direction of its own gradient, ``dW - db μᵀ`` and db::
 
-        W ← (1 - lr·wd) W - s a D_W ,      a = ρ / √(tr(D_W C D_Wᵀ) / out)
+        W ← (1 - lr·wd) W - s a D_W ,      a = ρ / √(tr(D_W C D_Wᵀ) / out) ,  C = A - μ μᵀ + A / n
         b ← b - s (k ρ D_b - a D_W μ) ,    s = (lr / lr₀) min(1, ‖m‖ / (‖√v‖ r₀))
 
     ρ is ``head_step``: the root mean square change of the outputs' variable part. lr₀ is the rate
     that a schedule starts from or rises to, so the rate of the body, the width of the features and
-    their scale do not matter. An output layer's constant part, which has AdamW's step of about kρ
-    with k = 5, soon knows how frequent the classes are; the body need not learn it. k is 1 in a
-    hidden layer of the head. Where gradients vanish, as when the training set is learned, steps
-    do too: m and v are AdamW's moments of W, and ``r₀² = (1-β₁)/(1+β₁)`` the ratio of independent
-    gradients of one size.
+    their scale do not matter. The constant part of logits, which has AdamW's step of about kρ with
+    k = 5, soon knows how frequent the classes are; the body need not learn it. k is 1 in a hidden
+    layer of the head and in a regression, whose targets have a scale of their own. ``A / n`` keeps
+    the steps of few tokens, whose covariance is singular, those of A. Where gradients vanish, as
+    when the training set is learned, steps do too: m and v are AdamW's moments of W, and ``r₀² =
+    (1-β₁)/(1+β₁)`` the ratio of independent gradients of one size.
 
     Without a bias that trains there is no such division: of W alone the root mean square change of
-    all its outputs is ρ, C being the mean of x xᵀ.
+    all its outputs is ρ, with A in the place of C.
 
     A layer whose input was not seen is stepped by AdamW at ``lr``.
 
@@ -87,6 +94,7 @@ class NewHead:
 
         self.matrices, self.config, self.state, self.lr = matrices, config, state, lr
         self.adamw = AdamWFallback()
+        self.shifts = _shifts(model, matrices)
         self.requests = [MomentRequest(matrix.name, "input", matrix) for matrix in matrices]
         self.source: StatisticsSource | None = MomentCollector(model, self.requests)
         self.due = False
@@ -148,7 +156,7 @@ class NewHead:
         Args:
             routing: the optimizer's.
         """
-        reason = f"new head, whose outputs a step changes by {self.config.head_step:g}"
+        reason = f"new head: a step changes what varies of its outputs by {self.config.head_step:g}"
         own = {f"{m.name}.{each}" for m in self.matrices for each in (m.weight, m.bias)}
         return RoutingTable(
             [
@@ -189,8 +197,12 @@ class NewHead:
                 continue
             state, mean = self.state[matrix.weight_parameter], found.sum / found.count.clamp_min(1)
             held = state.get(MOMENT, torch.zeros_like(mean))
+            tokens = state.get(TOKENS, mean.new_zeros(()))
             usable = (found.count > 0) & mean.isfinite().all()
-            state[MOMENT] = torch.where(usable, mean, held)
+            total = tokens.clamp_max(MEMORY) + found.count
+            share = found.count / total
+            state[MOMENT] = torch.where(usable, held + share * (mean - held), held)
+            state[TOKENS] = torch.where(usable, total, tokens).to(mean.dtype)
 
     def allocate(self, views: Sequence[ParamView]) -> Sequence[ParamView]:
         """Make AdamW's state of the head.
@@ -231,16 +243,25 @@ class NewHead:
             directions[id(view.param)] = first / (root + view.group["eps"])
             if view.param is matrix.weight_parameter or id(matrix) not in trends:
                 trends[id(matrix)] = _trend(first, root, view.group["betas"][0])
+        moved: dict[int, Tensor] = {}
         for matrix in {id(m): m for m in measured.values() if id(m) in trends}.values():
-            self._scale(matrix, directions, trends[id(matrix)])
+            moved |= self._scale(matrix, directions, trends[id(matrix)])
         steps = []
+        groups = {id(view.param): view.group for view in known}
         for view in known:
-            group = view.group
-            peak = group.get("max_lr", group.get("initial_lr", self.lr))
-            step = directions[id(view.param)] * _inverse(peak)
-            steps.append(dataclasses.replace(view, grad=step))
+            steps.append(self._finished(view, directions[id(view.param)], view.group))
+            if id(view.param) in moved:
+                weights = groups[id(measured[id(view.param)].weight_parameter)]
+                steps.append(
+                    self._finished(view, moved[id(view.param)], weights | {"weight_decay": 0.0})
+                )
         descend(steps)
         return others
+
+    def _finished(self, view: ParamView, step: Tensor, group: dict[str, Any]) -> ParamView:
+        """A view with a step at the peak of the schedule, to be scaled by its group's rate."""
+        peak = group.get("max_lr", group.get("initial_lr", self.lr))
+        return dataclasses.replace(view, grad=step * _inverse(peak), group=group)
 
     def _centred(
         self, views: Sequence[ParamView], measured: Mapping[int, LayerMatrix]
@@ -272,40 +293,40 @@ class NewHead:
 
     def _scale(
         self, matrix: LayerMatrix, directions: MutableMapping[int, Tensor], trend: Tensor
-    ) -> None:
+    ) -> dict[int, Tensor]:
         """Scale a layer's directions to steps at the peak of the schedule.
 
         Args:
             matrix: the layer's.
             directions: by ``id`` of the parameter; one without a gradient has none.
             trend: the share that is left of the steps' lengths.
+
+        Returns:
+            By ``id`` of the bias, what keeps the outputs' constant part where W moves.
         """
-        moment, rho = self.state[matrix.weight_parameter][MOMENT], self.config.head_step
+        state, rho = self.state[matrix.weight_parameter], self.config.head_step
         weight, bias = (
             None if each is None else directions.get(id(each))
             for each in (matrix.weight_parameter, matrix.bias_parameter)
         )
-        if weight is None:
-            assert bias is not None  # one of both has a gradient
-            directions[id(matrix.bias_parameter)] = bias * (self._shift(matrix) * trend)
-            return
-        mean, moment = moment[:-1, -1], moment[: matrix.shape[1], : matrix.shape[1]]
-        rows = _laid_out(matrix, collectives.full(weight))
         if bias is not None:
-            moment = moment - mean[:, None] * mean
+            rate = rho * self.shifts[matrix.name]
+            directions[id(matrix.bias_parameter)] = bias * (rate * trend)
+        if weight is None:
+            return {}
+        rows, columns = _laid_out(matrix, collectives.full(weight)), matrix.shape[1]
+        moment, mean = state[MOMENT][:columns, :columns], state[MOMENT][:-1, -1]
+        if bias is not None:
+            tokens = state.get(TOKENS, moment.new_ones(())).clamp_min(1)
+            moment = moment - mean[:, None] * mean + moment / tokens
         squared = ((rows @ moment) * rows).sum() / len(rows)
         even = rows.square().sum() * moment.diagonal().mean() / len(rows)
         squared = torch.maximum(squared, FLOOR * even)
         scale = torch.where(squared > 0, rho * trend * squared.rsqrt(), 0.0)
         directions[id(matrix.weight_parameter)] = weight * scale
-        if bias is not None:
-            moved = collectives.like(bias, (rows @ mean) * scale)
-            directions[id(matrix.bias_parameter)] = bias * (self._shift(matrix) * trend) - moved
-
-    def _shift(self, matrix: LayerMatrix) -> float:
-        """The rate of a layer's constant part: ρ where the head goes on above the layer."""
-        inputs = {other.shape[1] for other in self.matrices if other is not matrix}
-        return self.config.head_step * (1.0 if matrix.shape[0] in inputs else SHIFT)
+        if bias is None:
+            return {}
+        return {id(matrix.bias_parameter): collectives.like(bias, (rows @ mean) * -scale)}
 
     def drop(self) -> None:
         """Forget what was collected for a step that did not come."""
@@ -343,6 +364,25 @@ def _trend(first: Tensor, root: Tensor, beta: float) -> Tensor:
     """``min(1, ‖m‖ / (‖√v‖ r₀))``."""
     norms = [torch.linalg.vector_norm(collectives.full(each)) for each in (first, root)]
     return agreement(norms[0], norms[1], beta, 1.0)
+
+
+def _shifts(model: nn.Module, matrices: Sequence[LayerMatrix]) -> dict[str, float]:
+    """Of each layer k: 1 where the head goes on above it, and where it makes no logits."""
+    names, inner = find_head(model), base_of(model)
+    places = {id(parameter): place for place, parameter in enumerate(model.parameters())}
+    held = {id(parameter) for name, parameter in model.named_parameters() if name in names}
+    head = [m for m in find_matrices(model) if id(m.weight_parameter) in held]
+    regression = getattr(getattr(inner, "config", None), "problem_type", None) == "regression"
+
+    def goes_on(matrix: LayerMatrix) -> bool:
+        rows, place = matrix.shape[0], places.get(id(matrix.weight_parameter), 0)
+        return any(
+            other.shape[1] == rows if is_linear(other.module) else other.shape[1] % rows == 0
+            for other in head
+            if is_layer(other.module) and places.get(id(other.weight_parameter), 0) > place
+        )
+
+    return {m.name: 1.0 if regression or m.shape[0] == 1 or goes_on(m) else SHIFT for m in matrices}
 
 
 def _laid_out(matrix: LayerMatrix, weight: Tensor) -> Tensor:

@@ -89,4 +89,4 @@ def test_unknown_names_are_refused_with_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'soap_muon'"):
         optimizers.check("soapmuon", {})
     with pytest.raises(ValueError, match="no --optim name"):
-        optimizers.check_for_script("soap")
+        optimizers.check_for_script("soap", {})

@@ -13,7 +13,7 @@ from torch import nn
 
 import hf_precond
 from hf_precond.architectures.pretrained import find_new_head
-from hf_precond.optimizers.base.new_head import MOMENT, SHIFT, moment_is_due
+from hf_precond.optimizers.base.new_head import MEMORY, MOMENT, SHIFT, moment_is_due
 from hf_precond.optimizers.sgdph.optimizer import SGDPH
 from hf_precond.statistics.requests import Statistic
 from tests.architectures.families import FAMILIES, text
@@ -79,23 +79,20 @@ def test_a_step_changes_the_outputs_by_what_was_asked(folder: str, name: str, lr
         model.classifier.out_proj.bias = None
     optimizer = hf_precond.create_optimizer(model, name, lr=lr, head="auto", head_step=RHO)
     layers = {n: getattr(model.classifier, n) for n in ("dense", "out_proj")}
-    for _ in range(3):
-        inputs: list[torch.Tensor] = []
-        handles = [
-            layer.register_forward_pre_hook(
-                lambda module, args, seen=inputs: seen.append(args[0].detach())
-            )
-            for layer in layers.values()
-        ]
-        before = {n: copy.deepcopy(layer) for n, layer in layers.items()}
-        step(model, optimizer)
-        for handle in handles:
-            handle.remove()
-        for (n, layer), x in zip(layers.items(), inputs[:2], strict=True):
-            with torch.no_grad():
-                change = layer(x) - before[n](x)
-            change = change if layer.bias is None else change - change.mean(0)
-            torch.testing.assert_close(change.square().mean().sqrt().item(), RHO, rtol=1e-4, atol=0)
+    inputs: list[torch.Tensor] = []
+    for layer in layers.values():
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+    before = {n: copy.deepcopy(layer) for n, layer in layers.items()}
+    step(model, optimizer)
+    for (n, layer), x in zip(layers.items(), inputs[:2], strict=True):
+        with torch.no_grad():
+            change = layer(x) - before[n](x)
+            squares = change.square()
+            if layer.bias is not None:  # what varies, and as much as of one token among them
+                moved = x @ (layer.weight - before[n].weight).mT
+                squares = (change - change.mean(0)).square() + moved.square() / len(x)
+        found = squares.mean().sqrt().item()
+        torch.testing.assert_close(found, RHO, rtol=1e-4, atol=0)
     assert {r.treatment for r in optimizer.routing if "classifier" in r.name} == {"adamw"}
 
 
@@ -105,10 +102,18 @@ class Oracle:
     def __init__(self, layer: nn.Linear, rho: float, shift: float) -> None:
         self.weight, self.bias = layer.weight.detach().double(), layer.bias.detach().double()
         self.rho, self.shift, self.steps, self.moments = rho, shift, 0, {}
+        self.tokens, self.mean, self.second = 0, 0.0, 0.0
 
     def look(self, x: torch.Tensor) -> None:
-        x = x.detach().double().flatten(0, -2)
-        self.mean, self.covariance = x.mean(0), torch.cov(x.mT, correction=0)
+        """What was seen before counts as 64 tokens at most."""
+        x, kept = x.detach().double().flatten(0, -2), min(self.tokens, MEMORY)
+        self.tokens = kept + len(x)
+        self.mean = (kept * self.mean + x.sum(0)) / self.tokens
+        self.second = (kept * self.second + x.mT @ x) / self.tokens
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        return self.second * (1 + 1 / self.tokens) - torch.outer(self.mean, self.mean)
 
     def direction(self, name: str, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         first, second = self.moments.get(name, (0.0, 0.0))
@@ -116,15 +121,17 @@ class Oracle:
         self.moments[name] = first, second
         return first / (1 - 0.9**self.steps), (second / (1 - 0.999**self.steps)).sqrt()
 
-    def step(self, weight: torch.Tensor, bias: torch.Tensor, decay: float = 0.0) -> float:
+    def step(
+        self, weight: torch.Tensor, bias: torch.Tensor, decay: float = 0.0, factor: float = 1.0
+    ) -> float:
         self.steps += 1
         first, root = self.direction("weight", weight.double() - torch.outer(bias, self.mean))
         trend = min(1.0, (first.norm() / root.norm() * (1.9 / 0.1) ** 0.5).item())
         along = first / (root + 1e-8)
         change = torch.trace(along @ self.covariance @ along.mT) / len(along)
-        along = along * self.rho * trend / change.sqrt()
+        along = along * factor * self.rho * trend / change.sqrt()
         first, root = self.direction("bias", bias.double())
-        constant = self.shift * self.rho * trend * first / (root + 1e-8)
+        constant = factor * self.shift * self.rho * trend * first / (root + 1e-8)
         self.weight = (1 - decay) * self.weight - along
         self.bias = self.bias - (constant - along @ self.mean)
         return trend
@@ -165,18 +172,78 @@ def test_steps_follow_the_schedule(folder: str) -> None:
         model = fresh(folder)
         optimizer = hf_precond.create_optimizer(model, "adamr", lr=1e-3, head="auto")
         schedule = make(optimizer)
-        layer, seen = model.classifier.out_proj, []
-        layer.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
+        layer, inputs = model.classifier.out_proj, []
+        oracle = Oracle(layer, RHO, SHIFT)
+        layer.register_forward_pre_hook(lambda _, args, to=inputs: to.append(args[0]))
         for number in range(3):
-            rate = optimizer.param_groups[0]["lr"]
-            before = copy.deepcopy(layer)
+            factor = optimizer.param_groups[0]["lr"] / 1e-3 if factors is None else factors[number]
             step(model, optimizer)
-            x = seen[-1].detach()
-            changed = x @ (layer.weight - before.weight).detach().mT
-            changed = (changed - changed.mean(0)).square().mean().sqrt()
-            factor = rate / 1e-3 if factors is None else factors[number]
-            torch.testing.assert_close(changed.item(), RHO * factor, rtol=1e-3, atol=1e-7)
+            oracle.look(inputs[-1])
+            oracle.step(layer.weight.grad, layer.bias.grad, factor=factor)
+            for found, wanted in ((layer.weight, oracle.weight), (layer.bias, oracle.bias)):
+                torch.testing.assert_close(found.detach().double(), wanted, rtol=1e-4, atol=1e-5)
             schedule.step()
+
+
+def test_groups_with_schedules_of_their_own(folder: str) -> None:
+    """Weight and bias in groups whose rates differ: W moves no constant by the bias's rate."""
+    model, wd = fresh(folder), 0.1
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": wd},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = hf_precond.create_optimizer(model, "adamr", params=groups, lr=1e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda n: 0.5, lambda n: 0.0])
+    layer, inputs = model.classifier.out_proj, []
+    before = copy.deepcopy(layer)
+    layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+    step(model, optimizer)
+    schedule.step()
+    x = inputs[-1]
+    with torch.no_grad():
+        change = nn.functional.linear(x, layer.weight + 0.5e-3 * wd * before.weight, layer.bias)
+        change = change - nn.functional.linear(x, before.weight, before.bias)
+    torch.testing.assert_close(change.mean(0), torch.zeros(3), rtol=0, atol=1e-6)
+    assert change.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("equal", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_few_or_equal_inputs_make_no_step_long(folder: str, rows: int, equal: bool) -> None:
+    """Their covariance is singular, or nothing but rounding."""
+    model, generator = fresh(folder), torch.Generator().manual_seed(2)
+    optimizer = hf_precond.create_optimizer(model, "afopt", lr=1e-3)
+    layer, inputs, first = model.classifier.out_proj, [], model.classifier.out_proj.weight.clone()
+    layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+    for _ in range(24):
+        ids = torch.randint(3, 40, (1 if equal else rows, 9), generator=generator)
+        ids, before = ids.expand(rows, -1), copy.deepcopy(layer)
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=torch.arange(rows) % 3).loss.backward()
+        optimizer.step()
+        mean = optimizer.state[layer.weight][MOMENT][:-1, -1]
+        with torch.no_grad():
+            varied = (inputs[-1] - mean) @ (layer.weight - before.weight).mT
+        assert varied.square().mean().sqrt() < 10 * RHO  # not 1e8, as by the covariance alone
+    assert (layer.weight - first).abs().max() > RHO / 4  # trained, from one row a step too
+
+
+def test_what_has_a_faster_constant_part(folder: str) -> None:
+    """Layers that make logits; not what lies below one, nor the output of a regression."""
+
+    def shifts(kind: type, **config: object) -> list[float]:
+        torch.manual_seed(1)
+        model = kind.from_pretrained(folder, **config)
+        optimizer = hf_precond.create_optimizer(model, "muon")
+        optimizer.close()
+        return list(optimizer.head.shifts.values())
+
+    sequence, tokens = tf.RobertaForSequenceClassification, tf.RobertaForTokenClassification
+    assert shifts(sequence, num_labels=3) == [1.0, SHIFT]
+    assert shifts(sequence, num_labels=16) == [1.0, SHIFT]  # as wide as the hidden layer
+    assert shifts(sequence, num_labels=1) == [1.0, 1.0]
+    assert shifts(sequence, num_labels=3, problem_type="regression") == [1.0, 1.0]
+    assert shifts(tokens, num_labels=5) == [SHIFT]
 
 
 def test_a_rate_of_its_own_is_kept(folder: str) -> None:
@@ -324,7 +391,10 @@ def test_without_a_usable_moment_the_head_rests(folder: str, broken: float) -> N
         matrix.name: Statistic(torch.full((matrix.columns,) * 2, broken), torch.tensor(1.0))
         for matrix in optimizer.head.matrices
     }
-    before = layer.weight.detach().clone()
+    before = copy.deepcopy(layer)
     model(**text()).loss.backward()
     optimizer.step()
-    assert torch.equal(layer.weight, before) and before.isfinite().all()
+    assert torch.equal(layer.weight, before.weight) and before.weight.isfinite().all()
+    # The bias needs no moment: AdamW's first step is that of the gradient's signs.
+    moved = before.bias - layer.bias
+    torch.testing.assert_close(moved, SHIFT * RHO * layer.bias.grad.sign(), rtol=1e-4, atol=0)
