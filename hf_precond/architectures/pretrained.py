@@ -19,12 +19,12 @@ from hf_precond.compat.transformers_internals import was_loaded
 BODY_STEP = 0.025
 """Sum over the layers of a pretrained body of what a unit step changes them by, relative to their
 weights: the learning rate that :func:`starting_lr` chooses, times layers over weights."""
-ADAPTER = 4.0
+ADAPTER = 8.0
 """The same of LoRA's adapters over that: of a rank much smaller than the layers' widths, they need
 larger steps for as much."""
 LONG, SHORT = 300, 150
-"""Steps between which the starting rate falls: longer trainings take that of the first number,
-shorter ones that of the second."""
+"""Steps between which the starting rate times the steps is constant: longer trainings take the rate
+of the first number, shorter ones that of the second."""
 
 SAVED = re.compile(r"modules_to_save\.[^.]+")
 """PEFT's copy of a module that is trained along with its adapters."""
@@ -77,12 +77,11 @@ def starting_lr(model: nn.Module, steps: int | None = None) -> float | None:
     by ``0.025 / K`` of their size, and what the model computes, to first order, by K times as much,
     whatever its depth and the scale of its weights.
 
-    A training of fewer than 300 steps has further to go in each, and has seen its rows less often:
-    its rate is ``(300 / steps)²`` times as high, four times at most. A rule of thumb, from five
-    tasks under one encoder.
+    A training of fewer than 300 steps goes as far in them: its rate is ``300 / steps`` times as
+    high, twice at most. A rule of thumb, from five tasks under one encoder.
 
     LoRA steps ``s B A`` instead, B from zero and A ``[r, in]``: with its scaling s the change has
-    four times that spectral norm, whatever the rank is, at ``4 lr / (s √in rms(A))``, where W are
+    eight times that spectral norm, whatever the rank is, at ``8 lr / (s √in rms(A))``, where W are
     the weights below the adapters and K is their number.
 
     Args:
@@ -99,7 +98,7 @@ def starting_lr(model: nn.Module, steps: int | None = None) -> float | None:
     if not any(map(was_loaded, parameters.values())):
         return None
     known = steps if steps is not None and steps > 0 else LONG
-    size = BODY_STEP * (LONG / min(max(known, SHORT), LONG)) ** 2
+    size = BODY_STEP * LONG / min(max(known, SHORT), LONG)
     head = {id(parameters[name]) for name in find_head(model) if name in parameters}
     body = [
         matrix.weight_parameter
