@@ -203,6 +203,16 @@ def _rates(model: nn.Module, config: Any) -> dict[int, Rate]:
     return rates
 
 
+def rate_scales(model: nn.Module, config: Any) -> set[float]:
+    """What multiplies the config's learning rate, in groups without a rate of their own.
+
+    Args:
+        model: the model.
+        config: ``head_lr_scale`` and ``layer_lr_decay`` are read.
+    """
+    return {1.0, *(scale for _, _, scale in _rates(model, config).values())}
+
+
 def _divided(
     groups: Sequence[dict[str, Any]], rates: Mapping[int, Rate], config: Any
 ) -> list[dict[str, Any]]:

@@ -97,8 +97,7 @@ def starting_lr(model: nn.Module, steps: int | None = None) -> float | None:
     parameters = dict(model.named_parameters())
     if not any(map(was_loaded, parameters.values())):
         return None
-    known = steps if steps is not None and steps > 0 else LONG
-    size = BODY_STEP * LONG / min(max(known, SHORT), LONG)
+    size = BODY_STEP * LONG / counted(steps)
     head = {id(parameters[name]) for name in find_head(model) if name in parameters}
     body = [
         matrix.weight_parameter
@@ -116,6 +115,16 @@ def starting_lr(model: nn.Module, steps: int | None = None) -> float | None:
     reach = [a.scaling * math.sqrt(a.down.shape[1]) * _rms([a.down.read()]) for a, _ in pairs]
     mean = sum(reach) / len(reach)
     return _rounded(ADAPTER * size * _rms(below) / len(pairs) / mean) if mean > 0 else None
+
+
+def counted(steps: int | None) -> int:
+    """The steps by which :func:`starting_lr` judges a training: from 150 to 300.
+
+    Args:
+        steps: as :func:`starting_lr` takes them.
+    """
+    known = steps if steps is not None and steps > 0 else LONG
+    return min(max(known, SHORT), LONG)
 
 
 def _adapters(model: nn.Module) -> Iterable[tuple[LowRankAdapter, Tensor]]:

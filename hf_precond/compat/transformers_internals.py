@@ -1,6 +1,6 @@
 """Private names of transformers, read in 5.4.0 to 5.23.0.
 
-transformers has no public way to add an optimizer's name, so four things are
+transformers has no public way to add an optimizer's name, so these things are
 changed from outside:
 
 - ``training_args.OptimizerNames`` gets a member per name, which makes
@@ -10,6 +10,8 @@ changed from outside:
   ``--optim_args``, whose errors are obscure;
 - ``trainer.Trainer.train`` is wrapped, so that the calls of ``compute_loss``
   are seen;
+- ``trainer.Trainer.create_scheduler`` is wrapped, which is the first that hears
+  of the steps where a script or a smaller batch size decides them;
 - ``trainer.DEFAULT_CALLBACKS`` gets a callback;
 - ``modelcard.extract_hyperparameters_from_trainer`` is wrapped, because it
   describes every optimizer with "adam" in its name as Adam.
@@ -161,6 +163,27 @@ def wrap_training(
 
     setattr(train, _MARK, True)
     module.Trainer.train = train
+
+
+def wrap_scheduling(module: ModuleType, before: Callable[[Any, int], None]) -> None:
+    """Call ``before(trainer, steps)`` where ``Trainer.create_scheduler`` makes a schedule.
+
+    Args:
+        module: ``transformers.trainer``.
+        before: takes the Trainer, which has an optimizer, and the steps of the schedule.
+    """
+    original = module.Trainer.create_scheduler
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def create_scheduler(self: Any, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        if self.lr_scheduler is None:
+            before(self, num_training_steps)
+        return original(self, num_training_steps, *args, **kwargs)
+
+    setattr(create_scheduler, _MARK, True)
+    module.Trainer.create_scheduler = create_scheduler
 
 
 def add_default_callback(module: ModuleType, callback: type) -> None:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from hf_precond.compat.transformers_internals import is_added
 from hf_precond.config.base import OptimizerConfig
@@ -99,7 +100,8 @@ def config_from_arguments(
         values = tuple(getattr(args, name) for name in names)
         own[field] = values if len(values) > 1 else values[0]
         if field == "lr" and model is not None and lr_is_unset(args):
-            own[field] = _starting_lr(args, model, planned_steps(args), warn)
+            found = _starting_lr(args, model, planned_steps(args), warn)
+            own[field] = args.learning_rate if found is None else found
         try:
             config_cls.create(**{field: own[field]})
         except ValueError as error:
@@ -141,13 +143,54 @@ def lr_follows(args: Any) -> bool:
     return lr_is_unset(args) and not {"lr", CONFIG_KEY} & pairs.keys()
 
 
-def _starting_lr(args: Any, model: nn.Module, steps: int | None, warn: bool) -> float:
-    """The rate that follows from weights and steps, the Trainer's own where none does."""
+RATES: WeakKeyDictionary[nn.Module, tuple[float, int | None]] = WeakKeyDictionary()
+"""Model -> the rate that followed from its weights for the last optimizer made, and the steps."""
+
+
+def note_rate(args: Any, model: nn.Module | None, config: OptimizerConfig) -> None:
+    """Note that a rate follows from weights and steps, for :func:`follow_steps`.
+
+    Args:
+        args: the training arguments.
+        model: the model, where it is known.
+        config: with the rate.
+    """
+    if model is not None and lr_follows(args):
+        RATES[model] = config.lr, planned_steps(args)
+
+
+def follow_steps(trainer: Any, steps: int) -> None:
+    """Let the rate of an optimizer that a schedule is about to be made for follow the steps.
+
+    It was made for other steps under ``auto_find_batch_size``, whose smaller batches take more, and
+    where a script makes it before training or names the steps itself.
+
+    Args:
+        trainer: the Trainer.
+        steps: of the schedule.
+    """
+    from hf_precond.architectures.pretrained import counted
+
+    own = own_optimizer(trainer.optimizer)
+    model = None if own is None else own.structure.model
+    if own is None or model is None or model not in RATES:
+        return
+    rate, planned = RATES[model]
+    if own.common_lr != rate or counted(planned) == counted(steps):
+        return
+    lr = _starting_lr(trainer.args, model, steps, warn=True)
+    if lr is not None:  # parameters that were sharded since do not tell
+        own.change_lr(lr)
+        RATES[model] = lr, steps
+
+
+def _starting_lr(args: Any, model: nn.Module, steps: int | None, warn: bool) -> float | None:
+    """The rate that follows from weights and steps, if any does."""
     from hf_precond.architectures.pretrained import starting_lr
 
     found = starting_lr(model, steps)
     if found is None:
-        return args.learning_rate
+        return None
     # The scheduler and the groups of a training that is resumed bring their own rate.
     resumes = getattr(training_state(args), "global_step", 0) > 0
     if warn and not resumes and args.process_index == 0:

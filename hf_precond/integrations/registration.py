@@ -99,9 +99,10 @@ def look_up(args: Any, model: Any = None) -> tuple[type[PrecondOptimizer], dict[
             (``nn.DataParallel``), and for bad ``--optim_args``.
     """
     from hf_precond.distributed import strategies
-    from hf_precond.integrations.arguments import FOLLOWS, config_from_arguments
+    from hf_precond.integrations.arguments import FOLLOWS, config_from_arguments, note_rate
 
     config = config_from_arguments(args, model, warn=True)
+    note_rate(args, model, config)
     if internals.uses_deepspeed(args):
         raise ValueError(f"{config.name}: {strategies.DEEPSPEED}{strategies.INSTEAD}")
     if getattr(args, "n_gpu", 1) > 1:
@@ -131,8 +132,10 @@ def _correct_model_card(module: ModuleType) -> None:
 
 
 def _extend_trainer(module: ModuleType) -> None:
+    from hf_precond.integrations.arguments import follow_steps
     from hf_precond.integrations.callback import PrecondCallback, during_training
 
     internals.wrap_lookup(module, look_up)
     internals.wrap_training(module, during_training)
+    internals.wrap_scheduling(module, follow_steps)
     internals.add_default_callback(module, PrecondCallback)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import logging
 import math
+import re
 import sys
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
-from hf_precond import PrecondTrainer, list_optimizers
+from hf_precond import PrecondTrainer, create_optimizer, list_optimizers
 from hf_precond.architectures.pretrained import starting_lr
 from hf_precond.integrations.arguments import lr_is_unset, own_optimizer
 from tests.integrations.tiny import bert, text_data
@@ -82,6 +83,86 @@ def test_epochs_are_counted_as_steps(folder, tmp_path) -> None:
         made.add_callback(Stop())
         made.train()
         assert {group["lr"] for group in made.optimizer.param_groups} == {rate}, epochs
+
+
+class OutOfMemory(Trainer):
+    """Whose batches of more than 30 rows do not fit; stops after the first step that does."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._train_batch_size > 30:
+            raise RuntimeError("CUDA out of memory.")
+        self.control.should_training_stop = True
+        return super().training_step(*args, **kwargs)
+
+
+@pytest.mark.parametrize("fields", ["", "head_lr_scale=10", "layer_lr_decay=0.5"])
+def test_the_steps_are_those_of_the_batch_size_that_fits(folder, tmp_path, caplog, fields) -> None:
+    """32 rows take 142 steps, 28 rows 213."""
+    own = {"max_steps": -1, "num_train_epochs": 71, "optim_args": fields or None}
+    own |= {"save_strategy": "no", "lr_scheduler_type": "polynomial", "warmup_steps": 10}
+    own |= {"per_device_train_batch_size": 32, "auto_find_batch_size": True}
+    made = trainer(pretrained(folder), tmp_path, OutOfMemory, **own)
+    own |= {"per_device_train_batch_size": 28, "auto_find_batch_size": False}
+    fits = trainer(pretrained(folder), tmp_path, OutOfMemory, **own)
+    with caplog.at_level(logging.WARNING):
+        fits.train()
+        made.train()
+    keys = ("lr", "initial_lr", "name")
+    groups, expected = (
+        [{key: group[key] for key in keys} for group in t.optimizer.param_groups]
+        for t in (made, fits)
+    )
+    assert made.state.max_steps == 213 and groups == expected
+    one, two = (own_optimizer(t.optimizer) for t in (made, fits))
+    assert one.config == two.config and one.config.lr == starting_lr(pretrained(folder), 213)
+    assert (one.common_lr, one.defaults["lr"]) == (two.common_lr, two.defaults["lr"])
+    assert one.head is None or one.head.lr == two.head.lr
+    said = re.findall("training starts at .* a training of (.*) steps", caplog.text)
+    assert said == ["213", "142", "213"]
+
+
+def test_the_steps_of_a_schedule_made_by_hand_are_heard(folder, tmp_path) -> None:
+    made = trainer(pretrained(folder), tmp_path, max_steps=-1)
+    made.create_optimizer_and_scheduler(6)
+    rate = starting_lr(made.model, 6)
+    assert rate != starting_lr(made.model)
+    assert {group["initial_lr"] for group in made.optimizer.param_groups} == {rate}
+
+
+def test_a_rate_that_was_changed_by_hand_is_kept(folder, tmp_path) -> None:
+    made = trainer(pretrained(folder), tmp_path, max_steps=-1)
+    first, *others = made.create_optimizer().param_groups
+    first["lr"] = 1e-4
+    made.create_scheduler(6)
+    assert first["initial_lr"] == 1e-4
+    assert {group["initial_lr"] for group in others} == {starting_lr(made.model, 6)}
+
+
+def test_a_model_that_was_sharded_since_keeps_its_rate(folder, tmp_path) -> None:
+    made = trainer(pretrained(folder), tmp_path, max_steps=-1)
+    made.create_optimizer()
+    rate = starting_lr(made.model)
+    for parameter in made.model.parameters():
+        parameter._is_hf_initialized = False
+    made.create_scheduler(6)
+    assert {group["initial_lr"] for group in made.optimizer.param_groups} == {rate}
+
+
+@pytest.mark.parametrize("how", ["argument", "optim_args", "optimizer", "groups"])
+def test_a_rate_that_was_given_does_not_follow_the_steps(folder, tmp_path, how) -> None:
+    model = pretrained(folder)
+    rate = starting_lr(model)
+    own = {"argument": {"learning_rate": rate}, "optim_args": {"optim_args": f"lr={rate}"}}
+    made = trainer(model, tmp_path, max_steps=-1, **own.get(how, {}))
+    if how == "optimizer":
+        made.optimizer = create_optimizer(model, "afopt", lr=rate)
+    if how == "groups":
+        cls, fields = Trainer.get_optimizer_cls_and_kwargs(made.args, model)
+        halves = [{"params": [p], "lr": rate / 2} for p in model.parameters()]
+        made.optimizer = cls(halves, **fields)
+    before = [group["lr"] for group in made.create_optimizer().param_groups]
+    made.create_scheduler(6)
+    assert [group["initial_lr"] for group in made.optimizer.param_groups] == before
 
 
 def test_nothing_follows_from_random_weights(tmp_path) -> None:

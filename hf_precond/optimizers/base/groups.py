@@ -84,9 +84,11 @@ def have_own_rates(groups: Any, config: Any) -> bool:
 
     Args:
         groups: what the optimizer is made with.
-        config: the optimizer's; under ``layer_lr_decay`` the rates are ours.
+        config: the optimizer's; under ``head_lr_scale`` and ``layer_lr_decay`` the rates are ours.
     """
-    if not isinstance(groups, list) or not groups or config.layer_lr_decay != 1.0:
+    if not isinstance(groups, list) or not groups:
+        return False
+    if config.head_lr_scale != 1.0 or config.layer_lr_decay != 1.0:
         return False
     rates = [group.get("lr") if isinstance(group, Mapping) else None for group in groups]
     return None not in rates and any(isinstance(r, Tensor) or r != config.lr for r in rates)

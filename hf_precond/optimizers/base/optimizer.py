@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_precond.architectures.groups import given_groups, parameter_groups
+from hf_precond.architectures.groups import given_groups, parameter_groups, rate_scales
 from hf_precond.architectures.structure import LayerMatrix, ModelStructure, RoutingTable
 from hf_precond.compat.warn import warn
 from hf_precond.config.base import OptimizerConfig
@@ -697,6 +697,26 @@ class PrecondOptimizer(Reporting, torch.optim.Optimizer):
             number = len(self.param_groups) - 1
             names = note_added(self.structure, number, self.param_groups[-1])
             self.joined = [*self.joined, *names] if self.structure.reread is not None else ()
+
+    def change_lr(self, lr: float) -> None:
+        """Take another learning rate before a schedule begins, in the config and in the groups.
+
+        A group with a rate of its own keeps it.
+
+        Args:
+            lr: as the config's, of which ``head_lr_scale`` and ``layer_lr_decay`` make the groups'.
+        """
+        model, before = self.structure.model, self.config.lr
+        scales = {1.0} if model is None else rate_scales(model, self.config)
+        rates = {before * scale: lr * scale for scale in scales}
+        for group in self.param_groups:
+            rate = rates.get(group.get("initial_lr", group["lr"]))
+            if rate is not None:
+                group |= {key: rate for key in ("lr", "initial_lr") if key in group}
+        self.config = self.config.replace(lr=lr)
+        self.common_lr = self.defaults["lr"] = lr
+        if self.head is not None:
+            self.head.lr = lr
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and the statistics collected for a step that did not come.
