@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import traceback
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any, NoReturn
 
 from hf_precond.registry import list_optimizers
@@ -55,13 +55,10 @@ def install() -> None:
 
 
 def watch_arguments() -> None:
-    """Check ``--optim`` and ``--optim_args`` as soon as a script has parsed its arguments."""
-    from hf_precond.integrations.registration import when_imported
-
+    """Let a parser's error for a name that is nearly one of ours be one sentence."""
     if not hasattr(argparse.ArgumentParser.error, _MARK):
         parser: Any = argparse.ArgumentParser
         parser.error = _suggesting(parser.error)
-    when_imported("transformers.training_args", _check_early)
 
 
 def explained(error: BaseException, trace: TracebackType | None = None) -> str | None:
@@ -131,22 +128,3 @@ def _suggesting(error: Any) -> Any:
 
     setattr(refuse, _MARK, True)
     return refuse
-
-
-def _check_early(module: ModuleType) -> None:
-    """Check the fields when ``TrainingArguments`` are made: before a model is loaded."""
-    arguments: Any = module.TrainingArguments
-    original = arguments.__post_init__
-    if hasattr(original, _MARK):
-        return
-
-    @functools.wraps(original)
-    def post_init(self: Any) -> None:
-        from hf_precond.integrations.arguments import config_from_arguments, is_added
-
-        original(self)
-        if is_added(self.optim):
-            config_from_arguments(self)
-
-    setattr(post_init, _MARK, True)
-    arguments.__post_init__ = post_init

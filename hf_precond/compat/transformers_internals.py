@@ -5,6 +5,8 @@ changed from outside:
 
 - ``training_args.OptimizerNames`` gets a member per name, which makes
   ``TrainingArguments``, ``HfArgumentParser`` and ``--help`` accept it;
+- ``training_args.TrainingArguments.__post_init__`` is wrapped, so that bad
+  ``--optim_args`` are refused before a script loads data and a model;
 - ``Trainer.get_optimizer_cls_and_kwargs`` is wrapped. That works whatever it
   looks up (a table of handlers since 5.2), and comes before its parsing of
   ``--optim_args``, whose errors are obscure;
@@ -118,6 +120,27 @@ def is_added(member: Any) -> bool:
         member: the member.
     """
     return hasattr(member, _MARK)
+
+
+def wrap_arguments(module: ModuleType, check: Callable[[Any], object]) -> None:
+    """Call ``check(args)`` when ``TrainingArguments`` with one of the added names are made.
+
+    Args:
+        module: ``transformers.training_args``.
+        check: takes the training arguments; they are refused by what it raises.
+    """
+    original = module.TrainingArguments.__post_init__
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def __post_init__(self: Any) -> None:
+        original(self)
+        if is_added(self.optim):
+            check(self)
+
+    setattr(__post_init__, _MARK, True)
+    module.TrainingArguments.__post_init__ = __post_init__
 
 
 def wrap_lookup(

@@ -172,14 +172,14 @@ class PrecondCallback(TrainerCallback):
     """Connect an optimizer of this package with the training loop.
 
     The callback is among the default callbacks of every ``Trainer``. It checks
-    ``--optim_args`` early, keeps the optimizer's hooks installed during training
+    ``--optim_args`` again, keeps the optimizer's hooks installed during training
     only, hands over the loss scale, drops the statistics of skipped steps, adds
     the diagnostics to the logs and writes ``optimizer_config.json`` into
     ``output_dir`` and its checkpoints. With other optimizers it does nothing.
     """
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse bad ``--optim_args`` when the Trainer is made, not when training starts."""
+        """Refuse bad ``--optim_args`` that a script has set since its arguments were made."""
         optim = getattr(args, "optim", None)  # other packages' arguments may have none
         if is_added(optim):
             config_from_arguments(args)

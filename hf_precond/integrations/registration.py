@@ -42,7 +42,7 @@ def register() -> None:
             f'{installed}; install one with `pip install "{internals.SUPPORTED}"`, or use '
             "hf_precond.create_optimizer(model, name) in a training loop of your own."
         )
-    when_imported("transformers.training_args", _extend_enum)
+    when_imported("transformers.training_args", _extend_arguments)
     when_imported("transformers.modelcard", _correct_model_card)
     when_imported("transformers.trainer", _extend_trainer)
 
@@ -121,8 +121,11 @@ def look_up(args: Any, model: Any = None) -> tuple[type[PrecondOptimizer], dict[
     return get_info(config.name).optimizer_cls, values
 
 
-def _extend_enum(module: ModuleType) -> None:
+def _extend_arguments(module: ModuleType) -> None:
+    from hf_precond.integrations.arguments import config_from_arguments
+
     internals.extend_enum(module, list_optimizers(), optimizer_name)
+    internals.wrap_arguments(module, config_from_arguments)
 
 
 def _correct_model_card(module: ModuleType) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from transformers import BertConfig, TrainingArguments
+from transformers import BertConfig
 
 from hf_precond.cli import mistakes
 from hf_precond.cli.main import main
@@ -23,7 +23,6 @@ SCRIPT = str(Path(__file__).parent / "scripts" / "parse.py")
 def launcher(monkeypatch, tmp_path):
     """The command line in this process, which is left as it was."""
     monkeypatch.setattr(argparse.ArgumentParser, "error", argparse.ArgumentParser.error)
-    monkeypatch.setattr(TrainingArguments, "__post_init__", TrainingArguments.__post_init__)
     monkeypatch.setattr(sys, "argv", ["hf-precond"])
     monkeypatch.setattr(sys, "path", ["bin", *sys.path])
     monkeypatch.setenv("HF_PRECOND", "0")

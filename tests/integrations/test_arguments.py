@@ -108,11 +108,19 @@ def test_another_optimizers_config_is_refused(tmp_path):
         ({"damping": 1.0}, "it is a dict and must be one string, key=value"),
     ],
 )
-def test_bad_optim_args_get_a_sentence_when_the_trainer_is_made(text, message):
+def test_bad_optim_args_get_a_sentence_when_they_are_parsed(text, message):
     with pytest.raises(ValueError, match=message):
-        Trainer(bert(), arguments("afopt", text))
+        arguments("afopt", text)
+    given = arguments()
+    given.optim_args = text  # by the script, later
     with pytest.raises(ValueError, match=message):
-        Trainer.get_optimizer_cls_and_kwargs(arguments("afopt", text))
+        Trainer(bert(), given)
+    with pytest.raises(ValueError, match=message):
+        Trainer.get_optimizer_cls_and_kwargs(given)
+
+
+def test_optim_args_of_another_optimizer_are_not_parsed():
+    assert arguments("rmsprop", "alpha=0.9").optim_args == "alpha=0.9"
 
 
 @pytest.mark.parametrize(
@@ -126,7 +134,7 @@ def test_bad_optim_args_get_a_sentence_when_the_trainer_is_made(text, message):
 )
 def test_a_bad_argument_of_the_trainer_is_named_as_it_was_given(own, message):
     with pytest.raises(ValueError, match=message):
-        Trainer(bert(), arguments(**own))
+        arguments(**own)
 
 
 def test_a_bad_argument_of_the_trainer_that_is_not_used_is_no_matter():
@@ -135,7 +143,7 @@ def test_a_bad_argument_of_the_trainer_that_is_not_used_is_no_matter():
 
 def test_a_missing_config_gets_a_sentence(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"--optim_args config=.*holds no optimizer_"):
-        Trainer(bert(), arguments("afopt", f"config={tmp_path}"))
+        arguments("afopt", f"config={tmp_path}")
 
 
 @pytest.mark.parametrize("text", [None, "", "  "])
