@@ -30,6 +30,7 @@ _WORDS = {
     **dict.fromkeys(("true", "yes", "on", "1"), True),
     **dict.fromkeys(("false", "no", "off", "0"), False),
 }
+_NONE = ("none", "null")
 # What the Trainer and torch call some fields.
 ALIASES = {
     **dict.fromkeys(("adam_beta1", "adam_beta2", "beta1", "beta2"), "betas"),
@@ -106,6 +107,8 @@ class Removed:
         """
         if isinstance(self.default, bool):
             return _WORDS.get(text.lower(), text)
+        if self.default is None:
+            return None if text.lower() in _NONE else text
         try:
             return type(self.default)(text)
         except ValueError:
@@ -201,7 +204,7 @@ class _Field:
         Raises:
             ValueError: the text is no value of the field's type.
         """
-        if self.optional and text.lower() in ("none", "null"):
+        if self.optional and text.lower() in _NONE:
             return None
         try:
             if self.kind is bool:

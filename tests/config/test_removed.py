@@ -21,7 +21,11 @@ from hf_precond.optimizers.muon.config import MuonConfig
 class Later(MuonConfig):
     """Muon's config of a later release."""
 
-    removed: ClassVar = {"polar": Removed(False, "0.2.0"), "power": Removed(0.5, "0.2.0")}
+    removed: ClassVar = {
+        "polar": Removed(False, "0.2.0"),
+        "power": Removed(0.5, "0.2.0"),
+        "cap": Removed(None, "0.2.0"),
+    }
     removed_values: ClassVar = {"variant": {"mega": "0.1.0"}}
     layout: ClassVar = ("variant",)
     variant: Literal["muon", "normuon"] = "muon"
@@ -51,6 +55,9 @@ def test_texts_are_read_as_the_field_read_them():
             Later.from_strings({"polar": text})
     with pytest.raises(ValueError, match=r"power=0\.25"):
         Later.from_strings({"power": "0.25"})
+    assert Later.from_strings({"cap": "None"}) == Later.from_strings({"cap": "null"}) == Later()
+    with pytest.raises(ValueError, match=r"cap='0\.5'.*cap=None there"):
+        Later.from_strings({"cap": "0.5"})
 
 
 def test_an_old_file_may_be_overridden(tmp_path):
