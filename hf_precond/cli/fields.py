@@ -71,6 +71,8 @@ def list_command(arguments: argparse.Namespace) -> int:
 def field_table(config_cls: Any, width: int) -> str:
     """The fields of a config: name and default, then type, range and meaning.
 
+    Choices that the meaning names are not listed apart.
+
     Args:
         config_cls: the config class.
         width: columns.
@@ -90,14 +92,21 @@ def field_table(config_cls: Any, width: int) -> str:
     for title, names in (("its own", own), ("of every optimizer", shared)):
         lines += ["", f"[{title}]"] if names else []
         for name in names:
-            default = fields[name].default
+            item, default = fields[name], fields[name].default
             shown = ":".join(map(str, default)) if isinstance(default, tuple) else str(default)
             lines.append(f"{name:<18} {shown}")
-            legal = fields[name].legal().replace("'", "")
-            text = f"{legal}: {meanings[name]}" if name in meanings else legal
+            text, meaning = item.legal().replace("'", ""), meanings.get(name)
+            if meaning is not None:
+                text = meaning if _names_choices(item, meaning) else f"{text}: {meaning}"
             pad = "    "
             lines.append(textwrap.fill(text, width, initial_indent=pad, subsequent_indent=pad))
     return "\n".join(lines)
+
+
+def _names_choices(item: Any, meaning: str) -> bool:
+    """Whether a description names every value that a field may have."""
+    choices = {*item.choices, "None"} if item.optional else {*item.choices}
+    return bool(item.choices) and choices <= {*re.findall(r"\w+", meaning)}
 
 
 def _described(doc: str) -> dict[str, str]:

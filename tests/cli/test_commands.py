@@ -13,8 +13,10 @@ from transformers import AutoConfig, BertConfig, GPT2Config, ViTConfig
 
 from hf_precond.architectures.structure import Route
 from hf_precond.cli.explain import routing_table
+from hf_precond.cli.fields import field_table
 from hf_precond.cli.main import launch, main
 from hf_precond.cli.text import distinct, terminal_width
+from hf_precond.config.base import OptimizerConfig, one_of
 from hf_precond.config.hub import version
 from hf_precond.registry import create_optimizer, get_info, list_optimizers
 
@@ -49,19 +51,40 @@ def test_list_of_one_shows_every_field_with_default_and_meaning(name, capsys):
     entries = re.findall(r"^(\w+) +(\S+)\n((?:    .*\n?)+)", shown, re.MULTILINE)
     described = {field: (default, " ".join(text.split())) for field, default, text in entries}
     assert set(described) == {field.name for field in dataclasses.fields(config_cls)}
+    fields = config_cls._fields()
     for field, (default, text) in described.items():
         assert config_cls.from_strings({field: default}) == config_cls()
+        assert "`" not in text
+        if fields[field].choices:  # its description names them
+            assert "one of" not in text
+            assert set(fields[field].choices) <= {*re.findall(r"\w+", text)}
+            continue
         legal, _, meaning = text.partition(": ")
-        assert len(meaning) > 10 and meaning[-1] == "." and "`" not in text
-        assert legal.startswith(("a number in", "an integer in", "one of", "True or", "two num"))
+        assert len(meaning) > 10 and meaning[-1] == "."
+        assert legal.startswith(("a number in", "an integer in", "True or", "two num"))
     assert "Args:" not in shown and "Default" not in shown
+
+
+def test_choices_that_a_description_leaves_out_are_listed():
+    @dataclasses.dataclass(frozen=True)
+    class Terse(OptimizerConfig):
+        """Terse.
+
+        Args:
+            form: the ``long`` one, or a shorter. Default ``None``.
+        """
+
+        form: str | None = one_of("long", "short")
+
+    shown = field_table(Terse, 80)
+    assert "    one of long, short or None: the long one, or a shorter.\n" in shown
 
 
 def test_ranges_are_those_of_the_config(capsys):
     main(["list", "adamr"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "basis_tolerance 0.01 a number in [0, 1]: a basis is left" in shown
-    assert "basis auto one of auto, two_sided, one_sided, identity: " in shown
+    assert "basis auto auto (two-sided while that is cheap, else one-sided), two_sided, " in shown
     assert "basis_interval 3 an integer in [1, infinity): steps between" in shown
 
 

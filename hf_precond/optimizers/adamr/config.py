@@ -17,14 +17,15 @@ class AdamRConfig(OptimizerConfig):
         basis: ``auto`` (two-sided while that is cheap, else one-sided),
             ``two_sided``, ``one_sided`` (the smaller side) or ``identity``
             (AdamW). Default ``auto``.
-        basis_source: second moments of the ``gradient``, or of the layer's
-            inputs and output gradients (``feature``). Default ``gradient``.
+        basis_source: ``gradient``, second moments of the gradient, or
+            ``feature``, of the layer's inputs and output gradients. Default
+            ``gradient``.
         direction: ``adam``, Adam's step in the bases, or ``sign``: the matrix sign
             of that step, at its norm, for the matrices of hidden layers (as in
             SOAP-Muon). Default ``adam``.
-        transport: how Adam's second moment follows a new basis: it stays with
-            its columns (``permute``) or is spread by their ``overlap``.
-            Default ``permute``.
+        transport: how Adam's second moment follows a new basis: ``permute``,
+            it stays with its columns, or ``overlap``, it is spread by their
+            squared overlap with the old ones. Default ``permute``.
         floor: smallest denominator, relative to the rms of the square roots of
             the second moment, >= 0. Default 0.0001.
         stat_decay: decay of the factors' running average, in [0, 1).
