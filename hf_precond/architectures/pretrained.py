@@ -97,7 +97,7 @@ def starting_lr(model: nn.Module, steps: int | None = None) -> float | None:
     parameters = dict(model.named_parameters())
     if not any(map(was_loaded, parameters.values())):
         return None
-    size = BODY_STEP * LONG / counted(steps)
+    size = BODY_STEP * LONG / counted_steps(steps)
     head = {id(parameters[name]) for name in find_head(model) if name in parameters}
     body = [
         matrix.weight_parameter
@@ -117,7 +117,7 @@ def starting_lr(model: nn.Module, steps: int | None = None) -> float | None:
     return _rounded(ADAPTER * size * _rms(below) / len(pairs) / mean) if mean > 0 else None
 
 
-def counted(steps: int | None) -> int:
+def counted_steps(steps: int | None) -> int:
     """The steps by which :func:`starting_lr` judges a training: from 150 to 300.
 
     Args:

@@ -169,14 +169,14 @@ def follow_steps(trainer: Any, steps: int) -> None:
         trainer: the Trainer.
         steps: of the schedule.
     """
-    from hf_precond.architectures.pretrained import counted
+    from hf_precond.architectures.pretrained import counted_steps
 
     own = own_optimizer(trainer.optimizer)
     model = None if own is None else own.structure.model
     if own is None or model is None or model not in RATES:
         return
     rate, planned = RATES[model]
-    if own.common_lr != rate or counted(planned) == counted(steps):
+    if own.common_lr != rate or counted_steps(planned) == counted_steps(steps):
         return
     lr = _starting_lr(trainer.args, model, steps, warn=True)
     if lr is not None:  # parameters that were sharded since do not tell
