@@ -203,7 +203,7 @@ class MomentCollector(StatisticsSource):
                 path = matrix.name if matrix.stack else paths[module]
                 held[place] = HookedLayer(module, layer, path, reader, around)
             key = held[place].path, *_variant(request, matrix)
-            options = (request.blocks, request.rows, request.scale)
+            options = (request.blocks, request.rows, request.scale, request.reached)
             new = Collection(request.kind, matrix, False, *options)
             collection = held[place].collections.setdefault(key, new)
             collection.constant |= request.kind == "input" and request.matrix.bias is not None
@@ -268,28 +268,36 @@ class MomentCollector(StatisticsSource):
     ) -> None:
         """Computes the input moments of a call, and adds them when its gradient comes."""
         gradients: list[Hashable] = []
+        waiting: dict[Hashable, Tensor] = {}
         moments: dict[Hashable, Statistic] = {}
         weights: Tensor | None = None
+        inputs = args[0] if args else next(iter(kwargs.values()), None)
         low = autocast_dtype(result.device)
         with torch.no_grad(), without_autocast(result.device):
             for key, collection in hooked.collections.items():
                 if collection.kind == "output_grad":
                     gradients.append(key)
-                    continue
-                moment = self._input_moment(hooked, collection, args, kwargs, low)
-                if moment is not None:
-                    moments[key] = moment
+                elif collection.reached:
+                    if isinstance(inputs, Tensor):
+                        waiting[key] = torch.atleast_2d(inputs.detach())
+                else:
+                    moment = self._input_moment(hooked, collection, args, kwargs, low)
+                    if moment is not None:
+                        moments[key] = moment
             if gradients and not isinstance(hooked.layer, CONVOLUTIONS):
                 shape = result.mT.shape if transposed else result.shape
-                inputs = args[0] if args else None
-                weights = self._token_weights(hooked, inputs, tuple(shape))
+                first = args[0] if args else None
+                weights = self._token_weights(hooked, first, tuple(shape))
 
         def output_moments(
             collector: MomentCollector, hooked: HookedLayer, gradient: Tensor
         ) -> Iterator[tuple[Hashable, Statistic]]:
-            if not gradients:
+            if not gradients and not waiting:
                 return
             gradient = gradient.detach().mT if transposed else gradient.detach()
+            for key, entered in waiting.items():
+                collection = hooked.collections[key]
+                yield key, collector._reached(hooked, collection, entered, gradient, low)
             rows = output_rows(hooked.layer, gradient)
             for key in gradients:
                 collection = hooked.collections[key]
@@ -460,6 +468,20 @@ class MomentCollector(StatisticsSource):
         parent = hooked.path.rpartition(".")[0]
         variant = (parent, reader.memory, dtype, *collection.variant)
         return self.shared.moment(variant, inputs, compute)
+
+    def _reached(
+        self,
+        hooked: HookedLayer,
+        collection: Collection,
+        inputs: Tensor,
+        gradient: Tensor,
+        low: torch.dtype | None,
+    ) -> Statistic:
+        """The moment of the tokens of a call whose output has a gradient, as that comes."""
+        with torch.no_grad(), without_autocast(gradient.device):
+            reached = (gradient != 0).any(-1).to(hooked.dtype)
+            convert = partial(as_rows, dtype=hooked.dtype, low=low)
+            return second_moment(collection, inputs, reached, self.step, convert)
 
     # The StatisticsSource -----------------------------------------------------
 
@@ -644,6 +666,11 @@ def _refuse(request: MomentRequest, matrix: LayerMatrix) -> None:
             f"{request.key}: the input of {matrix.name} ({type(layer).__name__}) has no second "
             "moment; ask for those of linear layers and convolutions."
         )
+    if request.reached and not (request.kind == "input" and is_linear(layer)):
+        raise ValueError(
+            f"{request.key}: which tokens of {matrix.name} have a gradient is known of the inputs "
+            "of linear layers alone; ask for the moment of all."
+        )
     if request.kind == "output_grad" and isinstance(layer, nn.MultiheadAttention):
         raise ValueError(
             f"{request.key}: the projections of {matrix.name} are inside "
@@ -657,4 +684,4 @@ def _variant(request: MomentRequest, matrix: LayerMatrix) -> tuple[Hashable, ...
         return request.kind, request.rows, matrix.rows, request.scale
     width = request.matrix.columns if request.blocks > 1 else 0
     role = multihead_role(matrix)
-    return request.kind, request.rows, role, request.blocks, width
+    return request.kind, request.rows, role, request.blocks, width, request.reached

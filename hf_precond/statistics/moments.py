@@ -208,6 +208,7 @@ class Collection:
         blocks: number of diagonal blocks; 1 for the whole moment.
         rows: at most so many rows of a call enter; 0 for all.
         scale: of output gradients.
+        reached: of inputs whose output has a gradient alone.
     """
 
     kind: str
@@ -216,6 +217,7 @@ class Collection:
     blocks: int = 1
     rows: int = 0
     scale: float = 1.0
+    reached: bool = False
 
     @property
     def variant(self) -> tuple[bool, int, int]:

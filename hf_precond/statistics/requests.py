@@ -50,6 +50,9 @@ class MomentRequest:
             query positions of a sequence; 0 for all.
         scale: for ``output_grad``: what gradients are multiplied by before
             they are squared; the sum is ``scale²`` times its own.
+        reached: for ``input`` of a linear layer: of the tokens whose output has
+            a gradient, whatever the mask says; a classifier's loss may read one
+            of a sequence.
     """
 
     key: str
@@ -60,6 +63,7 @@ class MomentRequest:
     blocks: int = 1
     rows: int = 0
     scale: float = 1.0
+    reached: bool = False
 
 
 @dataclass(frozen=True)

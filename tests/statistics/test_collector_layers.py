@@ -266,6 +266,8 @@ def test_embedding_gradients_and_refused_requests() -> None:
     assert collector.take()["e"].sum.shape == (16, 16)
     with pytest.raises(ValueError, match="has no second moment"):
         MomentCollector(model, [MomentRequest("e", "input", embedding)])
+    with pytest.raises(ValueError, match="inputs of linear layers alone"):
+        MomentCollector(model, [MomentRequest("e", "output_grad", embedding, reached=True)])
     with pytest.raises(ValueError, match="is not a layer of this model"):
         MomentCollector(model, [MomentRequest("e", "input", LayerMatrix("x", nn.Linear(2, 2)))])
     with pytest.raises(ValueError, match="same key"):

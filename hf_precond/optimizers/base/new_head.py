@@ -53,9 +53,10 @@ def moment_is_due(step: int) -> bool:
 class NewHead:
     """The linear layers of a new head, stepped along AdamW's directions by steps of known effect.
 
-    With μ the mean and A the second moment of a layer's inputs over n tokens, W ``[out, in]`` its
-    weight and b its bias, ``W x + b = W (x - μ) + (b + W μ)``. W and the constant part are stepped
-    apart, each along AdamW's direction of its own gradient, ``dW - db μᵀ`` and db::
+    With μ the mean and A the second moment of a layer's inputs over n tokens, those whose output
+    the loss reads (one of a decoder's sequence), W ``[out, in]`` its weight and b its bias, ``W x +
+    b = W (x - μ) + (b + W μ)``. W and the constant part are stepped apart, each along AdamW's
+    direction of its own gradient, ``dW - db μᵀ`` and db::
 
         W ← (1 - lr·wd) W - s a D_W ,      a = ρ / √(tr(D_W C D_Wᵀ) / out) ,  C = A - μ μᵀ + A / n
         b ← b - s (k ρ D_b - a D_W μ) ,    s = (lr / lr₀) min(1, ‖m‖ / (‖√v‖ r₀))
@@ -95,7 +96,9 @@ class NewHead:
         self.matrices, self.config, self.state, self.lr = matrices, config, state, lr
         self.adamw = AdamWFallback()
         self.shifts = _shifts(model, matrices)
-        self.requests = [MomentRequest(matrix.name, "input", matrix) for matrix in matrices]
+        self.requests = [
+            MomentRequest(matrix.name, "input", matrix, reached=True) for matrix in matrices
+        ]
         self.source: StatisticsSource | None = MomentCollector(model, self.requests)
         self.due = False
 

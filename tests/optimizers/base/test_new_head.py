@@ -13,7 +13,7 @@ from torch import nn
 
 import hf_precond
 from hf_precond.architectures.pretrained import find_new_head
-from hf_precond.optimizers.base.new_head import MEMORY, MOMENT, SHIFT, moment_is_due
+from hf_precond.optimizers.base.new_head import MEMORY, MOMENT, SHIFT, TOKENS, moment_is_due
 from hf_precond.optimizers.sgdph.optimizer import SGDPH
 from hf_precond.statistics.requests import Statistic
 from tests.architectures.families import FAMILIES, text
@@ -352,7 +352,7 @@ def test_a_resumed_head_goes_on(folder: str, tmp_path, name: str, reloaded: bool
 
 
 def test_padding_does_not_count(folder: str) -> None:
-    """The input of a token head is that of the tokens that the mask keeps."""
+    """The input of a token head is that of the tokens that have a label."""
     model = fresh(folder, tf.RobertaForTokenClassification)
     optimizer = hf_precond.create_optimizer(model, "muon", head="auto")
     batch, seen = text("tokens"), []
@@ -364,6 +364,43 @@ def test_padding_does_not_count(folder: str) -> None:
     rows = torch.cat([rows, torch.ones(len(rows), 1)], 1)
     found = optimizer.state[model.classifier.weight][MOMENT]
     torch.testing.assert_close(found, rows.mT @ rows / len(rows))
+
+
+def test_only_tokens_that_the_loss_reads_count(folder: str) -> None:
+    """Words that go on have no label."""
+    model = fresh(folder, tf.RobertaForTokenClassification)
+    optimizer = hf_precond.create_optimizer(model, "muon", head="auto")
+    batch, seen = text("tokens"), []
+    batch["labels"] = batch["labels"].clamp(max=2)
+    batch["labels"][:, 1::2] = -100
+    model.classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    for _ in range(2):  # micro-batches
+        model(**batch).loss.backward()
+    optimizer.step()
+    rows = seen[0][(batch["labels"] != -100) & batch["attention_mask"].bool()]
+    rows = torch.cat([rows, torch.ones(len(rows), 1)], 1)
+    state = optimizer.state[model.classifier.weight]
+    torch.testing.assert_close(state[MOMENT], rows.mT @ rows / len(rows))
+    assert state[TOKENS] == 2 * len(rows)
+
+
+def test_of_a_decoder_the_pooled_logits_change_by_what_was_asked(tmp_path) -> None:
+    """Its head reads every token, and the loss the last of each sequence."""
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=32, pad_token_id=1,
+    )  # fmt: skip
+    tf.LlamaModel(config).save_pretrained(tmp_path)
+    model = fresh(str(tmp_path), tf.LlamaForSequenceClassification)
+    optimizer = hf_precond.create_optimizer(model, "afopt", lr=1e-4)
+    seen: list[torch.Tensor] = []
+    model.score.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    before = model.score.weight.detach().clone()
+    step(model, optimizer)
+    pooled = seen[0][:, -1]  # no token is the padding token, also where the mask is 0
+    change = pooled @ (model.score.weight.detach() - before).mT
+    torch.testing.assert_close(change.square().mean().sqrt().item(), RHO, rtol=1e-4, atol=0)
 
 
 def test_looks_are_rare() -> None:
