@@ -277,14 +277,13 @@ class MomentCollector(StatisticsSource):
             for key, collection in hooked.collections.items():
                 if collection.kind == "output_grad":
                     gradients.append(key)
-                elif collection.reached:
-                    if isinstance(inputs, Tensor):
-                        waiting[key] = torch.atleast_2d(inputs.detach())
+                elif collection.reached and _row_by_row(hooked, inputs, result, transposed):
+                    waiting[key] = torch.atleast_2d(inputs).detach()
                 else:
                     moment = self._input_moment(hooked, collection, args, kwargs, low)
                     if moment is not None:
                         moments[key] = moment
-            if gradients and not isinstance(hooked.layer, CONVOLUTIONS):
+            if (gradients or waiting) and not isinstance(hooked.layer, CONVOLUTIONS):
                 shape = result.mT.shape if transposed else result.shape
                 first = args[0] if args else None
                 weights = self._token_weights(hooked, first, tuple(shape))
@@ -297,7 +296,7 @@ class MomentCollector(StatisticsSource):
             gradient = gradient.detach().mT if transposed else gradient.detach()
             for key, entered in waiting.items():
                 collection = hooked.collections[key]
-                yield key, collector._reached(hooked, collection, entered, gradient, low)
+                yield key, collector._reached(hooked, collection, entered, gradient, weights, low)
             rows = output_rows(hooked.layer, gradient)
             for key in gradients:
                 collection = hooked.collections[key]
@@ -475,11 +474,19 @@ class MomentCollector(StatisticsSource):
         collection: Collection,
         inputs: Tensor,
         gradient: Tensor,
+        weights: Tensor | None,
         low: torch.dtype | None,
     ) -> Statistic:
-        """The moment of the tokens of a call whose output has a gradient, as that comes."""
+        """The moment of the tokens of a call whose output has a gradient, as that comes.
+
+        Without padding, which the loss of a span reads too; but a sequence of which it reads
+        padding alone keeps that.
+        """
         with torch.no_grad(), without_autocast(gradient.device):
             reached = (gradient != 0).any(-1).to(hooked.dtype)
+            if weights is not None and reached.dim():
+                real = reached * weights.reshape(reached.shape)
+                reached = torch.where((real != 0).any(-1, keepdim=True), real, reached)
             convert = partial(as_rows, dtype=hooked.dtype, low=low)
             return second_moment(collection, inputs, reached, self.step, convert)
 
@@ -623,6 +630,13 @@ class MomentCollector(StatisticsSource):
         self.enabled = False
         self._leave()
         self.buffer.clear()
+
+
+def _row_by_row(hooked: HookedLayer, inputs: Any, result: Tensor, transposed: bool) -> bool:
+    """Whether each row of a call's output is of the row of its input at the same place."""
+    if not isinstance(inputs, Tensor) or isinstance(hooked.module, nn.MultiheadAttention):
+        return False
+    return inputs.shape[:-1] == (result.mT if transposed else result).shape[:-1]
 
 
 def _wrappers(model: nn.Module) -> dict[nn.Module, nn.Module]:

@@ -51,8 +51,8 @@ class MomentRequest:
         scale: for ``output_grad``: what gradients are multiplied by before
             they are squared; the sum is ``scale²`` times its own.
         reached: for ``input`` of a linear layer: of the tokens whose output has
-            a gradient, whatever the mask says; a classifier's loss may read one
-            of a sequence.
+            a gradient, where these can be told; a classifier's loss may read
+            one of a sequence, whatever the mask says of it.
     """
 
     key: str

@@ -199,6 +199,8 @@ class NewHead:
             if found is None:
                 continue
             state, mean = self.state[matrix.weight_parameter], found.sum / found.count.clamp_min(1)
+            if MOMENT not in state and not found.count:  # waits for the device, once
+                continue
             held = state.get(MOMENT, torch.zeros_like(mean))
             tokens = state.get(TOKENS, mean.new_zeros(()))
             usable = (found.count > 0) & mean.isfinite().all()

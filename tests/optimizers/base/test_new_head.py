@@ -403,6 +403,84 @@ def test_of_a_decoder_the_pooled_logits_change_by_what_was_asked(tmp_path) -> No
     torch.testing.assert_close(change.square().mean().sqrt().item(), RHO, rtol=1e-4, atol=0)
 
 
+def test_padding_does_not_count_where_the_loss_reads_it(folder: str) -> None:
+    """The softmax over the positions of a span does."""
+    model = fresh(folder, tf.RobertaForQuestionAnswering)
+    model.config.num_labels = 2
+    model.qa_outputs = nn.Linear(16, 2)
+    optimizer = hf_precond.create_optimizer(model, "muon", head="auto")
+    batch = {k: v for k, v in text().items() if k != "labels"}
+    spans = {"start_positions": torch.tensor([0, 1, 2]), "end_positions": torch.tensor([2, 3, 3])}
+    model(**batch, **spans).loss.backward()
+    optimizer.step()
+    assert optimizer.state[model.qa_outputs.weight][TOKENS] == batch["attention_mask"].sum()
+
+
+class Pooled(nn.Linear):
+    """Logits of the first token."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return super().forward(inputs)[:, 0]
+
+
+class Attended(nn.Module):
+    """What a learned query attends to."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.ones(1, 1, size))
+        self.attention = nn.MultiheadAttention(size, 2, batch_first=True)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        query = self.query.expand(len(inputs), -1, -1)
+        return self.attention(key=inputs, query=query, value=inputs)[0][:, 0]
+
+
+class TwoHeads(tf.RobertaPreTrainedModel):
+    def __init__(self, config: tf.RobertaConfig) -> None:
+        super().__init__(config)
+        self.roberta = tf.RobertaModel(config, add_pooling_layer=False)
+        self.pooled = Pooled(config.hidden_size, 3)
+        self.attended = Attended(config.hidden_size)
+        self.second = nn.Linear(config.hidden_size, 3)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask, labels, weights=(1.0, 1.0)):
+        hidden = self.roberta(input_ids, attention_mask)[0]
+        logits = self.pooled(hidden), self.second(self.attended(hidden))
+        losses = (nn.functional.cross_entropy(each, labels) for each in logits)
+        return sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
+
+
+def test_heads_whose_outputs_are_not_their_inputs_row_by_row(folder: str) -> None:
+    model = fresh(folder, TwoHeads)
+    optimizer = hf_precond.create_optimizer(model, "muon", head="auto")
+    projection, inner = model.attended.attention.out_proj, []
+    model.second.register_forward_pre_hook(lambda module, args: inner.append(args[0].detach()))
+    before = projection.weight.detach().clone(), projection.bias.detach().clone()
+    model(**text()).backward()
+    optimizer.step()
+    entered = torch.linalg.solve(before[0].double(), (inner[0] - before[1]).double().mT).mT
+    rows = torch.cat([entered.float(), torch.ones(len(entered), 1)], 1)
+    found = optimizer.state[projection.weight][MOMENT]
+    torch.testing.assert_close(found, rows.mT @ rows / len(rows), rtol=1e-3, atol=1e-3)
+    real = text()["attention_mask"].sum()
+    assert optimizer.state[model.pooled.weight][TOKENS] == real
+
+
+def test_a_head_that_is_trained_later_is_looked_at_then(folder: str) -> None:
+    """Its first gradient comes at a step at which heads that are known are not looked at."""
+    model = fresh(folder, TwoHeads)
+    optimizer = hf_precond.create_optimizer(model, "muon", head="auto")
+    before = model.second.weight.detach().clone()
+    for step_number in range(7):
+        optimizer.zero_grad()
+        model(**text(), weights=(1.0, float(step_number % 4 == 3))).backward()
+        optimizer.step()
+    assert optimizer.state[model.second.weight][TOKENS] == len(text()["labels"])
+    assert (model.second.weight - before).norm() > 0
+
+
 def test_looks_are_rare() -> None:
     assert [n for n in range(101) if moment_is_due(n)] == [0, 1, 2, 4, 8, 16, 20, 40, 60, 80, 100]
 
