@@ -136,7 +136,8 @@ def wrap_arguments(module: ModuleType, check: Callable[[Any], object]) -> None:
     @functools.wraps(original)
     def __post_init__(self: Any) -> None:
         original(self)
-        if is_added(self.optim):
+        # A class that goes on from here may still complete its arguments.
+        if is_added(self.optim) and type(self).__post_init__ is __post_init__:
             check(self)
 
     setattr(__post_init__, _MARK, True)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from hf_precond.compat.transformers_internals import is_added
 from hf_precond.config.base import OptimizerConfig
@@ -100,8 +100,7 @@ def config_from_arguments(
         values = tuple(getattr(args, name) for name in names)
         own[field] = values if len(values) > 1 else values[0]
         if field == "lr" and model is not None and lr_is_unset(args):
-            found = _starting_lr(args, model, planned_steps(args), warn)
-            own[field] = args.learning_rate if found is None else found
+            own[field] = _starting_lr(args, model, planned_steps(args), warn)
         try:
             config_cls.create(**{field: own[field]})
         except ValueError as error:
@@ -143,8 +142,10 @@ def lr_follows(args: Any) -> bool:
     return lr_is_unset(args) and not {"lr", CONFIG_KEY} & pairs.keys()
 
 
-RATES: WeakKeyDictionary[nn.Module, tuple[float, int | None]] = WeakKeyDictionary()
-"""Model -> the rate that followed from its weights for the last optimizer made, and the steps."""
+Rate = tuple[ReferenceType[Any], float, int | None]
+RATES: WeakKeyDictionary[nn.Module, dict[int, Rate]] = WeakKeyDictionary()
+"""Model -> ``id`` of training arguments -> these, the rate that followed from the weights when an
+optimizer was last made by them, and the steps."""
 
 
 def note_rate(args: Any, model: nn.Module | None, config: OptimizerConfig) -> None:
@@ -156,7 +157,7 @@ def note_rate(args: Any, model: nn.Module | None, config: OptimizerConfig) -> No
         config: with the rate.
     """
     if model is not None and lr_follows(args):
-        RATES[model] = config.lr, planned_steps(args)
+        RATES.setdefault(model, {})[id(args)] = ref(args), config.lr, planned_steps(args)
 
 
 def follow_steps(trainer: Any, steps: int) -> None:
@@ -169,34 +170,42 @@ def follow_steps(trainer: Any, steps: int) -> None:
         trainer: the Trainer.
         steps: of the schedule.
     """
-    from hf_precond.architectures.pretrained import counted_steps
+    from hf_precond.architectures.pretrained import counted_steps, starting_lr
 
-    own = own_optimizer(trainer.optimizer)
+    own, args = own_optimizer(trainer.optimizer), trainer.args
     model = None if own is None else own.structure.model
-    if own is None or model is None or model not in RATES:
+    if own is None or model is None or not lr_follows(args):
         return
-    rate, planned = RATES[model]
-    if own.common_lr != rate or counted_steps(planned) == counted_steps(steps):
+    made_by, rate, planned = RATES.get(model, {}).get(id(args), (None, None, None))
+    if made_by is None or made_by() is not args or own.common_lr != rate:
         return
-    lr = _starting_lr(trainer.args, model, steps, warn=True)
-    if lr is not None:  # parameters that were sharded since do not tell
-        own.change_lr(lr)
-        RATES[model] = lr, steps
+    if counted_steps(planned) == counted_steps(steps):
+        return
+    lr = starting_lr(model, steps)
+    if lr is not None and own.change_lr(lr):  # parameters that were sharded since do not tell
+        RATES[model][id(args)] = made_by, lr, steps
+        _announce(args, lr, steps)
 
 
-def _starting_lr(args: Any, model: nn.Module, steps: int | None, warn: bool) -> float | None:
-    """The rate that follows from weights and steps, if any does."""
+def _starting_lr(args: Any, model: nn.Module, steps: int | None, warn: bool) -> float:
+    """The rate that follows from weights and steps, the Trainer's own where none does."""
     from hf_precond.architectures.pretrained import starting_lr
 
     found = starting_lr(model, steps)
     if found is None:
-        return None
+        return args.learning_rate
+    if warn:
+        _announce(args, found, steps)
+    return found
+
+
+def _announce(args: Any, rate: float, steps: int | None) -> None:
+    """Say which rate follows from weights and steps."""
     # The scheduler and the groups of a training that is resumed bring their own rate.
     resumes = getattr(training_state(args), "global_step", 0) > 0
-    if warn and not resumes and args.process_index == 0:
+    if not resumes and args.process_index == 0:
         given, length = args.learning_rate, steps or "300 or more"
-        logger.warning(STARTING_LR, args.optim.value, given, found, length, given)
-    return found
+        logger.warning(STARTING_LR, args.optim.value, given, rate, length, given)
 
 
 def config_from_pairs(

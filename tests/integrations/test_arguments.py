@@ -1,5 +1,6 @@
 """``--optim_args`` and the Trainer's own arguments become a config."""
 
+import dataclasses
 import logging
 
 import pytest
@@ -149,3 +150,19 @@ def test_a_missing_config_gets_a_sentence(tmp_path):
 @pytest.mark.parametrize("text", [None, "", "  "])
 def test_no_pairs(text):
     assert parse_pairs(text) == {}
+
+
+def test_a_class_that_completes_its_arguments_is_checked_when_the_trainer_is_made():
+    @dataclasses.dataclass
+    class Late(TrainingArguments):
+        learning_rate: float | None = None
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self.learning_rate = self.learning_rate or 3e-4
+
+    args = Late("out", optim="afopt", use_cpu=True)
+    assert config_from_arguments(args).lr == 3e-4
+    args = Late("out", optim="afopt", optim_args="momentum=2", use_cpu=True)
+    with pytest.raises(ValueError, match="momentum"):
+        Trainer(bert(), args)

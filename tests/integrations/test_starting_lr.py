@@ -165,6 +165,36 @@ def test_a_rate_that_was_given_does_not_follow_the_steps(folder, tmp_path, how) 
     assert [group["initial_lr"] for group in made.optimizer.param_groups] == before
 
 
+@pytest.mark.parametrize("how", ["argument", "optim_args", "optimizer"])
+def test_a_rate_that_was_given_after_a_training_without_is_kept(folder, tmp_path, how) -> None:
+    model = pretrained(folder)
+    first = trainer(model, tmp_path, max_steps=-1)
+    first.create_optimizer()
+    rate = starting_lr(model)
+    own = {"argument": {"learning_rate": rate}, "optim_args": {"optim_args": f"lr={rate}"}}
+    made = trainer(model, tmp_path, max_steps=-1, **own.get(how, {}))
+    if how == "optimizer":
+        made.optimizer = create_optimizer(model, "afopt", lr=rate)
+    made.create_optimizer()
+    for each in (made, first):  # the first one's still follows
+        each.create_scheduler(6)
+    assert {group["initial_lr"] for group in made.optimizer.param_groups} == {rate}
+    assert {group["initial_lr"] for group in first.optimizer.param_groups} == {
+        starting_lr(model, 6)
+    }
+
+
+@pytest.mark.parametrize("tensors", [False, True])
+def test_nothing_is_said_where_no_rate_follows(folder, tmp_path, caplog, tensors) -> None:
+    made = trainer(pretrained(folder), tmp_path, max_steps=-1)
+    for group in made.create_optimizer().param_groups:
+        group["lr"] = torch.tensor(group["lr"]) if tensors else 1e-4
+    caplog.clear()
+    made.create_scheduler(6)
+    assert "training starts at" not in caplog.text
+    assert own_optimizer(made.optimizer).config.lr == starting_lr(made.model)
+
+
 def test_nothing_follows_from_random_weights(tmp_path) -> None:
     assert rates(trainer(bert(), tmp_path)) == {5e-5}
 

@@ -698,25 +698,31 @@ class PrecondOptimizer(Reporting, torch.optim.Optimizer):
             names = note_added(self.structure, number, self.param_groups[-1])
             self.joined = [*self.joined, *names] if self.structure.reread is not None else ()
 
-    def change_lr(self, lr: float) -> None:
+    def change_lr(self, lr: float) -> bool:
         """Take another learning rate before a schedule begins, in the config and in the groups.
 
         A group with a rate of its own keeps it.
 
         Args:
             lr: as the config's, of which ``head_lr_scale`` and ``layer_lr_decay`` make the groups'.
+
+        Returns:
+            Whether there was a group to change; otherwise nothing has changed.
         """
         model, before = self.structure.model, self.config.lr
         scales = {1.0} if model is None else rate_scales(model, self.config)
         rates = {before * scale: lr * scale for scale in scales}
-        for group in self.param_groups:
-            rate = rates.get(group.get("initial_lr", group["lr"]))
-            if rate is not None:
-                group |= {key: rate for key in ("lr", "initial_lr") if key in group}
+        own = [(group, group.get("initial_lr", group["lr"])) for group in self.param_groups]
+        followers = [(g, rates[r]) for g, r in own if not isinstance(r, Tensor) and r in rates]
+        for group, rate in followers:
+            group |= {key: rate for key in ("lr", "initial_lr") if key in group}
+        if not followers:
+            return False
         self.config = self.config.replace(lr=lr)
         self.common_lr = self.defaults["lr"] = lr
         if self.head is not None:
             self.head.lr = lr
+        return True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and the statistics collected for a step that did not come.
