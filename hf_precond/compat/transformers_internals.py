@@ -122,6 +122,22 @@ def is_added(member: Any) -> bool:
     return hasattr(member, _MARK)
 
 
+def has_added(args: Any) -> bool:
+    """Whether training arguments have one of the added optimizers.
+
+    A plain string, which a script may have set since, becomes the member.
+
+    Args:
+        args: training arguments; other packages' may have no ``optim``.
+    """
+    optim = getattr(args, "optim", None)
+    if type(optim) is str and "transformers.training_args" in sys.modules:
+        known = sys.modules["transformers.training_args"].OptimizerNames._value2member_map_
+        if is_added(known.get(optim)):
+            args.optim = optim = known[optim]
+    return is_added(optim)
+
+
 def wrap_arguments(module: ModuleType, check: Callable[[Any], object]) -> None:
     """Call ``check(args)`` when ``TrainingArguments`` with one of the added names are made.
 
@@ -137,7 +153,7 @@ def wrap_arguments(module: ModuleType, check: Callable[[Any], object]) -> None:
     def __post_init__(self: Any) -> None:
         original(self)
         # A class that goes on from here may still complete its arguments.
-        if is_added(self.optim) and type(self).__post_init__ is __post_init__:
+        if has_added(self) and type(self).__post_init__ is __post_init__:
             check(self)
 
     setattr(__post_init__, _MARK, True)
@@ -161,7 +177,7 @@ def wrap_lookup(
 
     @functools.wraps(original)
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
-        return look_up(args, model) if is_added(args.optim) else original(args, model)
+        return look_up(args, model) if has_added(args) else original(args, model)
 
     setattr(get_optimizer_cls_and_kwargs, _MARK, True)
     trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)

@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
-from hf_precond.compat.transformers_internals import is_added
+from hf_precond.compat.transformers_internals import has_added
 from hf_precond.config.base import OptimizerConfig
 from hf_precond.registry import get_info
 
@@ -336,6 +336,6 @@ def config_in_use(trainer: Any) -> OptimizerConfig | None:
     own = own_optimizer(trainer.optimizer)
     if own is not None:
         return own.config
-    if trainer.optimizer is None and is_added(getattr(trainer.args, "optim", None)):
+    if trainer.optimizer is None and has_added(trainer.args):
         return config_from_arguments(trainer.args, trainer.model)
     return None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.trainer_callback import TrainerCallback
 
-from hf_precond.compat.transformers_internals import is_added
+from hf_precond.compat.transformers_internals import has_added
 from hf_precond.integrations.arguments import (
     IN_TRAINING,
     config_from_arguments,
@@ -180,11 +180,10 @@ class PrecondCallback(TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse bad ``--optim_args`` that a script has set since its arguments were made."""
-        optim = getattr(args, "optim", None)  # other packages' arguments may have none
-        if is_added(optim):
+        if has_added(args):
             config_from_arguments(args)
         elif getattr(args, "optim_args", None):
-            _warn_of_fields_of_ours(optim, args)
+            _warn_of_fields_of_ours(getattr(args, "optim", None), args)
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None,

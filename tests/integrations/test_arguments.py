@@ -6,7 +6,7 @@ import logging
 import pytest
 from transformers import Trainer, TrainingArguments
 
-from hf_precond import AFOptConfig, NKFACConfig, PrecondTrainer
+from hf_precond import AFOpt, AFOptConfig, NKFACConfig, PrecondTrainer
 from hf_precond.integrations.arguments import config_from_arguments, parse_pairs
 from tests.integrations.tiny import bert
 
@@ -150,6 +150,16 @@ def test_a_missing_config_gets_a_sentence(tmp_path):
 @pytest.mark.parametrize("text", [None, "", "  "])
 def test_no_pairs(text):
     assert parse_pairs(text) == {}
+
+
+def test_a_name_that_is_set_later_is_one_of_ours():
+    args = TrainingArguments("out", use_cpu=True)
+    args.optim = "afopt"
+    assert isinstance(Trainer(bert(), args).create_optimizer(), AFOpt)
+    args = TrainingArguments("out", use_cpu=True)
+    made = Trainer(bert(), args)
+    args.optim = "afopt"
+    assert isinstance(made.create_optimizer(), AFOpt)
 
 
 def test_a_class_that_completes_its_arguments_is_checked_when_the_trainer_is_made():
