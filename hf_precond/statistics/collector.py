@@ -285,8 +285,7 @@ class MomentCollector(StatisticsSource):
                         moments[key] = moment
             if (gradients or waiting) and not isinstance(hooked.layer, CONVOLUTIONS):
                 shape = result.mT.shape if transposed else result.shape
-                first = args[0] if args else None
-                weights = self._token_weights(hooked, first, tuple(shape))
+                weights = self._token_weights(hooked, inputs, tuple(shape))
 
         def output_moments(
             collector: MomentCollector, hooked: HookedLayer, gradient: Tensor
@@ -297,7 +296,7 @@ class MomentCollector(StatisticsSource):
             for key, entered in waiting.items():
                 collection = hooked.collections[key]
                 yield key, collector._reached(hooked, collection, entered, gradient, weights, low)
-            rows = output_rows(hooked.layer, gradient)
+            rows = output_rows(hooked.layer, gradient) if gradients else gradient
             for key in gradients:
                 collection = hooked.collections[key]
                 yield key, collector._output_moment(hooked, collection, rows, weights)
