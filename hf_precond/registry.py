@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import functools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -286,12 +286,15 @@ def create_optimizer(
     return get_info(config.name).optimizer_cls(params, attach_to=model, config=config)
 
 
-def read_model(model: nn.Module, config: OptimizerConfig) -> ModelStructure:
+def read_model(
+    model: nn.Module, config: OptimizerConfig, decided: Mapping[str, Any] | None = None
+) -> ModelStructure:
     """Read which parameters of a model an optimizer preconditions.
 
     Args:
         model: the model.
         config: the optimizer's config.
+        decided: what the model made of fields that are ``auto`` when it was read before.
 
     Returns:
         The matrices and norm parameters, and the routing table.
@@ -305,6 +308,7 @@ def read_model(model: nn.Module, config: OptimizerConfig) -> ModelStructure:
     refused = unsupported_strategy(model, config.name)
     if refused is not None:
         raise ValueError(refused)
-    structure = get_info(config.name).select(model, config)
-    structure.reread = functools.partial(read_model, config=config)
+    structure = get_info(config.name).select(model, config.replace(**(decided or {})))
+    structure.decided = dict(decided or structure.decided)
+    structure.reread = functools.partial(read_model, config=config, decided=structure.decided)
     return structure

@@ -16,12 +16,12 @@ from hf_precond.architectures.peft import find_adapter
 from hf_precond.architectures.structure import LayerMatrix
 from hf_precond.compat.transformers_internals import was_loaded
 
-BODY_STEP = 0.025
+BODY_STEP = 0.0375
 """Sum over the layers of a pretrained body of what a unit step changes them by, relative to their
 weights: the learning rate that :func:`starting_lr` chooses, times layers over weights."""
-ADAPTER = 8.0
-"""The same of LoRA's adapters over that: of a rank much smaller than the layers' widths, they need
-larger steps for as much."""
+ADAPTER_STEP = 0.2
+"""The same of LoRA's adapters: of a rank much smaller than the layers' widths, they need larger
+steps for as much."""
 LONG, SHORT = 300, 150
 """Steps between which the starting rate times the steps is constant: longer trainings take the rate
 of the first number, shorter ones that of the second."""
@@ -72,17 +72,18 @@ def _was_loaded(name: str, parameters: Mapping[str, Tensor]) -> bool:
 def starting_lr(model: nn.Module, steps: int | None = None) -> float | None:
     """The learning rate at which fine-tuning starts well, from the weights that were loaded.
 
-    ``lr = 0.025 · rms(W) / K``, of the K linear layers and convolutions that were loaded and train,
+    ``lr = 0.0375 · rms(W) / K``, of the K linear layers and convolutions that were loaded and train,
     W all their weights. A step of size lr in every entry then changes the weights of each
-    by ``0.025 / K`` of their size, and what the model computes, to first order, by K times as much,
+    by ``0.0375 / K`` of their size, and what the model computes, to first order, by K times as much,
     whatever its depth and the scale of its weights.
 
     A training of fewer than 300 steps goes as far in them: its rate is ``300 / steps`` times as
     high, twice at most. A rule of thumb, from five tasks under one encoder.
 
     LoRA steps ``s B A`` instead, B from zero and A ``[r, in]``: with its scaling s the change has
-    eight times that spectral norm, whatever the rank is, at ``8 lr / (s √in rms(A))``, where W are
-    the weights below the adapters and K is their number.
+    the spectral norm of one by ``0.2 / K``, whatever the rank is, at
+    ``0.2 · rms(W) / (K s √in rms(A))``, where W are the weights below the adapters and K is their
+    number.
 
     Args:
         model: as ``from_pretrained`` returned it, or within PEFT's wrappers.
@@ -97,7 +98,7 @@ def starting_lr(model: nn.Module, steps: int | None = None) -> float | None:
     parameters = dict(model.named_parameters())
     if not any(map(was_loaded, parameters.values())):
         return None
-    size = BODY_STEP * LONG / counted_steps(steps)
+    longer = LONG / counted_steps(steps)
     head = {id(parameters[name]) for name in find_head(model) if name in parameters}
     body = [
         matrix.weight_parameter
@@ -107,14 +108,15 @@ def starting_lr(model: nn.Module, steps: int | None = None) -> float | None:
         and id(matrix.weight_parameter) not in head
     ]
     if body:
-        return _rounded(size * _rms(body) / len(body))
+        return _rounded(longer * BODY_STEP * _rms(body) / len(body))
     pairs = list(_adapters(model))
     below = [weight for _, weight in pairs if weight.is_floating_point()]
     if not below:
         return None
     reach = [a.scaling * math.sqrt(a.down.shape[1]) * _rms([a.down.read()]) for a, _ in pairs]
     mean = sum(reach) / len(reach)
-    return _rounded(ADAPTER * size * _rms(below) / len(pairs) / mean) if mean > 0 else None
+    size = longer * ADAPTER_STEP * _rms(below) / len(pairs)
+    return _rounded(size / mean) if mean > 0 else None
 
 
 def counted_steps(steps: int | None) -> int:

@@ -344,6 +344,8 @@ class ModelStructure:
             inside by AdamR's ``direction="sign"``.
         norms: the norm parameters to precondition.
         routing: the routing table.
+        decided: the config's fields that are ``auto``, and what this model makes
+            of them.
         owners: name, module and attribute of every parameter, frozen ones too.
         model: the model; ``None`` in a deep copy, and where the structure was
             made by hand.
@@ -358,6 +360,7 @@ class ModelStructure:
     hidden: list[LayerMatrix] = field(default_factory=list)
     norms: list[NormParameter] = field(default_factory=list)
     routing: RoutingTable = field(default_factory=RoutingTable)
+    decided: dict[str, Any] = field(default_factory=dict)
     owners: list[Owner] = field(default_factory=list)
     model: nn.Module | None = None
     open_statistics: Callable[[Any], Any] | None = None

@@ -11,6 +11,8 @@ from typing import Any
 
 from hf_precond.cli.text import distinct, terminal_width, wrapped
 
+WEIGHTS = (".safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json", ".gguf")
+
 EXAMPLES = """examples:
   hf-precond explain bert-base-uncased --optim afopt
   hf-precond explain ./my_model --optim nkfac --optim-args "max_dim=1024"
@@ -107,7 +109,8 @@ def explanation(
 ) -> str:
     """Routing, memory and starting rate of an optimizer on a model built from its config.
 
-    The model is built on the meta device: it has no weights.
+    The model is built on the meta device: it has no weights. Where its folder, or the Hub, has
+    some, it is treated as one that they were loaded into, without a new head.
 
     Args:
         model: folder or Hub id.
@@ -311,6 +314,12 @@ def _refuse_bad_path(model: str) -> None:
         )
 
 
+def _has_weights(model: str) -> bool:
+    """Whether a folder holds weights besides its config; what is on the Hub is taken to."""
+    names = os.listdir(model) if os.path.isdir(model) else ["model.safetensors"]
+    return any(name.endswith(WEIGHTS) for name in names)
+
+
 def memory(optimizer: Any) -> str:
     """The memory of an optimizer's state, counted, compared with AdamW's.
 
@@ -343,6 +352,16 @@ def memory(optimizer: Any) -> str:
 
 
 def _build(model: str, auto_class: str | None) -> Any:
+    """The model, as if its weights had been loaded where there are some."""
+    from hf_precond.compat.transformers_internals import mark_loaded
+
+    built = _from_config(model, auto_class)
+    if _has_weights(model):
+        mark_loaded(built.parameters())
+    return built
+
+
+def _from_config(model: str, auto_class: str | None) -> Any:
     import transformers
 
     transformers.logging.set_verbosity_error()

@@ -278,3 +278,13 @@ def was_loaded(parameter: Any) -> bool:
         parameter: of a model.
     """
     return bool(getattr(parameter, "_is_hf_initialized", False))
+
+
+def mark_loaded(parameters: Iterable[Any]) -> None:
+    """Mark parameters as ``from_pretrained`` marks those that it found in the checkpoint.
+
+    Args:
+        parameters: of a model.
+    """
+    for parameter in parameters:
+        parameter._is_hf_initialized = True

@@ -266,6 +266,8 @@ class OptimizerConfig:
     name: ClassVar[str] = ""
     layout: ClassVar[tuple[str, ...]] = ("state_dtype",)
     """Fields that decide which tensors the state has: a checkpoint is refused under others."""
+    from_model: ClassVar[tuple[str, ...]] = ()
+    """Those of them whose ``auto`` means what the model decides; a resumed training keeps that."""
     removed: ClassVar[Mapping[str, Removed]] = {}
     """Fields of earlier releases."""
     removed_values: ClassVar[Mapping[str, Mapping[str, str]]] = {}

@@ -30,9 +30,11 @@ class AFOptConfig(OptimizerConfig):
         base: the fallback optimizer of every parameter outside ``scope``:
             ``adamw``, ``sgd``, ``adamr`` or ``muon``. Default ``adamw``.
         scope: which matrices are preconditioned: ``query_key``, ``attention``
-            (q, k, v, o) or ``all_linear`` (linear layers of MLPs too).
-            Default ``all_linear``; ``attention`` is cheaper, takes higher
-            rates, and was better only where a task hangs on attention alone.
+            (q, k, v, o), ``all_linear`` (linear layers of MLPs too) or ``auto``:
+            ``attention`` where linear layers outside it were loaded by
+            ``from_pretrained`` and train (in fine-tuning they were better left
+            to AdamW), else ``all_linear``: from random weights, under LoRA.
+            Default ``auto``.
         direction: ``spectral`` (msign between the inverse square roots of the
             factors) or ``inverse``. Default ``spectral``.
         scaling: what sets the length of a step: ``adaptive``, ``rms``, ``cap``
@@ -77,6 +79,7 @@ class AFOptConfig(OptimizerConfig):
         *("state_dtype", "base", "scope", "direction", "scaling"),
         *("rope", "max_dim"),
     )
+    from_model: ClassVar[tuple[str, ...]] = ("scope",)
     removed: ClassVar = {
         "center": Removed(False, "0.2.0"),
         "covariant_damping": Removed(False, "0.2.0"),
@@ -91,7 +94,7 @@ class AFOptConfig(OptimizerConfig):
     state_dtype: str | None = one_of("float32", "float64", "bfloat16")
     momentum: float = decay(0.8)
     base: Literal["adamw", "sgd", "adamr", "muon"] = "adamw"
-    scope: Literal["query_key", "attention", "all_linear"] = "all_linear"
+    scope: Literal["auto", "query_key", "attention", "all_linear"] = "auto"
     direction: Literal["spectral", "inverse"] = "spectral"
     scaling: Literal["adaptive", "rms", "cap", "norm_recovery"] = "adaptive"
     lr_scale: float = positive(4.0)

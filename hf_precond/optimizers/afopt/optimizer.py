@@ -31,7 +31,7 @@ from hf_precond.optimizers.afopt.plan import (
     Moment,
     RightFactor,
 )
-from hf_precond.optimizers.afopt.scope import attention_matrices, warn_of_unread
+from hf_precond.optimizers.afopt.scope import announce, attention_matrices, warn_of_unread
 from hf_precond.optimizers.base.agreement import agreement
 from hf_precond.optimizers.base.layout import kept, state_of
 from hf_precond.optimizers.base.optimizer import PrecondOptimizer
@@ -124,6 +124,7 @@ class AFOpt(PrecondOptimizer):
     entropy: EntropyMonitor | None = None
     observed: ObservedStep | None = None
     _plan: AFOptPlan | None = None
+    _announced = False
     _late: Mapping[Moment, Sequence[int]] = MappingProxyType({})
 
     def _bind(self) -> None:
@@ -131,6 +132,9 @@ class AFOpt(PrecondOptimizer):
         self._plan = None
         self._seen: Counter[str] = Counter()  # statistics by key, since the state was loaded
         self._norms_seen: Counter[BoundMatrix] = Counter()  # likewise, of gradients
+        if not self._announced and self.structure.model is not None:
+            announce(self.structure, self.config.base)
+            self._announced = True
         warn_of_unread(self.structure.attention, self.config)
         if self.config.attention_entropy:
             from hf_precond.optimizers.afopt.diagnostics import EntropyMonitor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from torch import nn
@@ -20,16 +21,25 @@ from hf_precond.architectures.modules import find_matrices
 from hf_precond.architectures.parameters import ParameterSurvey, add_reason
 from hf_precond.architectures.structure import LayerMatrix, ModelStructure
 from hf_precond.architectures.tables import HOW_TO_DECLARE
+from hf_precond.compat.transformers_internals import was_loaded
 from hf_precond.compat.warn import warn
+from hf_precond.distributed import collectives
 from hf_precond.optimizers.afopt.config import AFOptConfig
 
+logger = logging.getLogger(__name__)
+
+LOADED = (
+    "afopt: this model's weights were loaded, so its attention is preconditioned and its other "
+    "linear layers are left to %s (scope=attention); scope=all_linear preconditions them too, as "
+    "0.1 did."
+)
 SCOPES = {"query_key": "qk", "attention": "qkvo", "all_linear": "qkvo"}
 Left = tuple[LayerMatrix, str, str]
 """A matrix of a hidden layer that is not chosen, what it is, and why not."""
 
 
 def attention_matrices(model: nn.Module, config: AFOptConfig) -> ModelStructure:
-    """Finds the matrices in ``config.scope``.
+    """Finds the matrices in ``config.scope``; ``auto`` is what :func:`scope_of` says.
 
     ``query_key`` takes q and k of the attentions, ``attention`` v and o too, ``all_linear`` the
     other linear layers as well, except output heads, tied weights and adapters outside the
@@ -46,8 +56,9 @@ def attention_matrices(model: nn.Module, config: AFOptConfig) -> ModelStructure:
         ValueError: nothing would be preconditioned: no attention was found, or its matrices are
             frozen.
     """
-    survey, attentions, scope = ParameterSurvey(model), find_attention(model), config.scope
+    survey, attentions = ParameterSurvey(model), find_attention(model)
     linears = outside_attention(survey, attentions, convolutions=not attentions)
+    scope = scope_of(config, survey, attentions, linears)
     blocks, chosen, left = _in_attentions(survey, attentions, scope)
     if scope == "all_linear":
         order = {name: place for place, name in enumerate(survey.parameters)}
@@ -56,13 +67,40 @@ def attention_matrices(model: nn.Module, config: AFOptConfig) -> ModelStructure:
     _check(model, attentions, chosen, scope)
     matrices = list(dict.fromkeys(matrix for matrix, _ in chosen))
     inside = set(matrices)
-    left += [(matrix, what, _outside(scope)) for matrix, what in linears]
+    why = _outside(scope) + " (auto, of loaded weights)" * (config.scope == "auto")
+    left += [(matrix, what, why) for matrix, what in linears]
     left = [candidate for candidate in left if candidate[0] not in inside]
     treated, outside = _reasons(model, survey, chosen, left)
     hidden = [matrix for matrix, _, _ in left]
-    return survey.structure(
+    structure = survey.structure(
         config, treated, outside, matrices=matrices, hidden=hidden, attention=blocks
     )
+    structure.decided = {"scope": scope} if config.scope == "auto" else {}
+    return structure
+
+
+def scope_of(
+    config: AFOptConfig,
+    survey: ParameterSurvey,
+    attentions: Sequence[AttentionBlock],
+    linears: Sequence[Candidate],
+) -> str:
+    """What ``scope`` means for a model.
+
+    ``auto`` leaves linear layers that were loaded to the fallback optimizer, where attention is
+    left to precondition: in fine-tuning that was better (``examples/benchmarks/finetuning.md``).
+
+    Args:
+        config: the config.
+        survey: the model's parameters.
+        attentions: the model's.
+        linears: its linear layers outside them that train.
+    """
+    if config.scope != "auto":
+        return config.scope
+    _, chosen, _ = _in_attentions(survey, attentions, "attention")
+    loaded = any(was_loaded(matrix.weight_parameter) for matrix, _ in linears)
+    return "attention" if chosen and loaded else "all_linear"
 
 
 def _outside(scope: str) -> str:
@@ -138,6 +176,17 @@ def _reasons(
         if min(matrix.shape) == 1 and survey.describe(name) == "linear layer":
             add_reason(outside, [name], "a single row or column")
     return treated, outside
+
+
+def announce(structure: ModelStructure, base: str) -> None:
+    """Says in a line where ``scope="auto"`` leaves loaded layers to the fallback optimizer.
+
+    Args:
+        structure: what was found in the model.
+        base: the fallback optimizer's name.
+    """
+    if structure.decided.get("scope") == "attention" and collectives.rank() == 0:
+        logger.warning(LOADED, base)
 
 
 def warn_of_unread(attentions: Sequence[AttentionBlock], config: AFOptConfig) -> None:

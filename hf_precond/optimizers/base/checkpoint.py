@@ -76,6 +76,21 @@ def identity(
     }
 
 
+def followed(config: OptimizerConfig, saved: Mapping[str, Any]) -> OptimizerConfig:
+    """A config that keeps what the model decided in the training that is resumed.
+
+    Args:
+        config: the optimizer's.
+        saved: the :func:`identity` in the state.
+
+    Returns:
+        The config, without the ``auto`` of ``from_model`` where the state knows what it was.
+    """
+    layout = saved.get("layout", {}) if saved.get("optimizer") == config.name else {}
+    kept = {f: layout[f] for f in config.from_model if getattr(config, f) == "auto" and f in layout}
+    return config.replace(**kept)
+
+
 def _unwrapped(parameters: Sequence[Sequence[Sequence[Any]]]) -> list[list[list[Any]]]:
     """Descriptions whose names are those in the model without its wrappers."""
     kept = [[[WRAPPERS.sub("", name), shape] for name, shape in group] for group in parameters]

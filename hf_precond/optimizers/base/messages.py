@@ -65,6 +65,7 @@ EARLIER_HEAD = (
     "%s: this state is of release 0.2, which stepped a new head by all that changes of its "
     "outputs; it goes on by what varies from input to input, in steps of another size."
 )
+FOLLOWED = "%s: the training that is resumed has %s, and goes on so."
 RATES_NEED_MODEL = (
     "{field}={value}: which parameters it scales is read off the model, and {name} was made from "
     "parameters alone; use hf_precond.create_optimizer(model, {name!r}, params=groups, {field}=…), "

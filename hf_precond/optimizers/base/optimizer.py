@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,8 @@ from hf_precond.registry import make_config, read_model
 
 if TYPE_CHECKING:
     from hf_precond.statistics.requests import Request, Statistic, StatisticsSource
+
+logger = logging.getLogger(__name__)
 
 STEP_ENTRIES = 2**25
 """Entries of preconditioned gradients that a step holds before AdamW or SGD takes them."""
@@ -500,9 +503,9 @@ class PrecondOptimizer(Reporting, torch.optim.Optimizer):
         except ValueError:  # nothing is left to precondition: no reason to stop a training
             from hf_precond.architectures.parameters import ParameterSurvey
 
-            reread = self.structure.reread
+            lost_all = self.structure
             self.structure = ParameterSurvey(model).structure(self.config, {})
-            self.structure.reread = reread
+            self.structure.reread, self.structure.decided = lost_all.reread, lost_all.decided
             self._bind()
             self._route()
             self._open()
@@ -744,9 +747,10 @@ class PrecondOptimizer(Reporting, torch.optim.Optimizer):
         checkpoint.forget_empty(self.state)
         return checkpoint.complete(super().state_dict()) | {checkpoint.KEY: own}
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self, config: OptimizerConfig | None = None) -> dict[str, Any]:
         head = () if self.head is None else self.head.names
-        own = checkpoint.identity(self.config, self.param_groups, self.structure.owners, head)
+        config = config or self.config.replace(**self.structure.decided)
+        own = checkpoint.identity(config, self.param_groups, self.structure.owners, head)
         return own | {"lr": self.common_lr, "head_inputs": "centred"}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -759,6 +763,7 @@ class PrecondOptimizer(Reporting, torch.optim.Optimizer):
             ValueError: the state is of another model or optimizer, was saved
                 with other fields, or is not whole; nothing has been loaded.
         """
+        self._follow(state_dict)
         own = self._identity()
         check_saved_head(state_dict.get(checkpoint.KEY, own), self.config)
         with checkpoint.restoring(self, own, self.config):
@@ -781,6 +786,24 @@ class PrecondOptimizer(Reporting, torch.optim.Optimizer):
         self.coverage.restore(self.state)
         self._drop()  # of a step that was given up
         self._enable_statistics()
+
+    def _follow(self, state_dict: dict[str, Any]) -> None:
+        """Take what the model decided in the training that is resumed, and read the model by it."""
+        config = checkpoint.followed(self.config, state_dict.get(checkpoint.KEY, {}))
+        if config == self.config:
+            return
+        before = self.config.replace(**self.structure.decided)
+        checkpoint.refuse_other(state_dict, self._identity(config), config)
+        self.config, self.structure.decided = config, {}
+        if self.structure.reread is None:
+            return
+        self.structure.reread = partial(read_model, config=config)
+        if self.structure.model is None or config == before:
+            return
+        if collectives.rank() == 0:
+            kept = ", ".join(f"{field}={getattr(config, field)}" for field in config.from_model)
+            logger.warning(messages.FOLLOWED, config.name, kept)
+        self.attach(self.structure.model)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has its own statistics and counters, and no hooks until :meth:`attach`."""

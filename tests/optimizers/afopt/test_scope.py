@@ -1,0 +1,151 @@
+"""AFOpt's ``scope="auto"``: what a model decides, and what a resumed training keeps."""
+
+import copy
+import logging
+
+import pytest
+import torch
+import transformers as tf
+from peft import LoraConfig, get_peft_model
+
+from hf_precond import AFOptConfig
+from hf_precond.optimizers.afopt.optimizer import AFOpt
+from hf_precond.registry import create_optimizer
+
+SIZES = {
+    "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 24, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
+ATTENTION = 8
+"""Matrices of attention in the two layers."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = str(tmp_path_factory.mktemp("body"))
+    torch.manual_seed(0)
+    tf.BertModel(tf.BertConfig(**SIZES)).save_pretrained(path)
+    return path
+
+
+def loaded(folder: str) -> torch.nn.Module:
+    torch.manual_seed(1)
+    return tf.BertForSequenceClassification.from_pretrained(folder, num_labels=3).train()
+
+
+def made() -> torch.nn.Module:
+    torch.manual_seed(1)
+    return tf.BertForSequenceClassification(tf.BertConfig(**SIZES, num_labels=3)).train()
+
+
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int = 1) -> None:
+    ids, labels = torch.arange(24).view(4, 6), torch.tensor([0, 1, 2, 0])
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+
+
+def count(optimizer: torch.optim.Optimizer) -> int:
+    return len(optimizer.bound)
+
+
+def test_linear_layers_that_were_loaded_are_left_to_adamw(folder, caplog):
+    with caplog.at_level(logging.WARNING):
+        optimizer = create_optimizer(loaded(folder), "afopt")
+    assert count(optimizer) == ATTENTION
+    route = optimizer.routing["bert.encoder.layer.1.output.dense.weight"]
+    assert route.treatment == "adamw"
+    assert route.reason == "linear layer: outside scope=attention (auto, of loaded weights)"
+    said = [r.message for r in caplog.records if "scope=all_linear" in r.message]
+    assert said == [
+        "afopt: this model's weights were loaded, so its attention is preconditioned and its other "
+        "linear layers are left to adamw (scope=attention); scope=all_linear preconditions them "
+        "too, as 0.1 did."
+    ]
+
+
+def test_from_random_weights_all_linear_layers_are_preconditioned(caplog):
+    model = made()
+    optimizer = create_optimizer(model, "afopt")
+    assert count(optimizer) == count(create_optimizer(model, "afopt", scope="all_linear")) > 8
+    assert "scope" not in caplog.text
+
+
+def test_what_is_set_holds(folder):
+    for scope, matrices in (("query_key", 4), ("attention", 8), ("all_linear", 13)):
+        assert count(create_optimizer(loaded(folder), "afopt", scope=scope)) == matrices
+
+
+def test_only_loaded_layers_that_train_decide(folder):
+    model = loaded(folder)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "attention" in name
+    assert create_optimizer(model, "afopt").structure.decided == {"scope": "all_linear"}
+    model = loaded(folder)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "attention" not in name
+    optimizer = create_optimizer(model, "afopt")
+    assert optimizer.structure.decided == {"scope": "all_linear"} and count(optimizer) == 5
+
+
+def test_adapters_of_all_linear_layers_are_preconditioned(folder):
+    lora = LoraConfig(r=2, target_modules=["query", "intermediate.dense"], task_type="SEQ_CLS")
+    optimizer = create_optimizer(get_peft_model(loaded(folder), lora), "afopt")
+    assert optimizer.structure.decided == {"scope": "all_linear"}
+
+
+def test_a_decision_outlasts_layers_that_are_unfrozen(folder):
+    """A momentum of weeks is not dropped because attention joins."""
+    model = loaded(folder)
+    attention = [p for n, p in model.named_parameters() if "attention" in n]
+    for parameter in attention:
+        parameter.requires_grad = False
+    optimizer = create_optimizer(model, "afopt", params=model.parameters())
+    train(model, optimizer)
+    assert count(optimizer) == 5
+    for parameter in attention:
+        parameter.requires_grad = True
+    optimizer.attach(model)
+    assert count(optimizer) == 13
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["attached", "attached later"])
+@pytest.mark.parametrize("scope", ["all_linear", "attention"])
+def test_a_resumed_training_keeps_its_scope(folder, scope, late):
+    """Of a model made anew from its config, and of one from a checkpoint of the training."""
+    model = loaded(folder)
+    optimizer = create_optimizer(model, "afopt", params=model.parameters(), lr=1e-3, scope=scope)
+    train(model, optimizer, 3)
+    state = copy.deepcopy(optimizer.state_dict())
+    weights = copy.deepcopy(model.state_dict())
+    train(model, optimizer, 2)
+    for other in (loaded(folder), made()):
+        other.load_state_dict(weights)
+        if late:
+            resumed = AFOpt(other.parameters(), lr=1e-3)
+            resumed.load_state_dict(state)
+            resumed.attach(other)
+        else:
+            resumed = create_optimizer(other, "afopt", params=other.parameters(), lr=1e-3)
+            resumed.load_state_dict(state)
+        assert count(resumed) == count(optimizer)
+        train(other, resumed, 2)
+        for name, weight in other.state_dict().items():
+            torch.testing.assert_close(weight, model.state_dict()[name], rtol=0, atol=0)
+
+
+def test_a_state_of_other_fields_changes_nothing(folder):
+    model = loaded(folder)
+    optimizer = create_optimizer(model, "afopt", scope="all_linear", direction="inverse")
+    train(model, optimizer)
+    mine = create_optimizer(loaded(folder), "afopt")
+    with pytest.raises(ValueError, match="direction='inverse' there"):
+        mine.load_state_dict(optimizer.state_dict())
+    assert count(mine) == ATTENTION and mine.config == AFOptConfig()
+
+
+def test_the_state_names_what_was_decided(folder):
+    layout = create_optimizer(loaded(folder), "afopt").state_dict()["hf_precond"]["layout"]
+    assert layout["scope"] == "attention"
+    assert create_optimizer(loaded(folder), "afopt").config.scope == "auto"
