@@ -72,10 +72,10 @@ def _was_loaded(name: str, parameters: Mapping[str, Tensor]) -> bool:
 def starting_lr(model: nn.Module, steps: int | None = None) -> float | None:
     """The learning rate at which fine-tuning starts well, from the weights that were loaded.
 
-    ``lr = 0.0375 · rms(W) / K``, of the K linear layers and convolutions that were loaded and train,
-    W all their weights. A step of size lr in every entry then changes the weights of each
-    by ``0.0375 / K`` of their size, and what the model computes, to first order, by K times as much,
-    whatever its depth and the scale of its weights.
+    ``lr = 0.0375 · rms(W) / K``, of the K linear layers and convolutions that were loaded and
+    train, W all their weights. A step of size lr in every entry then changes the weights of each
+    by ``0.0375 / K`` of their size, and what the model computes, to first order, by K times as
+    much, whatever its depth and the scale of its weights.
 
     A training of fewer than 300 steps goes as far in them: its rate is ``300 / steps`` times as
     high, twice at most. A rule of thumb, from five tasks under one encoder.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import sys
@@ -138,7 +139,13 @@ def explanation(
     _refuse_bad_path(model)
     with torch.device("meta"):
         built = _build(model, auto_class)
-    optimizer = create_optimizer(built, config)
+    log = logging.getLogger("hf_precond")
+    level = log.level
+    log.setLevel(logging.ERROR)  # what a training says at its start stands in the table
+    try:
+        optimizer = create_optimizer(built, config)
+    finally:
+        log.setLevel(level)
     optimizer.close()
     total = sum(parameter.numel() for parameter in built.parameters())
     title = f"{type(built).__name__}, {total:,} weights, under {name} ({info.title})"

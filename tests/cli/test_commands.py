@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from transformers import AutoConfig, BertConfig, GPT2Config, ViTConfig
+from transformers import AutoConfig, BertConfig, BertModel, GPT2Config, ViTConfig
 
 from hf_precond.architectures.structure import Route
 from hf_precond.cli.explain import routing_table
@@ -153,6 +153,16 @@ def test_explain_names_every_parameter(name, config, tmp_path, capsys):
         model = AutoModel.from_config(AutoConfig.from_pretrained(tmp_path))
     for parameter, _ in model.named_parameters():
         assert parameter[-41:] in shown
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_explain_shows_what_fine_tuning_would_do_where_there_are_weights(weights, tmp_path, capsys):
+    config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    (BertModel(config) if weights else config).save_pretrained(tmp_path)
+    assert main(["explain", str(tmp_path), "--optim", "afopt"]) == 0
+    shown, told = capsys.readouterr()
+    assert ("outside scope=attention (auto, of loaded weights)" in shown) == weights
+    assert "afopt:" not in told
 
 
 @each_name
