@@ -308,7 +308,13 @@ def read_model(
     refused = unsupported_strategy(model, config.name)
     if refused is not None:
         raise ValueError(refused)
-    structure = get_info(config.name).select(model, config.replace(**(decided or {})))
-    structure.decided = dict(decided or structure.decided)
+    select = get_info(config.name).select
+    try:
+        structure = select(model, config.replace(**(decided or {})))
+        structure.decided = dict(decided or structure.decided)
+    except ValueError:  # what trained when that was decided is frozen now
+        if not decided:
+            raise
+        structure = select(model, config)
     structure.reread = functools.partial(read_model, config=config, decided=structure.decided)
     return structure

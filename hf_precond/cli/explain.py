@@ -20,7 +20,8 @@ EXAMPLES = """examples:
   hf-precond explain ./my_model --optim adamr --all | less
   hf-precond explain bert-base-uncased --optim muon --tokens 4096 --device h100
 
-The model's weights are neither loaded nor made: its config.json is enough."""
+The model's weights are neither loaded nor made: its config.json is enough.
+A folder with weights, and a model of the Hub, is shown as fine-tuning treats it."""
 
 
 def add_command(commands: Any) -> None:
@@ -324,7 +325,7 @@ def _refuse_bad_path(model: str) -> None:
 def _has_weights(model: str) -> bool:
     """Whether a folder holds weights besides its config; what is on the Hub is taken to."""
     names = os.listdir(model) if os.path.isdir(model) else ["model.safetensors"]
-    return any(name.endswith(WEIGHTS) for name in names)
+    return any(name.endswith(WEIGHTS) and not name.startswith("adapter_") for name in names)
 
 
 def memory(optimizer: Any) -> str:

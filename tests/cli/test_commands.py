@@ -161,7 +161,7 @@ def test_explain_shows_what_fine_tuning_would_do_where_there_are_weights(weights
     (BertModel(config) if weights else config).save_pretrained(tmp_path)
     assert main(["explain", str(tmp_path), "--optim", "afopt"]) == 0
     shown, told = capsys.readouterr()
-    assert ("outside scope=attention (auto, of loaded weights)" in shown) == weights
+    assert ("outside scope=attention (auto, of a model that was loaded)" in shown) == weights
     assert "afopt:" not in told
 
 

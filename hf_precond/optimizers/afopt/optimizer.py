@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hf_precond.architectures.attention import find_attention
 from hf_precond.compat import devices
 from hf_precond.linalg.matrix_functions import (
     frobenius_norm,
@@ -33,6 +34,7 @@ from hf_precond.optimizers.afopt.plan import (
 )
 from hf_precond.optimizers.afopt.scope import announce, attention_matrices, warn_of_unread
 from hf_precond.optimizers.base.agreement import agreement
+from hf_precond.optimizers.base.checkpoint import KEY
 from hf_precond.optimizers.base.layout import kept, state_of
 from hf_precond.optimizers.base.optimizer import PrecondOptimizer
 from hf_precond.optimizers.base.parameters import (
@@ -173,6 +175,26 @@ class AFOpt(PrecondOptimizer):
         super().load_state_dict(state_dict)
         self._seen.clear()
         self._norms_seen.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As of the base; a copy says nothing anew."""
+        seen: dict[str, Any] = {"_seen": Counter(), "_norms_seen": Counter()}
+        return super().__getstate__() | {"_announced": self._announced} | seen
+
+    def decided_by(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """As of the base; of a state without an identity by the matrices that have a momentum."""
+        decided = super().decided_by(state_dict)
+        model = self.structure.model
+        if KEY in state_dict or not decided or model is None:
+            return decided
+        from hf_precond.optimizers.afopt.rebinding import with_momentum
+
+        held = with_momentum(state_dict, self.param_groups)
+        blocks = [block.roles().values() for block in find_attention(model)]
+        attention = {id(matrix.weight_parameter) for roles in blocks for matrix in roles}
+        if held:
+            decided["scope"] = "attention" if held <= attention else "all_linear"
+        return decided
 
     def requests(self) -> Sequence[Request]:
         """One request for each moment, and those of the entropies."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -69,3 +70,23 @@ def _identity(plan: AFOptPlan, item: StateMatrix) -> Hashable:
         down = None if item.down is None else item.bound.matrix.name
         return _identity(plan, item.moment), item.columns, item.kind, down
     return item.bound.matrix.name, item.name
+
+
+def with_momentum(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> set[int]:
+    """``id`` of the parameters whose saved state has a momentum.
+
+    Args:
+        state_dict: in which state may be nested where a name has a dot.
+        groups: the parameter groups of the optimizer that loads it.
+    """
+    saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+    own = [parameter for group in groups for parameter in group["params"]]
+    held = state_dict["state"]
+    return {id(p) for i, p in zip(saved, own, strict=False) if _has_momentum(held.get(i, {}))}
+
+
+def _has_momentum(state: Mapping[str, Any]) -> bool:
+    return any(
+        _has_momentum(value) if isinstance(value, Mapping) else name.endswith("momentum")
+        for name, value in state.items()
+    )

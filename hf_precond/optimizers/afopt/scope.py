@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 LOADED = (
     "afopt: this model's weights were loaded, so its attention is preconditioned and its other "
     "linear layers are left to %s (scope=attention); scope=all_linear preconditions them too, as "
-    "0.1 did."
+    "earlier releases did."
 )
 SCOPES = {"query_key": "qk", "attention": "qkvo", "all_linear": "qkvo"}
 Left = tuple[LayerMatrix, str, str]
@@ -67,7 +67,7 @@ def attention_matrices(model: nn.Module, config: AFOptConfig) -> ModelStructure:
     _check(model, attentions, chosen, scope)
     matrices = list(dict.fromkeys(matrix for matrix, _ in chosen))
     inside = set(matrices)
-    why = _outside(scope) + " (auto, of loaded weights)" * (config.scope == "auto")
+    why = _outside(scope) + " (auto, of a model that was loaded)" * (config.scope == "auto")
     left += [(matrix, what, why) for matrix, what in linears]
     left = [candidate for candidate in left if candidate[0] not in inside]
     treated, outside = _reasons(model, survey, chosen, left)

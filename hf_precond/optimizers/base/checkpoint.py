@@ -76,19 +76,17 @@ def identity(
     }
 
 
-def followed(config: OptimizerConfig, saved: Mapping[str, Any]) -> OptimizerConfig:
-    """A config that keeps what the model decided in the training that is resumed.
+def decided(config: OptimizerConfig, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model decided in the training that is resumed, of fields that are ``auto``.
 
     Args:
         config: the optimizer's.
-        saved: the :func:`identity` in the state.
-
-    Returns:
-        The config, without the ``auto`` of ``from_model`` where the state knows what it was.
+        state_dict: of that training.
     """
+    saved = state_dict.get(KEY, {})
     layout = saved.get("layout", {}) if saved.get("optimizer") == config.name else {}
-    kept = {f: layout[f] for f in config.from_model if getattr(config, f) == "auto" and f in layout}
-    return config.replace(**kept)
+    open_fields = [field for field in config.from_model if getattr(config, field) == "auto"]
+    return {f: layout[f] for f in open_fields if layout.get(f, "auto") != "auto"}
 
 
 def _unwrapped(parameters: Sequence[Sequence[Sequence[Any]]]) -> list[list[list[Any]]]:
@@ -316,6 +314,7 @@ def _refuse_other_layout(
         f"{field}={saved.get(field)!r} there and {value!r} here"
         for field, value in own.items()
         if saved.get(field, value) != value  # an earlier release may not have had the field
+        and not (field in config.from_model and saved[field] == "auto")  # it has no state yet
     ]
     if differences:
         raise ValueError(

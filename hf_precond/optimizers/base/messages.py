@@ -65,6 +65,10 @@ EARLIER_HEAD = (
     "%s: this state is of release 0.2, which stepped a new head by all that changes of its "
     "outputs; it goes on by what varies from input to input, in steps of another size."
 )
+OTHER_RANKS = (
+    "{name}: this rank's model decided on {fields}, and other ranks' did not; load the weights on "
+    "every rank, or set the field."
+)
 FOLLOWED = "%s: the training that is resumed has %s, and goes on so."
 RATES_NEED_MODEL = (
     "{field}={value}: which parameters it scales is read off the model, and {name} was made from "

@@ -98,6 +98,7 @@ class PrecondOptimizer(Reporting, torch.optim.Optimizer):
     """Parameters of the model that were added to a group since it was read."""
     _carried: dict[str, Statistic] | None = None  # from hooks that were replaced before the step
     _pruned: Sequence[BoundMatrix] = ()
+    _ranks_agree = False  # on what their models decided
     rates: Sequence[Any] = ()  # of the last step, by group: a scheduler may have changed them since
     head: NewHead | None = None  # what is stepped by what it does to the outputs
     resumed_head: Sequence[str] | None = None  # its layers in the training that is resumed
@@ -340,6 +341,7 @@ class PrecondOptimizer(Reporting, torch.optim.Optimizer):
         if collectives.world_size() > 1:
             from hf_precond.statistics import moments, requests
 
+            self._refuse_other_ranks()
             shapes = {request.key: moments.request_shape(request) for request in self.requests()}
             dtype, device = compute_dtype(self._first.dtype), self._first.device
             stacks = {r.key: r.matrix.stack for r in self.requests() if hasattr(r, "matrix")}
@@ -359,6 +361,18 @@ class PrecondOptimizer(Reporting, torch.optim.Optimizer):
             if self.coverage.judge(self.state, collected, source.missing, self.config.name):
                 source.watch()
         self.update_statistics(collected)
+
+    def _refuse_other_ranks(self) -> None:
+        """Refuse to sum the statistics of ranks whose models decided otherwise; looked at once."""
+        if not self.structure.decided or self._ranks_agree:
+            return
+        own = float(len(self.bound))
+        numbers = torch.tensor([own, own * own], dtype=torch.float64).to(self._first.device)
+        total, squares = collectives.sum_over_ranks(numbers).tolist()
+        if total * total != squares * collectives.world_size():
+            said = _said(self.structure.decided)
+            raise RuntimeError(messages.OTHER_RANKS.format(name=self.config.name, fields=said))
+        self._ranks_agree = True
 
     def _apply(self) -> None:
         unobserved = self.coverage.without_preconditioner
@@ -747,9 +761,9 @@ class PrecondOptimizer(Reporting, torch.optim.Optimizer):
         checkpoint.forget_empty(self.state)
         return checkpoint.complete(super().state_dict()) | {checkpoint.KEY: own}
 
-    def _identity(self, config: OptimizerConfig | None = None) -> dict[str, Any]:
+    def _identity(self, decided: Mapping[str, Any] | None = None) -> dict[str, Any]:
         head = () if self.head is None else self.head.names
-        config = config or self.config.replace(**self.structure.decided)
+        config = self.config.replace(**(decided or self.structure.decided))
         own = checkpoint.identity(config, self.param_groups, self.structure.owners, head)
         return own | {"lr": self.common_lr, "head_inputs": "centred"}
 
@@ -763,8 +777,8 @@ class PrecondOptimizer(Reporting, torch.optim.Optimizer):
             ValueError: the state is of another model or optimizer, was saved
                 with other fields, or is not whole; nothing has been loaded.
         """
-        self._follow(state_dict)
-        own = self._identity()
+        decided = self.decided_by(state_dict)
+        own = self._identity(decided)
         check_saved_head(state_dict.get(checkpoint.KEY, own), self.config)
         with checkpoint.restoring(self, own, self.config):
             super().load_state_dict(state_dict)
@@ -777,6 +791,7 @@ class PrecondOptimizer(Reporting, torch.optim.Optimizer):
         self.common_lr = state_dict.get(checkpoint.KEY, {}).get("lr", self.common_lr)
         if self.head is not None:  # torch makes a new state
             self.head.state, self.head.lr = self.state, self.common_lr
+        self._follow(decided)
         resumed = own["head"] if self.resumed_head is None else self.resumed_head
         if self.structure.model is not None and set(resumed) != set(own["head"]):
             self.close()
@@ -787,22 +802,26 @@ class PrecondOptimizer(Reporting, torch.optim.Optimizer):
         self._drop()  # of a step that was given up
         self._enable_statistics()
 
-    def _follow(self, state_dict: dict[str, Any]) -> None:
-        """Take what the model decided in the training that is resumed, and read the model by it."""
-        config = checkpoint.followed(self.config, state_dict.get(checkpoint.KEY, {}))
-        if config == self.config:
+    def decided_by(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """What fields that are ``auto`` mean in a training that goes on with a state.
+
+        Args:
+            state_dict: the state, which knows what the model decided when it was begun.
+        """
+        return self.structure.decided | checkpoint.decided(self.config, state_dict)
+
+    def _follow(self, decided: dict[str, Any]) -> None:
+        """Read the model as the training did that is resumed."""
+        if decided == self.structure.decided or self.structure.reread is None:
             return
-        before = self.config.replace(**self.structure.decided)
-        checkpoint.refuse_other(state_dict, self._identity(config), config)
-        self.config, self.structure.decided = config, {}
-        if self.structure.reread is None:
-            return
-        self.structure.reread = partial(read_model, config=config)
-        if self.structure.model is None or config == before:
+        reread = partial(read_model, config=self.config, decided=decided)
+        if self.structure.model is None:
+            self.structure.reread, self.structure.decided = reread, decided
             return
         if collectives.rank() == 0:
-            kept = ", ".join(f"{field}={getattr(config, field)}" for field in config.from_model)
-            logger.warning(messages.FOLLOWED, config.name, kept)
+            said = _said(decided)
+            logger.warning(messages.FOLLOWED, self.config.name, said)
+        self.structure.reread = reread
         self.attach(self.structure.model)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -818,3 +837,8 @@ class PrecondOptimizer(Reporting, torch.optim.Optimizer):
     def routing(self) -> RoutingTable:
         """Every parameter, how it is stepped, and why."""
         return self.structure.routing
+
+
+def _said(fields: Mapping[str, Any]) -> str:
+    """Fields as ``--optim_args`` has them."""
+    return ",".join(f"{field}={value}" for field, value in fields.items())

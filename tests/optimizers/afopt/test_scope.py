@@ -56,12 +56,14 @@ def test_linear_layers_that_were_loaded_are_left_to_adamw(folder, caplog):
     assert count(optimizer) == ATTENTION
     route = optimizer.routing["bert.encoder.layer.1.output.dense.weight"]
     assert route.treatment == "adamw"
-    assert route.reason == "linear layer: outside scope=attention (auto, of loaded weights)"
+    assert (
+        route.reason == "linear layer: outside scope=attention (auto, of a model that was loaded)"
+    )
     said = [r.message for r in caplog.records if "scope=all_linear" in r.message]
     assert said == [
         "afopt: this model's weights were loaded, so its attention is preconditioned and its other "
         "linear layers are left to adamw (scope=attention); scope=all_linear preconditions them "
-        "too, as 0.1 did."
+        "too, as earlier releases did."
     ]
 
 
@@ -89,10 +91,12 @@ def test_only_loaded_layers_that_train_decide(folder):
     assert optimizer.structure.decided == {"scope": "all_linear"} and count(optimizer) == 5
 
 
-def test_adapters_of_all_linear_layers_are_preconditioned(folder):
+def test_adapters_do_not_decide(folder):
+    """Of LoRA no linear layer that was loaded trains; adapters of the attention have moments."""
     lora = LoraConfig(r=2, target_modules=["query", "intermediate.dense"], task_type="SEQ_CLS")
     optimizer = create_optimizer(get_peft_model(loaded(folder), lora), "afopt")
     assert optimizer.structure.decided == {"scope": "all_linear"}
+    assert {bound.matrix.name.split(".")[-3] for bound in optimizer.bound} == {"query"}
 
 
 def test_a_decision_outlasts_layers_that_are_unfrozen(folder):
@@ -110,25 +114,44 @@ def test_a_decision_outlasts_layers_that_are_unfrozen(folder):
     assert count(optimizer) == 13
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["attached", "attached later"])
-@pytest.mark.parametrize("scope", ["all_linear", "attention"])
-def test_a_resumed_training_keeps_its_scope(folder, scope, late):
-    """Of a model made anew from its config, and of one from a checkpoint of the training."""
+def test_a_decision_for_layers_that_are_frozen_is_taken_anew(folder):
     model = loaded(folder)
-    optimizer = create_optimizer(model, "afopt", params=model.parameters(), lr=1e-3, scope=scope)
+    optimizer = create_optimizer(model, "afopt", params=model.parameters())
+    train(model, optimizer)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "attention" not in name
+    optimizer.attach(model)
+    assert count(optimizer) == 5
+
+
+@pytest.mark.parametrize("way", ["attached", "attached later", "prepared", "no identity"])
+@pytest.mark.parametrize("scope", ["all_linear", "attention"])
+def test_a_resumed_training_keeps_its_scope(folder, scope, way):
+    """Of a model made anew from its config, and of one from a checkpoint of the training.
+
+    accelerate loads an optimizer's own state into it; torch's distributed checkpoints have no
+    identity, which alone knows of a new head.
+    """
+    model, fields = loaded(folder), {"lr": 1e-3, "head": "lr" if way == "no identity" else "auto"}
+    optimizer = create_optimizer(model, "afopt", params=model.parameters(), scope=scope, **fields)
     train(model, optimizer, 3)
     state = copy.deepcopy(optimizer.state_dict())
     weights = copy.deepcopy(model.state_dict())
     train(model, optimizer, 2)
     for other in (loaded(folder), made()):
         other.load_state_dict(weights)
-        if late:
-            resumed = AFOpt(other.parameters(), lr=1e-3)
+        if way == "attached later":
+            resumed = AFOpt(other.parameters(), **fields)
             resumed.load_state_dict(state)
             resumed.attach(other)
         else:
-            resumed = create_optimizer(other, "afopt", params=other.parameters(), lr=1e-3)
+            resumed = create_optimizer(other, "afopt", params=other.parameters(), **fields)
+            if way == "prepared":
+                resumed.load_state_dict(resumed.state_dict())
+            if way == "no identity":
+                state = {name: value for name, value in state.items() if name != "hf_precond"}
             resumed.load_state_dict(state)
+        assert resumed.config.scope == "auto"
         assert count(resumed) == count(optimizer)
         train(other, resumed, 2)
         for name, weight in other.state_dict().items():
@@ -142,6 +165,7 @@ def test_a_state_of_other_fields_changes_nothing(folder):
     mine = create_optimizer(loaded(folder), "afopt")
     with pytest.raises(ValueError, match="direction='inverse' there"):
         mine.load_state_dict(optimizer.state_dict())
+    train(mine.structure.model, mine)
     assert count(mine) == ATTENTION and mine.config == AFOptConfig()
 
 
@@ -149,3 +173,40 @@ def test_the_state_names_what_was_decided(folder):
     layout = create_optimizer(loaded(folder), "afopt").state_dict()["hf_precond"]["layout"]
     assert layout["scope"] == "attention"
     assert create_optimizer(loaded(folder), "afopt").config.scope == "auto"
+
+
+def test_states_of_several_scopes_follow_each_other(folder):
+    """Also one that was saved before there was a model."""
+    mine, states = create_optimizer(loaded(folder), "afopt"), {}
+    for scope in ("all_linear", "attention", "query_key"):
+        model = loaded(folder)
+        optimizer = create_optimizer(model, "afopt", scope=scope)
+        train(model, optimizer)
+        states[count(optimizer)] = optimizer.state_dict()
+    for matrices in (13, 8, 4, 13):
+        mine.load_state_dict(states[matrices])
+        assert count(mine) == matrices
+    model = loaded(folder)
+    early = AFOpt(model.parameters())
+    state = early.state_dict()
+    early.attach(model)
+    early.load_state_dict(state)
+    assert count(early) == ATTENTION
+
+
+def test_a_trainer_resumes_with_the_scope_that_it_began_with(folder, tmp_path):
+    """Begun from random weights, resumed with a model from its checkpoint, and the reverse."""
+    rows = [{"input_ids": list(range(i, i + 6)), "labels": i % 3} for i in range(16)]
+    for first, second in ((made, loaded), (loaded, made)):
+        out, moved = str(tmp_path / first.__name__), []
+        for steps, make in ((2, first), (4, second)):
+            model = make(folder) if make is loaded else make()
+            args = tf.TrainingArguments(
+                out, max_steps=steps, save_steps=2, optim="afopt", report_to=[], use_cpu=True,
+                disable_tqdm=True, save_strategy="steps", learning_rate=1e-3,
+            )  # fmt: skip
+            trainer = tf.Trainer(model, args, train_dataset=rows)
+            trainer.train(resume_from_checkpoint=steps == 4)
+            moved.append(len(trainer.optimizer.optimizer.bound))
+            assert trainer.optimizer.optimizer.config.scope == "auto"
+        assert moved == ([13, 13] if first is made else [8, 8])
