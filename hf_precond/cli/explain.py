@@ -21,7 +21,7 @@ EXAMPLES = """examples:
   hf-precond explain bert-base-uncased --optim muon --tokens 4096 --device h100
 
 The model's weights are neither loaded nor made: its config.json is enough.
-A folder with weights, and a model of the Hub, is shown as fine-tuning treats it."""
+A folder with weights, and a model of the Hub, is shown as in fine-tuning."""
 
 
 def add_command(commands: Any) -> None:
