@@ -16,7 +16,7 @@ from hf_precond.architectures.peft import find_adapter
 from hf_precond.architectures.structure import LayerMatrix
 from hf_precond.compat.transformers_internals import was_loaded
 
-BODY_STEP = 0.025
+BODY_STEP = 0.0375
 """Sum over the layers of a pretrained body of what a unit step changes them by, relative to their
 weights: the learning rate that :func:`starting_lr` chooses, times layers over weights."""
 ADAPTER_STEP = 0.2
@@ -72,9 +72,9 @@ def _was_loaded(name: str, parameters: Mapping[str, Tensor]) -> bool:
 def starting_lr(model: nn.Module, steps: int | None = None) -> float | None:
     """The learning rate at which fine-tuning starts well, from the weights that were loaded.
 
-    ``lr = 0.025 · rms(W) / K``, of the K linear layers and convolutions that were loaded and
+    ``lr = 0.0375 · rms(W) / K``, of the K linear layers and convolutions that were loaded and
     train, W all their weights. A step of size lr in every entry then changes the weights of each
-    by ``0.025 / K`` of their size, and what the model computes, to first order, by K times as
+    by ``0.0375 / K`` of their size, and what the model computes, to first order, by K times as
     much, whatever its depth and the scale of its weights.
 
     A training of fewer than 300 steps goes as far in them: its rate is ``300 / steps`` times as
