@@ -366,8 +366,8 @@ class PrecondOptimizer(Reporting, torch.optim.Optimizer):
         """Refuse to sum the statistics of ranks whose models decided otherwise; looked at once."""
         if not self.structure.decided or self._ranks_agree:
             return
-        own = float(len(self.bound))
-        numbers = torch.tensor([own, own * own], dtype=torch.float64).to(self._first.device)
+        own = len(self.bound)
+        numbers = torch.tensor([own, own * own]).to(self._first.device)
         total, squares = collectives.sum_over_ranks(numbers).tolist()
         if total * total != squares * collectives.world_size():
             said = _said(self.structure.decided)
