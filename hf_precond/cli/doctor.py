@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from hf_precond.cli.text import table, terminal_width, wrapped
+from hf_precond.cli.text import table, terminal_width, without_logs, wrapped
 from hf_precond.config.hub import version
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "evaluate", "wrapt")
@@ -290,17 +290,13 @@ def _require_finite(losses: list[float]) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the warnings of other packages about a model of two layers."""
-    import logging
-
     import transformers
 
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
-    logging.getLogger("hf_precond").setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), without_logs():
             warnings.simplefilter("ignore")
             yield
     finally:
         transformers.logging.set_verbosity(level)
-        logging.getLogger("hf_precond").setLevel(logging.NOTSET)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from hf_precond.cli.text import distinct, terminal_width, wrapped
+from hf_precond.cli.text import distinct, terminal_width, without_logs, wrapped
 
 WEIGHTS = (".safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json", ".gguf")
 
@@ -140,13 +139,8 @@ def explanation(
     _refuse_bad_path(model)
     with torch.device("meta"):
         built = _build(model, auto_class)
-    log = logging.getLogger("hf_precond")
-    level = log.level
-    log.setLevel(logging.ERROR)  # what a training says at its start stands in the table
-    try:
+    with without_logs():  # what a training says at its start stands in the table
         optimizer = create_optimizer(built, config)
-    finally:
-        log.setLevel(level)
     optimizer.close()
     total = sum(parameter.numel() for parameter in built.parameters())
     title = f"{type(built).__name__}, {total:,} weights, under {name} ({info.title})"

@@ -1,10 +1,12 @@
-"""Text for a terminal: its width, names that are cut, tables."""
+"""Text for a terminal: its width, names that are cut, tables, and what is not logged."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import shutil
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 
 def terminal_width() -> int:
@@ -60,3 +62,15 @@ def table(rows: Sequence[Sequence[str]], width: int) -> str:
         for row in rows
     ]
     return "\n".join(line.rstrip() for line in lines)
+
+
+@contextlib.contextmanager
+def without_logs() -> Iterator[None]:
+    """Inside, the package logs errors alone."""
+    log = logging.getLogger("hf_precond")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

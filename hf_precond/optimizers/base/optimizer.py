@@ -517,9 +517,9 @@ class PrecondOptimizer(Reporting, torch.optim.Optimizer):
         except ValueError:  # nothing is left to precondition: no reason to stop a training
             from hf_precond.architectures.parameters import ParameterSurvey
 
-            lost_all = self.structure
+            known = self.structure
             self.structure = ParameterSurvey(model).structure(self.config, {})
-            self.structure.reread, self.structure.decided = lost_all.reread, lost_all.decided
+            self.structure.reread, self.structure.decided = known.reread, known.decided
             self._bind()
             self._route()
             self._open()
