@@ -19,7 +19,6 @@ from hf_precond.architectures.attention_block import (
     Convention,
     DownProjection,
     Heads,
-    LowRankAdapter,
     Part,
 )
 from hf_precond.architectures.modules import (
@@ -32,7 +31,7 @@ from hf_precond.architectures.modules import (
     layer_matrix,
     refusal,
 )
-from hf_precond.architectures.structure import LayerMatrix, RowSelection
+from hf_precond.architectures.structure import LayerMatrix, LowRankAdapter, RowSelection
 
 
 def find_attention(model: nn.Module) -> list[AttentionBlock]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from hf_precond.architectures.declarations import Declaration, Declarations
-from hf_precond.architectures.structure import LayerMatrix
+from hf_precond.architectures.structure import LayerMatrix, LowRankAdapter
 from hf_precond.architectures.tables import OUTPUTS
 from hf_precond.distributed.collectives import full
 
@@ -37,32 +37,6 @@ class Heads:
     def group(self) -> int:
         """Query heads that share one key-value head."""
         return self.query // self.key_value
-
-
-@dataclass(eq=False)
-class LowRankAdapter:
-    """A low-rank update ``scaling · up @ down`` of a matrix of an attention (LoRA).
-
-    Args:
-        down: LoRA's A, ``[r, in]``; one object for all roles of a fused weight.
-        up: LoRA's B, ``[out, r]``; the role's rows where the weight is fused.
-        scaling: factor of the product.
-        magnitude: the module whose ``weight`` (``[out]``) are the norms that
-            DoRA gives the rows of the sum of weight and update; ``None``
-            without DoRA.
-        beside: the pairs of further adapters of the same layer that are active.
-    """
-
-    down: LayerMatrix
-    up: LayerMatrix
-    scaling: float
-    magnitude: nn.Module | None = None
-    beside: tuple[LowRankAdapter, ...] = ()
-
-    def update(self) -> Tensor:
-        """``scaling · B A``, ``[out, in]``."""
-        up = self.up.read()[:, : self.up.shape[1]]
-        return self.scaling * (up @ self.down.read())
 
 
 @dataclass(eq=False)
@@ -258,13 +232,7 @@ class AttentionBlock:
             ``None`` without DoRA.
         """
         pair = self.adapters.get(role) if pair is None else pair
-        if pair is None or pair.magnitude is None:
-            return None
-        update = pair.update()
-        matrix = self.roles()[role].read()[:, : update.shape[1]] + update
-        magnitude = full(cast(Tensor, pair.magnitude.weight).detach())
-        rows = pair.up.bias_view(magnitude).reshape(-1)
-        return rows.to(matrix.dtype) / torch.linalg.vector_norm(matrix, dim=1)
+        return None if pair is None else pair.row_scale(self.roles()[role])
 
 
 @dataclass(frozen=True)

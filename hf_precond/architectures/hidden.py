@@ -8,9 +8,16 @@ from dataclasses import replace
 from torch import nn
 
 from hf_precond.architectures.attention_block import AttentionBlock
-from hf_precond.architectures.modules import CONVOLUTIONS, find_matrices, is_layer, is_linear
+from hf_precond.architectures.modules import (
+    CONVOLUTIONS,
+    find_matrices,
+    is_layer,
+    is_linear,
+    is_readable,
+    layer_matrix,
+)
 from hf_precond.architectures.parameters import ParameterSurvey
-from hf_precond.architectures.structure import LayerMatrix, RowSelection
+from hf_precond.architectures.structure import LayerMatrix, LowRankAdapter, RowSelection
 
 ROUTER = "router: a step of its logits sends tokens to other experts"
 """Why optimizers with factors leave routers to the fallback optimizer."""
@@ -87,6 +94,36 @@ def outside_attention(
         if not skipped and name not in survey.routers:
             chosen.append((matrix, what))
     return chosen + experts_of(survey)
+
+
+def adapters_outside_attention(
+    survey: ParameterSurvey, attentions: Sequence[AttentionBlock]
+) -> list[LowRankAdapter]:
+    """LoRA's pairs of the linear layers outside attention, but of output heads and routers.
+
+    Args:
+        survey: of the model.
+        attentions: all of the model's.
+    """
+    if not survey.adapters:
+        return []
+    from hf_precond.architectures.peft import find_adapter, wrappers_of
+
+    inside = {matrix.module for block in attentions for matrix in block.roles().values()}
+    names = {module: name for name, module in survey.model.named_modules()}
+    found = []
+    for layer, wrapper in wrappers_of(survey.model).items():
+        if layer in inside or not is_linear(layer):
+            continue
+        held = {survey.names[id(parameter)] for parameter in layer.parameters()}
+        first = find_adapter(wrapper, names[wrapper])
+        if first is None or held & survey.head or held & survey.routers:
+            continue
+        for pair in (first, *first.beside):
+            if pair.magnitude is None or is_readable(layer):
+                pair.base = layer_matrix(layer, names[layer], bias=False)
+                found.append(pair)
+    return found
 
 
 def in_hidden_layers(

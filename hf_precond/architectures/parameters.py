@@ -25,6 +25,7 @@ from hf_precond.architectures.structure import (
     FROZEN,
     PRECONDITIONED,
     LayerMatrix,
+    LowRankAdapter,
     ModelStructure,
     NormParameter,
     Route,
@@ -145,6 +146,7 @@ class ParameterSurvey:
         matrices: Sequence[LayerMatrix] = (),
         hidden: Sequence[LayerMatrix] = (),
         attention: Sequence[AttentionBlock] = (),
+        adapters: Sequence[LowRankAdapter] = (),
         norms: Sequence[NormParameter] = (),
     ) -> ModelStructure:
         """The structure that an optimizer is given.
@@ -156,6 +158,7 @@ class ParameterSurvey:
             matrices: see :class:`~hf_precond.architectures.structure.ModelStructure`.
             hidden: the same.
             attention: the same.
+            adapters: the same.
             norms: the same.
         """
         routes = []
@@ -172,6 +175,7 @@ class ParameterSurvey:
             matrices=list(matrices),
             hidden=list(hidden),
             attention=list(attention),
+            adapters=list(adapters),
             norms=list(norms),
             routing=RoutingTable(routes),
             owners=[(name, *owner) for name, owner in self.owners.items()],

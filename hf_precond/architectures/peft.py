@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_precond.architectures.attention_block import LowRankAdapter
 from hf_precond.architectures.modules import is_linear, is_readable, layer_matrix
-from hf_precond.architectures.structure import RowSelection
+from hf_precond.architectures.structure import LowRankAdapter, RowSelection
 
 
 def unwrap(module: nn.Module, name: str) -> tuple[nn.Module, str]:

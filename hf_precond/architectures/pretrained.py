@@ -9,11 +9,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from hf_precond.architectures.attention_block import LowRankAdapter
 from hf_precond.architectures.modules import find_matrices, is_layer, is_linear
 from hf_precond.architectures.parameters import find_head
 from hf_precond.architectures.peft import find_adapter
-from hf_precond.architectures.structure import LayerMatrix
+from hf_precond.architectures.structure import LayerMatrix, LowRankAdapter
 from hf_precond.compat.transformers_internals import was_loaded
 
 BODY_STEP = 0.0375

@@ -11,7 +11,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -232,6 +232,51 @@ class LayerMatrix:
 
 
 @dataclass(eq=False)
+class LowRankAdapter:
+    """A low-rank update ``scaling · up @ down`` of a linear layer's matrix (LoRA).
+
+    Args:
+        down: LoRA's A, ``[r, in]``; one object for all roles of a fused weight.
+        up: LoRA's B, ``[out, r]``; the role's rows where the weight is fused.
+        scaling: factor of the product.
+        magnitude: the module whose ``weight`` (``[out]``) are the norms that
+            DoRA gives the rows of the sum of weight and update; ``None``
+            without DoRA.
+        base: the matrix that is updated; ``None`` of an attention's, which knows it.
+        beside: the pairs of further adapters of the same layer that are active.
+    """
+
+    down: LayerMatrix
+    up: LayerMatrix
+    scaling: float
+    magnitude: nn.Module | None = None
+    base: LayerMatrix | None = None
+    beside: tuple[LowRankAdapter, ...] = ()
+
+    def update(self) -> Tensor:
+        """``scaling · B A``, ``[out, in]``."""
+        up = self.up.read()[:, : self.up.shape[1]]
+        return self.scaling * (up @ self.down.read())
+
+    def row_scale(self, base: LayerMatrix) -> Tensor | None:
+        """What DoRA multiplies the rows of ``W + scaling · B A`` by: ``m / norm``, ``[out]``.
+
+        Args:
+            base: the matrix W.
+
+        Returns:
+            ``None`` without DoRA.
+        """
+        if self.magnitude is None:
+            return None
+        update = self.update()
+        matrix = base.read()[:, : update.shape[1]] + update
+        magnitude = full(cast(Tensor, self.magnitude.weight).detach())
+        rows = self.up.bias_view(magnitude).reshape(-1)
+        return rows.to(matrix.dtype) / torch.linalg.vector_norm(matrix, dim=1)
+
+
+@dataclass(eq=False)
 class NormParameter:
     """A scale or shift of a norm.
 
@@ -339,6 +384,7 @@ class ModelStructure:
         matrices: the matrices to precondition, in model order. Those of
             ``attention`` that are in scope are among them.
         attention: the attention blocks that have a matrix in scope.
+        adapters: LoRA's pairs outside attention whose A and B are among ``matrices``.
         hidden: matrices of hidden layers that are stepped by a matrix sign:
             outside ``matrices`` by Muon, where it is the fallback optimizer,
             inside by AdamR's ``direction="sign"``.
@@ -357,6 +403,7 @@ class ModelStructure:
 
     matrices: list[LayerMatrix] = field(default_factory=list)
     attention: list[AttentionBlock] = field(default_factory=list)
+    adapters: list[LowRankAdapter] = field(default_factory=list)
     hidden: list[LayerMatrix] = field(default_factory=list)
     norms: list[NormParameter] = field(default_factory=list)
     routing: RoutingTable = field(default_factory=RoutingTable)

@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hf_precond.architectures.attention_block import LowRankAdapter
 from hf_precond.architectures.parameters import ParameterSurvey, add_reason
 from hf_precond.architectures.peft import find_adapter, wrappers_of
-from hf_precond.architectures.structure import ModelStructure
+from hf_precond.architectures.structure import LowRankAdapter, ModelStructure
 from hf_precond.bench.controls.common import RMS, ControlConfig
 from hf_precond.config.base import decay, positive
 from hf_precond.linalg.matrix_functions import largest_entry, newton_schulz

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from hf_precond.architectures.attention import find_attention
 from hf_precond.compat import devices
+from hf_precond.distributed import collectives
 from hf_precond.linalg.matrix_functions import (
     frobenius_norm,
     gram_newton_schulz,
@@ -57,6 +59,13 @@ if TYPE_CHECKING:
 
 RMS = 0.2
 """Root mean square of a step's entries per unit of learning rate: what AdamW's usually is."""
+logger = logging.getLogger(__name__)
+
+EARLIER_ADAPTERS = (
+    "afopt: this state is of an earlier release, which left %d matrices of adapters outside the "
+    "attention to %s; they are preconditioned now, and their momentum begins anew. "
+    "scope=attention in a new training leaves them."
+)
 NORM_DECAY = 0.99
 """Decay of the running mean of a gradient's norm under ``scaling="adaptive"``."""
 NORMS = 20
@@ -138,6 +147,7 @@ class AFOpt(PrecondOptimizer):
             announce(self.structure, self.config.base)
             self._announced = True
         warn_of_unread(self.structure.attention, self.config)
+        self._begin_adapters()
         if self.config.attention_entropy:
             from hf_precond.optimizers.afopt.diagnostics import EntropyMonitor
 
@@ -158,6 +168,15 @@ class AFOpt(PrecondOptimizer):
         super().attach(model)
         carry_over(before, self.plan, self.state)
 
+    def _begin_adapters(self) -> None:
+        """Forget how an earlier release stepped LoRA's A and B outside attention."""
+        if self.state and self.config.scaling != "norm_recovery":
+            from hf_precond.optimizers.afopt.rebinding import begin_adapters
+
+            count = begin_adapters(self.plan, self.state)
+            if count and collectives.rank() == 0:
+                logger.warning(EARLIER_ADAPTERS, count, self.config.base)
+
     @property
     def plan(self) -> AFOptPlan:
         """Which factors each matrix has; made anew for a copy of the optimizer."""
@@ -175,6 +194,7 @@ class AFOpt(PrecondOptimizer):
         super().load_state_dict(state_dict)
         self._seen.clear()
         self._norms_seen.clear()
+        self._begin_adapters()
 
     def __getstate__(self) -> dict[str, Any]:
         """As of the base; a copy says nothing anew."""

@@ -7,13 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor
 
 from hf_precond.architectures.attention_block import AttentionBlock
-from hf_precond.architectures.structure import LayerMatrix, ModelStructure
+from hf_precond.architectures.structure import LayerMatrix, LowRankAdapter, ModelStructure
 from hf_precond.linalg.matrix_functions import pack, packed_size, unpack
 from hf_precond.optimizers.afopt.config import AFOptConfig
 from hf_precond.optimizers.base.layout import state_of
@@ -25,6 +25,7 @@ State = dict[Tensor, dict[str, Any]]
 Kind = Literal["moment", "inverse", "factor"]
 Form = Literal["rows", "columns", "square"]
 Side = Literal["", "down", "up"]
+Sides = tuple[tuple[LayerMatrix, Side], ...]
 
 VECTORS = {"q": "query", "k": "key"}
 SPECTRAL_KINDS: dict[Form, tuple[Kind, Kind]] = {
@@ -154,6 +155,7 @@ class MatrixPlan:
         role: ``q``, ``k``, ``v``, ``o``, or ``linear`` outside attention.
         side: ``down`` or ``up`` where the matrix is LoRA's A or B.
         block: the attention, if any.
+        pair: LoRA's A and B, where one of them is the matrix, outside attention.
         heads: row groups that have a left factor and a matrix sign each.
         left: the factors of its rows; ``None`` for the identity.
         left_moment: the moments under ``left``, where changes of the logits are predicted.
@@ -170,6 +172,7 @@ class MatrixPlan:
     side: Side = ""
     block: AttentionBlock | None = None
     heads: int = 1
+    pair: LowRankAdapter | None = field(default=None, kw_only=True)
     right: RightFactor = field(init=False)
     left: StateMatrix | None = None
     left_moment: StateMatrix | None = None
@@ -186,6 +189,13 @@ class MatrixPlan:
         part = copy.copy(self)
         part.experts = first, last
         return part
+
+    @property
+    def pairs(self) -> Sequence[LowRankAdapter]:
+        """The LoRA pairs of the matrix' layer."""
+        if self.block is not None:
+            return self.block.pairs(self.role)
+        return () if self.pair is None else (self.pair,)
 
     @property
     def rows(self) -> int:
@@ -216,6 +226,18 @@ def _members(block: AttentionBlock, bound: Mapping[LayerMatrix, BoundMatrix]) ->
     ]
 
 
+def _adapters(
+    pairs: Sequence[LowRankAdapter], bound: Mapping[LayerMatrix, BoundMatrix]
+) -> list[MatrixPlan]:
+    """Plans of LoRA's A and B outside attention that are in scope, without their factors."""
+    return [
+        MatrixPlan(bound[matrix], "linear", side, pair=pair)
+        for pair in pairs
+        for matrix, side in cast(Sides, ((pair.down, "down"), (pair.up, "up")))
+        if matrix in bound
+    ]
+
+
 def observes(block: AttentionBlock, config: AFOptConfig) -> bool:
     """Whether A_K and A_Q are collected, instead of following from A_X and the weights.
 
@@ -242,8 +264,9 @@ class AFOptPlan:
         self.config = config
         in_scope = {item.matrix: item for item in bound}
         plans = [plan for block in structure.attention for plan in _members(block, in_scope)]
-        in_attention = {plan.bound for plan in plans}
-        plans += [MatrixPlan(item, "linear") for item in bound if item not in in_attention]
+        plans += _adapters(structure.adapters, in_scope)
+        known = {plan.bound for plan in plans}
+        plans += [MatrixPlan(item, "linear") for item in bound if item not in known]
         self.of = {plan.bound: plan for plan in plans}
         self.matrices = [self.of[item] for item in bound]
         self.moments: list[Moment] = []
@@ -292,9 +315,8 @@ class AFOptPlan:
         """The right factor, and the moments that it and the left one are made from."""
         block, role, config = plan.block, plan.role, self.config
         if block is None:
-            moment = self._add_moment(plan.bound, "input_moment", "input", plan.bound.matrix)
-            plan.right = self._right(plan, moment)
-            plan.moments.append(moment)
+            plan.right = self._right(plan, self._moment_outside(plan))
+            plan.moments.append(plan.right.moment)
             return
         plan.right = self._right(plan, self._moment(plan, block, block.reads(role)))
         plan.moments.append(plan.right.moment)
@@ -310,9 +332,8 @@ class AFOptPlan:
     def _right(self, plan: MatrixPlan, moment: Moment) -> RightFactor:
         """The right factor of a matrix: a sibling's, or a new one in its own state."""
         columns, kind, down = plan.bound.matrix.columns, self._kinds(plan)[1], None
-        if plan.block is not None and plan.side == "up":
-            pairs = plan.block.pairs(plan.role)
-            down = next(pair.down for pair in pairs if pair.up is plan.bound.matrix)
+        if plan.side == "up":
+            down = next(pair.down for pair in plan.pairs if pair.up is plan.bound.matrix)
         for known in self.rights:
             alike = (known.moment, known.columns, known.kind) == (moment, columns, kind)
             if alike and known.down is down is None:
@@ -323,6 +344,17 @@ class AFOptPlan:
         factor = RightFactor(plan.bound, name, shape, packed, kind, moment, columns, down)
         self.rights.append(factor)
         return factor
+
+    def _moment_outside(self, plan: MatrixPlan) -> Moment:
+        """The moment of a layer's input outside attention; LoRA's pairs of one layer share it."""
+        if plan.pair is None:
+            return self._add_moment(plan.bound, "input_moment", "input", plan.bound.matrix)
+        layer, name = plan.pair.base, "layer_input_moment"
+        assert layer is not None
+        for known in self.moments:
+            if known.name == name and known.request.matrix.module is layer.module:
+                return known
+        return self._add_moment(plan.bound, name, "input", layer)
 
     def _moment(self, plan: MatrixPlan, block: AttentionBlock, name: str) -> Moment:
         """A moment of an attention, made once; its first matrix's state holds it.

@@ -90,3 +90,23 @@ def _has_momentum(state: Mapping[str, Any]) -> bool:
         _has_momentum(value) if isinstance(value, Mapping) else name.endswith("momentum")
         for name, value in state.items()
     )
+
+
+def begin_adapters(plan: AFOptPlan, state: State) -> int:
+    """Drops the fallback optimizer's state of LoRA's A and B outside attention.
+
+    Release 0.2 left these to it; with a state of that release they begin anew.
+
+    Args:
+        plan: the optimizer's.
+        state: the optimizer's, changed in place.
+
+    Returns:
+        How many had such a state.
+    """
+    adapters = [each.bound for each in plan.matrices if each.pair is not None]
+    held = [item for item in adapters if state.get(item.weight)]
+    earlier = [item for item in held if f"{item.prefix}momentum" not in state[item.weight]]
+    for item in earlier:
+        del state[item.weight]
+    return len(earlier)

@@ -14,6 +14,7 @@ from hf_precond.architectures.hidden import (
     ROLES,
     ROUTER,
     Candidate,
+    adapters_outside_attention,
     in_attention,
     outside_attention,
 )
@@ -42,8 +43,8 @@ def attention_matrices(model: nn.Module, config: AFOptConfig) -> ModelStructure:
     """Finds the matrices in ``config.scope``; ``auto`` is what :func:`scope_of` says.
 
     ``query_key`` takes q and k of the attentions, ``attention`` v and o too, ``all_linear`` the
-    other linear layers as well, except output heads, tied weights and adapters outside the
-    attentions; in a model without attention the convolutions too.
+    other linear layers as well, except output heads and tied weights; in a model without attention
+    the convolutions too. LoRA's A and B are taken where the layer below them would be.
 
     Args:
         model: the model.
@@ -59,6 +60,12 @@ def attention_matrices(model: nn.Module, config: AFOptConfig) -> ModelStructure:
     survey, attentions = ParameterSurvey(model), find_attention(model)
     linears = outside_attention(survey, attentions, convolutions=not attentions)
     scope = scope_of(config, survey, attentions, linears)
+    pairs = adapters_outside_attention(survey, attentions)
+    linears += [
+        (matrix, "adapter of a linear layer")
+        for matrix in dict.fromkeys(m for pair in pairs for m in (pair.down, pair.up))
+        if matrix.trains
+    ]
     blocks, chosen, left = _in_attentions(survey, attentions, scope)
     if scope == "all_linear":
         order = {name: place for place, name in enumerate(survey.parameters)}
@@ -73,7 +80,13 @@ def attention_matrices(model: nn.Module, config: AFOptConfig) -> ModelStructure:
     treated, outside = _reasons(model, survey, chosen, left)
     hidden = [matrix for matrix, _, _ in left]
     structure = survey.structure(
-        config, treated, outside, matrices=matrices, hidden=hidden, attention=blocks
+        config,
+        treated,
+        outside,
+        matrices=matrices,
+        hidden=hidden,
+        attention=blocks,
+        adapters=[pair for pair in pairs if inside & {pair.down, pair.up}],
     )
     structure.decided = {"scope": scope} if config.scope == "auto" else {}
     return structure

@@ -159,24 +159,28 @@ def adapter_left_moment(factors: Factors, plan: MatrixPlan) -> Tensor:
         ``[heads, rows, rows]``.
     """
     block, terms = plan.block, []
-    assert block is not None
     if plan.side == "up":
+        assert block is not None  # B of other layers has no left factor
         moment = factors.output_moment(block, plan.role)
-        pair = next(p for p in block.pairs(plan.role) if p.up is plan.bound.matrix)
-        scale = block.row_scale(plan.role, pair)
+        pair = next(p for p in plan.pairs if p.up is plan.bound.matrix)
+        scale = pair.row_scale(block.roles()[plan.role])
         assert moment is not None
         if scale is None:
             return moment
         rows = heads_of(scale, len(moment)).to(moment.dtype)
         return rows.unsqueeze(-1) * moment * rows.unsqueeze(-2)
-    pairs = [(role, pair) for role in block.adapters for pair in block.pairs(role)]
+    pairs = [("", pair) for pair in plan.pairs]
+    if block is not None:  # roles may share an A
+        pairs = [(role, pair) for role in block.adapters for pair in block.pairs(role)]
     for role, adapter in pairs:
         if adapter.down is not plan.bound.matrix:
             continue
         up = adapter.up.read()[:, : adapter.up.shape[1]].to(plan.bound.dtype)
-        scale = block.row_scale(role, adapter)
+        base = adapter.base if block is None else block.roles()[role]
+        assert base is not None
+        scale = adapter.row_scale(base)
         up = up if scale is None else scale[:, None].to(up.dtype) * up
-        moment = factors.output_moment(block, role)
+        moment = None if block is None else factors.output_moment(block, role)
         parts = heads_of(up, 1 if moment is None else len(moment))
         weighed = parts if moment is None else torch.bmm(moment.to(up.dtype), parts)
         terms.append(torch.bmm(parts.mT, weighed).sum(0))

@@ -96,3 +96,73 @@ def test_adapter_factors_against_dense_ones(dora):
             step = optimizer.directions([plan], gradient)[0].detach()
             expected = (above if plan.side == "up" else below).detach()
             torch.testing.assert_close(step, expected, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("max_dim", [1024, 8], ids=["whole", "blocks"])
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_adapters_outside_attention_against_dense_factors(dora, max_dim):
+    """A: ``(Bᵀ D² B)⁻¹ G A_X⁻¹``; B: ``G (A A_X Aᵀ)⁻¹``; damped, and A_X of padded tokens too.
+
+    D are DoRA's factors of the rows. A wide A_X is its diagonal blocks.
+    """
+    model = adapted(["intermediate.dense"], dora=dora)
+    optimizer = create_optimizer(
+        model, "afopt", direction="inverse", damping=0.5, momentum=0.0, max_dim=max_dim
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.2)
+            if "magnitude" in name:
+                parameter.mul_(torch.rand_like(parameter) + 0.5)
+    seen = []
+    layer = model.base_model.model.bert.encoder.layer[1].intermediate.dense
+    handle = layer.register_forward_hook(lambda m, a, out: seen.append(a[0].detach()))
+    data = batch("bert", dtype=DOUBLE)
+    model(**data).loss.backward()
+    handle.remove()
+    plans = [p for p in optimizer.plan.matrices if "layer.1." in p.bound.matrix.name]
+    assert [(p.role, p.side) for p in plans] == [("linear", "down"), ("linear", "up")]
+    with torch.no_grad():
+        directions(optimizer)
+    kept = seen[0][data["attention_mask"].bool()]
+    moment = kept.mT @ kept / len(kept)
+    if max_dim == 8:
+        moment = torch.block_diag(moment[:8, :8], moment[8:, 8:])
+    up, down = layer.lora_B["default"].weight, layer.lora_A["default"].weight
+    rows = torch.ones(len(up), dtype=DOUBLE)
+    if dora:
+        merged = layer.base_layer.weight + 2.0 * up @ down
+        rows = layer.lora_magnitude_vector["default"].weight / merged.square().sum(1).sqrt()
+
+    def solved(gradient, factor):
+        mean = factor.diagonal().mean()
+        return gradient @ torch.linalg.inv(factor + 0.5 * mean * torch.eye(len(factor)).double())
+
+    small = (rows[:, None] * up).mT @ (rows[:, None] * up)
+    expected = {
+        "down": solved(solved(down.grad, moment).mT, small).mT,
+        "up": solved(up.grad, down @ moment @ down.mT),
+    }
+    for plan in plans:
+        step = optimizer.directions([plan], plan.bound.gradient()[None])[0].detach()
+        torch.testing.assert_close(step, expected[plan.side].detach(), rtol=1e-8, atol=1e-12)
+
+
+def test_pairs_of_one_layer_share_the_moment_of_its_input():
+    from peft import LoraConfig
+
+    model = adapted(["intermediate.dense"])
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["intermediate.dense"]))
+    model.base_model.set_adapter(["default", "second"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "lora_" in name
+    optimizer = create_optimizer(model.double(), "afopt")
+    assert len(optimizer.plan.matrices) == 8 and len(optimizer.plan.moments) == 2
+    rank = {p.right.columns for p in optimizer.plan.matrices if p.side == "up"}
+    assert rank == {4, 2}
+    before = weights(model)
+    train("bert", model, optimizer, 3)
+    after = weights(model)
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert moved == {key for key in before if "lora_" in key}

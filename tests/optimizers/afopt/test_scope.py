@@ -38,6 +38,16 @@ def made() -> torch.nn.Module:
     return tf.BertForSequenceClassification(tf.BertConfig(**SIZES, num_labels=3)).train()
 
 
+def adapted(folder: str) -> torch.nn.Module:
+    lora = LoraConfig(r=2, target_modules=["query", "intermediate.dense"], task_type="SEQ_CLS")
+    return get_peft_model(loaded(folder), lora).train()
+
+
+def kinds(optimizer: torch.optim.Optimizer) -> set[str]:
+    """The last names of the layers below the adapters that are preconditioned."""
+    return {bound.matrix.name.split(".")[-3] for bound in optimizer.bound}
+
+
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int = 1) -> None:
     ids, labels = torch.arange(24).view(4, 6), torch.tensor([0, 1, 2, 0])
     for _ in range(steps):
@@ -92,11 +102,48 @@ def test_only_loaded_layers_that_train_decide(folder):
 
 
 def test_adapters_do_not_decide(folder):
-    """Of LoRA no linear layer that was loaded trains; adapters of the attention have moments."""
-    lora = LoraConfig(r=2, target_modules=["query", "intermediate.dense"], task_type="SEQ_CLS")
-    optimizer = create_optimizer(get_peft_model(loaded(folder), lora), "afopt")
+    """Of LoRA no linear layer that was loaded trains, so all of its A and B are preconditioned."""
+    model = adapted(folder)
+    optimizer = create_optimizer(model, "afopt")
     assert optimizer.structure.decided == {"scope": "all_linear"}
-    assert {bound.matrix.name.split(".")[-3] for bound in optimizer.bound} == {"query"}
+    assert kinds(optimizer) == {"query", "dense"} and count(optimizer) == 8
+    optimizer = create_optimizer(model, "afopt", scope="attention")
+    assert kinds(optimizer) == {"query"} and count(optimizer) == 4
+    (left,) = {r.reason for r in optimizer.routing if "intermediate" in r.name and "lora" in r.name}
+    assert left == "adapter of a linear layer: outside scope=attention"
+
+
+def test_adapters_of_heads_are_left_to_the_fallback_optimizer(folder):
+    lora = LoraConfig(r=2, target_modules=["query", "classifier"])
+    optimizer = create_optimizer(get_peft_model(loaded(folder), lora), "afopt")
+    assert kinds(optimizer) == {"query"}
+
+
+@pytest.mark.parametrize("way", ["attached", "attached later"])
+def test_adapters_that_release_0_2_left_to_adamw_begin_anew(folder, way, caplog):
+    model = adapted(folder)
+    optimizer = create_optimizer(model, "afopt", scope="attention")
+    train(model, optimizer)
+    state = optimizer.state_dict()
+    state["hf_precond"]["layout"]["scope"] = "all_linear"  # what release 0.2 wrote
+    if way == "attached":
+        resumed = create_optimizer(model, "afopt")
+        resumed.load_state_dict(state)
+    else:
+        groups = [group["params"] for group in optimizer.param_groups]
+        resumed = AFOpt([{"params": params} for params in groups])
+        resumed.load_state_dict(state)
+        resumed.attach(model)
+    assert caplog.text.count("left 4 matrices of adapters outside the attention to adamw") == 1
+    held = [resumed.state.get(bound.weight) for bound in resumed.bound]
+    assert sum(bool(each) for each in held) == 4
+    train(model, resumed)
+    assert all("momentum" in resumed.state[bound.weight] for bound in resumed.bound)
+    assert not any("exp_avg" in resumed.state[bound.weight] for bound in resumed.bound)
+    caplog.clear()
+    again = create_optimizer(model, "afopt")
+    again.load_state_dict(resumed.state_dict())
+    assert "adapters" not in caplog.text
 
 
 def test_a_decision_outlasts_layers_that_are_unfrozen(folder):
