@@ -47,7 +47,7 @@ def model_of(kind, seed):
     torch.manual_seed(seed)
     config = peft.LoraConfig(
         r=4,
-        target_modules=["query", "value"],
+        target_modules=["query", "value", "intermediate.dense"],
         modules_to_save=["classifier", "LayerNorm"],
         **ADAPTERS[adapter],
     )

@@ -33,8 +33,8 @@ class AFOptConfig(OptimizerConfig):
             (q, k, v, o), ``all_linear`` (linear layers of MLPs too) or ``auto``:
             ``attention`` where linear layers outside it were loaded by
             ``from_pretrained`` and train (in fine-tuning they were better left
-            to AdamW), else ``all_linear``: from random weights, under LoRA.
-            Default ``auto``.
+            to AdamW), else ``all_linear``: from random weights, under LoRA. On
+            layers with LoRA its A and B are meant. Default ``auto``.
         direction: ``spectral`` (msign between the inverse square roots of the
             factors) or ``inverse``. Default ``spectral``.
         scaling: what sets the length of a step: ``adaptive``, ``rms``, ``cap``

@@ -20,6 +20,7 @@ mean over query heads.
 Left factors of adapters:
 
 - LoRA's B: that of its role; LoRA's A: ``Σ_h B_hᵀ A_h B_h``
+- outside attention: B the identity, A ``Bᵀ B``
 - DoRA scales the rows of ``W + s B A`` by D = diag(m / norm), the norm held constant: its B has
   ``D_h A_h D_h`` (o's B the identity all the same), its A ``Σ_h B_hᵀ D_h A_h D_h B_h``
 """
