@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -99,7 +100,10 @@ def outside_attention(
 def adapters_outside_attention(
     survey: ParameterSurvey, attentions: Sequence[AttentionBlock]
 ) -> list[LowRankAdapter]:
-    """LoRA's pairs of the linear layers outside attention, but of output heads and routers.
+    """LoRA's pairs of the linear layers outside attention.
+
+    Without those of output heads, routers and layers of a single row or column, and pairs that
+    share a matrix with others.
 
     Args:
         survey: of the model.
@@ -115,15 +119,22 @@ def adapters_outside_attention(
     for layer, wrapper in wrappers_of(survey.model).items():
         if layer in inside or not is_linear(layer):
             continue
+        base = layer_matrix(layer, names[layer], bias=False)
         held = {survey.names[id(parameter)] for parameter in layer.parameters()}
         first = find_adapter(wrapper, names[wrapper])
-        if first is None or held & survey.head or held & survey.routers:
+        if first is None or held & (survey.head | survey.routers) or min(base.shape) == 1:
             continue
         for pair in (first, *first.beside):
             if pair.magnitude is None or is_readable(layer):
-                pair.base = layer_matrix(layer, names[layer], bias=False)
+                pair.base = base
                 found.append(pair)
-    return found
+    uses = Counter(id(m.weight_parameter) for pair in found for m in (pair.down, pair.up))
+
+    def is_own(matrix: LayerMatrix) -> bool:
+        weight = matrix.weight_parameter
+        return uses[id(weight)] == 1 and survey.name_of(weight) not in survey.tied
+
+    return [pair for pair in found if is_own(pair.down) and is_own(pair.up)]
 
 
 def in_hidden_layers(

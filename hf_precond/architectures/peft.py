@@ -10,7 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_precond.architectures.modules import is_linear, is_readable, layer_matrix
+from hf_precond.architectures.modules import (
+    is_linear,
+    is_readable,
+    is_transposed_linear,
+    layer_matrix,
+)
 from hf_precond.architectures.structure import LowRankAdapter, RowSelection
 
 
@@ -96,6 +101,9 @@ def find_adapter(
     downs, ups = getattr(wrapper, "lora_A", None), getattr(wrapper, "lora_B", None)
     if not isinstance(downs, nn.ModuleDict) or not isinstance(ups, nn.ModuleDict):
         return None
+    layer = getattr(wrapper, "base_layer", None)
+    if hasattr(wrapper, "parameter_name") and layer is not None and is_transposed_linear(layer):
+        return None  # of target_parameters, whose A then meets the layer's outputs
     pairs: list[LowRankAdapter] = []
     for key in dict.fromkeys(_active(wrapper, downs)):
         magnitude = _magnitude(wrapper, key)

@@ -63,7 +63,7 @@ logger = logging.getLogger(__name__)
 
 EARLIER_ADAPTERS = (
     "afopt: this state is of an earlier release, which left %d matrices of adapters outside the "
-    "attention to %s; they are preconditioned now, and their momentum begins anew. "
+    "attention to %s; they are preconditioned now, and their state begins anew. "
     "scope=attention in a new training leaves them."
 )
 NORM_DECAY = 0.99
@@ -170,7 +170,7 @@ class AFOpt(PrecondOptimizer):
 
     def _begin_adapters(self) -> None:
         """Forget how an earlier release stepped LoRA's A and B outside attention."""
-        if self.state and self.config.scaling != "norm_recovery":
+        if self.state:
             from hf_precond.optimizers.afopt.rebinding import begin_adapters
 
             count = begin_adapters(self.plan, self.state)
@@ -210,8 +210,12 @@ class AFOpt(PrecondOptimizer):
         from hf_precond.optimizers.afopt.rebinding import with_momentum
 
         held = with_momentum(state_dict, self.param_groups)
-        blocks = [block.roles().values() for block in find_attention(model)]
-        attention = {id(matrix.weight_parameter) for roles in blocks for matrix in roles}
+        attention = {
+            id(matrix.weight_parameter)
+            for block in find_attention(model)
+            for role, layer in block.roles().items()
+            for matrix in (layer, *(m for p in block.pairs(role) for m in (p.down, p.up)))
+        }
         if held:
             decided["scope"] = "attention" if held <= attention else "all_linear"
         return decided

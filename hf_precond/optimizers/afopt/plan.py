@@ -284,7 +284,8 @@ class AFOptPlan:
         phases = max(1, config.inverse_interval // config.stat_interval)
         self.phases: dict[BoundMatrix, int] = {}
         for plan in self.matrices:
-            number = layers.setdefault(plan.block or plan.bound, len(layers))
+            below = plan.bound if plan.pair is None else plan.pair.base
+            number = layers.setdefault(plan.block or below, len(layers))
             self.phases[plan.bound] = number % phases * config.stat_interval
         # Where in a packed triangle the entries of a matrix are, by size and device.
         self.positions: dict[tuple[int, torch.device], Tensor] = {}

@@ -64,8 +64,12 @@ def _fit_momentum(plan: MatrixPlan, state: State) -> None:
 def _identity(plan: AFOptPlan, item: StateMatrix) -> Hashable:
     """What a moment or factor is, whichever matrix holds it."""
     if isinstance(item, Moment):
-        block = plan.of[item.bound].block
-        return item.bound.matrix.name if block is None else block.name, item.name
+        holder = plan.of[item.bound]
+        if holder.block is not None:
+            return holder.block.name, item.name
+        pair = holder.pair
+        layer = item.bound.matrix if pair is None or pair.base is None else pair.base
+        return layer.name, item.name
     if isinstance(item, RightFactor):
         down = None if item.down is None else item.bound.matrix.name
         return _identity(plan, item.moment), item.columns, item.kind, down
@@ -106,7 +110,11 @@ def begin_adapters(plan: AFOptPlan, state: State) -> int:
     """
     adapters = [each.bound for each in plan.matrices if each.pair is not None]
     held = [item for item in adapters if state.get(item.weight)]
-    earlier = [item for item in held if f"{item.prefix}momentum" not in state[item.weight]]
+    earlier = [
+        item
+        for item in held
+        if state[item.weight].keys().isdisjoint(s.key for s in plan.stored[item])
+    ]
     for item in earlier:
         del state[item.weight]
     return len(earlier)

@@ -44,7 +44,7 @@ def attention_matrices(model: nn.Module, config: AFOptConfig) -> ModelStructure:
 
     ``query_key`` takes q and k of the attentions, ``attention`` v and o too, ``all_linear`` the
     other linear layers as well, except output heads and tied weights; in a model without attention
-    the convolutions too. LoRA's A and B are taken where the layer below them would be.
+    the convolutions too. LoRA's A and B of these layers are taken too.
 
     Args:
         model: the model.
@@ -78,7 +78,8 @@ def attention_matrices(model: nn.Module, config: AFOptConfig) -> ModelStructure:
     left += [(matrix, what, why) for matrix, what in linears]
     left = [candidate for candidate in left if candidate[0] not in inside]
     treated, outside = _reasons(model, survey, chosen, left)
-    hidden = [matrix for matrix, _, _ in left]
+    adapters = {matrix for pair in pairs for matrix in (pair.down, pair.up)}
+    hidden = [matrix for matrix, _, _ in left if matrix not in adapters]
     structure = survey.structure(
         config,
         treated,
@@ -160,7 +161,7 @@ def _check(
         raise ValueError(
             f"afopt: {name} has {len(attentions)} attentions, but no matrix in scope={scope} "
             "trains (they are frozen or tied); unfreeze them, widen scope, or put LoRA adapters on "
-            "q, k, v or o."
+            "the linear layers."
         )
     unread = any(map(is_named_attention, model.modules()))
     if not attentions and (unread or not any(what == CONVOLUTION for _, what in chosen)):

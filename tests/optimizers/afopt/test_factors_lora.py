@@ -166,3 +166,30 @@ def test_pairs_of_one_layer_share_the_moment_of_its_input():
     after = weights(model)
     moved = {key for key in before if not torch.equal(before[key], after[key])}
     assert moved == {key for key in before if "lora_" in key}
+
+
+def test_the_moment_of_a_layer_goes_on_where_its_a_is_frozen():
+    model = adapted(["intermediate.dense"])
+    optimizer = create_optimizer(model, "afopt")
+    train("bert", model, optimizer, 6)
+
+    def moments():
+        return [m.read(optimizer.state).clone() for m in optimizer.plan.moments]
+
+    before = moments()
+    assert len(before) == 2 and all(moment.norm() > 0 for moment in before)
+    for trains in (False, True):
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.requires_grad = trains
+        optimizer.attach(model)
+        assert all(torch.equal(*pair) for pair in zip(before, moments(), strict=True))
+
+
+def test_a_and_b_of_a_layer_are_refreshed_at_one_step():
+    optimizer = create_optimizer(adapted(["intermediate.dense", "query"]), "afopt")
+    phases = optimizer.plan.phases
+    own = {p.bound.matrix.name.split(".lora_")[0]: set() for p in optimizer.plan.matrices}
+    for plan in optimizer.plan.matrices:
+        own[plan.bound.matrix.name.split(".lora_")[0]].add(phases[plan.bound])
+    assert len(own) == 4 and all(len(steps) == 1 for steps in own.values())

@@ -119,29 +119,71 @@ def test_adapters_of_heads_are_left_to_the_fallback_optimizer(folder):
     assert kinds(optimizer) == {"query"}
 
 
-@pytest.mark.parametrize("way", ["attached", "attached later"])
-def test_adapters_that_release_0_2_left_to_adamw_begin_anew(folder, way, caplog):
+def test_adapters_that_share_a_matrix_are_left_to_the_fallback_optimizer(folder):
     model = adapted(folder)
-    optimizer = create_optimizer(model, "afopt", scope="attention")
+    first, second = (layer.intermediate.dense for layer in model.bert.encoder.layer)
+    second.lora_A["default"].weight = first.lora_A["default"].weight
+    assert kinds(create_optimizer(model, "afopt")) == {"query"}
+    model = adapted(folder)
+    first, second = (layer.intermediate.dense for layer in model.bert.encoder.layer)
+    second.lora_B["default"] = first.lora_B["default"]
+    assert kinds(create_optimizer(model, "afopt")) == {"query"}
+
+
+def test_adapters_of_transposed_parameters_are_left_to_the_fallback_optimizer():
+    """There PEFT's A meets the layer's outputs."""
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 40, "n_positions": 8}
+    model = tf.GPT2LMHeadModel(tf.GPT2Config(**sizes)).train()
+    names = ["mlp.c_fc.weight", "attn.c_proj.weight", "attn.c_attn.weight"]
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=names))
+    with pytest.raises(ValueError, match="no matrix in scope"):
+        create_optimizer(model, "afopt")
+
+
+def test_muon_beneath_takes_no_adapters(folder):
+    optimizer = create_optimizer(adapted(folder), "afopt", scope="attention", base="muon")
+    assert not [m for m in optimizer.structure.hidden if "lora" in m.name]
+
+
+def test_a_state_without_identity_knows_the_adapters_of_the_attention(folder, caplog):
+    model = adapted(folder)
+    model.bert.encoder.layer[0].output.dense.weight.requires_grad = True  # decides
+    optimizer = create_optimizer(model, "afopt", head="lr")
+    assert optimizer.structure.decided == {"scope": "attention"}
+    train(model, optimizer)
+    state = optimizer.state_dict()
+    del state["hf_precond"]
+    again = create_optimizer(model, "afopt", head="lr")
+    caplog.clear()
+    again.load_state_dict(state)
+    assert count(again) == 4 and not caplog.text
+
+
+@pytest.mark.parametrize("scaling", ["adaptive", "norm_recovery"])
+@pytest.mark.parametrize("way", ["attached", "attached later"])
+def test_adapters_that_release_0_2_left_to_adamw_begin_anew(folder, way, scaling, caplog):
+    model, fields = adapted(folder), {"scaling": scaling}
+    optimizer = create_optimizer(model, "afopt", scope="attention", **fields)
     train(model, optimizer)
     state = optimizer.state_dict()
     state["hf_precond"]["layout"]["scope"] = "all_linear"  # what release 0.2 wrote
     if way == "attached":
-        resumed = create_optimizer(model, "afopt")
+        resumed = create_optimizer(model, "afopt", **fields)
         resumed.load_state_dict(state)
     else:
         groups = [group["params"] for group in optimizer.param_groups]
-        resumed = AFOpt([{"params": params} for params in groups])
+        resumed = AFOpt([{"params": params} for params in groups], **fields)
         resumed.load_state_dict(state)
         resumed.attach(model)
     assert caplog.text.count("left 4 matrices of adapters outside the attention to adamw") == 1
     held = [resumed.state.get(bound.weight) for bound in resumed.bound]
     assert sum(bool(each) for each in held) == 4
     train(model, resumed)
-    assert all("momentum" in resumed.state[bound.weight] for bound in resumed.bound)
-    assert not any("exp_avg" in resumed.state[bound.weight] for bound in resumed.bound)
+    kept = [resumed.state[bound.weight] for bound in resumed.bound]
+    name, other = ("momentum", "exp_avg") if scaling == "adaptive" else ("exp_avg", "momentum")
+    assert all(name in state and other not in state for state in kept)
     caplog.clear()
-    again = create_optimizer(model, "afopt")
+    again = create_optimizer(model, "afopt", **fields)
     again.load_state_dict(resumed.state_dict())
     assert "adapters" not in caplog.text
 
