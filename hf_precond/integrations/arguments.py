@@ -182,7 +182,9 @@ def follow_steps(trainer: Any, steps: int) -> None:
     if counted_steps(planned) == counted_steps(steps):
         return
     lr = starting_lr(model, steps)
-    if lr is not None and own.change_lr(lr):  # parameters that were sharded since do not tell
+    if lr in (None, rate):  # parameters that were sharded since do not tell
+        return
+    if own.change_lr(lr):
         RATES[model][id(args)] = made_by, lr, steps
         _announce(args, lr, steps)
 
