@@ -21,6 +21,25 @@ def adapted(targets, dtype=DOUBLE, dora=False):
     return get_peft_model(make("bert", dtype=dtype), config).train()
 
 
+def disturb(model):
+    """Give every B entries, and DoRA's magnitudes other ones."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.2)
+            if "magnitude" in name:
+                parameter.mul_(torch.rand_like(parameter) + 0.5)
+
+
+def inputs_of(layer, model, data):
+    """What a layer was called with in a pass that reaches every gradient, without padding."""
+    seen = []
+    handle = layer.register_forward_hook(lambda m, a, out: seen.append(a[0].detach()))
+    model(**data).loss.backward()
+    handle.remove()
+    return seen[0][data["attention_mask"].bool()]
+
+
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_adapters_of_q_and_v_only(dora):
     model = adapted(["query", "value"], dora=dora)
@@ -43,22 +62,12 @@ def test_adapters_of_q_and_v_only(dora):
 def test_adapter_factors_against_dense_ones(dora):
     model = adapted(["query", "key"], dora=dora)
     optimizer = create_optimizer(model, "afopt", direction="inverse", damping=0.5, momentum=0.0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.2)
-            if "magnitude" in name:
-                parameter.mul_(torch.rand_like(parameter) + 0.5)
-    seen = []
+    disturb(model)
     attention = model.base_model.model.bert.encoder.layer[0].attention.self
-    handle = attention.query.register_forward_hook(lambda m, a, out: seen.append(a[0].detach()))
-    data = batch("bert", dtype=DOUBLE)
-    model(**data).loss.backward()
-    handle.remove()
+    kept = inputs_of(attention.query, model, batch("bert", dtype=DOUBLE))
     plans = [t for t in optimizer.plan.matrices if t.block is optimizer.structure.attention[0]]
     with torch.no_grad():
         directions(optimizer)
-    kept = seen[0][data["attention_mask"].bool()]
     features = torch.cat([kept, kept.new_ones(len(kept), 1)], 1)
     moment = features.mT @ features / len(features)
 
@@ -109,23 +118,13 @@ def test_adapters_outside_attention_against_dense_factors(dora, max_dim):
     optimizer = create_optimizer(
         model, "afopt", direction="inverse", damping=0.5, momentum=0.0, max_dim=max_dim
     )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.2)
-            if "magnitude" in name:
-                parameter.mul_(torch.rand_like(parameter) + 0.5)
-    seen = []
+    disturb(model)
     layer = model.base_model.model.bert.encoder.layer[1].intermediate.dense
-    handle = layer.register_forward_hook(lambda m, a, out: seen.append(a[0].detach()))
-    data = batch("bert", dtype=DOUBLE)
-    model(**data).loss.backward()
-    handle.remove()
+    kept = inputs_of(layer, model, batch("bert", dtype=DOUBLE))
     plans = [p for p in optimizer.plan.matrices if "layer.1." in p.bound.matrix.name]
     assert [(p.role, p.side) for p in plans] == [("linear", "down"), ("linear", "up")]
     with torch.no_grad():
         directions(optimizer)
-    kept = seen[0][data["attention_mask"].bool()]
     moment = kept.mT @ kept / len(kept)
     if max_dim == 8:
         moment = torch.block_diag(moment[:8, :8], moment[8:, 8:])
