@@ -47,17 +47,17 @@ def test_it_is_a_share_of_the_weights_size_over_the_layers(folder: str) -> None:
     model = classifier(folder)
     held = body(model.roberta.encoder)
     assert len(held) == 6 * LAYERS
-    assert starting_lr(model) == pytest.approx(0.0375 * rms(held) / len(held), rel=0.05)
+    assert starting_lr(model) == pytest.approx(0.0062 * rms(held) / math.sqrt(len(held)), rel=0.05)
     assert starting_lr(model) == float(f"{starting_lr(model):.2g}")
     for parameter in model.roberta.encoder.layer[:2].parameters():
         parameter.requires_grad = False
     top = body(model.roberta.encoder.layer[2])
-    assert starting_lr(model) == pytest.approx(0.0375 * rms(top) / len(top), rel=0.05)
+    assert starting_lr(model) == pytest.approx(0.0062 * rms(top) / math.sqrt(len(top)), rel=0.05)
 
 
 def test_short_trainings_take_more(folder: str) -> None:
     model = classifier(folder)
-    rate = 0.0375 * rms(body(model.roberta.encoder)) / (6 * LAYERS)
+    rate = 0.0062 * rms(body(model.roberta.encoder)) / math.sqrt(6 * LAYERS)
     wanted = {None: 1, -1: 1, 0: 1, 10_000: 1, 300: 1, 200: 1.5, 150: 2, 6: 2}
     for steps, times in wanted.items():
         assert starting_lr(model, steps) == pytest.approx(times * rate, rel=0.05), steps
@@ -116,4 +116,4 @@ def test_of_a_convolutional_network(tmp_path) -> None:
     tf.ResNetModel(config).save_pretrained(tmp_path)
     model = tf.ResNetForImageClassification.from_pretrained(tmp_path)
     held = [m.weight.detach() for m in model.resnet.modules() if isinstance(m, nn.Conv2d)]
-    assert starting_lr(model) == pytest.approx(0.0375 * rms(held) / len(held), rel=0.05)
+    assert starting_lr(model) == pytest.approx(0.0062 * rms(held) / math.sqrt(len(held)), rel=0.05)
