@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -25,7 +25,6 @@ State = dict[Tensor, dict[str, Any]]
 Kind = Literal["moment", "inverse", "factor"]
 Form = Literal["rows", "columns", "square"]
 Side = Literal["", "down", "up"]
-Sides = tuple[tuple[LayerMatrix, Side], ...]
 
 VECTORS = {"q": "query", "k": "key"}
 SPECTRAL_KINDS: dict[Form, tuple[Kind, Kind]] = {
@@ -230,12 +229,12 @@ def _adapters(
     pairs: Sequence[LowRankAdapter], bound: Mapping[LayerMatrix, BoundMatrix]
 ) -> list[MatrixPlan]:
     """Plans of LoRA's A and B outside attention that are in scope, without their factors."""
-    return [
-        MatrixPlan(bound[matrix], "linear", side, pair=pair)
-        for pair in pairs
-        for matrix, side in cast(Sides, ((pair.down, "down"), (pair.up, "up")))
-        if matrix in bound
-    ]
+    plans = []
+    for pair in pairs:
+        sides: dict[LayerMatrix, Side] = {pair.down: "down", pair.up: "up"}
+        held = [matrix for matrix in sides if matrix in bound]
+        plans += [MatrixPlan(bound[m], "linear", sides[m], pair=pair) for m in held]
+    return plans
 
 
 def observes(block: AttentionBlock, config: AFOptConfig) -> bool:

@@ -61,11 +61,8 @@ def attention_matrices(model: nn.Module, config: AFOptConfig) -> ModelStructure:
     linears = outside_attention(survey, attentions, convolutions=not attentions)
     scope = scope_of(config, survey, attentions, linears)
     pairs = adapters_outside_attention(survey, attentions)
-    linears += [
-        (matrix, "adapter of a linear layer")
-        for matrix in dict.fromkeys(m for pair in pairs for m in (pair.down, pair.up))
-        if matrix.trains
-    ]
+    adapters = [matrix for pair in pairs for matrix in (pair.down, pair.up)]
+    linears += [(matrix, "adapter of a linear layer") for matrix in adapters if matrix.trains]
     blocks, chosen, left = _in_attentions(survey, attentions, scope)
     if scope == "all_linear":
         order = {name: place for place, name in enumerate(survey.parameters)}
@@ -78,7 +75,6 @@ def attention_matrices(model: nn.Module, config: AFOptConfig) -> ModelStructure:
     left += [(matrix, what, why) for matrix, what in linears]
     left = [candidate for candidate in left if candidate[0] not in inside]
     treated, outside = _reasons(model, survey, chosen, left)
-    adapters = {matrix for pair in pairs for matrix in (pair.down, pair.up)}
     hidden = [matrix for matrix, _, _ in left if matrix not in adapters]
     structure = survey.structure(
         config,
